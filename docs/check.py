@@ -1,0 +1,139 @@
+"""Do the documents tell the truth? Links, paths, commands and flags are held against the checkout.
+
+In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when there is none, 1 otherwise.
+
+    python docs/check.py
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|tests|docs)/[\w./*-]+")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
+Fault = str
+
+
+def documents() -> list[Path]:
+    """Every Markdown page that speaks to a reader."""
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def commands(page: Path) -> list[str]:
+    """The shell commands of a page's bash blocks, one a line: continuations joined, comments dropped."""
+    found = []
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language in {"bash", "sh"}:
+            joined = block.replace("\\\n", " ")
+            stripped = (re.sub(r"(^|\s)#.*", "", line).strip() for line in joined.splitlines())
+            found += [" ".join(line.split()) for line in stripped if line]
+    return found
+
+
+def broken_links(page: Path) -> Iterator[Fault]:
+    """Relative links whose file, or whose heading in it, does not exist."""
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists():
+            yield f"link to {target}: no such file"
+        elif anchor and file.suffix == ".md" and anchor not in headings(file):
+            yield f"link to {target}: no such heading"
+
+
+@cache
+def headings(page: Path) -> frozenset[str]:
+    """The anchors of a page's headings, as GitHub forms them."""
+    titles = re.findall(r"^#+ +(.*)$", page.read_text(encoding="utf-8"), re.M)
+    return frozenset(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
+
+
+def missing_paths(page: Path) -> Iterator[Fault]:
+    """Paths of this checkout that a page names and that are not there."""
+    for path in sorted(set(PATH.findall(page.read_text(encoding="utf-8")))):
+        name = path.rstrip(".")
+        if not name.startswith(MADE_BY_A_RUN) and not any(ROOT.glob(name.rstrip("/"))):
+            yield f"names {name}, which does not exist"
+
+
+def unknown_flags(page: Path) -> Iterator[Fault]:
+    """Flags in a page's commands that the script's own --help does not know."""
+    for command in commands(page):
+        script = re.search(r"(?:python|bash) ((?:finetune|fast_start|benchmarks|docs)/\w+\.(?:py|sh))", command)
+        if not script:
+            continue
+        known = known_flags(script.group(1))
+        for flag in re.findall(r"(?<=\s)(--?[A-Za-z][\w-]*)", command[script.end() :]):
+            if flag not in known:
+                yield f"`{command}`: {script.group(1)} --help does not know {flag}"
+
+
+@cache
+def known_flags(script: str) -> frozenset[str]:
+    """Every flag that a script takes: what its --help prints, and TrainingArguments' fields for finetune."""
+    runner = "bash" if script.endswith(".sh") else sys.executable
+    shown = subprocess.run([runner, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
+    if script.startswith("finetune/finetune"):
+        from qwen_chat.arguments import training_fields
+
+        flags |= {f"--{name}" for name in training_fields()} | known_flags_of_finetune()
+    return frozenset(flags)
+
+
+def known_flags_of_finetune() -> frozenset[str]:
+    """finetune.sh passes on whatever finetune.py takes."""
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "finetune/finetune.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
+
+
+def unequal_languages() -> Iterator[Fault]:
+    """The Chinese page must show the same commands as the English one, in the same order."""
+    for chinese in sorted([*ROOT.glob("*.zh-CN.md"), *ROOT.glob("docs/*.zh-CN.md")]):
+        english = chinese.with_name(chinese.name.replace(".zh-CN", ""))
+        ours, theirs = commands(english), commands(chinese)
+        for a, b in zip(ours, theirs, strict=False):
+            if a != b:
+                yield f"{chinese.relative_to(ROOT)}: `{b}` where {english.name} has `{a}`"
+                break
+        else:
+            if len(ours) != len(theirs):
+                yield f"{chinese.relative_to(ROOT)}: {len(theirs)} commands, {english.name} has {len(ours)}"
+
+
+def faults() -> list[Fault]:
+    """All that is wrong, each with its page."""
+    found = [
+        f"{page.relative_to(ROOT)}: {fault}"
+        for page in documents()
+        for check in (broken_links, missing_paths, unknown_flags)
+        for fault in check(page)
+    ]
+    return [*found, *unequal_languages()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Hold the documents against the checkout.")
+    parser.parse_args()
+    found = faults()
+    for fault in found:
+        print(fault, file=sys.stderr)
+    print(f"{len(documents())} pages, {len(found)} faults", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
