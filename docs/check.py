@@ -70,7 +70,9 @@ def missing_paths(page: Path) -> Iterator[Fault]:
 def unknown_flags(page: Path) -> Iterator[Fault]:
     """Flags in a page's commands that the script's own --help does not know."""
     for command in commands(page):
-        script = re.search(r"(?:python|bash) ((?:finetune|fast_start|benchmarks|docs)/\w+\.(?:py|sh))", command)
+        script = re.search(
+            r"(?:python|bash) ((?:finetune|fast_start|benchmarks|docs)/\w+\.(?:py|sh))", command
+        )
         if not script:
             continue
         known = known_flags(script.group(1))
@@ -95,7 +97,10 @@ def known_flags(script: str) -> frozenset[str]:
 def known_flags_of_finetune() -> frozenset[str]:
     """finetune.sh passes on whatever finetune.py takes."""
     shown = subprocess.run(
-        [sys.executable, str(ROOT / "finetune/finetune.py"), "--help"], capture_output=True, text=True, check=True
+        [sys.executable, str(ROOT / "finetune/finetune.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
 
