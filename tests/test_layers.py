@@ -1,4 +1,4 @@
-"""Each layer imports only those above it: a child interpreter imports a module and tells what came with it."""
+"""Each layer imports only those above it: a child interpreter imports a module and says what came along."""
 
 import ast
 import subprocess
