@@ -65,7 +65,7 @@ class RequestLog:
             )
         except OSError as error:
             raise OutputError(
-                f"{path}: the service log cannot be written ({error.strerror}); name another file with --log_file"
+                f"{path}: cannot write the service log ({error.strerror}); name another file: --log_file"
             ) from None
         self._handler.setFormatter(logging.Formatter("%(message)s"))
         self._lock = threading.Lock()
