@@ -1,0 +1,245 @@
+"""Load a tokenizer, a model, an adapter; say what was decided and why.
+
+In: a local folder, a hub name, or nothing (the demo model). Out: a folder on this machine, and what was loaded
+from it. Every failure is a ModelError of one line. No code that comes with a model runs unless the caller says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwen_chat import demo_model
+from qwen_chat.errors import MissingDependency, ModelError
+from qwen_chat.logs import rank_zero
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+Quantize = Literal["nf4"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer, and each decision as one line: "dtype float32 (this CPU has ...)"."""
+
+    model: Any
+    tokenizer: Any
+    decisions: tuple[str, ...]
+
+
+def resolve(name: str | None) -> Path:
+    """The folder of a model: local, from the hub (`USE_MODELSCOPE=1`: ModelScope), or the demo model."""
+    if name is None:
+        folder = demo_model.ensure()
+        rank_zero(f"model {folder.name} (the demo model: -m was not given)")
+        return folder
+    local = Path(name).expanduser()
+    if local.is_dir():
+        check_folder(local)
+        return local
+    if local.exists():
+        raise ModelError(
+            f"{name}: a file; expected a model's folder or a hub name such as Qwen/Qwen2-7B-Instruct"
+        )
+    if not HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise ModelError(
+            f"{name}: no such folder; give a model's folder or a hub name such as Qwen/Qwen2-7B-Instruct"
+        )
+    folder = _from_modelscope(name) if os.environ.get("USE_MODELSCOPE") == "1" else _from_hub(name)
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError unless the folder holds a readable config.json and all of its weights."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder}: an adapter, not a model; give its base with -m and this with --adapter"
+            )
+        raise ModelError(f"{folder}: no config.json in it; expected a model as save_pretrained writes it")
+    config = _read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'}: no model_type; expected a transformers model")
+    index = folder / "model.safetensors.index.json"
+    wanted = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    missing = sorted(file for file in wanted if not (folder / file).is_file())
+    if missing:
+        raise ModelError(
+            f"{folder}: {', '.join(missing)} missing ({len(wanted)} weight files expected); fetch it again"
+        )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ModelError(f"{folder}: no weights in it; expected model.safetensors")
+
+
+def adapter_base(adapter: Path) -> str:
+    """The base that an adapter names; raises ModelError where there is no adapter."""
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise ModelError(f"{adapter}: no adapter_config.json in it; expected an adapter's folder")
+    base = _read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{file}: names no base model; give it with -m")
+    return base
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from None
+    if tokenizer.pad_token_id is None:
+        known = tokenizer.get_vocab()
+        tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in known else tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attention: str | None = None,
+    quantize: Quantize | None = None,
+    adapter: Path | None = None,
+    for_training: bool = False,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load what a folder holds, and an adapter over it. For use (not training) it goes to the accelerator."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_folder(path)
+    kind, reason = choose_dtype(dtype)
+    decisions = [f"dtype {str(kind).removeprefix('torch.')} ({reason})"]
+    options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust_remote_code}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if quantize is not None:
+        options["quantization_config"] = _four_bits(kind)
+        decisions.append("weights in 4 bits (NF4, double quantisation)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({_line(error)})") from None
+    # An adapter's folder holds the template that it was trained under.
+    own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer_path = adapter if adapter is not None and own_tokenizer else path
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        model = load_adapter(model, adapter, trainable=for_training)
+        decisions += _base_note(path, adapter)
+    if not for_training:
+        model.eval()
+        if torch.cuda.is_available() and quantize is None:
+            model.to("cuda")
+    return Loaded(model, tokenizer, tuple(decisions))
+
+
+def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
+    """The model with an adapter over it; ModelError where the adapter belongs to another base."""
+    from peft import PeftModel
+
+    base = adapter_base(adapter)
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{adapter}: does not fit this model ({_line(error)}); its base is {base}: give that with -m"
+        ) from None
+
+
+def choose_dtype(dtype: str | torch.dtype = "auto") -> tuple[torch.dtype, str]:
+    """The number type and why. `auto`: bfloat16 where an accelerator has it, float32 on a CPU."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype, "as asked"
+    if dtype != "auto":
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise ModelError(f"dtype {dtype}: unknown; expected auto, float32, bfloat16 or float16")
+        return kind, "as asked"
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "this accelerator has it, at half the memory"
+        return torch.float16, "this accelerator has no bfloat16"
+    from qwen_chat.arguments import cpu_has_bf16
+
+    if cpu_has_bf16():
+        return torch.float32, "a CPU run is exact; bfloat16 would lose updates below 1/256 of a weight"
+    return torch.float32, "this CPU has no bfloat16 instructions"
+
+
+def _four_bits(compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401  only to tell a missing package from a failed load
+    except ImportError:
+        raise MissingDependency("bitsandbytes", "a model in 4 bits") from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _base_note(path: Path, adapter: Path) -> list[str]:
+    base = adapter_base(adapter)
+    if Path(base).name == path.name:
+        return []
+    return [f"base {path} (the adapter names {base}; its shapes fit)"]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
+        if not any(
+            folder.glob("*.safetensors")
+        ):  # an older model: only then its pickled weights are worth fetching
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+    except Exception as error:  # every kind of network, hub and disk failure ends in the same cure
+        raise ModelError(
+            f"{name}: no such folder here, and the hub does not give it ({_line(error)}); "
+            "check the name and the network, or set USE_MODELSCOPE=1"
+        ) from None
+    return folder
+
+
+def _from_modelscope(name: str) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise MissingDependency("modelscope", "USE_MODELSCOPE=1") from None
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # as above
+        raise ModelError(f"{name}: ModelScope does not give it ({_line(error)}); check the name") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({_line(error)}); fetch the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: no JSON object; fetch the model again")
+    return value
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message: libraries add paragraphs of advice for their own users."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
