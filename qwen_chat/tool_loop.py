@@ -498,15 +498,25 @@ def _docstring(text: str) -> tuple[str, dict[str, str]]:
     """The first paragraph on one line, and parameter -> description (Google's `Args:` or `:param name:`)."""
     summary = " ".join(re.split(r"\n\s*\n|\n\s*(?:Args:|:param )", text, maxsplit=1)[0].split())
     described = {match[1]: match[2].strip() for match in re.finditer(r":param (?:\w+ )?(\w+):\s*(.+)", text)}
-    section = re.search(r"^Args:\s*\n((?:[ \t]+.*\n?|\n)+)", text, flags=re.MULTILINE)
-    if section:
-        for match in re.finditer(
-            r"^[ \t]+(\w+)(?: \(.*?\))?:[ \t]*(.+(?:\n[ \t]+(?!\w+(?: \(.*?\))?:).+)*)",
-            section[1],
-            re.MULTILINE,
-        ):
-            described[match[1]] = " ".join(match[2].split())
+    described |= _argument_lines(text.partition("\nArgs:\n")[2])
     return summary, described
+
+
+def _argument_lines(section: str) -> dict[str, str]:
+    """The indented lines under `Args:`; a line indented further continues the one above."""
+    described: dict[str, str] = {}
+    indent, name = 0, None
+    for line in section.splitlines():
+        width = len(line) - len(line.lstrip())
+        if line.strip() and width == 0:
+            break
+        entry = re.match(r"\s+(\w+)(?: \([^)]*\))?:\s*(.*)", line)
+        if entry and width <= (indent or width):
+            indent, name = width, entry[1]
+            described[name] = entry[2].strip()
+        elif name and line.strip():
+            described[name] = f"{described[name]} {line.strip()}".strip()
+    return described
 
 
 # --------------------------------------------------------------------------- a client of our own
