@@ -1,7 +1,8 @@
 """Load a tokenizer, a model, an adapter; say what was decided and why.
 
-In: a local folder, a hub name, or nothing (the demo model). Out: a folder on this machine, and what was loaded
-from it. Every failure is a ModelError of one line. No code that comes with a model runs unless the caller says so.
+In: a local folder, a hub name, or nothing (the demo model). Out: a folder on this machine, and what was
+loaded from it. Every failure is a ModelError of one line. Code that comes with a model runs only where the
+caller says so.
 """
 
 from __future__ import annotations
