@@ -1,0 +1,260 @@
+"""A request that is turned down: one exception, told the way OpenAI tells it.
+
+In: what was wrong (a status and a sentence, or pydantic's list of errors).
+Out: `Refusal`, whose `body()` is `{"error": {"message", "type", "param", "code"}}`.
+Wording and codes follow the answers of api.openai.com, which clients match on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+Json = dict[str, Any]
+
+LONGEST_ECHO = 80  # characters of a client's own value that an error repeats
+
+# HTTP status -> OpenAI's error type.
+_TYPES = {401: "invalid_request_error", 429: "rate_limit_error", 503: "server_error", 504: "server_error"}
+
+
+class Refusal(Exception):
+    """An answer other than 200. `retry_after`: whole seconds for the Retry-After header."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def type(self) -> str:
+        """OpenAI's error type for the status."""
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def body(self) -> Json:
+        """The JSON body."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """The headers that belong to the status."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status in (408, 413):  # the rest of the body is not read
+            headers["Connection"] = "close"
+        return headers
+
+
+def bad_value(param: str, message: str, code: str | None = "invalid_value") -> Refusal:
+    """400: a parameter whose value cannot be."""
+    return Refusal(400, message, param=param, code=code)
+
+
+def not_json(reason: str) -> Refusal:
+    """400: a body that is no JSON. `reason` may hold a position, never the body itself."""
+    return Refusal(400, f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
+
+
+def unknown_model(name: str) -> Refusal:
+    """404: neither the model nor one of the adapters."""
+    return Refusal(
+        404,
+        f"The model `{echo(name)}` does not exist; GET /v1/models lists those that do.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def too_long(limit: int, prompt: int, completion: int | None) -> Refusal:
+    """400: more tokens than the model can see. All numbers are tokens."""
+    if completion is None:
+        found = f"your messages resulted in {prompt} tokens"
+    else:
+        found = (
+            f"you requested {prompt + completion} tokens "
+            f"({prompt} in the messages, {completion} in the completion)"
+        )
+    return Refusal(
+        400,
+        f"This model's maximum context length is {limit} tokens. However, {found}. Please reduce the length "
+        "of the messages or of the completion.",
+        param="messages" if completion is None else "max_tokens",
+        code="context_length_exceeded",
+    )
+
+
+def from_validation(error: ValidationError, body: object) -> Refusal:
+    """400: the first thing wrong with `body`, by the name that the client gave it."""
+    detail = error.errors(include_url=False, include_context=True)[0]
+    return _explain(detail, param_name(detail["loc"], body, absent=detail["type"] == "missing"))
+
+
+def echo(value: object) -> str:
+    """A client's value, short and on one line, fit to be repeated in an answer."""
+    text = "".join(c if c.isprintable() else " " for c in str(value)[: LONGEST_ECHO + 1])
+    return text if len(text) <= LONGEST_ECHO else f"{text[:LONGEST_ECHO]}..."
+
+
+def param_name(location: Sequence[int | str], body: object, *, absent: bool = False) -> str | None:
+    """`("messages", 0, "user", "content")` -> `messages[0].content`.
+
+    pydantic puts the branch of a union into a location; what `body` does not hold is such a branch and is
+    left out, except for the last part where the error is that it is `absent`.
+    """
+    name, here = "", body
+    for k, part in enumerate(location):
+        if isinstance(part, int):
+            name += f"[{part}]"
+            here = here[part] if isinstance(here, list) and part < len(here) else None
+        elif isinstance(here, Mapping) and (part in here or (absent and k == len(location) - 1)):
+            name += f".{echo(part)}" if name else echo(part)
+            here = here.get(part)
+    return name or None
+
+
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "a boolean"),
+    (int, "an integer"),
+    (float, "a decimal"),
+    (str, "a string"),
+    (Mapping, "an object"),
+    ((list, tuple), "an array"),
+    (type(None), "null"),
+)
+
+# pydantic's name of a wrong type -> what was expected.
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a decimal",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "none_required": "null",
+}
+
+# pydantic's name of a bound -> (which side, the sign, the key of the bound in its context).
+_BOUNDS = {
+    "greater_than_equal": ("below minimum", ">=", "ge", "below_min_value"),
+    "greater_than": ("below minimum", ">", "gt", "below_min_value"),
+    "less_than_equal": ("above maximum", "<=", "le", "above_max_value"),
+    "less_than": ("above maximum", "<", "lt", "above_max_value"),
+}
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, with its article."""
+    return next((name for types, name in _KINDS if isinstance(value, types)), "something else")
+
+
+def _explain(detail: ErrorDetails, name: str | None) -> Refusal:
+    problem, found = detail["type"], detail["input"]
+    shown = f"'{name}'" if name else "the request body"
+    context = detail.get("ctx", {})
+    if problem == "missing":
+        return Refusal(
+            400, f"Missing required parameter: {shown}.", param=name, code="missing_required_parameter"
+        )
+    if problem == "extra_forbidden":
+        return Refusal(400, f"Unknown parameter: {shown}.", param=name, code="unknown_parameter")
+    if problem in _EXPECTED:
+        text = f"Invalid type for {shown}: expected {_EXPECTED[problem]}, but got {kind(found)} instead."
+        return Refusal(400, text, param=name, code="invalid_type")
+    if problem in _BOUNDS:
+        return _out_of_bounds(name, problem, found, context)
+    if problem in ("too_long", "too_short"):
+        return _wrong_count(name, problem, context)
+    if problem in ("string_too_long", "string_too_short"):
+        return _wrong_length(name, problem, context, found)
+    if problem in ("literal_error", "union_tag_invalid"):
+        return _not_among(name, detail, context)
+    if problem == "union_tag_not_found":
+        missing = f"{name}.{context['discriminator'].strip(chr(39))}" if name else None
+        return Refusal(
+            400, f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter"
+        )
+    return _other(name, shown, detail)
+
+
+def _out_of_bounds(name: str | None, problem: str, found: object, context: Json) -> Refusal:
+    side, sign, key, code = _BOUNDS[problem]
+    noun = "integer" if isinstance(found, int) and isinstance(context[key], int) else "decimal"
+    text = (
+        f"Invalid '{name}': {noun} {side} value. "
+        f"Expected a value {sign} {context[key]}, but got {echo(found)} instead."
+    )
+    return Refusal(400, text, param=name, code=f"{noun}_{code}")
+
+
+def _wrong_count(name: str | None, problem: str, context: Json) -> Refusal:
+    count = context.get("actual_length")
+    if problem == "too_short":
+        text = (
+            f"Invalid '{name}': empty array. Expected an array with minimum length {context['min_length']}."
+        )
+        return Refusal(400, text, param=name, code="empty_array")
+    found = "" if count is None else f", but got an array with length {count} instead"
+    text = (
+        f"Invalid '{name}': array too long. "
+        f"Expected an array with maximum length {context['max_length']}{found}."
+    )
+    return Refusal(400, text, param=name, code="array_above_max_length")
+
+
+def _wrong_length(name: str | None, problem: str, context: Json, found: object) -> Refusal:
+    if problem == "string_too_short":
+        text = (
+            f"Invalid '{name}': empty string. Expected a string with minimum length {context['min_length']}."
+        )
+        return Refusal(400, text, param=name, code="empty_string")
+    length = len(found) if isinstance(found, str) else 0
+    text = (
+        f"Invalid '{name}': string too long. Expected a string with maximum length {context['max_length']}, "
+        f"but got a string with length {length} instead."
+    )
+    return Refusal(400, text, param=name, code="string_above_max_length")
+
+
+def _not_among(name: str | None, detail: ErrorDetails, context: Json) -> Refusal:
+    if detail["type"] == "union_tag_invalid":
+        found, allowed = context["tag"], context["expected_tags"]
+        field = str(context["discriminator"]).strip("'")
+        name = f"{name}.{field}" if name else field
+    else:
+        found, allowed = detail["input"], context["expected"]
+    text = f"Invalid value: '{echo(found)}'. Supported values are: {allowed}."
+    return Refusal(400, text, param=name, code="invalid_value")
+
+
+def _other(name: str | None, shown: str, detail: ErrorDetails) -> Refusal:
+    """Errors of our own validators carry OpenAI's code as their type; all else is a value that cannot be."""
+    if detail["type"] == "string_pattern_mismatch":
+        pattern = detail["ctx"]["pattern"]
+        text = f"Invalid {shown}: string does not match pattern. Expected a string that matches '{pattern}'."
+        return Refusal(400, text, param=name, code="invalid_value")
+    if detail["type"] in ("unsupported_parameter", "unsupported_value", "invalid_value"):
+        param = detail.get("ctx", {}).get(
+            "param", name
+        )  # a check of several parameters names the one to change
+        return Refusal(400, detail["msg"].replace("{param}", shown), param=param, code=detail["type"])
+    return Refusal(400, f"Invalid value for {shown}: {detail['msg']}.", param=name, code="invalid_value")
