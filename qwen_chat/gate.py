@@ -1,0 +1,262 @@
+"""What a request passes before anything is done for it, and the line that it leaves.
+
+In: ASGI messages. Out: a body within its limits, from somebody who may ask; one record a request.
+`Journal` is the outermost layer: whatever happens inside, client and log are told, each in its own shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Collection, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qwen_chat.refusal import Refusal, not_json
+
+LEFT = 499  # nginx's status for a client that closed the connection before it was answered
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})  # nothing of anybody's is told there
+UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
+MOST_HEADERS = 100
+DISCARD_BYTES = 64 * 2**20  # of a body that is too large, read so that the client gets to read its answer
+DISCARD_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request; the handler fills it in as it learns."""
+
+    id: str
+    path: str
+    began: float = field(default_factory=time.monotonic)
+    model: str | None = None
+    stream: bool | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token: float | None = None  # seconds since `began`
+    finish_reason: str | None = None
+    error: str | None = None
+    user: str | None = None
+    prompt: object = None
+    reply: str | None = None
+
+    def line(self, status: int) -> dict[str, object]:
+        """The log's line. Times in milliseconds; fields that do not apply are left out."""
+        now = time.time()
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",
+            "id": self.id,
+            "path": self.path,
+            "status": status,
+            "model": self.model,
+            "stream": self.stream,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "first_token_ms": None if self.first_token is None else round(self.first_token * 1000, 1),
+            "ms": round((time.monotonic() - self.began) * 1000, 1),
+            "finish_reason": self.finish_reason,
+            "error": self.error,
+            "user": self.user,
+            "prompt": self.prompt,
+            "reply": self.reply,
+        }
+        return {key: value for key, value in line.items() if value is not None}
+
+
+class Journal:
+    """Gives each request an id and a Record, turns what is raised into an answer, and writes the line."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        write: Callable[[dict[str, object]], None],
+        count: Callable[[str, int], None],
+        paths: Collection[str],
+    ) -> None:
+        """`write` takes the log's line, `count` (endpoint, status); `paths` are those counted by name."""
+        self.app = app
+        self.write = write
+        self.count = count
+        self.paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = Record(id=f"req-{uuid.uuid4().hex}", path=scope["path"])
+        scope.setdefault("state", {})["record"] = record
+        answer = _Sender(send, record.id)
+        try:
+            await self.app(scope, receive, answer)
+        except ClientDisconnect:
+            answer.status = LEFT
+        except Exception as error:
+            await self._fail(error, record, answer, scope, receive)
+        finally:
+            status = answer.status or LEFT
+            self.count(record.path if record.path in self.paths else "other", status)
+            if record.path not in UNLOGGED_PATHS:
+                self.write(record.line(status))
+
+    async def _fail(
+        self, error: Exception, record: Record, answer: _Sender, scope: Scope, receive: Receive
+    ) -> None:
+        """A fault of ours: told in full on standard error, and to the client without any detail."""
+        refusal = error if isinstance(error, Refusal) else Refusal(500, "The server had an error.")
+        if not isinstance(error, Refusal):
+            print(f"{record.id}: {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+        record.error = refusal.code or refusal.type
+        if answer.status is None:
+            await refusal_response(refusal)(scope, receive, answer)
+
+
+class _Sender:
+    """`send` that remembers the status and adds the request's id."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.send = send
+        self.request_id = request_id
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            message = {**message, "headers": headers}
+        await self.send(message)
+
+
+class Gate:
+    """Lets in whoever may ask: the right host, one of the keys, no flood of headers."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], hosts: Collection[str] | None) -> None:
+        """Without keys everybody may ask. `hosts`: names that the Host header may give; None allows all."""
+        self.app = app
+        self.digests = tuple(_digest(key) for key in api_keys)
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._check(scope)
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: MutableMapping[str, Any]) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(headers) > MOST_HEADERS:
+            raise Refusal(
+                431, f"Too many headers: {len(headers)}; at most {MOST_HEADERS}.", code="too_many_headers"
+            )
+        named = dict(headers)
+        if self.hosts is not None and _host(named.get(b"host", b"")) not in self.hosts:
+            # Stops a page in the user's own browser whose name was made to point here (DNS rebinding).
+            raise Refusal(403, "This service is only for its own machine.", code="host_not_allowed")
+        if self.digests and scope["path"] not in OPEN_PATHS:
+            self._check_key(named.get(b"authorization", b""))
+
+    def _check_key(self, header: bytes) -> None:
+        scheme, _, key = header.partition(b" ")
+        if scheme.lower() != b"bearer" or not key.strip():
+            raise Refusal(
+                401,
+                "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.",
+                code="missing_api_key",
+            )
+        given = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
+        if sum(hmac.compare_digest(given, digest) for digest in self.digests) == 0:
+            raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _host(header: bytes) -> str:
+    """The name of a Host header, without the port."""
+    return re.sub(r":\d*$", "", header.decode("latin-1")).lower()
+
+
+def refusal_response(refusal: Refusal) -> JSONResponse:
+    """The answer that tells a refusal."""
+    return JSONResponse(refusal.body(), refusal.status, refusal.headers())
+
+
+async def read_json(request: Request, *, most_bytes: int, seconds: float) -> object:
+    """The body as JSON values; raise Refusal 400, 408, 413 or 415.
+
+    Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(
+            415,
+            "Unsupported media type; send 'Content-Type: application/json'.",
+            code="unsupported_media_type",
+        )
+    body = await read_body(request, most_bytes=most_bytes, seconds=seconds)
+    try:
+        if len(body) > 2**16:  # half a millisecond a megabyte and more: not on the event loop
+            return await asyncio.to_thread(from_json, body, allow_inf_nan=False)
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise not_json(str(error)) from None
+
+
+async def read_body(request: Request, *, most_bytes: int, seconds: float) -> bytes:
+    """The raw body, at most `most_bytes` of it and within `seconds`."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > most_bytes:
+        if "expect" not in request.headers:  # else the client waits for leave to send, and gets none
+            await _discard(request)
+        raise _too_large(most_bytes)
+    pieces, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > most_bytes:
+                    break
+                pieces.append(piece)
+    except TimeoutError:
+        raise Refusal(408, "The request did not arrive in time.", code="request_timeout") from None
+    if size > most_bytes:
+        await _discard(request)
+        raise _too_large(most_bytes)
+    return b"".join(pieces)
+
+
+def _too_large(most_bytes: int) -> Refusal:
+    return Refusal(
+        413,
+        f"The request body is larger than {most_bytes} bytes, the most allowed.",
+        code="request_too_large",
+    )
+
+
+async def _discard(request: Request) -> None:
+    """Read what still comes. Closing with unread data resets the connection before the answer is read."""
+    size = 0
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while size < DISCARD_BYTES:
+                message = await request.receive()
+                size += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+    except TimeoutError:
+        return
