@@ -1,0 +1,262 @@
+"""Attention over rows of many conversations with shared prefixes; its cost grows with the conversations, not with the row.
+
+In: queries, keys and values of a row and `segments` [S, 3] (start, stop, end; see packing.py), an extra keyword of
+model.forward. Out: what attention within each conversation alone would give, exactly.
+
+`register()` makes it available to transformers as attention "qwen_chat". Without `segments` (generation, other people's
+code) it is transformers' own SDPA attention. Which kernel does the work is the decision of `choose`.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qwen_chat.errors import OptionError
+
+NAME = "qwen_chat"
+_forward_block = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_block = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def register() -> str:
+    """Make the attention known to transformers; returns the name for `attn_implementation`."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, _mask_for_calls_without_segments)
+    return NAME
+
+
+def choose(device: str, layout: str, dtype: str = "bfloat16", *, flex: bool = True) -> tuple[str, str]:
+    """Which kernel attends over the rows of a layout: ("blocks" | "varlen" | "flex" | "mask", reason).
+
+    device: "cpu", "cuda", ...; layout: packing.LAYOUTS; flex: whether FlexAttention can be compiled here (Triton).
+    """
+    if device == "cpu":
+        return "blocks", "CPU: SDPA's flash kernel on each block of the row that is attended to"
+    half = dtype in ("bfloat16", "float16")
+    if device == "cuda" and half and layout != "shared_prefix":
+        return "varlen", "nothing is shared: flash attention over sequences of varying length"
+    if device == "cuda" and flex:
+        why = "prefixes are shared" if layout == "shared_prefix" else f"flash attention has no {dtype}"
+        return "flex", f"{why}: FlexAttention skips the blocks that nobody attends to"
+    return (
+        "mask",
+        f"no other kernel for {dtype} rows on '{device}': SDPA with a mask, memory grows with the row squared",
+    )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
+    if segments is None:
+        return cast(
+            tuple[torch.Tensor, torch.Tensor | None],
+            sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            ),
+        )
+    if query.shape[0] != 1:
+        raise OptionError(f"a row is a batch of 1; found a batch of {query.shape[0]} with `segments`")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    windowed = sliding_window is not None and query.shape[2] > sliding_window
+    kernel = "mask" if windowed or dropout else _kernel(query, segments)
+    if kernel == "blocks":
+        return _Blocks.apply(query, key, value, tuple(map(tuple, segments.tolist())), scale), None
+    if kernel == "varlen":
+        return _varlen(query, key, value, segments, scale), None
+    if kernel == "flex":
+        return _flex(query, key, value, segments, scale), None
+    mask = visible(segments, query.shape[2])
+    if windowed and position_ids is not None and sliding_window is not None:
+        distance = position_ids[0][:, None] - position_ids[0][None, :]
+        mask &= distance < sliding_window
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask[None, None], dropout_p=dropout, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def visible(segments: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The row's attention as a mask [T, T]: True where query (first index) sees key: k <= q < end[segment of k]."""
+    ends = _ends(segments)
+    at = torch.arange(tokens, device=segments.device)
+    return (at[None, :] <= at[:, None]) & (at[:, None] < ends[None, :])
+
+
+def _ends(segments: torch.Tensor) -> torch.Tensor:
+    """For each token of the row, where the part of the row ends that descends from it: [T]."""
+    return torch.repeat_interleave(segments[:, 2], segments[:, 1] - segments[:, 0])
+
+
+def _kernel(query: torch.Tensor, segments: torch.Tensor) -> str:
+    if query.device.type == "cpu":
+        return "blocks"
+    shared = bool((segments[:, 2] > segments[:, 1]).any())
+    layout = "shared_prefix" if shared else "packed"
+    return choose(query.device.type, layout, str(query.dtype).removeprefix("torch."), flex=_has_triton())[0]
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+class _Blocks(torch.autograd.Function):
+    """CPU: every segment attends causally to itself; what descends from it attends to all of it, in one call a segment.
+
+    Softmax over several blocks of keys is put together from each block's output and log-sum-exp; with the joint output and
+    log-sum-exp each block's backward is exact by itself (as in ring attention, arXiv:2310.01889). Nothing
+    quadratic is stored. Grouped queries: the key heads are the batch and the queries of a group the heads, so keys and values
+    are broadcast, not repeated.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: tuple[tuple[int, int, int], ...],
+        scale: float,
+    ) -> torch.Tensor:
+        q, k, v = _grouped(query, key, value)
+        groups, heads, tokens, width = q.shape
+        shared = any(end > stop for _, stop, end in segments)
+        exact = torch.float32 if shared and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+        out = q.new_empty((tokens, groups, heads, width), dtype=exact).permute(1, 2, 0, 3)
+        lse = torch.empty(
+            (groups, heads, tokens), dtype=torch.float64 if exact == torch.float64 else torch.float32
+        )
+        for start, stop, _ in segments:
+            own = slice(start, stop)
+            out[:, :, own], lse[:, :, own] = _forward_block(
+                q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scale
+            )
+        for start, stop, end in segments:
+            if end > stop:
+                below, above = slice(stop, end), slice(start, stop)
+                part, part_lse = _forward_block(
+                    q[:, :, below], k[:, :, above], v[:, :, above], 0.0, False, scale=scale
+                )
+                joint = torch.logaddexp(lse[:, :, below], part_lse)
+                out[:, :, below] *= (lse[:, :, below] - joint).exp_()[..., None]
+                out[:, :, below].addcmul_(part.to(exact), (part_lse - joint).exp_()[..., None].to(exact))
+                lse[:, :, below] = joint
+        out = out.to(q.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out.permute(2, 0, 1, 3).reshape(1, tokens, groups * heads, width)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        q, k, v = _grouped(query, key, value)
+        groups, heads, tokens, width = q.shape
+        g = gradient.reshape(tokens, groups, heads, width).permute(1, 2, 0, 3)
+        exact = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+        dq = q.new_empty((tokens, groups, heads, width), dtype=exact).permute(1, 2, 0, 3)
+        dk = q.new_empty((tokens, groups, width), dtype=exact).permute(1, 0, 2)
+        dv = torch.empty_like(dk)
+        for start, stop, _ in ctx.segments:
+            own = slice(start, stop)
+            dq[:, :, own], part_k, part_v = _backward_block(
+                g[:, :, own], q[:, :, own], k[:, :, own], v[:, :, own], out[:, :, own], lse[:, :, own], 0.0, True,
+                scale=ctx.scale,
+            )  # fmt: skip
+            dk[:, own], dv[:, own] = part_k.sum(1, dtype=exact), part_v.sum(1, dtype=exact)
+        for start, stop, end in ctx.segments:
+            if end > stop:
+                below, above = slice(stop, end), slice(start, stop)
+                part_q, part_k, part_v = _backward_block(
+                    g[:, :, below], q[:, :, below], k[:, :, above], v[:, :, above], out[:, :, below], lse[:, :, below],
+                    0.0, False, scale=ctx.scale,
+                )  # fmt: skip
+                dq[:, :, below] += part_q
+                dk[:, above] += part_k.sum(1, dtype=exact)
+                dv[:, above] += part_v.sum(1, dtype=exact)
+        dq = dq.reshape(1, groups * heads, tokens, width)
+        return dq.to(q.dtype), dk[None].to(k.dtype), dv[None].to(v.dtype), None, None
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[1, H, T, D], [1, Hkv, T, D] -> views [Hkv, H / Hkv, T, D] of all three, keys and values broadcast."""
+    groups = key.shape[1]
+    q = query[0].unflatten(0, (groups, query.shape[1] // groups))
+    shape = (groups, q.shape[1], *key.shape[2:])
+    return q, key[0].unsqueeze(1).expand(shape), value[0].unsqueeze(1).expand(shape)
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scale: float
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = torch.cat([segments[:, 0], segments[-1:, 1]]).to(torch.int32)
+    longest = int((segments[:, 1] - segments[:, 0]).max())
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
+    )
+    return cast(torch.Tensor, out)[None]
+
+
+_flex_mask: tuple[torch.Tensor, Any] | None = (
+    None  # the last row's mask: all layers of a step ask for the same one
+)
+_flex_compiled: Any = None
+
+
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scale: float
+) -> torch.Tensor:
+    global _flex_mask, _flex_compiled
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if _flex_compiled is None:
+        _flex_compiled = torch.compile(flex_attention, dynamic=True)
+    if _flex_mask is None or _flex_mask[0] is not segments:
+        ends = _ends(segments)
+
+        def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (k <= q) & (q < ends[k])
+
+        tokens = query.shape[2]
+        _flex_mask = segments, create_block_mask(sees, None, None, tokens, tokens, device=str(query.device))
+    out = _flex_compiled(query, key, value, block_mask=_flex_mask[1], scale=scale, enable_gqa=True)
+    return cast(torch.Tensor, out).transpose(1, 2)
+
+
+def _mask_for_calls_without_segments(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' SDPA mask, but none for a whole row: it would be quadratic, and `segments` says it all."""
+    if attention_mask is None and q_length == kv_length and (local_size is None or kv_length <= local_size):
+        return None
+    mask = sdpa_mask(
+        batch_size, q_length, kv_length, *args, attention_mask=attention_mask, local_size=local_size, **kwargs
+    )
+    return cast(torch.Tensor | None, mask)

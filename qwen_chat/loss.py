@@ -1,0 +1,153 @@
+"""The loss where there are labels and nowhere else, in chunks, with the gradient formed on the way forward.
+
+In: hidden states of the supervised positions [1, K, hidden] (model.forward got `logits_to_keep`) and what each must predict.
+Out: the sum of their cross-entropies. The logits of one chunk are all that ever exists: with Qwen's 151,936 words a whole
+row's would be the peak of memory. Nothing is computed twice: a chunk's logits become their own gradient in place, and
+backward only scales what is already there.
+
+`ModelLoss` is what a trainer calls:
+
+    loss = ModelLoss(model)                                       # after LoRA wrapping, before DeepSpeed / DDP wrapping
+    result = loss(wrapped_model, batch)                           # batch: what dataset.Collator returns
+    (result.loss_sum / supervised_tokens_of_the_global_step * ranks).backward()
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qwen_chat.errors import ModelError
+
+CHUNK_BYTES = 256 * 2**20  # float32 logits that may exist at once; larger is hardly faster
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """What one row gave."""
+
+    loss_sum: torch.Tensor  # scalar with gradient: sum of -log p over the supervised tokens
+    correct: int  # supervised tokens that were the likeliest word
+    tokens: int  # supervised tokens
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(hidden [K, H], trainable tensors of the head) -> (sum of cross-entropies, number of hits)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        targets: torch.Tensor,
+        chunk: int,
+        hidden: torch.Tensor,
+        *trainable: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        learning = any(ctx.needs_input_grad)
+        wanted = [hidden, *trainable]
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=torch.float64 if exact == torch.float64 else exact, device=hidden.device)
+        hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        grads = [torch.zeros_like(tensor) for tensor in wanted] if learning else []
+        for start in range(0, len(targets), chunk):
+            part = hidden[start : start + chunk].detach().requires_grad_(learning)
+            target = targets[start : start + chunk, None]
+            with torch.set_grad_enabled(learning):
+                logits = head(part)
+            scores = logits.detach().to(exact)
+            hits += (scores.argmax(-1, keepdim=True) == target).sum()
+            top = scores.amax(-1, keepdim=True)
+            picked = scores.gather(-1, target) - top
+            scores = scores.sub_(
+                top
+            ).exp_()  # logits are not needed again: their memory becomes the gradient's
+            total = scores.sum(-1, keepdim=True)
+            loss += (total.log() - picked).sum()
+            if not learning:
+                continue
+            scores.div_(total)
+            scores.scatter_add_(-1, target, scores.new_full((), -1.0).expand_as(target))
+            found = torch.autograd.grad(logits, [part, *trainable], scores.to(logits.dtype))
+            grads[0][start : start + chunk] = found[0]
+            for total_grad, grad in zip(grads[1:], found[1:], strict=True):
+                total_grad += grad
+        ctx.grads = grads
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, []
+        return None, None, None, *(grad.mul_(gradient.to(grad.dtype)) for grad in grads)
+
+
+def chunked_loss(
+    head: torch.nn.Module | Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    trainable: Sequence[torch.Tensor] = (),
+    vocabulary: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of cross-entropies of `targets` [K] under `head(hidden [K, H])`, and how many were the likeliest word.
+
+    trainable: the head's tensors that want a gradient; vocabulary: width of the logits, for the size of a chunk.
+    """
+    chunk = max(1, chunk_bytes // (4 * vocabulary))
+    loss, hits = _ChunkedLoss.apply(head, targets, chunk, hidden, *trainable)
+    return loss, hits
+
+
+class ModelLoss:
+    """Computes a row's loss inside the model's own output head.
+
+    The head is where the weight is owned, so ZeRO-3's hooks have gathered it when the chunks need it, and LoRA or trained
+    token rows on the head work as they are. Outside of a call of ours the head does what it always did.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, torch.nn.Module):
+            raise ModelError(f"{type(model).__name__} has no output head; expected a causal language model")
+        self._targets: torch.Tensor | None = None
+        self._hits: torch.Tensor | None = None
+        self._chunk_bytes = chunk_bytes
+        self._plain: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        self._head = head
+        head.forward = self._forward  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the head back its own forward."""
+        self._head.forward = self._plain  # type: ignore[method-assign]
+
+    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._targets is None:
+            return self._plain(hidden, *args, **kwargs)
+        trainable = [parameter for parameter in self._head.parameters() if parameter.requires_grad]
+        weight = getattr(self._head, "weight", None)
+        vocabulary = int(weight.shape[0]) if weight is not None else self._head.out_features
+        loss, self._hits = chunked_loss(
+            self._plain,
+            hidden.flatten(0, -2),
+            self._targets,
+            trainable=trainable,
+            vocabulary=int(vocabulary),
+            chunk_bytes=self._chunk_bytes,
+        )
+        return loss
+
+    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> LossResult:
+        """Run `model` (wrapped as it may be) on a collated row. `batch` is not changed."""
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+        self._targets = batch["shift_labels"].flatten()
+        try:
+            output = model(**inputs, use_cache=False)
+        finally:
+            tokens, self._targets = self._targets.numel(), None
+        assert self._hits is not None
+        hits, self._hits = self._hits, None
+        return LossResult(output.logits, int(hits), tokens)

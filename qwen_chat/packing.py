@@ -1,0 +1,274 @@
+"""Which conversations of an optimizer step share a row, and what they share: integers only, no torch.
+
+In: the token sequences of one step as `bytes` (four bytes a token, any fixed byte order: only equality of prefixes and a
+stable order matter). Out: for every row the sequences in it, and how many of each one's first tokens the row already
+holds. A row is the depth-first walk of a tree of prefixes: a sequence stores only what follows the prefix that it shares
+with the sequence before it, so nothing is computed twice and nothing is padding.
+
+    tokens of three sequences       one row                         segments (start, stop, end)
+    S S S A A                       S S S A A B B B C               (0, 3, 9) (3, 5, 5) (5, 8, 8) (8, 9, 9)
+    S S S B B B                     0 1 2 3 4 3 4 5 3  <- positions
+    S S S C
+
+A segment is a run of tokens that attend causally to one another; everything in [stop, end) descends from it and attends
+to it too. Key k is therefore visible to query q exactly when `k <= q < end[segment of k]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+TOKEN_BYTES = 4
+LAYOUTS = ("shared_prefix", "packed", "padded")
+
+# One token's matmuls cost as much as attention to this many keys: per layer 2 x 14.9e6 FLOP against 4 x 896 a pair in
+# Qwen2.5-0.5B. Larger models pay relatively less for attention; the balance of rows barely feels the difference.
+PAIRS_PER_TOKEN = 8192
+# A branch must save at least so many tokens: below that the extra attention calls cost more than the tokens do.
+MIN_SHARED = 16
+# A group under one prefix is cut into several rows only if repeating the prefix adds at most this share of work ...
+REPEAT_SHARE = 0.1
+# ... and sequences belong to one group if at least this share of the shorter one is common to both.
+GROUP_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One micro-batch: which sequences it stores, in which order, and what each shares with the one before it."""
+
+    sequences: tuple[tuple[int, int], ...]  # (conversation, its sequence); empty: a filler row of one token
+    lengths: tuple[int, ...]  # tokens of each sequence, shared ones included
+    shared: tuple[int, ...]  # first tokens of each that the row already holds
+    pad_to: int = 0  # tokens that each sequence is padded to (layout "padded" only)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model computes for this row."""
+        if self.pad_to:
+            return self.pad_to * len(self.lengths)
+        return max(1, sum(self.lengths) - sum(self.shared))
+
+    @property
+    def conversations(self) -> tuple[int, ...]:
+        """The conversations that have a sequence in this row, each once."""
+        return tuple(dict.fromkeys(conversation for conversation, _ in self.sequences))
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """The row's attention layout: (start, stop, end) for each run of tokens, see the module's head."""
+        if self.pad_to:
+            return [(at, at + self.pad_to, at + self.pad_to) for at in range(0, self.tokens, self.pad_to)]
+        return segments(self.lengths, self.shared)
+
+
+def segments(lengths: Sequence[int], shared: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cut a row into runs of tokens with one parent each; O(sequences). `shared[i]` tokens come from sequence i - 1."""
+    closed: list[tuple[int, int, int]] = []
+    path: list[list[int]] = []  # open runs of the last sequence: [depth of its first token, start, stop]
+    at = 0
+    for length, common in zip(lengths, shared, strict=True):
+        while path and path[-1][0] >= common:
+            _, start, stop = path.pop()
+            closed.append((start, stop, at))
+        if path and (kept := common - path[-1][0]) < path[-1][2] - path[-1][1]:
+            _, start, stop = path[-1]
+            closed.append((start + kept, stop, at))  # the run's end goes its own way from here
+            path[-1][2] = start + kept
+        if length > common:
+            path.append([common, at, at + length - common])
+        at += length - common
+    closed += [(start, stop, at) for _, start, stop in path]
+    return sorted(closed) or [(0, 1, 1)]
+
+
+def _common(left: bytes, right: bytes) -> int:
+    """How many first tokens two sequences share; a binary search over slices, which compare at memory speed."""
+    low, high = 0, min(len(left), len(right)) // TOKEN_BYTES
+    if left[: high * TOKEN_BYTES] == right[: high * TOKEN_BYTES]:
+        return high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if left[low * TOKEN_BYTES : middle * TOKEN_BYTES] == right[low * TOKEN_BYTES : middle * TOKEN_BYTES]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def branches(keys: Sequence[bytes]) -> list[int]:
+    """For sequences in sorted order: how many tokens each takes over from the one before it.
+
+    The whole common prefix, unless a branch of its own there would save fewer than MIN_SHARED tokens over a branch
+    point that exists already.
+    """
+    shared: list[int] = []
+    points = [0]  # depths at which the path of the last sequence may be left at no cost
+    for index, key in enumerate(keys):
+        common = _common(keys[index - 1], key) if index else 0
+        while points[-1] > common:
+            points.pop()
+        if common - points[-1] >= MIN_SHARED:
+            points.append(common)
+        shared.append(points[-1])
+        points += [len(key) // TOKEN_BYTES] if len(key) // TOKEN_BYTES > points[-1] else []
+    return shared
+
+
+def cost(length: int, shared: int) -> int:
+    """Work of a sequence that stores its tokens after the first `shared`, in attention pairs."""
+    own = length - shared
+    return own * PAIRS_PER_TOKEN + own * shared + own * (own + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Sequences that stay together in a row."""
+
+    members: tuple[int, ...]
+    tokens: int
+    work: int
+
+
+def _piece(members: Sequence[int], keys: Sequence[bytes], layout: str) -> _Piece:
+    lengths = [len(keys[member]) // TOKEN_BYTES for member in members]
+    shared = (
+        branches([keys[member] for member in members]) if layout == "shared_prefix" else [0] * len(members)
+    )
+    work = sum(cost(length, common) for length, common in zip(lengths, shared, strict=True))
+    return _Piece(tuple(members), sum(lengths) - sum(shared), work)
+
+
+def _pieces(keys: Sequence[bytes], rows: int, ranks: int, budget: int) -> list[_Piece]:
+    """Groups of sequences with much in common, cut where they are too long for a row or for an equal share."""
+    order = sorted(range(len(keys)), key=lambda index: (keys[index], index))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups:
+            last = groups[-1][-1]
+            shorter = min(len(keys[last]), len(keys[index])) // TOKEN_BYTES
+            if _common(keys[last], keys[index]) >= max(MIN_SHARED, GROUP_SHARE * shorter):
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    whole = [_piece(group, keys, "shared_prefix") for group in groups]
+    total = sum(piece.tokens for piece in whole)
+    pieces: list[_Piece] = []
+    for piece in whole:
+        pieces += _cut(piece, keys, max(1, ceil(total / rows)), max(1, ceil(total / ranks)), ranks, budget)
+    return pieces
+
+
+def _cut(
+    piece: _Piece, keys: Sequence[bytes], row_share: int, rank_share: int, ranks: int, budget: int
+) -> list[_Piece]:
+    """Cut one group into runs of its sorted members, about equal in tokens."""
+    members = piece.members
+    if len(members) == 1:
+        return [piece]
+    prefix = sum(_common(keys[a], keys[b]) for a, b in zip(members, members[1:], strict=False)) // (
+        len(members) - 1
+    )
+    target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / REPEAT_SHARE))))
+    own = piece.tokens - prefix
+    count = ceil(own / max(1, target - prefix))
+    if count > 1:
+        count = min(len(members), ceil(count / ranks) * ranks)
+    if count <= 1:
+        return [piece]
+    shared = branches([keys[member] for member in members])
+    runs: list[list[int]] = [[]]
+    stored = 0
+    for member, common in zip(members, shared, strict=True):
+        new = len(keys[member]) // TOKEN_BYTES - (common if stored else prefix)
+        held = sum(1 for _ in runs[-1])
+        if held and len(runs) < count and stored + new / 2 > own * len(runs) / count:
+            runs.append([])
+        runs[-1].append(member)
+        stored += new
+    return [_piece(run, keys, "shared_prefix") for run in runs]
+
+
+def _fill(pieces: Sequence[_Piece], rows: int, budget: int) -> list[list[_Piece]] | None:
+    """Longest piece first to the row with the least work that has room; None where some piece fits nowhere."""
+    filled: list[list[_Piece]] = [[] for _ in range(rows)]
+    tokens, work = [0] * rows, [0] * rows
+    for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
+        room = [row for row in range(rows) if tokens[row] + piece.tokens <= budget]
+        if not room:
+            return None
+        row = min(room, key=lambda row: (work[row], row))
+        filled[row].append(piece)
+        tokens[row] += piece.tokens
+        work[row] += piece.work
+    return filled
+
+
+def _by_conversation(pieces: Sequence[_Piece], rows: int, batch_size: int) -> list[list[_Piece]]:
+    """At most `batch_size` conversations a row, balanced: always possible, and within the budget where each one is."""
+    filled: list[list[_Piece]] = [[] for _ in range(rows)]
+    work = [0] * rows
+    for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
+        row = min(
+            (row for row in range(rows) if len(filled[row]) < batch_size), key=lambda row: (work[row], row)
+        )
+        filled[row].append(piece)
+        work[row] += piece.work
+    return filled
+
+
+def plan_rows(
+    keys: Sequence[bytes],
+    owners: Sequence[int],
+    *,
+    layout: str = "shared_prefix",
+    batch_size: int,
+    accumulation: int,
+    ranks: int = 1,
+    budget: int,
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Lay one optimizer step out in exactly `accumulation * ranks` rows, micro-step first, rank second.
+
+    keys: every token sequence of the step as bytes; owners: the conversation each belongs to (at most
+    batch_size * accumulation * ranks of them); budget: the most tokens a row should hold.
+    Returns for each row (members in storage order, tokens each shares with the one before). A row is longer than the
+    budget only where the sequences of single conversations leave no other way.
+    """
+    rows = accumulation * ranks
+    if layout == "padded":
+        filled = _plain(keys, owners, batch_size, rows)
+        return [(tuple(members), (0,) * len(members)) for members in filled]
+    if layout == "packed":
+        pieces = [_piece([index], keys, layout) for index in range(len(keys))]
+    else:
+        pieces = _pieces(keys, rows, ranks, budget)
+    packed = _fill(pieces, rows, budget)
+    if packed is None:
+        whole: dict[int, list[int]] = {}
+        for index in sorted(range(len(keys)), key=lambda index: (keys[index], index)):
+            whole.setdefault(owners[index], []).append(index)
+        packed = _by_conversation(
+            [_piece(members, keys, layout) for members in whole.values()], rows, batch_size
+        )
+    packed.sort(key=lambda row: -sum(piece.work for piece in row))
+    dealt: list[list[_Piece]] = []
+    for step in range(
+        accumulation
+    ):  # rows of like cost meet in a micro-step; ranks take turns to have the longer one
+        dealt += packed[step * ranks : (step + 1) * ranks][:: 1 if step % 2 == 0 else -1]
+    return [_ordered([member for piece in row for member in piece.members], keys, layout) for row in dealt]
+
+
+def _plain(keys: Sequence[bytes], owners: Sequence[int], batch_size: int, rows: int) -> list[list[int]]:
+    """The old way: the step's conversations in their order, `batch_size` a row."""
+    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+    filled: list[list[int]] = [[] for _ in range(rows)]
+    for index in range(len(keys)):
+        filled[numbers[owners[index]] // batch_size].append(index)
+    return filled
+
+
+def _ordered(
+    members: list[int], keys: Sequence[bytes], layout: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    members.sort(key=lambda index: (keys[index], index) if layout == "shared_prefix" else (b"", index))
+    row = [keys[member] for member in members]
+    return tuple(members), tuple(branches(row)) if layout == "shared_prefix" else (0,) * len(row)
