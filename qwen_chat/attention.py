@@ -1,10 +1,11 @@
-"""Attention over rows of many conversations with shared prefixes; its cost grows with the conversations, not with the row.
+"""Attention over rows of many conversations with shared prefixes; linear in the conversations of a row.
 
-In: queries, keys and values of a row and `segments` [S, 3] (start, stop, end; see packing.py), an extra keyword of
-model.forward. Out: what attention within each conversation alone would give, exactly.
+In: queries, keys and values of a row and `segments` [S, 3] (start, stop, end; see packing.py), an extra
+keyword of model.forward. Out: what attention within each conversation alone would give, exactly.
 
-`register()` makes it available to transformers as attention "qwen_chat". Without `segments` (generation, other people's
-code) it is transformers' own SDPA attention. Which kernel does the work is the decision of `choose`.
+`register()` makes it available to transformers as attention "qwen_chat". Without `segments` (generation,
+other people's code) it is transformers' own SDPA attention. Which kernel does the work is the decision of
+`choose`.
 """
 
 from typing import Any, cast
@@ -32,7 +33,8 @@ def register() -> str:
 def choose(device: str, layout: str, dtype: str = "bfloat16", *, flex: bool = True) -> tuple[str, str]:
     """Which kernel attends over the rows of a layout: ("blocks" | "varlen" | "flex" | "mask", reason).
 
-    device: "cpu", "cuda", ...; layout: packing.LAYOUTS; flex: whether FlexAttention can be compiled here (Triton).
+    device: "cpu", "cuda", ...; layout: packing.LAYOUTS; flex: whether FlexAttention can be compiled here
+    (Triton).
     """
     if device == "cpu":
         return "blocks", "CPU: SDPA's flash kernel on each block of the row that is attended to"
@@ -44,7 +46,7 @@ def choose(device: str, layout: str, dtype: str = "bfloat16", *, flex: bool = Tr
         return "flex", f"{why}: FlexAttention skips the blocks that nobody attends to"
     return (
         "mask",
-        f"no other kernel for {dtype} rows on '{device}': SDPA with a mask, memory grows with the row squared",
+        f"no other kernel for {dtype} on '{device}': SDPA with a mask, memory grows with the row squared",
     )
 
 
@@ -75,7 +77,8 @@ def attention(
     windowed = sliding_window is not None and query.shape[2] > sliding_window
     kernel = "mask" if windowed or dropout else _kernel(query, segments)
     if kernel == "blocks":
-        return _Blocks.apply(query, key, value, tuple(map(tuple, segments.tolist())), scale), None
+        layout = tuple(map(tuple, segments.tolist()))
+        return cast(torch.Tensor, _Blocks.apply(query, key, value, layout, scale)), None  # type: ignore[no-untyped-call]
     if kernel == "varlen":
         return _varlen(query, key, value, segments, scale), None
     if kernel == "flex":
@@ -91,7 +94,7 @@ def attention(
 
 
 def visible(segments: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The row's attention as a mask [T, T]: True where query (first index) sees key: k <= q < end[segment of k]."""
+    """The row's attention as a mask [T, T]: query (first index) sees key if k <= q < end[segment of k]."""
     ends = _ends(segments)
     at = torch.arange(tokens, device=segments.device)
     return (at[None, :] <= at[:, None]) & (at[:, None] < ends[None, :])
@@ -117,12 +120,12 @@ def _has_triton() -> bool:
 
 
 class _Blocks(torch.autograd.Function):
-    """CPU: every segment attends causally to itself; what descends from it attends to all of it, in one call a segment.
+    """CPU: a segment attends causally to itself; all that descends from it attends to it in one call.
 
-    Softmax over several blocks of keys is put together from each block's output and log-sum-exp; with the joint output and
-    log-sum-exp each block's backward is exact by itself (as in ring attention, arXiv:2310.01889). Nothing
-    quadratic is stored. Grouped queries: the key heads are the batch and the queries of a group the heads, so keys and values
-    are broadcast, not repeated.
+    Softmax over several blocks of keys is put together from each block's output and log-sum-exp; with the
+    joint output and log-sum-exp each block's backward is exact by itself (as in ring attention,
+    arXiv:2310.01889). Nothing quadratic is stored. Grouped queries: the key heads are the batch and the
+    queries of a group the heads, so keys and values are broadcast, not repeated.
     """
 
     @staticmethod
@@ -163,7 +166,7 @@ class _Blocks(torch.autograd.Function):
         return out.permute(2, 0, 1, 3).reshape(1, tokens, groups * heads, width)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         q, k, v = _grouped(query, key, value)
@@ -173,23 +176,24 @@ class _Blocks(torch.autograd.Function):
         dq = q.new_empty((tokens, groups, heads, width), dtype=exact).permute(1, 2, 0, 3)
         dk = q.new_empty((tokens, groups, width), dtype=exact).permute(1, 0, 2)
         dv = torch.empty_like(dk)
+
+        def part(queries: slice, keys: slice, causal: bool) -> tuple[torch.Tensor, ...]:
+            at = (slice(None), slice(None), queries)
+            part_q, part_k, part_v = _backward_block(
+                g[at], q[at], k[:, :, keys], v[:, :, keys], out[at], lse[at], 0.0, causal, scale=ctx.scale
+            )
+            return part_q, part_k.sum(1, dtype=exact), part_v.sum(1, dtype=exact)
+
         for start, stop, _ in ctx.segments:
             own = slice(start, stop)
-            dq[:, :, own], part_k, part_v = _backward_block(
-                g[:, :, own], q[:, :, own], k[:, :, own], v[:, :, own], out[:, :, own], lse[:, :, own], 0.0, True,
-                scale=ctx.scale,
-            )  # fmt: skip
-            dk[:, own], dv[:, own] = part_k.sum(1, dtype=exact), part_v.sum(1, dtype=exact)
+            dq[:, :, own], dk[:, own], dv[:, own] = part(own, own, True)
         for start, stop, end in ctx.segments:
             if end > stop:
                 below, above = slice(stop, end), slice(start, stop)
-                part_q, part_k, part_v = _backward_block(
-                    g[:, :, below], q[:, :, below], k[:, :, above], v[:, :, above], out[:, :, below], lse[:, :, below],
-                    0.0, False, scale=ctx.scale,
-                )  # fmt: skip
+                part_q, part_k, part_v = part(below, above, False)
                 dq[:, :, below] += part_q
-                dk[:, above] += part_k.sum(1, dtype=exact)
-                dv[:, above] += part_v.sum(1, dtype=exact)
+                dk[:, above] += part_k
+                dv[:, above] += part_v
         dq = dq.reshape(1, groups * heads, tokens, width)
         return dq.to(q.dtype), dk[None].to(k.dtype), dv[None].to(v.dtype), None, None
 
@@ -199,7 +203,7 @@ def _grouped(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[1, H, T, D], [1, Hkv, T, D] -> views [Hkv, H / Hkv, T, D] of all three, keys and values broadcast."""
     groups = key.shape[1]
-    q = query[0].unflatten(0, (groups, query.shape[1] // groups))
+    q = query[0].reshape(groups, query.shape[1] // groups, *query.shape[2:])
     shape = (groups, q.shape[1], *key.shape[2:])
     return q, key[0].unsqueeze(1).expand(shape), value[0].unsqueeze(1).expand(shape)
 
@@ -253,7 +257,7 @@ def _mask_for_calls_without_segments(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' SDPA mask, but none for a whole row: it would be quadratic, and `segments` says it all."""
+    """transformers' SDPA mask, but none for a whole row: `segments` says it all, without a square."""
     if attention_mask is None and q_length == kv_length and (local_size is None or kv_length <= local_size):
         return None
     mask = sdpa_mask(

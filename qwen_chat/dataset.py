@@ -1,7 +1,7 @@
 """From tokenised conversations to the rows of an optimizer step, and from a row to tensors.
 
-In: TokenisedData (`data[i]` -> the `Encoded` sequences of conversation i). Out: for the Trainer's DataLoader a batch
-sampler (WindowSampler), a dataset (Rows) and a collator (Collator). One optimizer step is a window of
+In: TokenisedData (`data[i]` -> the `Encoded` sequences of conversation i). Out: for the Trainer's DataLoader
+a batch sampler (WindowSampler), a dataset (Rows) and a collator (Collator). One optimizer step is a window of
 batch size x accumulation x ranks conversations; how a window is laid out in rows never changes its gradient.
 """
 
@@ -34,10 +34,10 @@ class Conversations(Protocol):
 
 
 class WindowSampler:
-    """Batch sampler: yields `[Row]`, `accumulation * ranks` rows for each window, micro-step first, rank second.
+    """Batch sampler: yields `[Row]`, accumulation x ranks of them a window, micro-step first, rank second.
 
-    Deterministic in (seed, epoch), so every rank makes the same plan, and a resumed run skips to the same place.
-    accelerate then deals row i to rank i % ranks. `set_epoch` must be called before each epoch.
+    Deterministic in (seed, epoch), so every rank makes the same plan, and a resumed run skips to the same
+    place. accelerate then deals row i to rank i % ranks. `set_epoch` must be called before each epoch.
     """
 
     batch_size = 1  # a batch is one row
@@ -97,7 +97,7 @@ class WindowSampler:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
 
     def conversations(self, step: int) -> list[int]:
-        """The conversations of optimizer step `step`, counted from 0 over the whole run (for a NaN's report)."""
+        """The conversations of optimizer step `step`, counted from 0 over the whole run."""
         epoch, window = divmod(step, self.windows)
         return [int(i) for i in self.order(epoch)[window * self.window : (window + 1) * self.window]]
 
@@ -116,8 +116,8 @@ class WindowSampler:
                 key = np.asarray(encoded.input_ids, dtype=np.int32).tobytes()
                 if len(key) > 4 * self.max_length:
                     raise DataError(
-                        f"{_where(self.data, conversation)}: {len(key) // 4} tokens; expected at most {self.max_length};"
-                        " raise --model_max_length, or let --too_long drop or truncate it"
+                        f"{_where(self.data, conversation)}: {len(key) // 4} tokens; expected at most"
+                        f" {self.max_length}; raise --model_max_length, or let --too_long drop or truncate it"
                     )
                 keys.append(key)
                 names.append((conversation, number))
@@ -138,7 +138,7 @@ class WindowSampler:
         return rows
 
     def longest_row(self, windows: int | None = None) -> int:
-        """The most tokens in any row of epoch 0's first `windows` windows (all of them: reads all of the data)."""
+        """The most tokens in any row of epoch 0's first `windows` windows; None reads all of the data."""
         order = self.order(0)
         starts = range(0, len(order), self.window)[:windows]
         return max(
@@ -154,7 +154,7 @@ def _where(data: Conversations, conversation: int) -> str:
 
 
 class Rows(Dataset[tuple[Row, list[Encoded]]]):
-    """The dataset behind a WindowSampler: a Row in, the row and its sequences out. `len` counts conversations."""
+    """The dataset behind a WindowSampler: a Row in, the row and its sequences out."""
 
     def __init__(self, data: Conversations) -> None:
         self.data = data
@@ -169,9 +169,10 @@ class Rows(Dataset[tuple[Row, list[Encoded]]]):
 class Collator:
     """One row to tensors.
 
-    input_ids, position_ids [1, T] · segments [S, 3] the attention layout (packing.py), a keyword of model.forward ·
-    logits_to_keep [K] the positions whose logits are needed (one that several sequences continue from may repeat) ·
-    shift_labels [1, K] what each of them should predict · labels: the same tensor (the Trainer wants to see the name).
+    input_ids, position_ids [1, T] · segments [S, 3] the attention layout (packing.py), a keyword of
+    model.forward · logits_to_keep [K] the positions whose logits are needed (one that several sequences
+    continue from may repeat) · shift_labels [1, K] what each of them should predict · labels: the same tensor
+    (the Trainer wants to see the name).
     """
 
     def __call__(self, items: Sequence[tuple[Row, list[Encoded]]]) -> dict[str, torch.Tensor]:

@@ -1,20 +1,20 @@
 """The loss where there are labels and nowhere else, in chunks, with the gradient formed on the way forward.
 
-In: hidden states of the supervised positions [1, K, hidden] (model.forward got `logits_to_keep`) and what each must predict.
-Out: the sum of their cross-entropies. The logits of one chunk are all that ever exists: with Qwen's 151,936 words a whole
-row's would be the peak of memory. Nothing is computed twice: a chunk's logits become their own gradient in place, and
-backward only scales what is already there.
+In: hidden states of the supervised positions [1, K, hidden] (model.forward got `logits_to_keep`) and what
+each must predict. Out: the sum of their cross-entropies. The logits of one chunk are all that ever exists:
+with Qwen's 151,936 words a whole row's would be the peak of memory. Nothing is computed twice: a chunk's
+logits become their own gradient in place, and backward only scales what is already there.
 
 `ModelLoss` is what a trainer calls:
 
-    loss = ModelLoss(model)                                       # after LoRA wrapping, before DeepSpeed / DDP wrapping
-    result = loss(wrapped_model, batch)                           # batch: what dataset.Collator returns
+    loss = ModelLoss(model)              # after LoRA wrapping, before DeepSpeed / DDP wrapping
+    result = loss(wrapped_model, batch)  # batch: what dataset.Collator returns
     (result.loss_sum / supervised_tokens_of_the_global_step * ranks).backward()
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -29,7 +29,7 @@ class LossResult:
     """What one row gave."""
 
     loss_sum: torch.Tensor  # scalar with gradient: sum of -log p over the supervised tokens
-    correct: int  # supervised tokens that were the likeliest word
+    correct: torch.Tensor  # scalar: supervised tokens that were the likeliest word
     tokens: int  # supervised tokens
 
 
@@ -78,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, []
         return None, None, None, *(grad.mul_(gradient.to(grad.dtype)) for grad in grads)
@@ -93,20 +93,21 @@ def chunked_loss(
     vocabulary: int,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of cross-entropies of `targets` [K] under `head(hidden [K, H])`, and how many were the likeliest word.
+    """Sum of cross-entropies of `targets` [K] under `head(hidden [K, H])`, and how many were hit.
 
-    trainable: the head's tensors that want a gradient; vocabulary: width of the logits, for the size of a chunk.
+    trainable: the head's tensors that want a gradient; vocabulary: width of the logits.
     """
     chunk = max(1, chunk_bytes // (4 * vocabulary))
-    loss, hits = _ChunkedLoss.apply(head, targets, chunk, hidden, *trainable)
-    return loss, hits
+    applied = _ChunkedLoss.apply(head, targets, chunk, hidden, *trainable)  # type: ignore[no-untyped-call]
+    return cast(tuple[torch.Tensor, torch.Tensor], applied)
 
 
 class ModelLoss:
     """Computes a row's loss inside the model's own output head.
 
-    The head is where the weight is owned, so ZeRO-3's hooks have gathered it when the chunks need it, and LoRA or trained
-    token rows on the head work as they are. Outside of a call of ours the head does what it always did.
+    The head is where the weight is owned, so ZeRO-3's hooks have gathered it when the chunks need it, and
+    LoRA or trained token rows on the head work as they are. Outside of a call of ours the head does what it
+    always did.
     """
 
     def __init__(self, model: torch.nn.Module, *, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -116,26 +117,25 @@ class ModelLoss:
         self._targets: torch.Tensor | None = None
         self._hits: torch.Tensor | None = None
         self._chunk_bytes = chunk_bytes
+        self._vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._plain: Callable[[torch.Tensor], torch.Tensor] = head.forward
         self._head = head
-        head.forward = self._forward  # type: ignore[method-assign]
+        head.forward = self._forward
 
     def remove(self) -> None:
         """Give the head back its own forward."""
-        self._head.forward = self._plain  # type: ignore[method-assign]
+        self._head.forward = self._plain
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._targets is None:
             return self._plain(hidden, *args, **kwargs)
         trainable = [parameter for parameter in self._head.parameters() if parameter.requires_grad]
-        weight = getattr(self._head, "weight", None)
-        vocabulary = int(weight.shape[0]) if weight is not None else self._head.out_features
         loss, self._hits = chunked_loss(
             self._plain,
             hidden.flatten(0, -2),
             self._targets,
             trainable=trainable,
-            vocabulary=int(vocabulary),
+            vocabulary=self._vocabulary,
             chunk_bytes=self._chunk_bytes,
         )
         return loss
@@ -150,4 +150,4 @@ class ModelLoss:
             tokens, self._targets = self._targets.numel(), None
         assert self._hits is not None
         hits, self._hits = self._hits, None
-        return LossResult(output.logits, int(hits), tokens)
+        return LossResult(output.logits, hits, tokens)

@@ -1,32 +1,36 @@
 """Which conversations of an optimizer step share a row, and what they share: integers only, no torch.
 
-In: the token sequences of one step as `bytes` (four bytes a token, any fixed byte order: only equality of prefixes and a
-stable order matter). Out: for every row the sequences in it, and how many of each one's first tokens the row already
-holds. A row is the depth-first walk of a tree of prefixes: a sequence stores only what follows the prefix that it shares
-with the sequence before it, so nothing is computed twice and nothing is padding.
+In: the token sequences of one step as `bytes` (four bytes a token, any fixed byte order: only equality of
+prefixes and a stable order matter). Out: for every row the sequences in it, and how many of each one's first
+tokens the row already holds. A row is the depth-first walk of a tree of prefixes: a sequence stores only what
+follows the prefix that it shares with the sequence before it, so nothing is computed twice and nothing is
+padding.
 
     tokens of three sequences       one row                         segments (start, stop, end)
     S S S A A                       S S S A A B B B C               (0, 3, 9) (3, 5, 5) (5, 8, 8) (8, 9, 9)
     S S S B B B                     0 1 2 3 4 3 4 5 3  <- positions
     S S S C
 
-A segment is a run of tokens that attend causally to one another; everything in [stop, end) descends from it and attends
-to it too. Key k is therefore visible to query q exactly when `k <= q < end[segment of k]`.
+A segment is a run of tokens that attend causally to one another; everything in [stop, end) descends from it
+and attends to it too. Key k is therefore visible to query q exactly when `k <= q < end[segment of k]`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 
 TOKEN_BYTES = 4
 LAYOUTS = ("shared_prefix", "packed", "padded")
 
-# One token's matmuls cost as much as attention to this many keys: per layer 2 x 14.9e6 FLOP against 4 x 896 a pair in
-# Qwen2.5-0.5B. Larger models pay relatively less for attention; the balance of rows barely feels the difference.
+# One token's matmuls cost as much as attention to this many keys: per layer 2 x 14.9e6 FLOP against 4 x 896 a
+# pair in Qwen2.5-0.5B. Larger models pay relatively less for attention; the balance of rows barely feels the
+# difference.
 PAIRS_PER_TOKEN = 8192
-# A branch must save at least so many tokens: below that the extra attention calls cost more than the tokens do.
+# A branch must save at least so many tokens: below that the extra attention calls cost more than they.
 MIN_SHARED = 16
-# A group under one prefix is cut into several rows only if repeating the prefix adds at most this share of work ...
+# A group under one prefix is cut into several rows only if repeating the prefix adds at most this share of
+# work ...
 REPEAT_SHARE = 0.1
 # ... and sequences belong to one group if at least this share of the shorter one is common to both.
 GROUP_SHARE = 0.25
@@ -34,7 +38,7 @@ GROUP_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One micro-batch: which sequences it stores, in which order, and what each shares with the one before it."""
+    """One micro-batch: the sequences it stores, in order, and what each shares with the one before."""
 
     sequences: tuple[tuple[int, int], ...]  # (conversation, its sequence); empty: a filler row of one token
     lengths: tuple[int, ...]  # tokens of each sequence, shared ones included
@@ -61,7 +65,7 @@ class Row:
 
 
 def segments(lengths: Sequence[int], shared: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Cut a row into runs of tokens with one parent each; O(sequences). `shared[i]` tokens come from sequence i - 1."""
+    """Cut a row into runs of tokens with one parent each. `shared[i]` tokens come from sequence i - 1."""
     closed: list[tuple[int, int, int]] = []
     path: list[list[int]] = []  # open runs of the last sequence: [depth of its first token, start, stop]
     at = 0
@@ -81,7 +85,7 @@ def segments(lengths: Sequence[int], shared: Sequence[int]) -> list[tuple[int, i
 
 
 def _common(left: bytes, right: bytes) -> int:
-    """How many first tokens two sequences share; a binary search over slices, which compare at memory speed."""
+    """How many first tokens two sequences share: a binary search over slices, compared at memory speed."""
     low, high = 0, min(len(left), len(right)) // TOKEN_BYTES
     if left[: high * TOKEN_BYTES] == right[: high * TOKEN_BYTES]:
         return high
@@ -97,8 +101,8 @@ def _common(left: bytes, right: bytes) -> int:
 def branches(keys: Sequence[bytes]) -> list[int]:
     """For sequences in sorted order: how many tokens each takes over from the one before it.
 
-    The whole common prefix, unless a branch of its own there would save fewer than MIN_SHARED tokens over a branch
-    point that exists already.
+    The whole common prefix, unless a branch of its own there would save fewer than MIN_SHARED tokens over a
+    branch point that exists already.
     """
     shared: list[int] = []
     points = [0]  # depths at which the path of the last sequence may be left at no cost
@@ -138,7 +142,7 @@ def _piece(members: Sequence[int], keys: Sequence[bytes], layout: str) -> _Piece
 
 
 def _pieces(keys: Sequence[bytes], rows: int, ranks: int, budget: int) -> list[_Piece]:
-    """Groups of sequences with much in common, cut where they are too long for a row or for an equal share."""
+    """Groups of sequences with much in common, cut where too long for a row or for an equal share."""
     order = sorted(range(len(keys)), key=lambda index: (keys[index], index))
     groups: list[list[int]] = []
     for index in order:
@@ -164,9 +168,7 @@ def _cut(
     members = piece.members
     if len(members) == 1:
         return [piece]
-    prefix = sum(_common(keys[a], keys[b]) for a, b in zip(members, members[1:], strict=False)) // (
-        len(members) - 1
-    )
+    prefix = sum(_common(keys[a], keys[b]) for a, b in pairwise(members)) // (len(members) - 1)
     target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / REPEAT_SHARE))))
     own = piece.tokens - prefix
     count = ceil(own / max(1, target - prefix))
@@ -188,7 +190,7 @@ def _cut(
 
 
 def _fill(pieces: Sequence[_Piece], rows: int, budget: int) -> list[list[_Piece]] | None:
-    """Longest piece first to the row with the least work that has room; None where some piece fits nowhere."""
+    """Longest piece first to the row with the least work that has room; None where one fits nowhere."""
     filled: list[list[_Piece]] = [[] for _ in range(rows)]
     tokens, work = [0] * rows, [0] * rows
     for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
@@ -203,7 +205,7 @@ def _fill(pieces: Sequence[_Piece], rows: int, budget: int) -> list[list[_Piece]
 
 
 def _by_conversation(pieces: Sequence[_Piece], rows: int, batch_size: int) -> list[list[_Piece]]:
-    """At most `batch_size` conversations a row, balanced: always possible, and within the budget where each one is."""
+    """At most `batch_size` conversations a row, balanced: always possible."""
     filled: list[list[_Piece]] = [[] for _ in range(rows)]
     work = [0] * rows
     for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
@@ -229,8 +231,8 @@ def plan_rows(
 
     keys: every token sequence of the step as bytes; owners: the conversation each belongs to (at most
     batch_size * accumulation * ranks of them); budget: the most tokens a row should hold.
-    Returns for each row (members in storage order, tokens each shares with the one before). A row is longer than the
-    budget only where the sequences of single conversations leave no other way.
+    Returns for each row (members in storage order, tokens each shares with the one before). A row is longer
+    than the budget only where the sequences of single conversations leave no other way.
     """
     rows = accumulation * ranks
     if layout == "padded":
