@@ -113,10 +113,13 @@ class DataReport:
 class Records(Sequence[Conversation]):
     """The good conversations of the files, in order; each is read from disk when it is asked for."""
 
-    def __init__(self, sources: Sequence[_Source], index: _Index, report: DataReport) -> None:
+    def __init__(
+        self, sources: Sequence[_Source], index: _Index, report: DataReport, on_error: OnError
+    ) -> None:
         self._sources = tuple(sources)
         self._index = index
         self.report = report
+        self.on_error = on_error
 
     def __len__(self) -> int:
         return len(self._index.offsets)
@@ -132,10 +135,9 @@ class Records(Sequence[Conversation]):
 
     def _read(self, i: int) -> Conversation:
         source = self._sources[self.file_of(i)]
-        following = self._index.offsets[i + 1] if i + 1 < self._index.starts[self.file_of(i) + 1] else None
         try:
-            raw = source.record_at(self._index.offsets[i], following)
-            return read_record(source.parse(raw))[1]
+            text = source.record_at(self._index.offsets[i], self.size_of(i))
+            return read_record(source.parse(text))[1]
         except (FormatError, ValueError, RecursionError):
             raise DataError(f"{self.where(i)}: the file changed after it was checked; start again") from None
 
@@ -146,6 +148,13 @@ class Records(Sequence[Conversation]):
     def where(self, i: int) -> str:
         """`file:line` of conversation `i`."""
         return f"{self._sources[self.file_of(i)].name}:{self._index.lines[i]}"
+
+    def size_of(self, i: int) -> int:
+        """At most so many bytes does conversation `i` take in its file (uncompressed)."""
+        file = self.file_of(i)
+        last = i + 1 == self._index.starts[file + 1]
+        end = self._sources[file].size if last else self._index.offsets[i + 1]
+        return end - self._index.offsets[i]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -167,7 +176,7 @@ def open_records(
     on_error: OnError = "stop",
     limit: int = 20,
 ) -> Records:
-    """Check every line of the files; raise DataError with all problems (`limit` of them listed), or skip them.
+    """Check every line of the files; raise DataError with all problems (`limit` are listed), or skip them.
 
     A file that is missing, unreadable or holds nothing is a DataError under either `on_error`.
     """
@@ -180,15 +189,16 @@ def open_records(
         scan.file(source)
     report = scan.report([source.name for source in sources])
     if report.problem_total and (on_error == "stop" or not report.conversations):
+        found = _count(report.problem_total, "problem")
         raise DataError(
-            f"{_count(report.problem_total, 'problem')} in {report.skipped:,} of {_count(report.lines, 'line')}"
-            "; correct them, or leave these lines out with --on_error skip",
+            f"{found} in {report.skipped:,} of {_count(report.lines, 'line')}; "
+            "correct them, or leave these lines out with --on_error skip",
             report.problems,
             report.problem_total,
         )
     if not report.conversations:
         raise DataError(f"{', '.join(report.files)}: empty; expected at least one conversation")
-    return Records(sources, scan.index, report)
+    return Records(sources, scan.index, report, on_error)
 
 
 # ---------------------------------------------------------------- one record
@@ -622,19 +632,17 @@ class _Source:
         """Byte offset, line number and bytes of every record that is not blank, or what is wrong there."""
         yield from self._elements() if self._document else self._lines()
 
-    def record_at(self, offset: int, following: int | None) -> str:
-        """The text of the record that begins at `offset`; the next one of this file begins at `following`."""
+    @property
+    def size(self) -> int:
+        """Bytes of the content (uncompressed)."""
+        return self._state[0]
+
+    def record_at(self, offset: int, size: int) -> str:
+        """The text of the record that begins at `offset` and is at most `size` bytes long."""
+        raw = b"".join(_blocks_at(self._stream.fileno(), offset, size))
         if self._document:
-            end = self._state[0] if following is None else following
-            return os.pread(self._stream.fileno(), end - offset, offset).decode("utf-8", "replace")
-        pieces, size = [], 4096
-        while piece := os.pread(self._stream.fileno(), size, offset):
-            head, newline, _ = piece.partition(b"\n")
-            pieces.append(head)
-            if newline:
-                break
-            offset, size = offset + len(piece), min(size * 4, 1 << 24)
-        return self.decode(b"".join(pieces))
+            return raw.decode("utf-8", "replace")
+        return self.decode(raw.partition(b"\n")[0])
 
     @staticmethod
     def decode(raw: bytes) -> str:
@@ -721,8 +729,8 @@ class _Source:
                 end = json.JSONDecoder().raw_decode(text, position)[1]
             except (ValueError, RecursionError) as error:
                 where = line + text.count("\n", position, getattr(error, "pos", position))
-                syntax = isinstance(error, json.JSONDecodeError)
-                yield offset, where, _Defect(_no_json(text, error) if syntax else _TOO_DEEP)
+                reason = _no_json(text, error) if isinstance(error, json.JSONDecodeError) else _TOO_DEEP
+                yield offset, where, _Defect(reason)
                 return
             yield offset, line, text[position:end].encode()
             position = _SPACE.match(text, end).end()  # type: ignore[union-attr]
@@ -820,3 +828,10 @@ def _shape(value: object) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _blocks_at(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
+    """`size` bytes from `offset`, without moving the file's own position (threads and forks share that)."""
+    while size and (block := os.pread(descriptor, size, offset)):
+        yield block
+        offset, size = offset + len(block), size - len(block)
