@@ -1,0 +1,257 @@
+"""A loaded Qwen2, Qwen2.5, Qwen3 or Llama model, laid out for decoding: many rows of different length in one step.
+
+In: a transformers model; each step, `Segment`s: the next tokens of some rows, prompts' pieces and single tokens side by side.
+Out: the logits of the rows that asked for them, (rows, vocabulary) float32.
+
+The step's tokens lie one after the other, (tokens, hidden), with no padding. Linear layers see them all at once; attention goes row by
+row over that row's own keys and values. What a position computes does not depend on who else is in the step, nor on how its
+prompt was cut into pieces: linear layers as quantize.py tells; attention always covers key-value lengths rounded up to TILE
+by the position alone.
+
+It uses the model's own weights, rotary embedding and activation, but not its `forward`: on one core a step of a 135M model spent
+half of its time in the modules' Python. A test holds its logits against the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from qwen_chat.errors import ModelError
+from qwen_chat.kv_cache import TILE, KVRow, KVShape
+from qwen_chat.lora import Lora, Places
+from qwen_chat.quantize import Linear, make_linear
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The next `ids` of one row, at positions `start`, `start + 1`, ...; `row` has room for them."""
+
+    ids: Sequence[int]
+    start: int
+    row: KVRow
+    lora: Lora | None = None
+    wants_logits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: torch.Tensor
+    qkv: Linear
+    query_key_norm: torch.Tensor | None  # (heads + kv heads, head_dim): Qwen3
+    o: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """The model's layers with query, key and value in one matrix and gate and up in another."""
+
+    def __init__(self, model: Any, *, quantize: str | None = None) -> None:
+        config = model.config
+        if config.model_type not in FAMILIES:
+            raise ModelError(
+                f"model type {config.model_type!r}: the engine serves {', '.join(FAMILIES)}; for others use --engine vllm"
+            )
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            raise ModelError("the engine runs on the CPU; on a GPU use --engine vllm")
+        body = model.model
+        first = body.layers[0].self_attn
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim: int = first.head_dim
+        self.vocabulary: int = model.lm_head.weight.shape[0]
+        self.dtype: torch.dtype = body.embed_tokens.weight.dtype
+        self.context: int = _context(config)
+        self.kv_shape = KVShape(len(body.layers), self.kv_heads, self.head_dim, self.dtype)
+        self.places = Places(
+            len(body.layers),
+            {
+                name: getattr(part, name).out_features
+                for part in (first, body.layers[0].mlp)
+                for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+                if hasattr(part, name)
+            },
+            self.dtype,
+        )
+        self._eps = float(config.rms_norm_eps)
+        self._activation: Callable[[torch.Tensor], torch.Tensor] = body.layers[0].mlp.act_fn
+        self._rotary = body.rotary_emb
+        with torch.inference_mode():
+            self._embedding = body.embed_tokens.weight.detach()
+            self._layers = tuple(self._layer(layer, quantize) for layer in body.layers)
+            self._norm = body.norm.weight.detach()
+            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize)
+
+    def _layer(self, layer: Any, quantize: str | None) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norm = None
+        if getattr(attention, "q_norm", None) is not None:
+            norm = torch.cat(
+                (
+                    attention.q_norm.weight.expand(self.heads, -1),
+                    attention.k_norm.weight.expand(self.kv_heads, -1),
+                )
+            )
+        return _Layer(
+            attention_norm=layer.input_layernorm.weight.detach(),
+            qkv=_joined((attention.q_proj, attention.k_proj, attention.v_proj), quantize),
+            query_key_norm=norm,
+            o=_joined((attention.o_proj,), quantize),
+            mlp_norm=layer.post_attention_layernorm.weight.detach(),
+            gate_up=_joined((mlp.gate_proj, mlp.up_proj), quantize),
+            down=_joined((mlp.down_proj,), quantize),
+        )
+
+    @torch.inference_mode()
+    def step(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """Compute the segments' tokens, write their keys and values, return the logits of those that want them, in order."""
+        order = sorted(range(len(segments)), key=lambda i: segments[i].lora.number if segments[i].lora else 0)
+        laid = [segments[i] for i in order]
+        ends, end = [], 0
+        for segment in laid:
+            end += len(segment.ids)
+            ends.append(end)
+        x = self._hidden(laid, ends)
+        wanted = {
+            place: end - 1
+            for place, end, segment in zip(order, ends, laid, strict=True)
+            if segment.wants_logits
+        }
+        if not wanted:
+            return x.new_empty(0, self.vocabulary)
+        places = sorted(wanted)
+        x = functional.rms_norm(x[[wanted[place] for place in places]], x.shape[-1:], self._norm, self._eps)
+        logits = self._head(x).float()
+        return logits
+
+    def _hidden(self, segments: Sequence[Segment], ends: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([token for segment in segments for token in segment.ids])
+        positions = [place for s in segments for place in range(s.start, s.start + len(s.ids))]
+        x = functional.embedding(ids, self._embedding)
+        cos, sin = self._rotary(x[None], torch.tensor([positions]))
+        cos, sin = cos[0, :, None], sin[0, :, None]
+        half = self.head_dim // 2
+        sin = torch.cat(
+            (-sin[..., :half], sin[..., half:]), -1
+        )  # the sign of "rotate half", folded in once a step
+        groups = _groups(segments, ends)
+        masks: dict[tuple[int, int, int], torch.Tensor] = {}
+        hidden, heads, keys = x.shape[-1:], self.heads, self.heads + self.kv_heads
+        for index, layer in enumerate(self._layers):
+            h = functional.rms_norm(x, hidden, layer.attention_norm, self._eps)
+            qkv = _with_lora(layer.qkv(h), h, groups, index, "qkv").view(len(ids), -1, self.head_dim)
+            qk, v = qkv[:, :keys], qkv[:, keys:]
+            if layer.query_key_norm is not None:
+                qk = functional.rms_norm(qk, qk.shape[-1:], None, self._eps) * layer.query_key_norm
+            qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
+            a = self._attend(qk[:, :heads], qk[:, heads:], v, segments, ends, index, masks)
+            x = x + _with_lora(layer.o(a), a, groups, index, "o")
+            h = functional.rms_norm(x, hidden, layer.mlp_norm, self._eps)
+            gate, up = _with_lora(layer.gate_up(h), h, groups, index, "gate_up").chunk(2, -1)
+            h = self._activation(gate) * up
+            x = x + _with_lora(layer.down(h), h, groups, index, "down")
+        return x
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Sequence[Segment],
+        ends: Sequence[int],
+        index: int,
+        masks: dict[tuple[int, int, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """Write keys and values, then attend, a row and a tile of positions at a time; (tokens, heads x head_dim)."""
+        out, begin, kv_heads = torch.empty_like(q), 0, self.kv_heads
+        group = self.heads // kv_heads
+        for segment, end in zip(segments, ends, strict=True):
+            kv = segment.row.layers[index]
+            stop = segment.start + end - begin
+            kv[:kv_heads, segment.start : stop] = k[begin:end].transpose(0, 1)
+            kv[kv_heads:, segment.start : stop] = v[begin:end].transpose(0, 1)
+            first = segment.start
+            while first < stop:
+                last = min(stop, (first // TILE + 1) * TILE)
+                count, length = last - first, -(-last // TILE) * TILE
+                rows = slice(begin + first - segment.start, begin + last - segment.start)
+                queries = q[rows].view(count, kv_heads, group, self.head_dim).transpose(0, 1)
+                attended = functional.scaled_dot_product_attention(
+                    queries.reshape(1, kv_heads, count * group, self.head_dim),
+                    kv[None, :kv_heads, :length],
+                    kv[None, kv_heads:, :length],
+                    attn_mask=_mask(masks, first, last, group, q.dtype),
+                )
+                out[rows].view(count, kv_heads, group, self.head_dim).copy_(
+                    attended.view(kv_heads, count, group, self.head_dim).transpose(0, 1)
+                )
+                first = last
+            begin = end
+        return out.flatten(1)
+
+
+def _mask(
+    masks: dict[tuple[int, int, int], torch.Tensor], first: int, last: int, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive causal mask of positions first..last-1 (within one tile), each repeated for its query heads."""
+    key = (first, last, group)
+    found = masks.get(key)
+    if found is None:
+        length = -(-last // TILE) * TILE
+        hidden = torch.arange(length) > torch.arange(first, last).repeat_interleave(group)[:, None]
+        found = masks[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return found
+
+
+def _groups(segments: Sequence[Segment], ends: Sequence[int]) -> list[tuple[slice, Lora]]:
+    """Ranges of tokens that share an adapter; segments come ordered by adapter."""
+    groups: list[tuple[slice, Lora]] = []
+    begin = 0
+    for segment, end in zip(segments, ends, strict=True):
+        if segment.lora is not None:
+            if groups and groups[-1][1] is segment.lora:
+                groups[-1] = (slice(groups[-1][0].start, end), segment.lora)
+            else:
+                groups.append((slice(begin, end), segment.lora))
+        begin = end
+    return groups
+
+
+def _with_lora(
+    y: torch.Tensor, x: torch.Tensor, groups: Sequence[tuple[slice, Lora]], index: int, place: str
+) -> torch.Tensor:
+    """Add each adapter's share to its own tokens, in place."""
+    for rows, lora in groups:
+        lora.add(y[rows], x[rows], index, place)
+    return y
+
+
+def _joined(modules: Sequence[Any], quantize: str | None) -> Linear:
+    """One linear layer for several that read the same input."""
+    for module in modules:
+        if not isinstance(module, torch.nn.Linear) or not module.weight.is_floating_point():
+            raise ModelError(
+                f"a layer of kind {type(module).__name__}; the engine needs a plain float model (merge the adapter first)"
+            )
+    weight = torch.cat([module.weight for module in modules])
+    biases = [module.bias for module in modules]
+    bias = (
+        None
+        if all(b is None for b in biases)
+        else torch.cat([m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias for m in modules])
+    )
+    return make_linear(weight, bias, quantize)
+
+
+def _context(config: Any) -> int:
+    """Tokens of prompt and reply together; a sliding window, where one is on, is the limit (attention here is full)."""
+    window = config.sliding_window if getattr(config, "use_sliding_window", False) else None
+    return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))

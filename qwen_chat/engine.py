@@ -1,0 +1,654 @@
+"""Many requests, one model, one thread: continuous batching over a decoder with its own keys and values.
+
+In: `GenerationRequest`s from any thread. Out: for each a `Generation`: events as they come, or the whole `Completion`.
+
+    with load_engine(path) as engine:
+        done = engine.generate([GenerationRequest(engine.fmt.prompt_ids(messages), max_tokens=64)])
+
+Every step computes one token of every running request and, within a budget, pieces of the prompts that wait; requests join and
+leave between any two steps. A request's result does not depend on who else is served (decoder.py, sampling.py). A step that
+raises fails the requests in flight, and nothing else: `on_failure` is called and `start()` works again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qwen_chat.decoder import Decoder, Segment
+from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
+from qwen_chat.kv_cache import BLOCK, KVRow, PrefixCache
+from qwen_chat.lora import Lora
+from qwen_chat.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
+
+if TYPE_CHECKING:
+    from qwen_chat.chatml import ChatFormat
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+class PromptTooLong(ServiceError):
+    """A prompt (with at least one token of reply) that the context does not hold."""
+
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        self.prompt_tokens, self.context = prompt_tokens, context
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens; the context holds {context}, reply included; shorten it"
+        )
+
+
+class EngineBusy(ServiceError):
+    """The queue is full."""
+
+
+class EngineStopped(ServiceError):
+    """The engine is not running, or failed under this request."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's text (special tokens too), bytes and log probability; `top` the most likely ones in its place."""
+
+    token: str
+    raw: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step added. `text` may be empty (held back) and `finish_reason` is set on the last event only."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # with finish_reason "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole reply: every event of a generation, folded."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and what is there now; for metrics."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    cache_size: int = 0  # tokens held by the prefix cache
+    kv_tokens: int = 0  # tokens held by running requests
+
+
+class Generation:
+    """One request on its way: thread-safe. Iterate (plain or async) for events, or ask for the whole `result()`."""
+
+    def __init__(self, request: GenerationRequest, number: int, wake: Callable[[], None]) -> None:
+        self.request = request
+        self.number = number
+        self.prompt_tokens = len(request.prompt_ids)
+        self.cached_tokens = 0
+        self.created = time.monotonic()
+        self.first_token_at: float | None = None  # time.monotonic()
+        self.is_cancelled = False
+        self._wake = wake
+        self._events: deque[TokenEvent] = deque()
+        self._ready = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def cancel(self) -> None:
+        """Stop before the next token. The events end with finish reason "cancelled"."""
+        self.is_cancelled = True
+        self._wake()
+
+    def put(self, event: TokenEvent) -> None:
+        """The engine's side: hand over an event."""
+        with self._ready:
+            self._events.append(event)
+            self._ready.notify_all()
+            waiter = self._waiter
+        if waiter is not None:
+            try:
+                waiter[0].call_soon_threadsafe(waiter[1].set)
+            except RuntimeError:  # the reader's event loop is closed: nobody is there to be told
+                self.is_cancelled = True
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while True:
+            with self._ready:
+                while not self._events:
+                    self._ready.wait()
+                event = self._events.popleft()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        arrived = asyncio.Event()
+        with self._ready:
+            self._waiter = (asyncio.get_running_loop(), arrived)
+        try:
+            while True:
+                arrived.clear()
+                while self._events:
+                    event = self._events.popleft()
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+                await arrived.wait()
+        finally:
+            self._waiter = None
+
+    def result(self) -> Completion:
+        """Wait for the end; the whole reply."""
+        return self.fold(list(self))
+
+    async def aresult(self) -> Completion:
+        """The same in an event loop."""
+        return self.fold([event async for event in self])
+
+    def fold(self, events: Sequence[TokenEvent]) -> Completion:
+        """The completion that a complete list of events stands for."""
+        last = events[-1]
+        return Completion(
+            text="".join(event.text for event in events),
+            token_ids=tuple(token for event in events for token in event.token_ids),
+            finish_reason=last.finish_reason or "error",
+            logprobs=tuple(item for event in events for item in event.logprobs),
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            error=last.error,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A request that runs: its tokens, of which the first `computed` have keys and values."""
+
+    generation: Generation
+    sampler: Sampler
+    text: StopText
+    tokens: list[int]
+    end: int  # length of `tokens` at which max_tokens or the context is reached
+    stop_ids: frozenset[int]
+    lora: Lora | None
+    kv: KVRow
+    computed: int = 0
+    started: bool = False  # the prefix cache was asked
+    generated: int = field(default=0)
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.generation.request
+
+    @property
+    def number(self) -> int:
+        return self.lora.number if self.lora else 0
+
+
+class Engine:
+    """Serves requests over one model.
+
+    Args:
+        model: a transformers causal model (qwen2, qwen3, llama), or a Decoder that was made of one.
+        max_batch: requests that run at once; further ones wait.
+        max_queue: requests that may wait; beyond it `submit` raises EngineBusy. None = no bound.
+        kv_tokens: tokens that running requests may hold together; None = what 40 % of the free memory carries.
+        cache_tokens: tokens that the prefix cache may hold; 0 = off.
+        prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
+        adapters: name -> folder of a LoRA adapter.
+        stop_token_ids, stop_strings: end every reply, beside a request's own; None = the tokenizer's and the model's.
+        on_failure: called in the engine's thread, after a step raised; it may call `start()`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        fmt: ChatFormat | None = None,
+        quantize: str | None = None,
+        max_batch: int = 32,
+        max_queue: int | None = None,
+        kv_tokens: int | None = None,
+        cache_tokens: int = 16_384,
+        prefill_tokens: int = 128,
+        adapters: Mapping[str, Path] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        on_failure: Callable[[BaseException], None] | None = None,
+        decisions: Sequence[str] = (),
+    ) -> None:
+        self.decoder = model if isinstance(model, Decoder) else Decoder(model, quantize=quantize)
+        self.tokenizer = tokenizer
+        self.decisions = tuple(decisions)
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.prefill_tokens = prefill_tokens
+        self.on_failure = on_failure
+        self.failure: BaseException | None = None
+        self.stop_token_ids = frozenset(
+            _end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids
+        )
+        self.stop_strings = tuple(stop_strings)
+        self._fmt = fmt
+        self.kv_tokens = kv_tokens or _memory_tokens(self.decoder)
+        self._token_text = TokenText(tokenizer)
+        self._cache = PrefixCache(cache_tokens)
+        self._grammars: GrammarTokenizer | None = None
+        self._grammar_lock = threading.Lock()
+        self._adapters: dict[str, Lora] = {}
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+        self._wakeup = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._numbers = itertools.count()
+        self._counts = dict.fromkeys(
+            ("steps", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
+        )
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Engine:
+        """Start the worker thread; nothing happens where it runs already. Works again after a failure."""
+        with self._wakeup:
+            if self.is_running:
+                return self
+            self._stopping, self.failure = False, None
+            self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the thread after the step it is in; whatever was in flight or waiting ends with "cancelled"."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._wakeup:
+            for row in (*self._running, *self._waiting):
+                row.generation.put(TokenEvent(finish_reason="cancelled"))
+            self._running.clear()
+            self._waiting.clear()
+            self._thread = None
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def is_running(self) -> bool:
+        """True while requests are served."""
+        thread = self._thread
+        return thread is not None and thread.is_alive() and self.failure is None and not self._stopping
+
+    @property
+    def fmt(self) -> ChatFormat:
+        """The chat format of this engine's tokenizer."""
+        if self._fmt is None:
+            from qwen_chat.chatml import ChatFormat
+
+            self._fmt = ChatFormat(self.tokenizer)
+        return self._fmt
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and reply together."""
+        return self.decoder.context
+
+    def stats(self) -> EngineStats:
+        """What is there now and was done since the start."""
+        with self._wakeup:
+            held = sum(row.kv.capacity for row in self._running)
+            return EngineStats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                cache_size=self._cache.tokens,
+                kv_tokens=held,
+                **self._counts,
+            )
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._adapters)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load (or replace) an adapter while others are served. Raises ModelError where it does not fit."""
+        self._adapters[name] = Lora(Path(folder), self.decoder.places)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run with it finish with it."""
+        if self._adapters.pop(name, None) is None:
+            raise ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its grammar) or
+        ModelError (its adapter)."""
+        generation = Generation(request, next(self._numbers), self._notify)
+        row = self._row(generation)
+        with self._wakeup:
+            if not self.is_running:
+                raise EngineStopped(
+                    "the engine is not running" + (f" ({self.failure})" if self.failure else "")
+                )
+            if self.max_queue is not None and len(self._waiting) >= self.max_queue:
+                raise EngineBusy(f"{len(self._waiting)} requests wait already; try again later")
+            self._waiting.append(row)
+            self._counts["requests"] += 1
+            self._wakeup.notify_all()
+        return generation
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Serve all of them, batched; their completions in order. Starts the engine where it does not run."""
+        self.start()
+        return [generation.result() for generation in [self.submit(request) for request in requests]]
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises ToolError where a grammar cannot be used with this vocabulary."""
+        self._matcher(grammar)
+
+    def _row(self, generation: Generation) -> _Row:
+        request = generation.request
+        count = len(request.prompt_ids)
+        room = min(self.context_length, self.kv_tokens)
+        if not count or count >= room:
+            raise (
+                PromptTooLong(count, room)
+                if count
+                else ServiceError("the prompt is empty; expected at least one token")
+            )
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise ModelError(
+                f"no adapter is called {request.adapter!r}; loaded: {', '.join(self._adapters) or 'none'}"
+            )
+        if not all(
+            0 <= token < self.decoder.vocabulary for token in (*request.prompt_ids, *request.logit_bias)
+        ):
+            raise ServiceError(f"a token id is outside the vocabulary of {self.decoder.vocabulary}")
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise OptionError(f"max_tokens is {request.max_tokens}; expected at least 1")
+        matcher = None if request.grammar is None else self._matcher(request.grammar)
+        ends = frozenset() if request.ignore_eos else self.stop_token_ids
+        return _Row(
+            generation=generation,
+            sampler=Sampler(request, matcher),
+            text=StopText((*request.stop, *self.stop_strings)),
+            tokens=list(request.prompt_ids),
+            end=min(room, count + request.max_tokens) if request.max_tokens else room,
+            stop_ids=ends | frozenset(request.stop_token_ids),
+            lora=None if request.adapter is None else self._adapters[request.adapter],
+            kv=KVRow(self.decoder.kv_shape),
+        )
+
+    def _matcher(self, grammar: Grammar) -> Matcher:
+        with self._grammar_lock:
+            if self._grammars is None:
+                self._grammars = GrammarTokenizer(
+                    self.tokenizer, self.decoder.vocabulary, sorted(self.stop_token_ids)
+                )
+            return self._grammars.matcher(grammar)
+
+    def _notify(self) -> None:
+        with self._wakeup:
+            self._wakeup.notify_all()
+
+    # -- the worker thread --------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._wakeup:
+                    while not (self._running or self._waiting or self._stopping):
+                        self._wakeup.wait()
+                    if self._stopping:
+                        return
+                self._step()
+        except Exception as error:  # whatever it was, the requests in flight must hear of it
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._wakeup:
+            self.failure = error
+            rows, self._running = self._running, []
+            self._cache.clear()
+        for row in rows:
+            row.generation.put(
+                TokenEvent(finish_reason="error", error=f"the engine failed: {type(error).__name__}")
+            )
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+    def _step(self) -> None:
+        self._leave()
+        self._join()
+        segments, rows = self._plan()
+        if not segments:
+            return
+        logits = self.decoder.step(segments)
+        self._counts["steps"] += 1
+        ready = []
+        for row, segment in zip(rows, segments, strict=True):
+            row.computed += len(segment.ids)
+            if segment.wants_logits:
+                ready.append(row)
+            if not row.generated and (segment.wants_logits or len(segment.ids) > 1):
+                self._cache.store(row.kv, row.number, row.tokens[: row.computed])
+        for row, choice in zip(ready, self._choose(ready, logits), strict=True):
+            if isinstance(choice, ToolError):
+                self._finish(row, TokenEvent(finish_reason="error", error=str(choice)))
+            else:
+                self._advance(row, choice)
+
+    def _leave(self) -> None:
+        """Requests whose client left or whose time is over."""
+        now = time.monotonic()
+        for row in (*self._running, *self._waiting):
+            deadline = row.request.deadline
+            if row.generation.is_cancelled:
+                self._finish(row, TokenEvent(row.text.finish(), finish_reason="cancelled"))
+            elif deadline is not None and now >= deadline:
+                self._finish(row, TokenEvent(row.text.finish(), finish_reason="deadline"))
+
+    def _join(self) -> None:
+        """Waiting requests start while there is a place and memory for their prompt and a little more; when the running
+        ones outgrow the memory, the youngest waits again (its tokens are kept, its keys and values computed anew)."""
+        with self._wakeup:
+            held = sum(max(len(row.tokens) + 1, row.computed) for row in self._running)
+            while held > self.kv_tokens and len(self._running) > 1:
+                row = self._running.pop()
+                held -= len(row.tokens) + 1
+                row.kv, row.computed, row.started = KVRow(self.decoder.kv_shape), 0, False
+                self._waiting.appendleft(row)
+            while self._waiting and len(self._running) < self.max_batch:
+                need = min(len(self._waiting[0].tokens) + BLOCK, self._waiting[0].end)
+                if self._running and held + need > self.kv_tokens:
+                    break
+                held += need
+                self._running.append(self._waiting.popleft())
+
+    def _plan(self) -> tuple[list[Segment], list[_Row]]:
+        """This step's tokens: one of every row that decodes, then pieces of prompts, oldest first, within the budget."""
+        decoding = [row for row in self._running if len(row.tokens) - row.computed == 1]
+        filling = [row for row in self._running if len(row.tokens) - row.computed > 1]
+        budget = self.prefill_tokens if decoding else 4 * self.prefill_tokens
+        rows, segments = [], []
+        for row in decoding:
+            rows.append(row)
+            segments.append(self._segment(row, 1))
+        beginnings = set()
+        for row in filling:
+            if budget <= 0:
+                break
+            beginning = (row.number, tuple(row.tokens[:BLOCK]))
+            if not row.started:
+                if beginning in beginnings:
+                    continue  # another row computes the same beginning in this step: take it from the cache in the next
+                self._start(row)
+            beginnings.add(beginning)
+            count = min(len(row.tokens) - row.computed, budget)
+            budget -= count
+            rows.append(row)
+            segments.append(self._segment(row, count))
+        return segments, rows
+
+    def _start(self, row: _Row) -> None:
+        row.started = True
+        row.computed = self._cache.fill(row.kv, row.number, row.tokens)
+        if not row.generated:
+            row.generation.cached_tokens = row.computed
+            self._counts["cached_tokens"] += row.computed
+            self._counts["prompt_tokens"] += row.generation.prompt_tokens
+
+    def _segment(self, row: _Row, count: int) -> Segment:
+        stop = row.computed + count
+        row.kv.reserve(stop)
+        return Segment(
+            row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens)
+        )
+
+    def _choose(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Choice | ToolError]:
+        """One token a row; all greedy rows in one call."""
+        if not rows:
+            return []
+        best = logits.argmax(-1).tolist()
+        choices: list[Choice | ToolError] = []
+        for place, row in enumerate(rows):
+            if row.request.is_plain_greedy:
+                choices.append(Choice(best[place]))
+                continue
+            try:
+                choices.append(row.sampler.pick(logits[place]))
+            except ToolError as error:
+                choices.append(error)
+        return choices
+
+    def _advance(self, row: _Row, choice: Choice) -> None:
+        """Add a token to a row; say what it shows; end the row where it must end."""
+        row.generated += 1
+        self._counts["generated_tokens"] += 1
+        if row.generation.first_token_at is None:
+            row.generation.first_token_at = time.monotonic()
+        reason: FinishReason | None = None
+        text, token = "", choice.token_id
+        if token in row.stop_ids:
+            reason = "stop"
+        else:
+            text, stopped = row.text.feed(self._token_text.bytes_of(token))
+            row.tokens.append(token)
+            matcher = row.sampler.matcher
+            if stopped or (matcher is not None and matcher.is_complete):
+                reason = "stop"
+            elif len(row.tokens) >= row.end:
+                reason = "length"
+            if reason is not None and not stopped:
+                text += row.text.finish()
+        if reason == "stop" and token in row.stop_ids:
+            text = row.text.finish()
+        event = TokenEvent(text, (token,), self._logprobs(choice), reason)
+        if reason is None:
+            row.generation.put(event)
+        else:
+            self._finish(row, event)
+
+    def _finish(self, row: _Row, event: TokenEvent) -> None:
+        if row.computed and event.finish_reason in ("stop", "length"):
+            self._cache.store(row.kv, row.number, row.tokens[: row.computed])
+        with self._wakeup:
+            if row in self._running:
+                self._running.remove(row)
+            elif row in self._waiting:
+                self._waiting.remove(row)
+        row.generation.put(event)
+
+    def _logprobs(self, choice: Choice) -> tuple[TokenLogprob, ...]:
+        if choice.logprob is None:
+            return ()
+        name = self._token_text.name_of
+        top = tuple(TokenLogprob(*name(token), logprob) for token, logprob in choice.top)
+        return (TokenLogprob(*name(choice.token_id), choice.logprob, top),)
+
+
+def load_engine(
+    model_path: str | Path | None,
+    *,
+    adapters: Mapping[str, Path] | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Engine:
+    """Load a model (as `models.resolve` finds it) and make an engine of it, not started; `.fmt` is its chat format.
+
+    Args:
+        dtype: "auto" = float32 on a CPU. quantize: "int8" or None. options: any other of Engine's.
+    """
+    from qwen_chat import models
+    from qwen_chat.chatml import ChatFormat
+
+    path = models.resolve(None if model_path is None else str(model_path))
+    loaded = models.load_model(
+        path, dtype="float32" if dtype == "auto" else dtype, trust_remote_code=trust_remote_code
+    )
+    fmt = ChatFormat(loaded.tokenizer)
+    options.setdefault("stop_strings", fmt.stop_strings)
+    options.setdefault("stop_token_ids", {*fmt.stop_token_ids, *_end_tokens(loaded.model, loaded.tokenizer)})
+    return Engine(
+        loaded.model,
+        loaded.tokenizer,
+        fmt=fmt,
+        quantize=quantize,
+        adapters=adapters,
+        decisions=loaded.decisions,
+        **options,
+    )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokenizer's end token and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    found = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def _memory_tokens(decoder: Decoder) -> int:
+    """Tokens whose keys and values fit 40 % of the memory that is free now; at least one context."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available * 0.4)
+    return max(free // decoder.kv_shape.token_bytes, min(decoder.context, 1024))

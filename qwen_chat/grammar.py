@@ -1,0 +1,176 @@
+"""What a reply must match: JSON, a schema, or tool calls. Built on llguidance.
+
+In: a schema or tools. Out: a `Grammar` (text, hashable, no tokenizer); with a tokenizer it becomes a `Matcher` that masks logits.
+
+llguidance rather than xgrammar: it walks the grammar lazily (no compilation that explodes: 0.1 to 2 ms for ordinary schemas, limits
+that end in an error), mixes text, special tokens and JSON schemas in one grammar, and brings no dependency of its own.
+JSON is written as the model was taught to write it (", " and ": ", one line): an untuned model cannot run away in white space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+
+from qwen_chat.errors import ToolError
+
+Json = Mapping[str, Any]
+
+_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_LIMIT_SCHEMA = 65_536  # characters of one schema
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A grammar in llguidance's Lark dialect. `{OPEN}` and `{CLOSE}` stand for the tool-call tags, which are tokens in some vocabularies
+    and ordinary text in others."""
+
+    source: str
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def json_schema(cls, schema: Json | bool) -> Grammar:
+        """JSON that is valid under `schema`. Raises ToolError where the schema is no schema or too large."""
+        return cls(f"start: %json {_schema_text(schema, 'response_format')}\n")
+
+    @classmethod
+    def tool_call(cls, tools: Sequence[Json], *, name: str | None = None, parallel: bool = False) -> Grammar:
+        """One call in Hermes form (more, where `parallel`), of the tool `name` or of any of `tools`, valid arguments.
+
+        Raises ToolError where `name` is not among the tools or a tool's schema cannot be used.
+        """
+        chosen = [tool for tool in tools if name is None or _function(tool).get("name") == name]
+        if not chosen:
+            known = ", ".join(str(_function(tool).get("name")) for tool in tools) or "none"
+            raise ToolError(f"tool_choice: no tool is called {name!r}; the tools are: {known}")
+        more = r' ("\n" call)*' if parallel else ""
+        return cls(f"start: call{more}\ncall: {{OPEN}} body\n{_body(chosen)}")
+
+    @classmethod
+    def tools_in_text(cls, tools: Sequence[Json]) -> Grammar:
+        """Free text in which every opened <tool_call> must become a valid call (`strict` tools under tool_choice auto)."""
+        return cls(
+            "start: (text_call)* rest\nrest: TEXT\ntext_call: head body\n{HEAD}"
+            f"TEXT: /(.|\\n)*/\n{_body(tools)}"
+        )
+
+
+def _body(tools: Sequence[Json]) -> str:
+    """The part of a call after its opening tag, for any of the tools."""
+    rules = [
+        f"tool_{i}: {json.dumps(_call_head(tool))} %json {_tool_schema(tool)}\n"
+        for i, tool in enumerate(tools)
+    ]
+    names = " | ".join(f"tool_{i}" for i in range(len(tools)))
+    return f'body: "\\n" ({names}) "}}\\n" {{CLOSE}}\n' + "".join(rules)
+
+
+def _call_head(tool: Json) -> str:
+    return f'{{"name": {json.dumps(_function(tool)["name"], ensure_ascii=False)}, "arguments": '
+
+
+def _function(tool: Json) -> Json:
+    function = tool.get("function", tool)
+    return function if isinstance(function, Mapping) else {}
+
+
+def _tool_schema(tool: Json) -> str:
+    """The schema of a tool's arguments. Without one: any object. Arguments are an object whatever the schema leaves open."""
+    schema = _function(tool).get("parameters") or {}
+    if not isinstance(schema, Mapping):
+        raise ToolError(
+            f"tool {_function(tool).get('name')!r}: parameters are no JSON schema; expected an object"
+        )
+    if not schema.get("type") and not any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf")):
+        schema = {"type": "object", **schema}
+    return _schema_text(schema, f"tool {_function(tool).get('name')!r}")
+
+
+def _schema_text(schema: Json | bool, where: str) -> str:
+    if not isinstance(schema, (Mapping, bool)):
+        raise ToolError(f"{where}: the schema is {type(schema).__name__}; expected an object")
+    plain: Any = {**schema, "x-guidance": _LAYOUT} if isinstance(schema, Mapping) else {"x-guidance": _LAYOUT}
+    try:
+        text = json.dumps(plain, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ToolError(f"{where}: the schema cannot be written as JSON ({error})") from None
+    if len(text) > _LIMIT_SCHEMA:
+        raise ToolError(f"{where}: the schema has {len(text):,} characters; the limit is {_LIMIT_SCHEMA:,}")
+    return text
+
+
+class GrammarTokenizer:
+    """A vocabulary prepared for grammars (about a second for 150,000 tokens: made once, on first use)."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Sequence[int]) -> None:
+        self._tokenizer: LLTokenizer = from_tokenizer(
+            tokenizer, n_vocab=vocabulary, eos_token=list(end_tokens)
+        )
+        self._vocabulary = vocabulary
+        ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in (OPEN, CLOSE)}
+        known = tokenizer.get_vocab()
+        self._is_token = all(tag in known for tag in ids)
+        self._tag_ids = ids
+        self._limits = LLParserLimits(
+            initial_lexer_fuel=2_000_000, step_lexer_fuel=400_000, max_items_in_row=2_000
+        )
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """Raises ToolError where the schema cannot be satisfied, is not understood, or is too complex."""
+        matcher = LLMatcher(self._tokenizer, self._source(grammar), log_level=0, limits=self._limits)
+        if matcher.is_error():
+            reason = matcher.get_error().strip().splitlines()[0][:300]
+            raise ToolError(f"the schema cannot be used: {reason}")
+        return Matcher(matcher, self._vocabulary)
+
+    def _source(self, grammar: Grammar) -> str:
+        tags = {
+            tag: f"<[{self._tag_ids[tag]}]>" if self._is_token else json.dumps(tag) for tag in (OPEN, CLOSE)
+        }
+        head = f"head: TEXT {tags[OPEN]}\n" if self._is_token else f"head[lazy]: TEXT {tags[OPEN]}\n"
+        source = grammar.source.replace("{HEAD}", head)
+        return source.replace("{OPEN}", tags[OPEN]).replace("{CLOSE}", tags[CLOSE])
+
+
+class Matcher:
+    """Where one reply stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._bits = torch.zeros((vocabulary + 31) // 32, dtype=torch.int32)
+        self._vocabulary = vocabulary
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with every token that the grammar forbids at minus infinity. Raises ToolError where nothing is left."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.numel() * 4)
+        if self._matcher.is_error():
+            raise ToolError(
+                f"the schema led nowhere: {self._matcher.get_error().strip().splitlines()[0][:300]}"
+            )
+        shifts = torch.arange(32, dtype=torch.int32)
+        allowed = (self._bits[:, None] >> shifts & 1).flatten()[: self._vocabulary].bool()
+        masked = scores.new_full(scores.shape, float("-inf"))
+        masked[: self._vocabulary] = torch.where(
+            allowed, scores[: self._vocabulary], masked[: self._vocabulary]
+        )
+        return masked
+
+    def consume(self, token: int) -> None:
+        """Move on by one token."""
+        self._matcher.consume_token(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """True where the grammar is satisfied and allows nothing more."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()

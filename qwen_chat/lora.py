@@ -1,0 +1,140 @@
+"""LoRA adapters beside one base model, several at once: each adds its share to its own rows.
+
+In: a folder that PEFT saved (adapter_config.json, adapter_model.safetensors). Out: a `Lora` whose matrices are laid out for
+the decoder's joined layers. Adapters stay in float beside an int8 base. What cannot be applied beside a shared base (DoRA,
+whole modules that were trained) is a ModelError that says to merge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qwen_chat.errors import ModelError
+from qwen_chat.quantize import FloatLinear
+
+JOINED = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+_KEY = re.compile(r"\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_A|lora_B)\.weight$")
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What an adapter must fit: layers, the outputs of each projection, the dtype of the base."""
+
+    layers: int
+    outputs: Mapping[str, int]
+    dtype: torch.dtype
+
+
+class Lora:
+    """One adapter. `number` is never used twice: a prefix cache keyed by it cannot serve an unloaded one's keys."""
+
+    def __init__(self, folder: Path, places: Places) -> None:
+        self.number = next(_numbers)
+        self.folder = folder
+        config = _read_config(folder)
+        try:
+            tensors = load_file(str(folder / "adapter_model.safetensors"))
+        except Exception as error:  # safetensors raises its own kind, and OSError
+            raise ModelError(f"{folder}: adapter_model.safetensors cannot be read ({error})") from None
+        halves = _halves(folder, tensors, places)
+        self._pairs: dict[tuple[int, str], tuple[FloatLinear, FloatLinear]] = {}
+        for layer in range(places.layers):
+            for place, names in JOINED.items():
+                pair = _join(halves, layer, names, places, config)
+                if pair is not None:
+                    self._pairs[layer, place] = pair
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, place: str) -> None:
+        """Add this adapter's share for inputs x (tokens, in) to y (tokens, out), in place."""
+        pair = self._pairs.get((layer, place))
+        if pair is not None:
+            y += pair[1](pair[0](x))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: no adapter there ({error}); expected a folder that finetune.sh --use_lora wrote"
+        ) from None
+    wrong = [
+        key
+        for key in ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication")
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or wrong:
+        what = ", ".join(wrong) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise ModelError(
+            f"{folder}: this adapter ({what}) cannot run beside a shared base; merge it and serve the result"
+        )
+    return config
+
+
+def _halves(
+    folder: Path, tensors: Mapping[str, torch.Tensor], places: Places
+) -> dict[tuple[int, str, str], torch.Tensor]:
+    """(layer, projection, lora_A or lora_B) -> matrix; every tensor of the file is used or the adapter is refused."""
+    halves = {}
+    for name, tensor in tensors.items():
+        found = _KEY.search(name)
+        if found is None or int(found[1]) >= places.layers or found[2] not in places.outputs:
+            raise ModelError(
+                f"{folder}: tensor {name} has no place in this base model; merge the adapter and serve the result"
+            )
+        half = (int(found[1]), found[2], found[3])
+        if found[3] == "lora_B" and tensor.shape[0] != places.outputs[found[2]]:
+            raise ModelError(
+                f"{folder}: {name} has {tensor.shape[0]} outputs, this base {places.outputs[found[2]]}; "
+                "the adapter belongs to another model"
+            )
+        halves[half] = tensor
+    return halves
+
+
+def _join(
+    halves: Mapping[tuple[int, str, str], torch.Tensor],
+    layer: int,
+    names: tuple[str, ...],
+    places: Places,
+    config: Mapping[str, Any],
+) -> tuple[FloatLinear, FloatLinear] | None:
+    """A of all projections stacked, B as blocks on the diagonal and scaled: two multiplications for the joined layer."""
+    ups, downs = [], []
+    for name in names:
+        down, up = halves.get((layer, name, "lora_A")), halves.get((layer, name, "lora_B"))
+        if down is None or up is None:
+            ups.append(torch.zeros(places.outputs[name], 0))
+            continue
+        downs.append(down.float())
+        ups.append(up.float() * _scale(config, name, down.shape[0]))
+    if not downs:
+        return None
+    return FloatLinear(torch.cat(downs).to(places.dtype)), FloatLinear(
+        torch.block_diag(*ups).to(places.dtype)
+    )
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """lora_alpha / r, or / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next(
+        (value for key, value in patterns.items() if re.search(rf"(^|\.){key}$", name)), config["lora_alpha"]
+    )
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

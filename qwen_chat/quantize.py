@@ -1,0 +1,96 @@
+"""Linear layers as the engine computes them: float32, bfloat16, or int8 weights with a scale for each row of activations.
+
+In: a weight (out, in) and a bias. Out: a callable on (rows, in) whose rows do not depend on each other: a row gives the same
+bits alone and among neighbours. In int8 that is exact by construction (whole numbers are summed); in float32 it holds for
+oneDNN's packed weights on the processors it was measured on, where torch's default multiplication changes its order of
+summation with the number of rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, Protocol
+
+import torch
+from torch.nn import functional
+
+from qwen_chat.errors import OptionError
+
+Quantize = Literal["int8"]
+
+
+class Linear(Protocol):
+    """x (rows, in) -> (rows, out)."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+def make_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, quantize: str | None = None
+) -> Linear:
+    """The linear layer for a weight (out, in) in the way `quantize` names. The weight is copied into a layout of its own."""
+    if quantize is None:
+        return FloatLinear(weight, bias)
+    if quantize == "int8":
+        return Int8Linear(weight, bias)
+    raise OptionError(f"quantize: {quantize!r}; expected int8 or nothing")
+
+
+class FloatLinear:
+    """float32 or bfloat16, packed for oneDNN where this torch has it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._bias = None if bias is None else bias.detach().clone()
+        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        weight = weight.detach()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight.clone()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return y
+        return functional.linear(x, self._weight, self._bias)
+
+
+class Int8Linear:
+    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
+
+    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two products of 7 and 8 bits
+    fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole numbers and give the same bits: fbgemm's is
+    the fast one for few rows, `_int_mm` on AMX tiles for many (it wants more than 16).
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        weight = weight.detach().float()
+        self._scale = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+        whole = (weight / self._scale[:, None]).round_().to(torch.int8)
+        self._bias = None if bias is None else bias.detach().float().clone()
+        wide = torch.cpu._is_vnni_supported()
+        self._levels, self._zero = (127, 128) if wide else (63, 64)
+        self._many = whole.t() if torch.cpu._is_amx_tile_supported() else None
+        self._few = _pack(whole, self._scale)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        scale = (
+            torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
+            .clamp_min_(1e-12)
+            .div_(self._levels)
+        )
+        whole = (x / scale).round_()
+        if self._many is not None and x.shape[0] > 16:
+            y = torch._int_mm(whole.to(torch.int8), self._many) * self._scale
+        else:
+            y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                whole, 1.0, self._zero, self._few
+            )
+        y.mul_(scale)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+def _pack(whole: torch.Tensor, scale: torch.Tensor) -> object:
+    """fbgemm's own layout of an int8 weight. The ops that take it are marked as leaving torch one day; requirements pin torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(weight, None)
