@@ -1,0 +1,323 @@
+"""How good is a model, or an adapter, on conversations that it has not seen?
+
+    python finetune/evaluate.py --adapter finetune/io_file/output_data/demo \
+        -d finetune/io_file/input_data/example_eval_data.jsonl --compare base
+
+In: held-out conversations. Out: loss, perplexity and token accuracy of the replies; where tools are offered,
+how often the model called the right ones rightly, called without need, or did not call; confidence intervals,
+a confusion table, the worst cases in full. What has been computed is kept (by the content of model and data),
+so a run that was killed goes on, and the same question asked again is answered at once.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
+
+from qwen_chat import arguments, demo_model, errors, evaluation, models, records
+from qwen_chat.arguments import ModelArguments, option
+from qwen_chat.errors import DataError, FormatError, OptionError
+from qwen_chat.logs import rank_zero
+
+RECIPE = 1  # raise it when the same model and data would give other replies
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Evaluation"""
+
+    data_path: tuple[str, ...] = option((), "held-out conversations, as for training", "-d")
+    adapter: str | None = option(None, "an adapter over the model; without -m over the base that it names")
+    compare: str | None = option(
+        None, "a second model folder, hub name or adapter folder; 'base': the model without its adapter"
+    )
+    calls: Literal["free", "strict", "required"] = option(
+        "free", "strict: a call that is opened fits its schema; required: every reply is a call"
+    )
+    max_new_tokens: int = option(256, "longest reply")
+    model_max_length: int = option(2048, "longer conversations are left out of the loss, and counted")
+    batch_size: int = option(8, "replies written at once")
+    limit: int | None = option(None, "only the first so many conversations")
+    on_error: Literal["stop", "skip"] = option("stop", "bad lines stop it, or are counted and left out")
+    tool_style: Literal["auto", "hermes", "qwen_agent"] = option("auto", "how tools and calls are written")
+    output: str | None = option(None, "also write the whole report to this JSON file", "-o")
+    fresh: bool = option(False, "compute everything again")
+    json: bool = option(False, "print one JSON object on standard output")
+
+
+@dataclass
+class Side:
+    """One model and what was found about it."""
+
+    name: str
+    model: Path
+    adapter: Path | None
+    losses: list[evaluation.SequenceLoss] = field(default_factory=list)
+    judged: list[evaluation.Judged] = field(default_factory=list)
+    dropped: int = 0
+
+
+def main() -> int:
+    values = arguments.read(sys.argv[1:], [ModelArguments, EvaluateArguments], about=str(__doc__))
+    chosen, options = values[ModelArguments], values[EvaluateArguments]
+    for note in values.notes:
+        rank_zero(f"note: {note}")
+    if not options.data_path:
+        raise OptionError("-d: no data; name at least one file of held-out conversations")
+    for name in ("max_new_tokens", "batch_size", "model_max_length", "limit"):
+        if (getattr(options, name) or 1) < 1:
+            raise OptionError(f"--{name}: {getattr(options, name)}; expected a number above 0")
+    if options.output and not Path(options.output).resolve().parent.is_dir():
+        raise OptionError(f"-o: {Path(options.output).parent} is no folder; make it first")
+    data = records.open_records(options.data_path, on_error=options.on_error)
+    cases = read_cases(data, options)
+    sides = [find_side(chosen.model, options.adapter)]
+    if options.compare is not None:
+        sides.append(find_side(chosen.model, None) if options.compare == "base" else other(options.compare))
+    for side in sides:
+        run(side, data, cases, chosen, options)
+    report = write_report(sides, data, options)
+    if options.output:
+        Path(options.output).write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
+    print(json.dumps(report, ensure_ascii=False) if options.json else describe(report))
+    return 0
+
+
+def find_side(model: str | None, adapter: str | None) -> Side:
+    """Resolve the names; the base of an adapter is the model given, else the one that it names."""
+    folder = None if adapter is None else Path(adapter)
+    base = models.adapter_base(folder) if folder is not None else None
+    path = models.resolve(model or base)
+    return Side(str(adapter or model or path.name), path, folder)
+
+
+def other(name: str) -> Side:
+    """The model of --compare: an adapter's folder, or a model."""
+    return find_side(None, name) if (Path(name) / "adapter_config.json").is_file() else find_side(name, None)
+
+
+def read_cases(data: records.Records, options: EvaluateArguments) -> list[evaluation.Case]:
+    """The turns to be written, with the answers that the file accepts besides its own."""
+    accepted = [accepted_answers(Path(path)) for path in options.data_path]
+    cases = []
+    for i in range(count(data, options)):
+        where = data.where(i)
+        line = int(where.rpartition(":")[2])
+        try:
+            cases += evaluation.cases_of(data[i], where, accepted[data.file_of(i)].get(line))
+        except FormatError as error:
+            raise DataError(str(error)) from None
+    return cases
+
+
+def count(data: records.Records, options: EvaluateArguments) -> int:
+    return min(len(data), options.limit or len(data))
+
+
+def accepted_answers(path: Path) -> dict[int, dict[int, Any]]:
+    """Line -> message -> its "accepted" list, from a plain jsonl file (other files have none)."""
+    if path.suffix != ".jsonl":
+        return {}
+    found: dict[int, dict[int, Any]] = {}
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if '"accepted"' not in line:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:  # a bad line that --on_error skip leaves out
+                continue
+            messages = record.get("messages") if isinstance(record, dict) else None
+            marked = {k: m["accepted"] for k, m in enumerate(messages or ()) if "accepted" in m}
+            if marked:
+                found[number] = marked
+    return found
+
+
+def run(
+    side: Side,
+    data: records.Records,
+    cases: list[evaluation.Case],
+    chosen: ModelArguments,
+    options: EvaluateArguments,
+) -> None:
+    """Fill in what is known of a model; what is not kept from an earlier run is computed."""
+    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.engine import Engine
+    from tqdm import tqdm
+
+    from qwen_chat import token_cache
+
+    kept = open_kept(side, data, options)
+    loaded = models.load_model(
+        side.model,
+        adapter=side.adapter,
+        attention=chosen.attn_implementation,
+        trust_remote_code=chosen.trust_remote_code,
+    )
+    rank_zero(f"{side.name}: {'; '.join(loaded.decisions)}")
+    # Merged, an adapter costs nothing while decoding; in float32 the logits agree to about 1e-5.
+    model = loaded.model if side.adapter is None else loaded.model.merge_and_unload()
+    fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style)
+    tokens = token_cache.tokenise(data, fmt, max_length=options.model_max_length, too_long="drop")
+    wanted = {data.where(i) for i in range(count(data, options))}
+    chosen_ones = [i for i in range(len(tokens)) if tokens.where(i) in wanted]
+    side.dropped = len(wanted) - len(chosen_ones)
+    with tqdm(total=len(chosen_ones), desc=f"{side.name}: loss", file=sys.stderr) as bar:
+        side.losses = evaluation.sequence_losses(
+            model, tokens, chosen_ones, kept, lambda done: move(bar, done)
+        )
+    if not cases:
+        return
+    engine = Engine(model, loaded.tokenizer, max_batch=options.batch_size)
+    with tqdm(total=len(cases), desc=f"{side.name}: calls", file=sys.stderr) as bar:
+        texts = evaluation.write_replies(
+            engine,
+            fmt,
+            cases,
+            kept,
+            calls=options.calls,
+            max_tokens=options.max_new_tokens,
+            batch=options.batch_size,
+            tick=lambda done: move(bar, done),
+        )
+    side.judged = evaluation.judge(cases, texts, fmt)
+
+
+def move(bar: Any, done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> evaluation.Kept:
+    """The results kept for exactly this model, data and way of asking."""
+    asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
+    identity = [
+        *asked,
+        identify(side.model),
+        side.adapter and identify(side.adapter),
+        options.model_max_length,
+    ]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    path = demo_model.cache_dir() / "evaluations" / f"{name}.jsonl"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    return evaluation.Kept(path)
+
+
+def identify(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file that makes the model what it is."""
+    files = sorted(
+        f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin", ".jinja", ".txt")
+    )
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def write_report(sides: list[Side], data: records.Records, options: EvaluateArguments) -> dict[str, Any]:
+    """Everything as plain values: `model`, `compared_with` and `comparison` where there are two."""
+    report: dict[str, Any] = {"data": list(options.data_path), "conversations": count(data, options)}
+    report["skipped_lines"], report["calls"] = data.report.skipped, options.calls
+    for key, side in zip(("model", "compared_with"), sides, strict=False):
+        report[key] = {
+            "name": side.name,
+            **evaluation.loss_figures(side.losses),
+            "too_long": side.dropped,
+            "tools": evaluation.summary(side.judged) if side.judged else None,
+            "worst": evaluation.worst(side.judged),
+        }
+    if len(sides) == 2:
+        report["comparison"] = compare(sides[1], sides[0])
+    return report
+
+
+def compare(base: Side, side: Side) -> dict[str, Any]:
+    """How much `side` is above `base`, on the conversations and turns that both have."""
+    before = {one.where: one.loss / max(one.tokens, 1) for one in base.losses}
+    both = [one for one in side.losses if one.where in before]
+    pairs = {
+        "loss": ([before[o.where] for o in both], [o.loss / max(o.tokens, 1) for o in both]),
+        "exact": (
+            [float(j.score.exact) for j in base.judged if j.case.wanted],
+            [float(j.score.exact) for j in side.judged if j.case.wanted],
+        ),
+        "false_calls": (
+            [float(j.score.false_call) for j in base.judged if not j.case.wanted],
+            [float(j.score.false_call) for j in side.judged if not j.case.wanted],
+        ),
+    }
+    found = {name: evaluation.paired(a, b) for name, (a, b) in pairs.items()}
+    return {name: None if value is None else asdict(value) for name, value in found.items()}
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    sides = [report[key] for key in ("model", "compared_with") if key in report]
+    lines = [f"{report['conversations']} conversations from {', '.join(report['data'])}"]
+    lines += [table(sides, ("loss", "perplexity", "token_accuracy"), lambda side: side)]
+    for side in sides:
+        if side["too_long"]:
+            lines.append(f"{side['name']}: {side['too_long']} conversations were too long and are left out")
+    if sides[0]["tools"]:
+        names = ("exact", "name", "arguments", "parallel", "missing", "false_calls", "valid", "unparsed")
+        turns, wanted = sides[0]["tools"]["turns"], sides[0]["tools"]["wanted"]
+        lines.append(f"\n{turns} turns with tools, {wanted} of them want calls ({report['calls']})")
+        lines.append(table(sides, names, lambda side: side["tools"]))
+        lines += [groups(sides[0]["tools"]), confusion(sides[0]["tools"]), worst_cases(sides[0]["worst"])]
+    for name, found in (report.get("comparison") or {}).items():
+        if found is not None:
+            lines.append(
+                f"{name}: {found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] against "
+                f"{sides[1]['name']}, p = {found['p']:.3g} (paired, n = {found['n']})"
+            )
+    return "\n".join(line for line in lines if line)
+
+
+def table(sides: list[dict[str, Any]], names: tuple[str, ...], inside: Any) -> str:
+    rows = [["", *(side["name"] for side in sides)]]
+    rows += [[name, *(shown(inside(side)[name]) for side in sides)] for name in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows
+    )
+
+
+def shown(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}] n={figure['n']}"
+
+
+def groups(tools: dict[str, Any]) -> str:
+    lines = ["\nby language"]
+    for language, figures in tools["languages"].items():
+        lines.append(
+            f"  {language}: exact {shown(figures['exact'])}, false calls {shown(figures['false_calls'])}"
+        )
+    lines.append("by tool (turns that want it)")
+    lines += [
+        f"  {name}: exact {f['exact']} of {f['n']}, name {f['name']}" for name, f in tools["tools"].items()
+    ]
+    return "\n".join(lines)
+
+
+def confusion(tools: dict[str, Any]) -> str:
+    rows = [f"  {c['count']:5} {c['wanted']} -> {c['written']}" for c in tools["confusion"][:20]]
+    more = len(tools["confusion"]) - len(rows)
+    return "\n".join(["\nwanted -> written", *rows, *([f"  ... and {more} more pairs"] if more > 0 else [])])
+
+
+def worst_cases(worst: list[dict[str, Any]]) -> str:
+    lines = [f"\nthe {len(worst)} worst replies"] if worst else []
+    for one in worst:
+        lines.append(f"\n{one['where']}: {'; '.join(one['problems'])}")
+        lines += [f"  {json.dumps(message, ensure_ascii=False)}" for message in one["messages"]]
+        lines.append(f"  reference: {json.dumps(one['reference'], ensure_ascii=False)}")
+        lines.append(f"  written:   {json.dumps(one['written'], ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
