@@ -73,6 +73,11 @@ def attention(
         )
     if query.shape[0] != 1:
         raise OptionError(f"a row is a batch of 1; found a batch of {query.shape[0]} with `segments`")
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # as for SDPA: rotary embedding leaves q and k in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     windowed = sliding_window is not None and query.shape[2] > sliding_window
     kernel = "mask" if windowed or dropout else _kernel(query, segments)
