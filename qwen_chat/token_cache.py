@@ -22,14 +22,12 @@ whole. A file lock lets the ranks of a run share one build.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -38,9 +36,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -48,6 +45,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_chat.conversation import Conversation, Message
+from qwen_chat.demo_model import build_once
 from qwen_chat.demo_model import cache_dir as default_cache_dir
 from qwen_chat.errors import DataError, FormatError, OutputError, Problem
 from qwen_chat.records import Records
@@ -72,7 +70,17 @@ _FILES: dict[str, type[np.generic]] = {
     "kept.u64": np.uint64,
     "lengths.i32": np.int32,
 }
-_CODE = ("conversation.py", "tool_calls.py", "chatml.py", "records.py", "token_cache.py")
+_CODE = (  # what decides which tokens come out
+    *(
+        "conversation.py",
+        "records.py",
+        "token_cache.py",
+        "chatml.py",
+        "chat_template.py",
+        "control_tokens.py",
+    ),
+    *("tool_calls.py", "loose_json.py", "tool_schema.py"),
+)
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -230,21 +238,12 @@ def tokenise(
     if lazy:
         return LazyData(records, fmt, options, key, workers)
     folder = Path(cache_dir or default_cache_dir()) / "tokens" / key
-    try:
-        with _building(folder) as aside:
-            if aside is not None:
-                _build(
-                    aside,
-                    _blocks(records, fmt, options, range(len(records)), workers),
-                    records,
-                    options,
-                    progress,
-                )
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: the token cache cannot be written ({error}); "
-            "free some space, or set QWEN_CHAT_CACHE to another folder"
-        ) from None
+
+    def build(aside: Path) -> None:
+        blocks = _blocks(records, fmt, options, range(len(records)), workers)
+        _build(aside, blocks, records, options, progress)
+
+    build_once(folder, build)
     return CachedData(records, folder)
 
 
@@ -277,16 +276,22 @@ class CachedData(TokenisedData):
         super().__init__(records)
         self.folder = folder
         self.fingerprint = folder.name
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self._summary = TokenSummary(**meta["summary"])
+            files = [_mapped(folder / name, kind, meta["sizes"][name]) for name, kind in _FILES.items()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{folder}: a damaged token cache ({error}); delete this folder") from None
         (
             self._ids,
             self._sequences,
-            self._spans,
+            spans,
             self._span_starts,
             self._conversations,
             self._kept,
             self._lengths,
-        ) = (_mapped(folder / name, kind) for name, kind in _FILES.items())
-        self._spans = self._spans.reshape(-1, 2)
+        ) = files
+        self._spans = spans.reshape(-1, 2)
 
     def __reduce__(self) -> tuple[type[CachedData], tuple[Records, Path]]:
         return CachedData, (self.records, self.folder)
@@ -311,17 +316,19 @@ class CachedData(TokenisedData):
     def record_of(self, i: int) -> int:
         return int(self._kept[i])
 
-    @cached_property
+    @property
     def summary(self) -> TokenSummary:
-        return TokenSummary(**json.loads((self.folder / "meta.json").read_text())["summary"])
+        return self._summary
 
     @property
     def full_lengths(self) -> Ints:
         return self._lengths
 
 
-def _mapped(path: Path, kind: type[np.generic]) -> npt.NDArray[Any]:
-    if not path.stat().st_size:
+def _mapped(path: Path, kind: type[np.generic], size: int) -> npt.NDArray[Any]:
+    if path.stat().st_size != size:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size:,}")
+    if not size:
         return np.empty(0, dtype=kind)
     return np.memmap(path, dtype=kind, mode="r").view(np.ndarray)  # plain views: memmap's are slow to slice
 
@@ -349,8 +356,8 @@ class _Block:
         learnt = np.cumsum(np.append(0, self.spans[:, 1] - self.spans[:, 0]), dtype=np.int64)
         spans = np.append(0, np.cumsum(self.span_counts))
         ends = np.append(0, np.cumsum(self.sequence_counts))
-        at = learnt[spans[ends]]
-        return np.subtract(at[1:], at[:-1])
+        each: npt.NDArray[np.int64] = np.diff(learnt[spans[ends]])
+        return each
 
     def sequences(self) -> tuple[Sequence32, ...]:
         ids = np.split(self.ids, np.cumsum(self.sequence_lengths)[:-1])
@@ -558,19 +565,14 @@ def _build(
                 progress(done, len(records))
         for name, end in _ends(counts):
             files[name].write(np.uint64(end).tobytes())
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
     records.ensure_unchanged()
     lengths = np.fromfile(folder / "lengths.i32", dtype=np.int32)
     _judge(counts, lengths, records, options)
-    sizes = {name: (folder / name).stat().st_size for name in _FILES}
     summary = _summarise(counts, lengths, records, options)
-    summary = replace(summary, common_prefix_share=_common_prefix_share(CachedData(records, folder)))
-    with (folder / "meta.json").open("w", encoding="utf-8") as meta:
-        json.dump({"sizes": sizes, "summary": summary.to_json()}, meta)
-        meta.flush()
-        os.fsync(meta.fileno())
+    meta = {"sizes": {name: (folder / name).stat().st_size for name in _FILES}, "summary": summary.to_json()}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    meta["summary"]["common_prefix_share"] = _common_prefix_share(CachedData(records, folder))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _ends(counts: _Counts) -> tuple[tuple[str, int], ...]:
@@ -666,58 +668,6 @@ def _common(one: bytes, other: bytes) -> int:
     left, right = (np.frombuffer(key[:size], dtype=np.int32) for key in (one, other))
     differ = left != right
     return int(differ.argmax()) if differ.any() else size // 4
-
-
-# ---------------------------------------------------------------- whole or not at all
-
-
-@contextmanager
-def _building(folder: Path) -> Iterator[Path | None]:
-    """None where `folder` is whole already; else a folder to build in, renamed when the body ends well.
-
-    One process builds, the others wait for it. What an interrupted build left is removed by the next one.
-    """
-    if _is_whole(folder):
-        yield None
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
-        if _is_whole(folder):
-            yield None
-            return
-        aside = folder.with_suffix(".building")
-        _remove(aside)
-        aside.mkdir()
-        try:
-            yield aside
-            _remove(folder)  # damaged, or it would have been used
-            aside.rename(folder)
-            _sync_folder(folder.parent)
-        finally:
-            _remove(aside)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file is there and as long as `meta.json`, the last one written, says."""
-    try:
-        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == sizes[name] for name in _FILES)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- lazy
