@@ -1,0 +1,195 @@
+"""Is a call one that its tool can take? Names and arguments against JSON Schema.
+
+In: a call and the tools that were offered. Out: None, or one line that says what is wrong. A schema is compiled
+once and kept. The everyday part of JSON Schema is checked without the library, which is asked where that check
+cannot say yes.
+"""
+
+import json
+import marshal
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jsonschema
+import referencing
+import referencing.exceptions
+from jsonschema.exceptions import best_match
+from jsonschema.protocols import Validator
+
+from qwen_chat.conversation import ToolCall
+from qwen_chat.errors import ToolError
+
+Check = Callable[[Any], bool]
+
+_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}
+_ANNOTATIONS = frozenset({"title", "description", "default", "examples"})
+_TYPES: dict[str, Check] = {
+    # A value that passes is valid for certain; 1.0 as an integer is left to the library.
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: type(value) is int,
+    "number": lambda value: type(value) in (int, float),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+}
+
+
+def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line on what is wrong with the call, or None.
+
+    Raises ToolError, naming the tool, where the tool's own schema is invalid.
+    """
+    for tool in tools:
+        function = tool.get("function", tool)
+        if function.get("name") == call.name:
+            break
+    else:
+        offered = ", ".join(str(tool.get("function", tool).get("name")) for tool in tools) or "none"
+        return f"call of '{call.name}', which was not offered; expected one of: {offered}"
+    try:
+        arguments = json.loads(call.arguments)
+    except (ValueError, RecursionError) as error:
+        return f"arguments of '{call.name}' are no JSON ({error}); expected the text of an object"
+    if not isinstance(arguments, dict):
+        return f"arguments of '{call.name}' hold {_shown(arguments)}; expected an object"
+    return check_arguments(arguments, function)
+
+
+def check_arguments(arguments: Mapping[str, Any], tool: Mapping[str, Any]) -> str | None:
+    """One line on what is wrong with the arguments under the tool's `parameters`, or None. Raises ToolError."""
+    function = tool.get("function", tool)
+    name = str(function.get("name"))
+    certain, validator = _compiled(function.get("parameters"), name)
+    try:
+        if certain is not None and certain(arguments):
+            return None
+        error = best_match(
+            (validator or _library(_key(function.get("parameters"), name), name)).iter_errors(arguments)
+        )
+    except RecursionError:
+        return f"arguments of '{name}' are nested too deeply to be checked"
+    except referencing.exceptions.Unresolvable as unknown:
+        raise ToolError(
+            f"tool '{name}': its parameters refer to {unknown.ref!r}, which is not in them"
+        ) from None
+    if error is None:
+        return None
+    place = ".".join(str(step) for step in error.absolute_path)
+    return f"arguments of '{name}': {place + ': ' if place else ''}{_one_line(error.message)}"
+
+
+def check_tool(tool: Mapping[str, Any]) -> None:
+    """Raise ToolError, naming the tool, where its `parameters` are no valid JSON Schema."""
+    function = tool.get("function", tool)
+    _compiled(function.get("parameters"), str(function.get("name")))
+
+
+def _compiled(schema: object, name: str) -> tuple[Check | None, Validator | None]:
+    """What checks this schema: the quick check (None where it cannot be had) and the library's validator."""
+    key = _key(schema, name)
+    certain = _quick(key)
+    return certain, None if certain else _library(key, name)
+
+
+def _key(schema: object, name: str) -> bytes:
+    """The schema's content: equal schemas of different lines share one validator."""
+    if schema is None or schema == {}:
+        schema = _NO_ARGUMENTS
+    if not isinstance(schema, Mapping):
+        raise ToolError(f"tool '{name}': parameters hold {_shown(schema)}; expected a JSON Schema object")
+    try:
+        return marshal.dumps(dict(schema), 2)  # version 2: equal values give equal bytes
+    except ValueError:
+        raise ToolError(
+            f"tool '{name}': parameters are nested too deeply, or hold what is not JSON"
+        ) from None
+
+
+@lru_cache(maxsize=4096)
+def _quick(key: bytes) -> Check | None:
+    return _certainly(marshal.loads(key), depth=8)
+
+
+@lru_cache(maxsize=1024)
+def _library(key: bytes, name: str) -> Validator:
+    schema = marshal.loads(key)
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+        # An empty registry of our own: a reference to another place is an error, never a download.
+        return kind(schema, registry=referencing.Registry())
+    except jsonschema.SchemaError as error:
+        place = ".".join(["parameters", *(str(step) for step in error.absolute_path)])
+        raise ToolError(f"tool '{name}': {place}: no JSON Schema: {_one_line(error.message)}") from None
+    except RecursionError:
+        raise ToolError(f"tool '{name}': parameters are nested too deeply") from None
+
+
+def _certainly(schema: object, depth: int) -> Check | None:
+    """A check whose yes means valid and whose no means nothing; it knows objects, arrays, plain types, enums of texts.
+
+    None where the schema has more than that, or is not sound."""
+    if not isinstance(schema, dict) or depth == 0:
+        return None
+    keys = schema.keys() - _ANNOTATIONS
+    annotated = all(isinstance(schema.get(text, ""), str) for text in ("title", "description"))
+    if not annotated or not isinstance(schema.get("examples", []), list):
+        return None
+    kind = schema.get("type")
+    if kind == "object" and keys <= {"type", "properties", "required", "additionalProperties"}:
+        return _certain_object(schema, depth)
+    if kind == "array" and keys <= {"type", "items"}:
+        item = _certainly(schema.get("items", {"type": "string"}), depth - 1)
+        return item and (lambda value: isinstance(value, list) and all(map(item, value)))
+    if not isinstance(kind, str) or kind not in _TYPES or not keys <= {"type", "enum"}:
+        return None
+    if "enum" not in schema:
+        return _TYPES[kind]
+    values = schema["enum"]
+    if (
+        kind != "string"
+        or not isinstance(values, list)
+        or not values
+        or not all(isinstance(v, str) for v in values)
+    ):
+        return None
+    allowed = frozenset(values)
+    return lambda value: isinstance(value, str) and value in allowed
+
+
+def _certain_object(schema: Mapping[str, Any], depth: int) -> Check | None:
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    more = schema.get("additionalProperties", True)
+    if not isinstance(properties, dict) or not isinstance(required, list) or not isinstance(more, bool):
+        return None
+    if not all(isinstance(name, str) for name in required) or len(set(required)) < len(required):
+        return None
+    checks = {name: _certainly(part, depth - 1) for name, part in properties.items()}
+    if not all(checks.values()):
+        return None
+
+    def certain(value: object) -> bool:
+        if not isinstance(value, dict):
+            return False
+        for name in required:
+            if name not in value:
+                return False
+        for name, part in value.items():
+            check = checks.get(name)
+            if check is None:
+                if not more:
+                    return False
+            elif not check(part):
+                return False
+        return True
+
+    return certain
+
+
+def _shown(value: object) -> str:
+    return _one_line(repr(value))
+
+
+def _one_line(message: str, limit: int = 200) -> str:
+    line = " ".join(message[: 4 * limit].split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
