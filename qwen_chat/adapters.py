@@ -1,7 +1,7 @@
 """LoRA and Q-LoRA: wrap a model, save what was learnt, merge it back (verified).
 
-In: a loaded model and the adapter's flags. Out: the same model, in which only the adapter learns; a folder that
-peft, vLLM and llama.cpp read over the untouched base. Loading one is `models.load_adapter`, which serving shares.
+In: a loaded model and the adapter's flags. Out: the same model, in which only the adapter learns; a folder
+that peft, vLLM and llama.cpp read over the untouched base. Loading one is `models.load_adapter`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def _targets(model: Any, given: Sequence[str]) -> str | list[str]:
 def trainable_rows(model: Any, tokenizer: Any, wanted: Sequence[str]) -> tuple[list[int], str]:
     """Ids of the embedding rows that are trained too, and why.
 
-    A base model under LoRA never learns to stop unless the rows of its chat marks are trained. `auto` takes a model
-    for a base one where `<|im_end|>` is not among the tokens that end its generation.
+    A base model under LoRA never learns to stop unless the rows of its chat marks are trained. `auto` takes a
+    model for a base one where `<|im_end|>` is not among the tokens that end its generation.
     """
     if tuple(wanted) in ((), ("none",)):
         return [], ""
@@ -120,7 +120,7 @@ def _share(model: Any) -> str:
 
 
 def optimizer_groups(model: Any, rate: float, ratio: float, weight_decay: float) -> list[dict[str, Any]]:
-    """LoRA+ (arXiv 2402.12354): B learns `ratio` times faster than A. Embedding rows and magnitudes learn like A."""
+    """LoRA+ (arXiv 2402.12354): B learns `ratio` times faster than A and everything else."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in named if "lora_B" in name]
     slow = [p for name, p in named if "lora_B" not in name and p.ndim > 1]
@@ -133,7 +133,7 @@ def optimizer_groups(model: Any, rate: float, ratio: float, weight_decay: float)
     return [group for group in groups if group["params"]]
 
 
-# ------------------------------------------------------------------------------------------------- save and merge
+# -------------------------------------------------------------------------------------------- save and merge
 
 
 def save(
@@ -188,8 +188,8 @@ def _adapter_tensors(model: Any) -> Tensors:
 def merge(model: Any, probe: Sequence[int], *, tolerance: float = 1e-4) -> tuple[Any, float]:
     """The base with the adapter added into its weights, and how far its logits moved.
 
-    `probe`: token ids. The largest difference of a logit, divided by the largest logit, must stay below `tolerance`
-    (float32); ModelError otherwise.
+    `probe`: token ids. The largest difference of a logit, divided by the largest logit, must stay below
+    `tolerance` (float32); ModelError otherwise.
     """
     ids = torch.tensor([list(probe)], device=model.device)
     model.eval()
@@ -200,7 +200,7 @@ def merge(model: Any, probe: Sequence[int], *, tolerance: float = 1e-4) -> tuple
     difference = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     if not difference <= tolerance:
         raise ModelError(
-            f"the merged model's logits differ by {difference:.2e} of the largest; at most {tolerance:.0e} is right: "
-            "merge over the base in float32"
+            f"the merged model's logits differ by {difference:.2e} of the largest; expected at most "
+            f"{tolerance:.0e}: merge over the base in float32"
         )
     return merged, difference

@@ -1,0 +1,588 @@
+"""The trainer put together: arguments, ranks, loss, log, checkpoints, result.
+
+In: a Run (arguments.py), tokenised data, a model. Out: a folder with the adapter or model, its tokenizer and
+template, a generation config that ends, `run.json` and `train_log.jsonl`. transformers' Trainer keeps the loop;
+ours are the batch sampler and collator (dataset.py), the loss (loss.py), the checks of every step and the log.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from qwen_chat import adapters, arguments, models, run_folder
+from qwen_chat.arguments import Run
+from qwen_chat.dataset import Collator, Rows, WindowSampler
+from qwen_chat.errors import DataError, TrainingError
+from qwen_chat.logs import is_rank_zero
+from qwen_chat.loss import ModelLoss
+
+VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
+
+
+# ---------------------------------------------------------------------------- ranks and TrainingArguments
+
+
+def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[Any, list[str]]:
+    """transformers' arguments from ours, with the ranks joined; and what was decided, with reasons.
+
+    Must be called before the model is loaded: under ZeRO-3 `from_pretrained` shares the weights out at once.
+    """
+    device, decisions = _device_arguments(run)
+    train = run.train
+    options = {
+        "output_dir": str(output),
+        "num_train_epochs": train.num_train_epochs,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "per_device_eval_batch_size": train.per_device_eval_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta2": train.adam_beta2,
+        "eval_strategy": train.eval_strategy,
+        "save_strategy": train.save_strategy,
+        "save_steps": train.save_steps,
+        "save_total_limit": train.save_total_limit,
+        "logging_steps": train.logging_steps,
+        "report_to": list(train.report_to),
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "remove_unused_columns": False,  # the loss needs every key of the batch
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,  # a loss that is not a number stops the run here
+        "disable_tqdm": True,  # the bar is ours
+    }
+    args = TrainingArguments(**(options | device | dict(run.extra)))
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != wanted:  # else every rank would train alone, without a word
+        raise TrainingError(
+            f"{wanted} processes were started but {args.world_size} are joined; use finetune.sh"
+        )
+    return args, decisions
+
+
+def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """What depends on the device: number type, process group, DeepSpeed."""
+    train = run.train
+    accelerator = torch.cuda.is_available() and not run.extra.get("use_cpu")
+    bf16, decisions = _bf16(run, accelerator)
+    chosen: dict[str, Any] = {"bf16": bf16, "fp16": train.fp16, "deepspeed": train.deepspeed}
+    if train.deepspeed is not None:
+        _start_deepspeed(accelerator)
+        chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
+    elif not accelerator:
+        chosen["use_cpu"] = True  # accelerate starts no process group on a CPU where it is False
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            chosen["ddp_backend"] = "gloo"
+    if not accelerator:
+        chosen["dataloader_pin_memory"] = False
+    return chosen, decisions
+
+
+def _bf16(run: Run, accelerator: bool) -> tuple[bool, list[str]]:
+    """Whether matrix products run in bfloat16."""
+    asked = run.train.bf16
+    if run.train.fp16:
+        return False, ["computes in float16 (as asked)"]
+    if accelerator:
+        able = torch.cuda.is_bf16_supported()
+        if asked and not able:
+            return False, ["computes in float32 (bf16 was asked for; this accelerator has none)"]
+        return able if asked is None else asked, []
+    if not asked:
+        return False, []
+    if not arguments.cpu_has_bf16():
+        return False, ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"]
+    if run.train.deepspeed is not None:
+        return False, ["computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"]
+    return True, ["computes in bfloat16, weights stay float32 (as asked)"]
+
+
+def _start_deepspeed(accelerator: bool) -> None:
+    """Join the ranks. On a CPU gloo does the work: DeepSpeed's own shared-memory op compiles for minutes."""
+    import deepspeed
+    import deepspeed.ops
+
+    if not accelerator:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "WORLD_SIZE" not in os.environ:  # started without a launcher: a group of one
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    deepspeed.init_distributed(dist_backend=None if accelerator else "gloo")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def share(value: Any) -> Any:
+    """Rank 0's value on every rank (the output folder's name holds a time)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# -------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised training and held-out data, a hash of the first, and its token budget."""
+
+    train: Any
+    held_out: Any | None
+    fingerprint: str
+    summary: Any  # token_cache.TokenSummary
+
+
+class Mixture:
+    """Tokenised data in which an epoch sees each file's conversations `weight` times.
+
+    The whole part of a weight repeats them; the rest is a share of them, drawn once by the seed.
+    """
+
+    def __init__(self, data: Any, weights: Sequence[float], *, seed: int) -> None:
+        self.data = data
+        random = np.random.default_rng((seed, 7))  # not the stream that orders the windows
+        owners = np.array([data.file_of(i) for i in range(len(data))], dtype=np.int64)
+        parts = []
+        for number, weight in enumerate(weights):
+            own = np.flatnonzero(owners == number)
+            whole = int(weight)
+            rest = random.permutation(own)[: round((weight - whole) * len(own))]
+            parts += [own] * whole + [np.sort(rest)]
+        self.index = np.concatenate(parts)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.data[int(self.index[i])]
+
+    def where(self, i: int) -> str:
+        return str(self.data.where(int(self.index[i])))
+
+
+def read_data(run: Run, fmt: Any) -> Data:
+    """Check and tokenise all files of a run; DataError with every bad line at once."""
+    from qwen_chat.records import open_records
+    from qwen_chat.token_cache import tokenise
+
+    def read(paths: Sequence[str]) -> Any:
+        return tokenise(
+            open_records(paths, on_error=run.data.on_error),
+            fmt,
+            max_length=run.data.model_max_length,
+            too_long=run.data.too_long,
+            train_on=run.data.train_on,
+            lazy=run.data.lazy_preprocess,
+        )
+
+    train = read(run.data.data_path)
+    held_out = read(run.data.eval_data_path) if run.data.eval_data_path else None
+    summary, fingerprint = train.summary, str(train.fingerprint)
+    if run.data.data_weights:
+        train = Mixture(train, run.data.data_weights, seed=int(run.extra.get("seed", 42)))
+        if len(train) == 0:
+            raise DataError("--data_weights leave no conversation; give at least one file more weight")
+    return Data(train, held_out, fingerprint, summary)
+
+
+def sampler(run: Run, data: Any, *, ranks: int, seed: int, training: bool = True) -> WindowSampler:
+    """Windows of an optimizer step over training data, or of one row a rank over held-out data."""
+    train = run.train
+    return WindowSampler(
+        data,
+        batch_size=train.per_device_train_batch_size if training else train.per_device_eval_batch_size,
+        accumulation=train.gradient_accumulation_steps if training else 1,
+        ranks=ranks,
+        max_length=run.data.model_max_length,
+        layout=train.layout,
+        seed=seed,
+        shuffle=training,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def decide_checkpointing(run: Run, model: Path, row_tokens: int) -> tuple[bool, str]:
+    """Whether activations are computed again in backward: as asked, or where they would not fit in memory."""
+    asked = run.train.gradient_checkpointing
+    if asked != "auto":
+        return asked, f"gradient checkpointing {'on' if asked else 'off'} (as asked)"
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    size = 2 if torch.cuda.is_available() else 4
+    # What a Llama-like layer keeps for one token: inputs of its seven linears, norms, attention, the gate.
+    layer = 16 * config.get("hidden_size", 4096) + 4 * config.get("intermediate_size", 4 * 4096)
+    activations = size * row_tokens * layer * config.get("num_hidden_layers", 32)
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    room = max(0.0, 0.8 * _free_memory() - weights * (5 if run.method == "full" else 1))
+    figures = f"a row of {row_tokens:,} tokens keeps about {activations / 2**30:.1f} GiB"
+    verdict = "on" if activations > room else "off"
+    return (
+        activations > room,
+        f"gradient checkpointing {verdict} ({figures}, {room / 2**30:.1f} GiB are free)",
+    )
+
+
+def _free_memory() -> int:
+    """Bytes that are free where the model will lie, for one process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def load(run: Run, path: Path, args: Any) -> models.Loaded:
+    """The model to train, with our attention over rows."""
+    from qwen_chat import attention
+
+    dtype = _weight_dtype(run, args)
+    name, why = run.model.attn_implementation, "as asked"
+    if name is None:
+        name = attention.register()
+        kind = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
+        kernel, reason = attention.choose(args.device.type, run.train.layout, kind)
+        why = f"{kernel}; {reason}"
+    loaded = models.load_model(
+        path,
+        dtype=dtype,
+        attention=name,
+        quantize="nf4" if run.lora.q_lora else None,
+        for_training=True,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    loaded.model.config.use_cache = False
+    return models.Loaded(loaded.model, loaded.tokenizer, (*loaded.decisions, f"attention {name} ({why})"))
+
+
+def _weight_dtype(run: Run, args: Any) -> Any:
+    """A full fine-tune keeps float32 weights (bfloat16 loses small updates), unless DeepSpeed keeps them."""
+    if args.device.type == "cpu":
+        return "auto"
+    if run.method == "full" and run.train.deepspeed is None:
+        return torch.float32
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------- trainer
+
+
+@dataclass
+class StepTotals:
+    """What the rows of the running optimizer step add up to, on this rank."""
+
+    loss: torch.Tensor | None = None
+    tokens: int = 0
+    supervised: int = 0
+
+    def add(self, loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> None:
+        self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+        self.tokens += batch["input_ids"].numel()
+        self.supervised += batch["labels"].numel()
+
+
+class ChatTrainer(Trainer):
+    """transformers' Trainer over windows of conversations, with our loss."""
+
+    def __init__(
+        self,
+        *,
+        windows: WindowSampler,
+        held_out: WindowSampler | None = None,
+        loraplus_ratio: float | None = None,
+        **options: Any,
+    ) -> None:
+        self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio
+        self.totals = StepTotals()
+        self.model_loss = ModelLoss(options["model"])  # before DeepSpeed or DDP wraps the model
+        super().__init__(
+            data_collator=Collator(),
+            train_dataset=Rows(windows.data),
+            eval_dataset=None if held_out is None else Rows(held_out.data),
+            **options,
+        )
+        # The loss is divided by the supervised tokens of the whole step, not by the number of rows.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> Any:
+        return self._rows(self.train_dataset, self.windows)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return self._rows(self.eval_dataset, self.held_out)
+
+    def _rows(self, dataset: Any, windows: WindowSampler | None) -> Any:
+        loader: Any = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=windows,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """This row's loss sum / supervised tokens of the global step, times ranks (DDP averages gradients)."""
+        count = max(1, int(num_items_in_batch or 0))  # 0: a step in which no message is learnt
+        loss = self.model_loss(model, inputs).loss_sum * (self.accelerator.num_processes / count)
+        self.totals.add(loss, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """LoRA+ has its own groups; everything else is the Trainer's."""
+        self.optimizer: Any
+        if self.loraplus_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        groups = adapters.optimizer_groups(
+            self.model, self.args.learning_rate, self.loraplus_ratio, self.args.weight_decay
+        )
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """A gradient that is not a number stops the run before it reaches the weights (fp16 skips it)."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            raise self.failure(f"the gradient is {float(norm)}")
+        return norm
+
+    def failure(self, what: str) -> TrainingError:
+        """The error that names this step, its conversations and the likely cause."""
+        step = self.state.global_step
+        data: Any = self.windows.data
+        where = [str(data.where(i)) for i in self.windows.conversations(step)]
+        shown = ", ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
+        rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
+        cause = f"the learning rate ({rate:.1e} now) is too high, or the base's weights are damaged"
+        return TrainingError(f"step {step + 1}: {what}; likely {cause}; conversations of this step: {shown}")
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss a supervised token, perplexity, token accuracy: over all ranks, logits never whole."""
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in dataloader:
+                row = self.model_loss(model, batch)
+                sums += torch.tensor([float(row.loss_sum), row.correct, row.tokens], dtype=torch.float64)
+        total, right, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        loss, accuracy = total / max(1, tokens), right / max(1, tokens)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": accuracy}
+        metrics["tokens"] = int(tokens)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=int(tokens))
+
+
+class StepLog(TrainerCallback):
+    """Every step: the ranks' loss, whether it can be right, a flushed line in train_log.jsonl, the bar."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / run_folder.LOG_FILE
+        self.trainer: Any = None  # set by train(), before the first callback
+        self.bar: Any = None
+        self.now = (0.0, 0, 0)  # loss, tokens, supervised tokens of the running step, over all ranks
+        self.losses: list[float] = []
+        self.tokens = self.supervised = 0
+        self.started = self.step_started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.step_started = time.perf_counter()
+        if is_rank_zero():
+            self._forget_after(state.global_step)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resume in the middle of an epoch wraps the sampler: accelerate's set_epoch does not reach it.
+        windows = self.trainer.windows
+        windows.set_epoch(state.global_step // windows.windows)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, totals = self.trainer, self.trainer.totals
+        trainer.totals = StepTotals()
+        loss = 0.0 if totals.loss is None else float(totals.loss)
+        sums = torch.tensor([loss / args.world_size, totals.tokens, totals.supervised], dtype=torch.float64)
+        loss, tokens, supervised = trainer.accelerator.reduce(sums.to(args.device), reduction="sum").tolist()
+        if not math.isfinite(loss):
+            raise trainer.failure(f"the loss is {loss}")
+        if loss == 0 and supervised:
+            raise trainer.failure("the loss is exactly 0")
+        self.now = (loss, int(tokens), int(supervised))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss, tokens, supervised = self.now
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.supervised += supervised
+        now = time.perf_counter()
+        seconds, self.step_started = now - self.step_started, now
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch, 4),
+            "loss": loss,
+            "learning_rate": self.trainer._get_learning_rate(),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+        }
+        self._write(line)
+        if self.bar is not None:
+            rate = self.tokens / max(now - self.started, 1e-9)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+            self.bar.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        kept = {name: value for name, value in (metrics or {}).items() if name.startswith("eval_")}
+        self._write({"step": state.global_step, **kept})
+        self.step_started = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if is_rank_zero():
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def _forget_after(self, step: int) -> None:
+        """A resumed run goes back to its checkpoint: the lines after it are written again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def train(trainer: ChatTrainer, log: StepLog, checkpoint: Path | None) -> None:
+    """Run the loop, from a checkpoint where there is one."""
+    log.trainer = trainer
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+# ------------------------------------------------------------------------------------------------ result
+
+
+def save(
+    trainer: ChatTrainer, run: Run, fmt: Any, folder: Path, base: str, initial: Mapping[str, Any]
+) -> None:
+    """Adapter or model, tokenizer with its template, generation config: complete, on rank 0."""
+    trainer.model_loss.remove()
+    weights = _gathered(trainer)
+    if not is_rank_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True
+    end_tokens(model, fmt)
+    if run.lora.use_lora:
+        adapters.save(model, folder, base=base, initial=initial, state_dict=weights)
+        model.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+    fmt.complete_tokenizer()
+    fmt.tokenizer.save_pretrained(folder)
+
+
+def _gathered(trainer: ChatTrainer) -> Any:
+    """Whole weights where ZeRO-3 has cut them up (an adapter's alone), else None: the model has them."""
+    if not trainer.is_deepspeed_enabled or trainer.accelerator.state.deepspeed_plugin.zero_stage != 3:
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        return trainer.accelerator.get_state_dict(trainer.deepspeed)
+    import deepspeed
+
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(learnt.values())):
+        return {name: p.detach().cpu().clone() for name, p in learnt.items()}
+
+
+def end_tokens(model: Any, fmt: Any) -> None:
+    """A generation config that stops where the trained replies stop, whatever the base's said."""
+    config = model.generation_config
+    old = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([*fmt.stop_token_ids, *(t for t in old if t is not None)]))
+    config.pad_token_id = fmt.tokenizer.pad_token_id
+
+
+def record(run: Run, key: str, data: Data, decisions: Sequence[str], model: Path) -> dict[str, Any]:
+    """What run.json holds from the start on: every option, the versions, the data."""
+    budget = {"fingerprint": data.fingerprint, "epoch_conversations": len(data.train)}
+    return {
+        "state": "running",
+        "identity": key,
+        "method": run.method,
+        "model": str(model),
+        "options": run.as_dict(),
+        "given": sorted(run.given),
+        "decisions": list(decisions),
+        "data": {**budget, **data.summary.to_json()},
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json gets at the end: losses, token counts, times (of this start, where it was resumed)."""
+    seconds = time.perf_counter() - log.started
+    return {
+        "state": "finished",
+        "steps": trainer.state.global_step,
+        "losses": {"first": log.losses[0], "last": log.losses[-1]} if log.losses else {},
+        "tokens": log.tokens,
+        "supervised_tokens": log.supervised,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
+        "evaluation": dict(evaluation),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
