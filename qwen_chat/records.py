@@ -37,7 +37,8 @@ from typing import IO, Any, Literal, NoReturn, cast, overload
 import numpy as np
 
 from qwen_chat.conversation import Conversation, Json, Message, ToolCall
-from qwen_chat.errors import DataError, FormatError, Problem
+from qwen_chat.errors import DataError, FormatError, Problem, ToolError
+from qwen_chat.tool_schema import check_call
 
 OnError = Literal["stop", "skip"]
 LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would not fit in memory as objects
@@ -84,7 +85,7 @@ class DataReport:
     def describe(self) -> str:
         """A few lines for a person."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
-        lines = [f"{self.conversations:,} conversations in {', '.join(self.files)} ({kinds or 'no record'})"]
+        lines = [f"{_count(self.conversations, 'conversation')} in {', '.join(self.files)} ({kinds})"]
         if self.skipped:
             problems = _count(self.problem_total, "problem")
             lines.append(f"left out {self.skipped:,} of {_count(self.lines, 'line')} ({problems}):")
@@ -92,12 +93,12 @@ class DataReport:
             if self.problem_total > len(self.problems):
                 lines.append(f"  ... and {self.problem_total - len(self.problems):,} more")
         for count, what in (
-            (self.duplicates, "say exactly what an earlier one says"),
-            (self.contradictions, "have the prompt of an earlier one and another reply"),
-            (self.control_tokens, "have a control token typed in their text; it stays text"),
+            (self.duplicates, "saying exactly what an earlier one says"),
+            (self.contradictions, "with the prompt of an earlier one and another reply"),
+            (self.control_tokens, "with a control token typed in the text; it stays text"),
         ):
             if count:
-                lines.append(f"note: {count:,} conversations {what}")
+                lines.append(f"note: {_count(count, 'conversation')} {what}")
         lines.extend(f"  {note}" for note in self.notes)
         return "\n".join(lines)
 
@@ -395,17 +396,39 @@ def _check_links(k: int, calls: Sequence[ToolCall], results: Sequence[Message]) 
 
 
 def _check_calls(conversation: Conversation) -> list[str]:
-    if depth_beyond(conversation.tools, DEEPEST):
-        return [f"tools: nested more than {DEEPEST} deep; expected a flatter schema"]
-    return []
+    """Calls of tools that were offered, with arguments that are valid under the tool's JSON Schema."""
+    tools = conversation.tools
+    if _depth_beyond(tools, DEEPEST):
+        return [f"tools: nested more than {DEEPEST} levels deep; expected a flatter schema"]
+    names = Counter(tool["function"]["name"] for tool in tools)
+    found = [
+        f"tools: {count} tools are called {n!r}; expected one" for n, count in names.items() if count > 1
+    ]
+    for k, message in enumerate(conversation.messages):
+        for i, call in enumerate(message.tool_calls):
+            problem = _check_call(call, tools)
+            if problem is not None:
+                found.append(f"message {k}: tool_calls[{i}]: {problem}")
+    return found
 
 
-def depth_beyond(value: object, levels: int) -> bool:
+def _check_call(call: ToolCall, tools: Sequence[Json]) -> str | None:
+    if _depth_beyond(json.loads(call.arguments), DEEPEST):
+        return f"arguments nested more than {DEEPEST} levels deep; expected a flatter object"
+    try:
+        return check_call(call, tools)
+    except ToolError as error:
+        return str(error)
+    except Exception as error:  # a schema is a program: a broken pattern or "multipleOf": 0 raises anything
+        return f"the schema of {call.name!r} cannot be used ({type(error).__name__}: {error}); correct it"
+
+
+def _depth_beyond(value: object, levels: int) -> bool:
     """Whether lists and objects are nested more than `levels` deep (never recurses further than that)."""
     if not isinstance(value, (list, tuple, dict)):
         return False
     inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(depth_beyond(item, levels - 1) for item in inner)
+    return levels == 0 or any(_depth_beyond(item, levels - 1) for item in inner)
 
 
 # ---------------------------------------------------------------- one pass over the files
