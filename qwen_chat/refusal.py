@@ -72,12 +72,12 @@ def not_json(reason: str) -> Refusal:
     return Refusal(400, f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
 
 
-def unknown_model(name: str) -> Refusal:
+def unknown_model(name: str, *, param: str = "model") -> Refusal:
     """404: neither the model nor one of the adapters."""
     return Refusal(
         404,
         f"The model `{echo(name)}` does not exist; GET /v1/models lists those that do.",
-        param="model",
+        param=param,
         code="model_not_found",
     )
 

@@ -1,0 +1,236 @@
+"""From a running generation to bytes on the wire, plain or streamed; the work ends when nobody waits.
+
+In: a `Work` (generations, how their answer is put together). Out: an ASGI response. The client's leaving is
+watched all the time: whether its answer is streamed or not, its work stops within one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qwen_chat.chunks import usage_of
+from qwen_chat.engine import Generation, TokenEvent
+from qwen_chat.gate import Record
+from qwen_chat.intake import Job
+from qwen_chat.metrics import Metrics
+from qwen_chat.protocol import Answer, Usage
+from qwen_chat.refusal import Refusal
+
+TIMED_OUT = "deadline"  # the engine's finish reason where a request's time is over
+
+
+class Work:
+    """The generations of one request, and what they have come to."""
+
+    def __init__(
+        self,
+        job: Job,
+        generations: Sequence[Generation],
+        *,
+        record: Record,
+        metrics: Metrics,
+        release: Callable[[], None],
+        log_reply: bool,
+    ) -> None:
+        """`release` gives back the places in the queue; called once."""
+        self.job = job
+        self.record = record
+        self._generations = generations
+        self._metrics = metrics
+        self._release = release
+        self._log_reply = log_reply
+        self._completion_tokens = 0
+        self._last_token = record.began
+        self._closed = False
+
+    async def chunks(self) -> AsyncGenerator[Answer, None]:
+        """Everything that a stream sends. Nothing comes before the first token: until then all can fail."""
+        opened = False
+        async for choice, event in _merged(self._generations):
+            self._note(choice, event)
+            if not opened:
+                opened = True
+                for chunk in self.job.assembly.opening():
+                    yield chunk
+            for chunk in self.job.assembly.event(choice, event):
+                yield chunk
+            if event.finish_reason is None and self.job.assembly.is_done(choice):
+                self._generations[choice].cancel()
+        if self.job.include_usage:
+            yield self.job.assembly.usage(self.usage())
+
+    async def whole(self) -> Answer:
+        """The plain answer: the same chunks, folded."""
+        async for _ in self.chunks():
+            pass
+        return self.job.assembly.whole(self.usage())
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return usage_of(self.job.prompt_tokens, self._cached_tokens(), self._completion_tokens)
+
+    def close(self) -> None:
+        """Stop what still runs; give back the places; count."""
+        if self._closed:
+            return
+        self._closed = True
+        for generation in self._generations:
+            generation.cancel()
+        self._release()
+        self._count()
+
+    def _note(self, choice: int, event: TokenEvent) -> None:
+        now = time.monotonic()
+        model = self.record.model or ""
+        if event.finish_reason == "error":
+            raise _failure(event)
+        if event.finish_reason == "cancelled" and not self.job.assembly.is_done(choice):
+            raise Refusal(503, "The service is shutting down.", code="shutting_down", retry_after=10)
+        if event.finish_reason == TIMED_OUT and self._completion_tokens == 0 and not event.token_ids:
+            raise Refusal(
+                503, "No place in the batch became free in time.", code="overloaded", retry_after=10
+            )
+        if event.token_ids and self.record.first_token is None:
+            self.record.first_token = now - self.record.began
+            self._metrics.first_token.labels(model).observe(self.record.first_token)
+        elif event.token_ids:
+            self._metrics.per_token.labels(model).observe((now - self._last_token) / len(event.token_ids))
+        self._last_token = now
+        self._completion_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self.record.finish_reason = event.finish_reason
+            self._metrics.finished.labels(model, event.finish_reason).inc()
+
+    def _cached_tokens(self) -> int:
+        return max((generation.cached_tokens for generation in self._generations), default=0)
+
+    def _count(self) -> None:
+        record, model = self.record, self.record.model or ""
+        record.prompt_tokens = self.job.prompt_tokens
+        record.cached_tokens = self._cached_tokens()
+        record.completion_tokens = self._completion_tokens
+        if self._log_reply:
+            record.reply = self.job.assembly.text()
+        self._metrics.prompt_tokens.labels(model).inc(self.job.prompt_tokens)
+        self._metrics.cached_tokens.labels(model).inc(record.cached_tokens)
+        self._metrics.generation_tokens.labels(model).inc(self._completion_tokens)
+        self._metrics.whole.labels(model).observe(time.monotonic() - record.began)
+
+
+class Delivery(Response):
+    """Sends a Work's answer while watching whether the client is still there."""
+
+    def __init__(self, work: Work, *, write_seconds: float) -> None:
+        """`write_seconds`: how long one piece may stay unread before the client counts as gone."""
+        super().__init__()
+        self._work = work
+        self._write_seconds = write_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        write = self._stream if self._work.job.stream else self._plain
+        writer = asyncio.ensure_future(write(scope, receive, send))
+        watcher = asyncio.ensure_future(_until_left(receive))
+        try:
+            await asyncio.wait((writer, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                raise ClientDisconnect
+            await writer
+        except (ClientDisconnect, TimeoutError):
+            self._work.record.finish_reason = "cancelled"
+            raise ClientDisconnect from None
+        finally:
+            for task in (writer, watcher):
+                task.cancel()
+            self._work.close()
+            await asyncio.gather(writer, watcher, return_exceptions=True)
+
+    async def _plain(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self._work.whole()
+        body = Response(answer.json_text(), media_type="application/json")
+        async with asyncio.timeout(self._write_seconds):
+            await body(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        async with contextlib.aclosing(self._work.chunks()) as chunks:
+            try:
+                async for chunk in chunks:
+                    if not started:
+                        await self._start(send)
+                        started = True
+                    await self._send(send, chunk.json_text())
+            except Refusal as refusal:
+                if not started:
+                    raise  # still time for a status of its own
+                self._work.record.error = refusal.code or refusal.type
+                await self._send(send, json.dumps(refusal.body()))
+            else:
+                await self._send(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),  # nginx would else keep the pieces together
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _send(self, send: Send, data: str) -> None:
+        async with asyncio.timeout(self._write_seconds):
+            await send(
+                {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+            )
+
+
+def _failure(event: TokenEvent) -> Refusal:
+    """Why a generation ended with an error: the engine's fault, or a grammar that led nowhere."""
+    if event.error and not event.error.startswith("the engine failed"):
+        return Refusal(400, f"Invalid schema: {event.error}.", code="invalid_value")
+    return Refusal(500, "The server had an error while processing your request.", code="engine_error")
+
+
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, TokenEvent]]:
+    """The events of several generations in the order they happen; the first error ends all."""
+    if len(generations) == 1:
+        async for event in generations[0]:
+            yield 0, event
+        return
+    events: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
+
+    async def pump(choice: int, generation: Generation) -> None:
+        try:
+            async for event in generation:
+                events.put_nowait((choice, event))
+            events.put_nowait((choice, None))
+        except Exception as error:
+            events.put_nowait((choice, error))
+
+    pumps = [asyncio.ensure_future(pump(k, generation)) for k, generation in enumerate(generations)]
+    try:
+        running = len(pumps)
+        while running:
+            choice, found = await events.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                running -= 1
+            else:
+                yield choice, found
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,620 @@
+"""The service: OpenAI's endpoints over one engine.
+
+In: an engine and what surrounds it (keys, log, limits). Out: `create_app(...)`, an ASGI app; nothing is
+bound or started until a server runs it. The path of a request: gate.py (who, how much) -> protocol.py (what)
+-> here (a place in the queue) -> intake.py (prompt, grammar) -> engine -> chunks.py, delivery.py (the answer).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from qwen_chat import protocol
+from qwen_chat.chatml import ChatFormat
+from qwen_chat.delivery import Delivery, Work
+from qwen_chat.engine import (
+    Engine,
+    EngineBusy,
+    EngineStopped,
+    Generation,
+    PromptTooLong,
+)
+from qwen_chat.errors import ChatError, ModelError, ToolError
+from qwen_chat.gate import Gate, Journal, Record, read_json, refusal_response
+from qwen_chat.intake import Job, Served, chat_job, chat_prompt_ids, completion_job
+from qwen_chat.logs import RequestLog
+from qwen_chat.metrics import CONTENT_TYPE, Metrics
+from qwen_chat.models import load_tokenizer
+from qwen_chat.refusal import Refusal, bad_value, from_validation, too_long, unknown_model
+from qwen_chat.sampling import GenerationRequest
+
+Json = dict[str, Any]
+BodyT = TypeVar("BodyT", bound=BaseModel)
+ResultT = TypeVar("ResultT")
+
+ANY_MODEL = "default"  # the base model whatever its name is
+FIRST_RESTART, LAST_RESTART = 0.5, 30.0  # seconds from an engine's failure to its next start
+FAILURE_WINDOW = 120.0  # seconds in which failures count as following each other
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/tokenize",
+    "/detokenize",
+    "/health",
+    "/ready",
+    "/metrics",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """What a service allows. Times in seconds."""
+
+    model_name: str = ANY_MODEL
+    max_queue: int = 64  # choices that may wait; the batch's places come on top
+    max_body_bytes: int = 4 * 2**20
+    body_seconds: float = 20.0
+    request_seconds: float = 600.0
+    write_seconds: float = 60.0  # that a reader may leave one piece of its answer unread
+    prepare_seconds: float = 20.0  # to tokenise a prompt and read its schemas
+    log_prompts: bool = False
+
+
+def create_app(
+    engine: Engine,
+    *,
+    settings: ServiceSettings | None = None,
+    api_keys: Sequence[str] = (),
+    log: RequestLog | None = None,
+    hosts: Collection[str] | None = None,
+    cors_origins: Sequence[str] = (),
+    adapter_formats: Mapping[str, ChatFormat] | None = None,
+) -> FastAPI:
+    """The service as an ASGI app. Its lifespan starts and stops the engine.
+
+    Args:
+        api_keys: one of these must be given by whoever asks; empty lets everybody in.
+        log: takes one line a request; None writes none.
+        hosts: names that the Host header may give; None allows all.
+        cors_origins: web pages of these origins may ask from a browser.
+        adapter_formats: the chat format of each adapter saved with one; the others take the engine's.
+    """
+    service = Service(
+        engine,
+        settings or ServiceSettings(),
+        log,
+        manage_adapters=bool(api_keys),
+        adapter_formats=adapter_formats or {},
+    )
+    app = FastAPI(title="qwen_chat", version="1", docs_url=None, redoc_url=None, lifespan=service.lifespan)
+    _add_routes(app, service)
+    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(Gate, api_keys=api_keys, hosts=hosts)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    app.add_middleware(Journal, write=service.write_log, count=service.count_request, paths=PATHS)
+    return app
+
+
+class Admission:
+    """Places for choices: those in the batch and those that may wait. Beyond them nobody is let in."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.taken = 0
+        self._seconds = 1.0  # that a request lately took, smoothed
+
+    def take(self, count: int) -> Callable[[], None]:
+        """Take `count` places; returns what gives them back. Raise Refusal 429 where there are too few."""
+        if count > self.places:
+            raise bad_value("n", f"Invalid 'n': {count} choices never fit the queue of {self.places}.")
+        if self.taken + count > self.places:
+            raise Refusal(
+                429,
+                f"Too many requests: {self.taken} of {self.places} places are taken. Try again later.",
+                code="rate_limit_exceeded",
+                retry_after=max(1, min(60, math.ceil(self._seconds))),
+            )
+        self.taken += count
+        began = time.monotonic()
+
+        def give_back() -> None:
+            self.taken -= count
+            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+
+        return give_back
+
+
+class Service:
+    """The endpoints. One instance serves one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServiceSettings,
+        log: RequestLog | None,
+        *,
+        manage_adapters: bool,
+        adapter_formats: Mapping[str, ChatFormat],
+    ) -> None:
+        """`manage_adapters`: adapters may be loaded through the API (only where a key protects it)."""
+        self.engine = engine
+        self.settings = settings
+        self.log = log
+        self.manage_adapters = manage_adapters
+        self.created = int(time.time())
+        self.admission = Admission(settings.max_queue + engine.max_batch)
+        self.metrics = Metrics(self._figures)
+        self.restarts = 0
+        self._formats: dict[str, ChatFormat] = dict(adapter_formats)
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="intake")
+        self._context = min(engine.context_length, engine.kv_tokens)
+        self._failures: list[float] = []
+        engine.on_failure = self._restart
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Start the engine before the first request, stop it after the last."""
+        self.engine.start()
+        yield
+        await asyncio.to_thread(self.engine.stop)
+
+    # --- generation ---
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body, wanted = await self._read(request, protocol.ChatRequest)
+        return await self._answer(
+            request,
+            wanted,
+            lambda model, deadline: chat_job(wanted, body, model, deadline),
+            prompt=body["messages"],
+        )
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body, wanted = await self._read(request, protocol.CompletionRequest)
+        return await self._answer(
+            request,
+            wanted,
+            lambda model, deadline: completion_job(wanted, model, deadline),
+            prompt=body["prompt"],
+        )
+
+    async def _answer(
+        self,
+        request: Request,
+        wanted: protocol.SamplingRequest,
+        prepare: Callable[[Served, float], Job],
+        *,
+        prompt: object,
+    ) -> Response:
+        record = _record(request)
+        model = self._model(wanted.model)
+        record.model, record.stream, record.user = model.name, bool(wanted.stream), wanted.user
+        if self.settings.log_prompts:
+            record.prompt = prompt
+        self._check_ready()
+        deadline = record.began + self.settings.request_seconds
+        job = await self._in_thread(lambda: prepare(model, deadline))
+        release = self.admission.take(len(job.requests))
+        try:
+            generations = await self._in_thread(lambda: self._submit(job.requests))
+        except BaseException:
+            release()
+            raise
+        work = Work(
+            job,
+            generations,
+            record=record,
+            metrics=self.metrics,
+            release=release,
+            log_reply=self.settings.log_prompts,
+        )
+        return Delivery(work, write_seconds=self.settings.write_seconds)
+
+    def _submit(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Hand all to the engine, or none."""
+        generations: list[Generation] = []
+        try:
+            for one in requests:
+                generations.append(self.engine.submit(one))  # noqa: PERF401  the list is needed where one fails
+        except BaseException as error:
+            for generation in generations:
+                generation.cancel()
+            raise _engine_refusal(error) from error
+        return generations
+
+    # --- models and adapters ---
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        names = [self.settings.model_name, *self.engine.adapters]
+        return _json(protocol.ModelList(object="list", data=[self._card(name) for name in names]))
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        return _json(self._card(self._model(request.path_params["model"]).name))
+
+    async def load_adapter(self, request: Request) -> Response:
+        """POST /v1/load_lora_adapter."""
+        self._check_manager()
+        _, wanted = await self._read(request, protocol.LoadAdapterRequest)
+        name = wanted.lora_name
+        if name in (self.settings.model_name, ANY_MODEL, *self.engine.adapters):
+            raise bad_value("lora_name", f"Invalid 'lora_name': '{name}' is loaded already; unload it first.")
+        try:
+            await self._in_thread(lambda: self._load(name, Path(wanted.lora_path)))
+        except (ChatError, OSError) as error:
+            print(
+                f"{_record(request).id}: {error}", file=sys.stderr, flush=True
+            )  # it names paths: only for us
+            raise bad_value(
+                "lora_path", "Invalid 'lora_path': no adapter that fits this model can be read there."
+            ) from None
+        return _json(protocol.AdapterChange(lora_name=name, status="loaded"))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """POST /v1/unload_lora_adapter."""
+        self._check_manager()
+        _, wanted = await self._read(request, protocol.UnloadAdapterRequest)
+        if wanted.lora_name not in self.engine.adapters:
+            raise unknown_model(wanted.lora_name, param="lora_name")
+        self.engine.unload_adapter(wanted.lora_name)
+        self._formats.pop(wanted.lora_name, None)
+        return _json(protocol.AdapterChange(lora_name=wanted.lora_name, status="unloaded"))
+
+    def _load(self, name: str, folder: Path) -> None:
+        fmt = adapter_format(folder)
+        self.engine.load_adapter(name, folder)
+        if fmt is not None:
+            self._formats[name] = fmt
+
+    def _check_manager(self) -> None:
+        if not self.manage_adapters:
+            raise Refusal(
+                403,
+                "Adapters are loaded through the API only where it has a key.",
+                code="adapters_not_managed",
+            )
+
+    def _card(self, name: str) -> protocol.ModelCard:
+        parent = {} if name == self.settings.model_name else {"parent": self.settings.model_name}
+        return protocol.ModelCard(
+            id=name,
+            object="model",
+            created=self.created,
+            owned_by="qwen_chat",
+            max_model_len=self._context,
+            **parent,
+        )
+
+    def _model(self, name: str | None) -> Served:
+        """The model that a request names; none named is the base."""
+        base = name in (None, ANY_MODEL, self.settings.model_name)
+        if not base and name not in self.engine.adapters:
+            raise unknown_model(name or "")
+        adapter = None if base else name
+        fmt = self.engine.fmt if adapter is None else self._formats.get(adapter, self.engine.fmt)
+        return Served(
+            name=adapter or self.settings.model_name,
+            adapter=adapter,
+            fmt=fmt,
+            context=self._context,
+            vocabulary=self.engine.decoder.vocabulary,
+            end_tokens=frozenset((*self.engine.stop_token_ids, *fmt.stop_token_ids)),
+        )
+
+    # --- tokens ---
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        body, wanted = await self._read(request, protocol.TokenizeRequest)
+        model = self._model(wanted.model)
+
+        def tokens() -> list[int]:
+            if wanted.messages is not None:
+                return chat_prompt_ids(body["messages"], body.get("tools"), model.fmt)
+            return list(model.fmt.tokenizer.encode(wanted.prompt, add_special_tokens=False))
+
+        ids = await self._in_thread(tokens)
+        words: Json = {}
+        if wanted.return_token_strs:
+            words["token_strs"] = model.fmt.tokenizer.convert_ids_to_tokens(ids)
+        return _json(protocol.Tokenized(count=len(ids), max_model_len=model.context, tokens=ids, **words))
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        _, wanted = await self._read(request, protocol.DetokenizeRequest)
+        model = self._model(wanted.model)
+        if wanted.tokens and max(wanted.tokens) >= model.vocabulary:
+            text = (
+                f"Invalid 'tokens': token {max(wanted.tokens)} is beyond the vocabulary ({model.vocabulary})."
+            )
+            raise bad_value("tokens", text)
+        text = await self._in_thread(lambda: model.fmt.tokenizer.decode(wanted.tokens))
+        return _json(protocol.Detokenized(prompt=text))
+
+    # --- state ---
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process lives."""
+        return _json(protocol.Health(status="ok"))
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: the engine takes requests."""
+        self._check_ready()
+        return _json(protocol.Health(status="ok"))
+
+    async def scrape(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    def write_log(self, line: Mapping[str, object]) -> None:
+        """One line of the service log."""
+        if self.log is not None:
+            self.log.write(line)
+
+    def count_request(self, endpoint: str, status: int) -> None:
+        """One request that was answered."""
+        self.metrics.requests.labels(endpoint, str(status)).inc()
+
+    def _check_ready(self) -> None:
+        if not self.engine.is_running:
+            raise Refusal(
+                503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1
+            )
+
+    def _restart(self, error: BaseException) -> None:
+        """The engine failed: start it again, each time later while failures follow each other closely."""
+        print("engine failed:", "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+        self.restarts += 1
+        now = time.monotonic()
+        self._failures = [when for when in self._failures if now - when < FAILURE_WINDOW] + [now]
+        delay = min(FIRST_RESTART * 2 ** (len(self._failures) - 1), LAST_RESTART)
+        timer = threading.Timer(delay, self.engine.start)
+        timer.daemon = True
+        timer.start()
+
+    def _figures(self) -> Mapping[str, float]:
+        stats = self.engine.stats()
+        return {
+            "num_requests_running": stats.running,
+            "num_requests_waiting": stats.waiting,
+            "batch_size": stats.running,
+            "cache_usage_ratio": stats.kv_tokens / self.engine.kv_tokens,
+            "prefix_cache_queries": stats.prompt_tokens,
+            "prefix_cache_hits": stats.cached_tokens,
+            "engine_steps": stats.steps,
+            "engine_restarts": self.restarts,
+            "engine_ready": float(self.engine.is_running),
+            "log_lines_lost": self.log.lost if self.log else 0,
+        }
+
+    # --- reading ---
+
+    async def _read(self, request: Request, kind: type[BodyT]) -> tuple[Json, BodyT]:
+        """The body as it came, and as a valid request."""
+        body = await read_json(
+            request, most_bytes=self.settings.max_body_bytes, seconds=self.settings.body_seconds
+        )
+        try:
+            return cast(Json, body), kind.model_validate(body)
+        except ValidationError as error:
+            raise from_validation(error, body) from None
+
+    async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
+        """Run `work` beside the event loop, on one of two threads so that prompts do not take all cores."""
+        running = asyncio.get_running_loop().run_in_executor(self._workers, work)
+        try:
+            return await asyncio.wait_for(running, self.settings.prepare_seconds)
+        except TimeoutError:
+            raise Refusal(
+                503, "Preparing the request took too long; try again.", code="overloaded", retry_after=10
+            ) from None
+
+
+def adapter_format(folder: Path) -> ChatFormat | None:
+    """The chat format that an adapter was trained under, where it was saved with one."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return ChatFormat(load_tokenizer(folder))
+
+
+def _engine_refusal(error: BaseException) -> BaseException:
+    if isinstance(error, ToolError):
+        return Refusal(400, f"Invalid schema: {error}.", code="invalid_value")
+    if isinstance(error, PromptTooLong):
+        return too_long(error.context, error.prompt_tokens, None)
+    if isinstance(error, ModelError):  # unloaded a moment ago
+        return Refusal(404, "The model does not exist any more.", param="model", code="model_not_found")
+    if isinstance(error, EngineStopped | EngineBusy):
+        return Refusal(503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1)
+    return error
+
+
+def _record(request: Request) -> Record:
+    return cast(Record, request.scope["state"]["record"])
+
+
+def _json(answer: protocol.Answer) -> Response:
+    return Response(answer.json_text(), media_type="application/json")
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    _record(request).error = error.code or error.type
+    return refusal_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    texts = {
+        404: ("Invalid URL: there is no such endpoint.", "unknown_url"),
+        405: ("Not allowed to use this method on this endpoint.", "method_not_supported"),
+    }
+    text, code = texts.get(error.status_code, (str(error.detail), None))
+    _record(request).error = code
+    response = refusal_response(Refusal(error.status_code, text, code=code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+# --- routes --------------------------------------------------------------------------------------
+
+_STATUSES = {
+    400: "The request cannot be: which parameter and why.",
+    401: "No API key, or a wrong one.",
+    403: "Not allowed here.",
+    404: "No such model.",
+    405: "No such method.",
+    408: "The request did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "The queue is full; Retry-After says when to try again.",
+    431: "Too many headers.",
+    500: "The server failed.",
+    503: "The engine is not running, or no place became free in time.",
+}
+_READING = (401, 403, 405, 431, 500)
+_WRITING = (400, 401, 403, 404, 405, 408, 413, 415, 431, 500, 503)
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    bodies: dict[str, type[BaseModel]] = {}
+
+    def add(
+        method: str,
+        path: str,
+        endpoint: Callable[[Request], Awaitable[Response]],
+        answer: type[BaseModel] | None,
+        *,
+        body: type[BaseModel] | None = None,
+        statuses: Sequence[int] = _READING,
+        content: Json | None = None,
+    ) -> None:
+        ok: Json = {"description": "OK", **({"content": content} if content else {})}
+        if answer is not None:
+            ok["model"] = answer
+        extra = None
+        if body is not None:
+            bodies[body.__name__] = body
+            schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        errors: dict[int | str, Json] = {
+            status: {"model": protocol.ErrorAnswer, "description": _STATUSES[status]} for status in statuses
+        }
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            response_model=None,
+            response_class=Response,
+            responses={200: ok, **errors},
+            openapi_extra=extra,
+            operation_id=endpoint.__name__,
+        )
+
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    busy = (*_WRITING, 429)
+    add(
+        "POST",
+        "/v1/chat/completions",
+        service.chat,
+        protocol.ChatCompletion,
+        body=protocol.ChatRequest,
+        statuses=busy,
+        content=stream,
+    )
+    add(
+        "POST",
+        "/v1/completions",
+        service.complete,
+        protocol.Completion,
+        body=protocol.CompletionRequest,
+        statuses=busy,
+        content=stream,
+    )
+    add("GET", "/v1/models", service.models, protocol.ModelList)
+    add("GET", "/v1/models/{model:path}", service.model, protocol.ModelCard, statuses=(*_READING, 404))
+    add(
+        "POST",
+        "/v1/load_lora_adapter",
+        service.load_adapter,
+        protocol.AdapterChange,
+        body=protocol.LoadAdapterRequest,
+        statuses=_WRITING,
+    )
+    add(
+        "POST",
+        "/v1/unload_lora_adapter",
+        service.unload_adapter,
+        protocol.AdapterChange,
+        body=protocol.UnloadAdapterRequest,
+        statuses=_WRITING,
+    )
+    add(
+        "POST",
+        "/tokenize",
+        service.tokenize,
+        protocol.Tokenized,
+        body=protocol.TokenizeRequest,
+        statuses=_WRITING,
+    )
+    add(
+        "POST",
+        "/detokenize",
+        service.detokenize,
+        protocol.Detokenized,
+        body=protocol.DetokenizeRequest,
+        statuses=_WRITING,
+    )
+    add("GET", "/health", service.health, protocol.Health)
+    add("GET", "/ready", service.ready, protocol.Health, statuses=(*_READING, 503))
+    add("GET", "/metrics", service.scrape, None, content={"text/plain": {"schema": {"type": "string"}}})
+    _describe_bodies(app, list(bodies.values()))
+
+
+def _describe_bodies(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
+    """Put the request types into the OpenAPI document: we read bodies, so FastAPI does not know them."""
+    plain = app.openapi
+
+    def described() -> Json:
+        if app.openapi_schema is None:
+            document = plain()
+            _, definitions = models_json_schema(
+                [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+            )
+            document["components"]["schemas"].update(definitions["$defs"])
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = described  # type: ignore[method-assign]
