@@ -32,7 +32,7 @@ from typing import IO, Any, Literal
 from qwen_chat.conversation import Conversation, Json, Message, write_message
 from qwen_chat.errors import FormatError
 from qwen_chat.tool_calls import parse
-from qwen_chat.tool_loop import check_call
+from qwen_chat.tool_schema import check_call
 
 NOTHING = "(no call)"
 Same = Callable[[Any, Any], bool]
@@ -164,17 +164,15 @@ def is_right(name: str, arguments: Mapping[str, Any], wanted: Wanted, same: Same
 def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = same_json) -> Score:
     """Read a reply as the service does and judge its calls. same: how values are compared."""
     reply = parse(text, list(case.tools), in_reasoning=in_reasoning)
-    schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in case.tools}
     problems = []
     valid = 0
     written: list[tuple[str, Json]] = []
     for call in reply.tool_calls:
-        arguments, problem = check_call(call.name, call.arguments, schemas)
+        problem = check_call(call, case.tools)
         valid += problem is None
         if problem is not None:
             problems.append(problem)
-            arguments = _lenient(call.arguments)
-        written.append((call.name, arguments))
+        written.append((call.name, _arguments(call.arguments)))
     matched = _match(case.wanted, written, same)
     unparsed = "<tool_call>" in reply.content or "✿FUNCTION✿" in reply.content
     if unparsed:
@@ -197,12 +195,12 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
     )
 
 
-def _lenient(arguments: str) -> Json:
+def _arguments(text: str) -> Json:
     """Arguments that break the schema may still be the wanted ones; text that is no object never is."""
     try:
-        value = json.loads(arguments)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return {"": arguments}
+        return {"": text}
     return value if isinstance(value, dict) else {"": value}
 
 

@@ -37,8 +37,9 @@ from typing import Any, Literal, Protocol, cast
 import jsonschema
 import requests
 
-from qwen_chat.conversation import Json, read_tools
+from qwen_chat.conversation import Json, ToolCall, read_tools
 from qwen_chat.errors import FormatError, ServiceError, ToolError
+from qwen_chat.tool_schema import check_call, check_tool
 
 ToolChoice = str | Json
 Functions = Mapping[str, Callable[..., Any]]
@@ -111,7 +112,7 @@ def run_tools(
     offered = (
         [tool_schema(function, name) for name, function in functions.items()] if tools is None else tools
     )
-    schemas = check_tools(offered, functions)
+    check_tools(offered, functions)
     conversation = [dict(message) for message in messages]
     for number in range(1, limits.rounds + 2):
         last = number == limits.rounds + 1
@@ -127,7 +128,7 @@ def run_tools(
         on_event(Event("message", number, message["content"], message))
         if not calls:
             return LoopResult(tuple(conversation), message["content"], number)
-        for result in _carry_out(calls, functions, schemas, limits):
+        for result in _carry_out(calls, functions, offered, limits):
             conversation.append(result)
             on_event(Event("result", number, result["content"], result))
     reason = f"stopped after {limits.rounds} rounds of tool calls"
@@ -214,10 +215,10 @@ def _plain(answer: Any) -> Json:
 
 
 def _carry_out(
-    calls: Sequence[Json], functions: Functions, schemas: Mapping[str, Json], limits: Limits
+    calls: Sequence[Json], functions: Functions, tools: Sequence[Json], limits: Limits
 ) -> list[Json]:
     """Run a round's calls side by side; their messages in the order of the calls."""
-    waiting = [_start(call["function"], functions, schemas) for call in calls]
+    waiting = [_start(call["function"], functions, tools) for call in calls]
     deadline = time.monotonic() + limits.seconds
     messages = []
     for call, box in zip(calls, waiting, strict=True):
@@ -231,14 +232,15 @@ def _carry_out(
     return messages
 
 
-def _start(function: Json, functions: Functions, schemas: Mapping[str, Json]) -> queue.Queue[str]:
+def _start(function: Json, functions: Functions, tools: Sequence[Json]) -> queue.Queue[str]:
     """Begin one call in a thread of its own (a thread that hangs is left behind: Python cannot end it)."""
     box: queue.Queue[str] = queue.Queue()
-    arguments, problem = check_call(function["name"], function["arguments"], schemas)
+    call = ToolCall(function["name"], function["arguments"] or "{}")
+    problem = check_call(call, tools)
     if problem is not None:
         box.put(_error(problem))
         return box
-    target = functions[function["name"]]
+    target, arguments = functions[call.name], json.loads(call.arguments)
     threading.Thread(target=lambda: box.put(_call(target, arguments)), daemon=True).start()
     return box
 
@@ -258,31 +260,6 @@ async def _finish(value: Any) -> Any:
     return await value
 
 
-def check_call(name: str, arguments: str, schemas: Mapping[str, Json]) -> tuple[Json, str | None]:
-    """The arguments as an object, and what is wrong with the call (None: nothing).
-
-    schemas: name -> parameters, as `check_tools` gives them.
-    """
-    if name not in schemas:
-        return {}, f"there is no tool '{name}'; the tools are: {', '.join(schemas) or 'none'}"
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        return {}, f"{name}: the arguments are no JSON ({error})"
-    if not isinstance(value, dict):
-        return {}, f"{name}: the arguments must be a JSON object, not {json.dumps(value)[:50]}"
-    try:
-        found = jsonschema.exceptions.best_match(
-            jsonschema.Draft202012Validator(schemas[name]).iter_errors(value)
-        )
-    except Exception as error:  # a broken $ref or an endless recursion in the schema shows only here
-        return {}, f"{name}: the schema cannot be applied ({type(error).__name__})"
-    if found is not None:
-        place = ".".join(str(step) for step in found.absolute_path)
-        return {}, f"{name}: {place + ': ' if place else ''}{found.message[:300]}"
-    return value, None
-
-
 def _error(text: str) -> str:
     return json.dumps({"error": text}, ensure_ascii=False)
 
@@ -296,8 +273,8 @@ def _cut(text: str, characters: int) -> str:
 # --------------------------------------------------------------------------- schemas
 
 
-def check_tools(tools: Sequence[Json], functions: Functions | None = None) -> dict[str, Json]:
-    """Name -> parameters schema of each tool; ToolError names the tool, the place and the cure.
+def check_tools(tools: Sequence[Json], functions: Functions | None = None) -> None:
+    """Raise ToolError, naming the tool, the place and the cure, where no call of a tool could ever succeed.
 
     functions: given, each tool must have one of its name.
     """
@@ -305,26 +282,21 @@ def check_tools(tools: Sequence[Json], functions: Functions | None = None) -> di
         read_tools(tools)
     except FormatError as error:
         raise ToolError(str(error)) from None
-    schemas: dict[str, Json] = {}
+    names: set[str] = set()
     for tool in tools:
-        name, schema = tool["function"]["name"], tool["function"].get("parameters") or {"type": "object"}
-        if name in schemas:
+        name, schema = tool["function"]["name"], tool["function"].get("parameters") or {}
+        if name in names:
             raise ToolError(f"tool '{name}' is offered twice; give each tool a name of its own")
         if functions is not None and name not in functions:
             known = ", ".join(functions) or "none"
             raise ToolError(f"tool '{name}' has no function; the functions are: {known}")
-        try:
-            jsonschema.Draft202012Validator.check_schema(schema)
-        except jsonschema.SchemaError as error:
-            place = ".".join(str(step) for step in error.absolute_path) or "parameters"
-            raise ToolError(f"tool '{name}': {place}: {error.message[:200]}; it is no JSON Schema") from None
+        check_tool(tool)
         if schema.get("type", "object") != "object":
             raise ToolError(f"tool '{name}': the parameters' type is {schema['type']!r}; expected 'object'")
         reason = unsatisfiable(schema)
         if reason is not None:
             raise ToolError(f"tool '{name}': {reason}; no arguments can satisfy this schema")
-        schemas[name] = schema
-    return schemas
+        names.add(name)
 
 
 def unsatisfiable(schema: Any, path: str = "parameters") -> str | None:

@@ -230,7 +230,7 @@ def test_summary() -> None:
     }
     assert [w["problems"] for w in worst(results)][:2] == [
         ["not called rightly: weather"],
-        ["add: 'a' is a required property", "called without need: add"],
+        ["arguments of 'add': 'a' is a required property", "called without need: add"],
     ]
     assert len(worst(results)) == 4
     assert worst(results, 1)[0]["messages"] == [{"role": "user", "content": "weather"}]

@@ -155,11 +155,14 @@ def test_parallel_calls_run_side_by_side_and_keep_their_order(stream: bool) -> N
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        (call("get_wether", {}), "there is no tool 'get_wether'; the tools are: get_weather, fails"),
-        (call("get_weather", "{oops"), "get_weather: the arguments are no JSON"),
-        (call("get_weather", "[1]"), "get_weather: the arguments must be a JSON object, not [1]"),
-        (call("get_weather", {}), "get_weather: 'city' is a required property"),
-        (call("get_weather", {"city": 3}), "get_weather: city: 3 is not of type 'string'"),
+        (
+            call("get_wether", {}),
+            "call of 'get_wether', which was not offered; expected one of: get_weather, fails",
+        ),
+        (call("get_weather", "{oops"), "arguments of 'get_weather' are no JSON"),
+        (call("get_weather", "[1]"), "arguments of 'get_weather' hold [1]; expected an object"),
+        (call("get_weather", {}), "arguments of 'get_weather': 'city' is a required property"),
+        (call("get_weather", {"city": 3}), "'get_weather': city: 3 is not of type 'string'"),
         (
             call("get_weather", {"city": "x", "unit": "kelvin"}),
             "unit: 'kelvin' is not one of ['celsius', 'fahrenheit']",
@@ -243,7 +246,10 @@ def tool(parameters: dict[str, Any], name: str = "t") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("parameters", "told"),
     [
-        ({"type": "dict"}, "tool 't': type: 'dict' is not valid under any of the given schemas"),
+        (
+            {"type": "dict"},
+            "tool 't': parameters.type: no JSON Schema: 'dict' is not valid under any of the given schemas",
+        ),
         ({"type": "array"}, "the parameters' type is 'array'; expected 'object'"),
         (
             {"properties": {"n": {"minimum": 3, "maximum": 1}}, "required": ["n"]},

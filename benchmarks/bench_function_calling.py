@@ -1,0 +1,400 @@
+"""Does tuning teach a small model to call functions that it has never seen?
+
+    python benchmarks/bench_function_calling.py                  # the demo model, about an hour on two cores
+    python benchmarks/bench_function_calling.py -m MODEL --trl False
+
+In: the public Berkeley Function Calling Leaderboard (wheel bfcl-eval, Apache-2.0). Out:
+benchmarks/results/function_calling.json with the blocks `before`, `after` and `trl`, each on the same held-out
+questions: exact (share of calls right in name and every argument), name, false_calls (share of questions without
+a fitting function that were answered with a call), valid (share of written calls that fit their schema), n, seconds
+(of training). `required` inside a block: the same questions with a call required, and how many calls were valid.
+
+The split is by hash and by function: questions that share any function are on one side. Phases leave their result in a
+work folder and are not run twice: data, scorer (agreement with the leaderboard's own checker), before, train,
+after, trl.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import random
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout
+
+from qwen_chat import demo_model, errors, evaluation, models
+from qwen_chat.conversation import Conversation, Json
+from qwen_chat.errors import ModelError, TrainingError
+from qwen_chat.logs import rank_zero
+
+WHEEL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+TRL = ("trl==1.16.0", "datasets==5.2.0")
+RESULT = ROOT / "benchmarks" / "results" / "function_calling.json"
+HELD_CALLS, HELD_OTHERS, TRAIN_CALLS, TRAIN_OTHERS = 100, 60, 300, 120
+
+JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+SCHEMA_KEYS = ("type", "description", "enum", "default", "minItems", "maxItems", "maximum", "format")
+
+REFUSALS = (
+    "None of the functions I have can do that.",
+    "I have no function for that.",
+    "The functions given here do not fit this question.",
+    "I cannot help with that: no function here does it.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, the same for both trainers."""
+
+    epochs: float = 3.0
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    learning_rate: float = 5e-4
+    batch: int = 4
+    accumulation: int = 2
+    seed: int = 0
+    train_calls: int = TRAIN_CALLS
+    train_others: int = TRAIN_OTHERS
+
+
+# --------------------------------------------------------------------------- the leaderboard's data
+
+
+def fetch() -> Path:
+    """The wheel, unpacked in the cache (fetched with pip once, hash checked)."""
+    package, version, sha256 = WHEEL
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(folder)]
+        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise ModelError(f"{package}=={version} cannot be fetched with pip: {done.stderr.strip()[-300:]}")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
+            raise ModelError(
+                f"{wheels[0].name} is not the file this benchmark was written for; fetch it again"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            archive.extractall(folder)
+        wheels[0].unlink()
+
+    return demo_model.build_once(demo_model.cache_dir() / "wheels" / f"{package}-{version}-unpacked", build)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of the leaderboard; `truth` is empty where no function fits."""
+
+    name: str
+    question: list[Json]
+    functions: list[Json]
+    truth: list[Json]
+
+
+def load(folder: Path) -> list[Item]:
+    items = []
+    for category in ("simple_python", "multiple", "irrelevance"):
+        rows = read_lines(folder / "bfcl_eval" / "data" / f"BFCL_v4_{category}.json")
+        truths = {}
+        if category != "irrelevance":
+            answers = read_lines(
+                folder / "bfcl_eval" / "data" / "possible_answer" / f"BFCL_v4_{category}.json"
+            )
+            truths = {row["id"]: row["ground_truth"] for row in answers}
+        items += [Item(r["id"], r["question"][0], r["function"], truths.get(r["id"], [])) for r in rows]
+    return items
+
+
+def read_lines(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def families(items: Sequence[Item]) -> list[list[Item]]:
+    """Items that share a function, directly or through others, together; in the order of their hash."""
+    parent: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for item in items:
+        for function in item.functions:
+            first, other = sorted((find(item.functions[0]["name"]), find(function["name"])))
+            parent[other] = first
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(find(item.functions[0]["name"]), []).append(item)
+    return [groups[name] for name in sorted(groups, key=digest)]
+
+
+def split(items: Sequence[Item], settings: Settings) -> tuple[list[Item], list[Item]]:
+    """(train, held out): families in hash order are held out until both quotas are met exactly; no family is cut."""
+    held: list[Item] = []
+    rest: list[Item] = []
+    room = [HELD_CALLS, HELD_OTHERS]
+    for family in families(items):
+        calls = sum(bool(item.truth) for item in family)
+        others = len(family) - calls
+        if calls <= room[0] and others <= room[1]:
+            held += family
+            room = [room[0] - calls, room[1] - others]
+        else:
+            rest += family
+    rest.sort(key=lambda item: digest(item.name))
+    train = [item for item in rest if item.truth][: settings.train_calls]
+    train += [item for item in rest if not item.truth][: settings.train_others]
+    return sorted(train, key=lambda item: digest("order" + item.name)), held
+
+
+# --------------------------------------------------------------------------- into our format
+
+
+def schema(given: Mapping[str, Any]) -> Json:
+    """The leaderboard's types as JSON Schema; objects take only the properties that they name."""
+    found: Json = {key: given[key] for key in SCHEMA_KEYS if key in given}
+    if "type" in found:
+        found["type"] = JSON_TYPES.get(found["type"], found["type"])
+    if isinstance(given.get("items"), dict):
+        found["items"] = schema(given["items"])
+    if given.get("properties"):
+        found["properties"] = {name: schema(value) for name, value in given["properties"].items()}
+        found["required"] = [name for name in given.get("required", ()) if name in given["properties"]]
+        found["additionalProperties"] = False
+    return found
+
+
+def tool(function: Json) -> Json:
+    parameters = schema(function["parameters"])
+    return {
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "description": function["description"],
+            "parameters": parameters,
+        },
+    }
+
+
+def accepted(item: Item) -> list[Json]:
+    """Each right call with the values that count, in the shape that `evaluation` reads.
+
+    Numbers of a `float` parameter become floats: the checker takes a whole number for them, but never a float
+    for an `integer`.
+    """
+    found = []
+    for truth in item.truth:
+        ((name, values),) = truth.items()
+        parameters = next(f["parameters"] for f in item.functions if f["name"] == name)
+        arguments, optional = {}, []
+        for key, choices in values.items():
+            arguments[key] = [as_typed(choice, parameters["properties"].get(key, {})) for choice in choices]
+            if "" in choices and key not in parameters.get("required", ()):
+                optional.append(key)
+        found.append({"name": name, "arguments": arguments, "optional": optional})
+    return found
+
+
+def as_typed(value: Any, given: Mapping[str, Any]) -> Any:
+    if given.get("type") == "float" and type(value) is int:
+        return float(value)
+    if isinstance(value, list) and isinstance(given.get("items"), dict):
+        return [as_typed(entry, given["items"]) for entry in value]
+    return value
+
+
+def reference(item: Item) -> list[Json]:
+    """One right answer: the first accepted value of each argument, optional ones left out, in the schema's order."""
+    calls = []
+    for truth in item.truth:
+        ((name, values),) = truth.items()
+        parameters = next(f["parameters"] for f in item.functions if f["name"] == name)
+        required = parameters.get("required", ())
+        order = [key for key in parameters["properties"] if key in values]
+        arguments = {k: plain(first(values[k])) for k in order if k in required or "" not in values[k]}
+        text = json.dumps(arguments, ensure_ascii=False)
+        calls.append({"type": "function", "function": {"name": name, "arguments": text}})
+    return calls
+
+
+def first(choices: Sequence[Any]) -> Any:
+    return next((choice for choice in choices if choice != ""), "")
+
+
+def plain(value: Any) -> Any:
+    """Inside an accepted object every value is again a list of choices; "" among them: may be left out."""
+    if isinstance(value, dict):
+        return {k: plain(first(v)) for k, v in value.items() if not isinstance(v, list) or "" not in v}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def conversation(item: Item, *, with_accepted: bool = False) -> Json:
+    """A training line: the question, the functions, and the call, or a refusal where no function fits."""
+    reply: Json = {"role": "assistant", "content": "", "tool_calls": reference(item)}
+    if not item.truth:
+        content = REFUSALS[int(digest(item.name), 16) % len(REFUSALS)]
+        reply = {"role": "assistant", "content": content}
+    elif with_accepted:
+        reply["accepted"] = accepted(item)
+    tools = [tool(function) for function in item.functions]
+    kind = "call" if item.truth else "no_call"
+    return {"type": kind, "source": item.name, "messages": [*item.question, reply], "tools": tools}
+
+
+# --------------------------------------------------------------------------- the scorer, and whether it is right
+
+
+def same(value: Any, right: Any) -> bool:
+    """A value against an accepted one as the leaderboard compares them: text without case, spaces and ,./-_*^."""
+    if isinstance(value, str) and isinstance(right, str):
+        return bare(value) == bare(right)
+    if isinstance(value, bool) or isinstance(right, bool):
+        return value is right
+    if isinstance(value, float) and type(right) is int:
+        return False
+    if isinstance(value, list) and isinstance(right, list):
+        return len(value) == len(right) and all(map(same, value, right))
+    if isinstance(value, dict) and isinstance(right, dict):
+        return all(
+            any(same(value[key], choice) for choice in choices) if key in value else "" in choices
+            for key, choices in right.items()
+        ) and set(value) <= set(right)
+    return bool(value == right)
+
+
+def bare(text: str) -> str:
+    return text.translate(str.maketrans("'", '"', " ,./-_*^")).lower()
+
+
+def right_by_us(item: Item, calls: Sequence[Mapping[str, Any]]) -> bool:
+    """calls: `{name: arguments}` each."""
+    case = case_of(item)
+    lines = []
+    for call in calls:
+        ((name, arguments),) = call.items()
+        body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        lines.append(f"<tool_call>\n{body}\n</tool_call>")
+    return evaluation.score(case, "\n".join(lines), same=same).exact
+
+
+def case_of(item: Item) -> evaluation.Case:
+    record = conversation(item)
+    marks = {len(record["messages"]) - 1: accepted(item)} if item.truth else {}
+    return evaluation.cases_of(Conversation.from_openai(record), item.name, marks)[0]
+
+
+def leaderboard_checker(folder: Path) -> Callable[[Item, list[Json]], bool]:
+    """The wheel's own checker; its table of models (which imports every vendor's client) is stood in for."""
+    stand_in = types.ModuleType("bfcl_eval.constants.model_config")
+    stand_in.MODEL_CONFIG_MAPPING = {"ours": types.SimpleNamespace(underscore_to_dot=False)}  # type: ignore[attr-defined]
+    sys.modules["bfcl_eval.constants.model_config"] = stand_in
+    sys.path.insert(0, str(folder))
+    checker = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker").ast_checker
+    python = importlib.import_module("bfcl_eval.constants.enums").Language.PYTHON
+
+    def check(item: Item, calls: list[Json]) -> bool:
+        kind = "multiple" if item.name.startswith("multiple") else "simple"
+        return bool(checker(item.functions, calls, item.truth, python, kind, "ours")["valid"])
+
+    return check
+
+
+def damaged(items: Sequence[Item], count: int) -> Iterator[tuple[Item, list[Json], str]]:
+    """Right answers with one seeded fault each: (item, calls, what was done)."""
+    rng = random.Random(0)
+    for number in range(count):
+        item = items[rng.randrange(len(items))]
+        calls = answer(item)
+        ((name, arguments),) = calls[0].items()
+        kind = FAULTS[number % len(FAULTS)]
+        key = rng.choice(sorted(arguments)) if arguments else None
+        if kind == "renamed":
+            calls = [{name + "_x": arguments}]
+        elif kind == "twice":
+            calls = calls * 2
+        elif kind == "none":
+            calls = []
+        elif kind == "extra":
+            arguments["surplus"] = 1
+        elif key is not None and kind == "dropped":
+            del arguments[key]
+        elif key is not None:
+            arguments[key] = spoil(arguments[key], kind)
+        yield item, calls, kind if key is None else f"{kind} {key}"
+
+
+FAULTS = (
+    "changed",
+    "as text",
+    "as float",
+    "upper",
+    "dropped",
+    "extra",
+    "renamed",
+    "twice",
+    "none",
+    "reversed",
+)
+
+
+def spoil(value: Any, kind: str) -> Any:
+    if kind == "as text":
+        return json.dumps(value)
+    if kind == "as float" and type(value) is int:
+        return float(value)
+    if kind == "upper" and isinstance(value, str):
+        return value.upper() + " "
+    if kind == "reversed" and isinstance(value, list):
+        return value[::-1]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return value + " other" if isinstance(value, str) else [value]
+
+
+def answer(item: Item) -> list[Json]:
+    """The reference as `{name: arguments}`."""
+    calls = (call["function"] for call in reference(item))
+    return [{call["name"]: json.loads(call["arguments"])} for call in calls]
+
+
+def agreement(items: Sequence[Item], check: Callable[[Item, list[Json]], bool]) -> Json:
+    """Our scorer beside the leaderboard's, on every reference answer and on 200 damaged ones."""
+    questions = [item for item in items if item.truth]
+    trials = [(item, answer(item), "reference") for item in questions]
+    trials += list(damaged(questions, 200))
+    differences = []
+    accepted_by_both = 0
+    for item, calls, what in trials:
+        ours, theirs = right_by_us(item, calls), check(item, calls)
+        accepted_by_both += ours and theirs
+        if ours != theirs:
+            differences.append(
+                {"id": item.name, "what": what, "calls": calls, "ours": ours, "theirs": theirs}
+            )
+    return {
+        "answers": len(trials),
+        "agree": len(trials) - len(differences),
+        "accepted_by_both": accepted_by_both,
+        "differences": differences,
+    }
