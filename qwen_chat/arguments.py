@@ -304,7 +304,7 @@ def _scan(argv: Sequence[str], by_name: Mapping[str, Option]) -> tuple[dict[str,
         except ValueError as error:
             wrong.append(f"{word}: {error}")
             continue
-        adds = entry.name in ("data_path", "eval_data_path") and entry.many
+        adds = entry.name in ("data_path", "eval_data_path", "adapter", "api_key") and entry.many
         given[entry.name] = (*given.get(entry.name, ()), *value) if adds else value
     return given, notes, wrong
 
@@ -358,7 +358,14 @@ def _value(entry: Option, words: list[str]) -> Any:
 
 def _parts(name: str, word: str) -> list[str]:
     """Lists may be written a,b,c; paths and regular expressions hold commas of their own."""
-    if name in ("data_path", "eval_data_path", "lora_target_modules", "trainable_tokens"):
+    if name in (
+        "data_path",
+        "eval_data_path",
+        "lora_target_modules",
+        "trainable_tokens",
+        "adapter",
+        "api_key",
+    ):
         return [word]
     return [part for part in word.split(",") if part]
 
