@@ -2,7 +2,7 @@
 
 In: an engine and what surrounds it (keys, log, limits). Out: `create_app(...)`, an ASGI app; nothing is
 bound or started until a server runs it. The path of a request: gate.py (who, how much) -> protocol.py (what)
--> here (a place in the queue) -> intake.py (prompt, grammar) -> engine -> chunks.py, delivery.py (the answer).
+-> here (a place in the queue) -> intake.py (prompt, grammar) -> engine -> chunks.py, delivery.py (answer).
 """
 
 from __future__ import annotations
