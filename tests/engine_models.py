@@ -77,7 +77,7 @@ def conversation(rng: random.Random, prefix: list[int], own: int, learnt: int | 
 
 
 def mixed_data(seed: int = 0) -> list[tuple[Encoded, ...]]:
-    """A tree of prefixes of every kind: shared system prompt, turns of one conversation, duplicates, loners."""
+    """Prefixes of every kind: a shared system prompt, turns of one conversation, duplicates, loners."""
     rng = random.Random(seed)
     system = [rng.randrange(VOCABULARY) for _ in range(40)]
     data: list[tuple[Encoded, ...]] = [(conversation(rng, system, 20 + i),) for i in range(4)]
