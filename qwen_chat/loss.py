@@ -129,7 +129,8 @@ class ModelLoss:
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._targets is None:
             return self._plain(hidden, *args, **kwargs)
-        trainable = [parameter for parameter in self._head.parameters() if parameter.requires_grad]
+        learning = torch.is_grad_enabled()  # evaluation under no_grad must not form a gradient
+        trainable = [p for p in self._head.parameters() if p.requires_grad and learning]
         loss, self._hits = chunked_loss(
             self._plain,
             hidden.flatten(0, -2),
