@@ -79,7 +79,7 @@ _CODE = (  # what decides which tokens come out
         "chat_template.py",
         "control_tokens.py",
     ),
-    *("tool_calls.py", "loose_json.py", "tool_schema.py"),
+    *("qwen_agent.py", "tool_calls.py", "tool_schema.py", "loose_json.py"),
 )
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
@@ -98,9 +98,9 @@ class Format(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
-    def encode_conversation(
-        self, conversation: Conversation, train_on: TrainOn = "all"
-    ) -> Sequence[EncodedLike]: ...
+    def encode_many(
+        self, conversations: Sequence[Conversation], train_on: TrainOn = "all"
+    ) -> Sequence[Sequence[EncodedLike]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,26 +369,24 @@ def _encode_block(records: Records, fmt: Format, options: _Options, indices: Seq
     encoded: list[EncodedLike] = []
     counts, kept, full = array("i"), array("Q"), array("i")
     block_truncated, too_long, failures = 0, [], []
-    for i in indices:
-        conversation = records[i]
-        try:
-            whole = fmt.encode_conversation(conversation, train_on=options.train_on)
-            length = _longest(whole)
-            fitted = whole if length <= options.max_length else _fitted(fmt, conversation, options)
-        except FormatError as error:
-            failures.append((i, str(error)))
+    conversations = [records[i] for i in indices]
+    for i, conversation, whole in zip(
+        indices, conversations, _encode(fmt, conversations, options), strict=True
+    ):
+        if isinstance(whole, FormatError):
+            failures.append((i, str(whole)))
             full.append(0)
             continue
+        length = _longest(whole)
         full.append(length)
+        fitted: Sequence[EncodedLike] | None = whole
         if length > options.max_length:
             too_long.append(i)
+            fitted = _fitted(fmt, conversation, options)
         if fitted is None:
             continue
         block_truncated += fitted is not whole
         encoded.extend(fitted)
-        if not fitted:
-            failures.append((i, "no reply to learn; expected at least one 'assistant' message"))
-            continue
         counts.append(len(fitted))
         kept.append(i)
     ids, lengths, spans, span_counts = _flatten(encoded)
@@ -404,6 +402,18 @@ def _encode_block(records: Records, fmt: Format, options: _Options, indices: Seq
         too_long,
         failures,
     )
+
+
+def _encode(
+    fmt: Format, conversations: Sequence[Conversation], options: _Options
+) -> Sequence[Sequence[EncodedLike] | FormatError]:
+    """The sequences of each conversation, or why the template cannot carry it."""
+    try:
+        return fmt.encode_many(conversations, options.train_on)
+    except FormatError as error:
+        if len(conversations) == 1:
+            return [error]
+        return [_encode(fmt, [conversation], options)[0] for conversation in conversations]
 
 
 def _longest(sequences: Sequence[EncodedLike]) -> int:
@@ -426,7 +436,7 @@ def _fitted(fmt: Format, conversation: Conversation, options: _Options) -> Seque
     while low < high:
         middle = (low + high) // 2
         shorter = replace(conversation, messages=(*head, *messages[turns[middle] :]))
-        encoded = fmt.encode_conversation(shorter, train_on=options.train_on)
+        encoded = fmt.encode_many([shorter], options.train_on)[0]
         if _longest(encoded) <= options.max_length:
             best, high = encoded, middle
         else:
@@ -695,7 +705,7 @@ class LazyData(TokenisedData):
 
     def _choose(self, workers: int | None) -> npt.NDArray[np.uint64]:
         """The records that the length policy keeps."""
-        constant = _longest(self._fmt.encode_conversation(_SMALLEST, train_on="all")) + 256
+        constant = _longest(self._fmt.encode_many([_SMALLEST])[0]) + 256
         room = (self._options.max_length - constant) // 2  # a template adds less than the JSON around a text
         sizes = np.fromiter(map(self.records.size_of, range(len(self.records))), dtype=np.int64)
         doubtful = np.flatnonzero(sizes > room)
