@@ -58,6 +58,11 @@ def resolve(name: str | None) -> Path:
     return folder
 
 
+def name_of(given: str | None, folder: Path) -> str:
+    """What an adapter calls its base: the hub name that was typed, else the folder's full path."""
+    return given if given is not None and not Path(given).expanduser().is_dir() else str(folder.absolute())
+
+
 def check_folder(folder: Path) -> None:
     """Raise ModelError unless the folder holds a readable config.json and all of its weights."""
     if not (folder / "config.json").is_file():

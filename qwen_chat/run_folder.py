@@ -123,3 +123,11 @@ def write_run(folder: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, ensure_ascii=False, indent=2, default=str)
     aside.write_text(text + "\n", encoding="utf-8")
     aside.replace(folder / RUN_FILE)
+
+
+def tell_status(status: int) -> int:
+    """Leave a rank's exit status for finetune.sh, which a launcher would turn into 1; returns it."""
+    folder = os.environ.get("FINETUNE_STATUS_DIR")
+    if folder and status:
+        (Path(folder) / os.environ.get("RANK", "0")).write_text(f"{status}\n", encoding="utf-8")
+    return status

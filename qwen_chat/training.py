@@ -1,8 +1,8 @@
 """The trainer put together: arguments, ranks, loss, log, checkpoints, result.
 
 In: a Run (arguments.py), tokenised data, a model. Out: a folder with the adapter or model, its tokenizer and
-template, a generation config that ends, `run.json` and `train_log.jsonl`. transformers' Trainer keeps the loop;
-ours are the batch sampler and collator (dataset.py), the loss (loss.py), the checks of every step and the log.
+template, a generation config that ends, `run.json` and `train_log.jsonl`. The loop is transformers' Trainer;
+ours are its batch sampler and collator (dataset.py), the loss (loss.py), each step's checks and the log.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from qwen_chat import adapters, arguments, models, run_folder
 from qwen_chat.arguments import Run
@@ -135,6 +136,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class Session:
+    """Where the joined ranks write, and what was decided before the model is loaded."""
+
+    folder: Path
+    decisions: tuple[str, ...]
+
+
+def start(run: Run, folder: Path, model: Path, data: Data) -> tuple[Any, Session]:
+    """Join the ranks, agree on the folder, decide what memory asks for; transformers' arguments come back."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    row = sampler(run, data.train, ranks=ranks, seed=seed_of(run)).longest_row(windows=64)
+    checkpointing, reason = decide_checkpointing(run, model, row)
+    args, decisions = training_arguments(run, folder, checkpointing=checkpointing)
+    folder = Path(share(str(folder)))
+    args.output_dir = str(folder)
+    return args, Session(folder, (*decisions, reason))
+
+
+def seed_of(run: Run) -> int:
+    """The seed that orders the data: TrainingArguments' data_seed, else seed, else its default 42."""
+    return int(run.extra.get("data_seed") or run.extra.get("seed", 42))
+
+
 def share(value: Any) -> Any:
     """Rank 0's value on every rank (the output folder's name holds a time)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -204,7 +229,7 @@ def read_data(run: Run, fmt: Any) -> Data:
     held_out = read(run.data.eval_data_path) if run.data.eval_data_path else None
     summary, fingerprint = train.summary, str(train.fingerprint)
     if run.data.data_weights:
-        train = Mixture(train, run.data.data_weights, seed=int(run.extra.get("seed", 42)))
+        train = Mixture(train, run.data.data_weights, seed=seed_of(run))
         if len(train) == 0:
             raise DataError("--data_weights leave no conversation; give at least one file more weight")
     return Data(train, held_out, fingerprint, summary)
@@ -252,9 +277,12 @@ def _free_memory() -> int:
     """Bytes that are free where the model will lie, for one process."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):  # what the page cache holds can be had too
+            free = int(line.split()[1]) * 1024
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def load(run: Run, path: Path, args: Any) -> models.Loaded:
@@ -287,6 +315,16 @@ def _weight_dtype(run: Run, args: Any) -> Any:
     if run.method == "full" and run.train.deepspeed is None:
         return torch.float32
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def wrap(run: Run, model: Any, tokenizer: Any, args: Any) -> tuple[Any, tuple[str, ...], Mapping[str, Any]]:
+    """The model as it is trained, what was decided, and (PiSSA) the adapter's first values."""
+    if not run.lora.use_lora:
+        learnt = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        return model, (f"full fine-tune: all {learnt:,} parameters are trained",), {}
+    set_seed(args.seed)
+    wrapped = adapters.wrap(model, run.lora, tokenizer, checkpointing=args.gradient_checkpointing)
+    return wrapped.model, wrapped.decisions, wrapped.initial
 
 
 # ----------------------------------------------------------------------------------------------- trainer
@@ -353,7 +391,7 @@ class ChatTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """This row's loss sum / supervised tokens of the global step, times ranks (DDP averages gradients)."""
+        """This row's loss / supervised tokens of the global step, times ranks (DDP averages gradients)."""
         count = max(1, int(num_items_in_batch or 0))  # 0: a step in which no message is learnt
         loss = self.model_loss(model, inputs).loss_sum * (self.accelerator.num_processes / count)
         self.totals.add(loss, inputs)
@@ -493,6 +531,22 @@ class StepLog(TrainerCallback):
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
+def trainer(run: Run, args: Any, model: Any, tokenizer: Any, data: Data, log: StepLog) -> ChatTrainer:
+    """The trainer of a run, its parts in place."""
+    held_out = None
+    if data.held_out is not None:
+        held_out = sampler(run, data.held_out, ranks=args.world_size, seed=0, training=False)
+    return ChatTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        windows=sampler(run, data.train, ranks=args.world_size, seed=seed_of(run)),
+        held_out=held_out,
+        loraplus_ratio=run.lora.loraplus_lr_ratio,
+        callbacks=[log],
+    )
+
+
 def train(trainer: ChatTrainer, log: StepLog, checkpoint: Path | None) -> None:
     """Run the loop, from a checkpoint where there is one."""
     log.trainer = trainer
@@ -586,3 +640,24 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -
         "evaluation": dict(evaluation),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
+    """A few lines for a person: what came of it, and what to type next."""
+    losses, evaluation = outcome["losses"], outcome["evaluation"]
+    lines = [
+        f"{outcome['steps']} steps, {outcome['tokens']:,} tokens in {outcome['seconds']:.0f} s"
+        f" ({outcome['tokens_per_s']:,.0f} tokens/s)"
+        + (f"; loss {losses['first']:.4f} -> {losses['last']:.4f}" if losses else "")
+    ]
+    if evaluation:
+        lines.append(
+            f"held out: loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['eval_perplexity']:.2f}, "
+            f"token accuracy {evaluation['eval_token_accuracy']:.1%}"
+        )
+    flag = "--adapter" if run.lora.use_lora else "-m"
+    lines += [
+        f"saved in {folder}; now talk to it:",
+        f"  python fast_start/simple_try_0.py {flag} {shlex.quote(str(folder))}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""Fine-tune a chat model on conversations: full, LoRA or Q-LoRA.
+
+    python finetune/finetune.py -d finetune/io_file/input_data/example_data.jsonl --use_lora True
+
+Without -m the small demo model is tuned. For several processes use finetune.sh; it passes every flag on.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
+
+from qwen_chat import arguments, errors, run_folder
+from qwen_chat.logs import is_rank_zero, rank_zero
+
+
+def main() -> int:
+    run = arguments.read_run(sys.argv[1:], about=__doc__ or "")
+    for note in run.notes:
+        rank_zero(f"note: {note}")
+    folder = run_folder.choose(run)
+    run_folder.check(folder)
+
+    from qwen_chat import (
+        models,
+        training,
+    )  # torch comes in here: --help and a wrong flag are answered at once
+    from qwen_chat.chatml import ChatFormat, show
+
+    path = models.resolve(run.model.model)
+    run_folder.check_disk(folder, run_folder.disk_needed(run, path))
+    tokenizer = models.load_tokenizer(path, trust_remote_code=run.model.trust_remote_code)
+    fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
+
+    data = training.read_data(run, fmt)
+    key = run_folder.identity(run, data.fingerprint)
+    run_folder.check_same_run(folder, key)
+    rank_zero(data.summary.describe())
+    if run.train.check:
+        rank_zero("everything is in order, short of loading the model")
+        return 0
+    rank_zero("the first example (what is learnt is marked):")
+    rank_zero(show(tokenizer, data.train[0][0], colour=sys.stderr.isatty()))
+
+    args, session = training.start(run, folder, path, data)
+    loaded = training.load(run, path, args)
+    model, adapter, initial = training.wrap(run, loaded.model, tokenizer, args)
+    decisions = (*session.decisions, *loaded.decisions, *adapter)
+    for decision in decisions:
+        rank_zero(decision)
+
+    folder = session.folder
+    record = training.record(run, key, data, decisions, path)
+    if is_rank_zero():
+        run_folder.write_run(folder, record)
+    log = training.StepLog(folder)
+    trainer = training.trainer(run, args, model, tokenizer, data, log)
+    rank_zero(
+        f"training into {folder}; stopped with Ctrl-C, the same command with -o goes on from its checkpoint"
+    )
+    training.train(trainer, log, run_folder.last_checkpoint(folder))
+    evaluation = trainer.evaluate() if data.held_out is not None else {}
+    training.save(trainer, run, fmt, folder, models.name_of(run.model.model, path), initial)
+
+    if is_rank_zero():
+        outcome = training.outcome(trainer, log, evaluation)
+        run_folder.write_run(folder, record | outcome)
+        rank_zero(training.report(run, folder, outcome))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_folder.tell_status(errors.run(main)))
