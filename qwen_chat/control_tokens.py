@@ -1,0 +1,200 @@
+"""Control tokens kept apart from text, so that nothing a person types can become one.
+
+In: strings in which each control token that the template wrote is one private character (a "mark");
+everything else in them is text, even where it reads `<|im_end|>`. Out: token ids.
+
+A control token is an added token of the vocabulary that is special or looks like a tag (`<tool_call>`,
+`<think>`). Other added tokens (runs of spaces in some vocabularies) are ordinary text.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+from qwen_chat.errors import FormatError
+
+_LAST_MARK = 0x10FFFD  # the last private-use character; marks are the ones that end here
+_BEFORE, _AFTER = "\ufdd0", "\ufdd1"  # noncharacters: "the next token is text", "the token before was text"
+_ANCHOR = "\ufdd2"
+_REMEMBERED = 500_000  # token ids kept for texts that come again; 18 MB
+_SEEN = 50_000  # hashes of texts that came once; 5 MB
+
+# Tokenised whole and in parts when a format is made. If they differ, the tokenizer treats the start of a text
+# specially.
+_PROBE = "{end}user\n Hello  there\n\n你好，世界 🙂 12 a_b{end}\n  x{end}Hi{end}\n\n{end} ..."
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer, and its tokenisation of text that has none.
+
+    Raises FormatError where the tokenizer has no Rust half or cannot be used on parts of a text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise FormatError(
+                f"{type(tokenizer).__name__} has no Rust tokenizer; expected one with tokenizer.json"
+            )
+        added = {
+            token: index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or re.fullmatch(r"<[^\s<>]+>", token.content)
+        }
+        self.ids = {token.content: index for token, index in added.items()}
+        first = _LAST_MARK + 1 - len(added)
+        self._mark_of = {content: chr(first + k) for k, content in enumerate(self.ids)}
+        self._token_of = {ord(mark): content for content, mark in self._mark_of.items()}
+        self._id_of = {mark: self.ids[content] for content, mark in self._mark_of.items()}
+        marks = f"[{chr(first)}-{chr(_LAST_MARK)}]" if added else "(?!)"
+        self._is_mark = re.compile(marks)
+        self._at_marks = re.compile(f"({marks})")
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        bare = "|".join(re.escape(token.content) for token in longest_first) or "(?!)"
+        self._bare = re.compile(bare)
+        # Some vocabularies' tokens swallow the white space beside them.
+        swallowing = "|".join(
+            rf"\s*{re.escape(t.content)}" * t.lstrip
+            or rf"{re.escape(t.content)}\s*" * t.rstrip
+            or re.escape(t.content)
+            for t in longest_first
+        )
+        self._written = re.compile(
+            f"{_BEFORE}(?P<after>{bare})|(?P<before>{bare}){_AFTER}|(?P<token>{swallowing or '(?!)'})"
+        )
+        self._plain = _without_control(backend, self.ids)
+        self._anchor = ""
+        self._known: dict[str, list[int]] = {}
+        self._seen: set[int] = set()
+        self._room = _REMEMBERED
+        self._check(tokenizer)
+
+    def mark(self, token: str) -> str:
+        """The mark of a control token; the text itself where the vocabulary has no such token."""
+        return self._mark_of.get(token, token)
+
+    def typed(self, text: str) -> list[str]:
+        """The control tokens that a text spells out."""
+        return self._bare.findall(text)
+
+    def refuse_marks(self, text: str) -> None:
+        """Raise FormatError where a text holds a character that this module uses as a mark."""
+        found = None if text.isascii() else self._is_mark.search(text)
+        if found:
+            raise FormatError(
+                f"the text holds the private-use character U+{ord(found[0]):X}, which stands for a control "
+                "token here; remove it"
+            )
+
+    def shield(self, text: str) -> str:
+        """Text whose spelled-out control tokens survive a chat template recognisably. Inverse: `marked`."""
+        return self._bare.sub(
+            lambda found: found[0] + _AFTER if found.start() == 0 else _BEFORE + found[0], text
+        )
+
+    def marked(self, rendered: str) -> str:
+        """A rendered conversation -> the same with a mark for each control token that was not shielded."""
+        return self._written.sub(self._replace, rendered)
+
+    def text(self, marked: str) -> str:
+        """The string that a marked string stands for."""
+        return marked.translate(self._token_of)
+
+    def around(self, context: str, reply: str) -> tuple[str, str]:
+        """The text on both sides of the place where a marked context ends and a marked reply begins, up to
+        marks.
+        """
+        return self._at_marks.split(context)[-1], self._at_marks.split(reply, maxsplit=1)[0]
+
+    def encode(self, marked: Sequence[str]) -> list[list[int]]:
+        """Token ids of each marked string. FormatError on text that is not Unicode (a lone surrogate)."""
+        split = [self._at_marks.split(string) for string in marked]  # text, mark, text, ..., mark, text
+        new: dict[str, int] = {}
+        for parts in split:
+            for text in parts[::2]:
+                if text and text not in self._known:
+                    new.setdefault(text, len(new))
+        ids = self._encode_text(list(new))
+        joined = [self._joined(parts, new, ids) for parts in split]
+        self._remember(new, ids)
+        return joined
+
+    def _joined(self, parts: list[str], new: dict[str, int], ids: list[list[int]]) -> list[int]:
+        joined: list[int] = []
+        for text, mark in zip_longest(parts[::2], parts[1::2]):
+            if text:
+                known = self._known.get(text)
+                joined += ids[new[text]] if known is None else known
+            if mark:
+                joined.append(self._id_of[mark])
+        return joined
+
+    def _remember(self, new: dict[str, int], ids: list[list[int]]) -> None:
+        """Keep the ids of what comes a second time: system prompts, tools, the words between turns."""
+        if len(self._seen) > _SEEN:
+            self._seen.clear()
+        for text, k in new.items():
+            digest = hash(text)
+            if digest not in self._seen:
+                self._seen.add(digest)
+            elif self._room > 0:
+                self._known[text] = ids[k]
+                self._room -= len(ids[k])
+
+    def _encode_text(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._anchor:
+            texts = [self._anchor + text for text in texts]
+        try:
+            encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError):
+            raise FormatError(
+                "the text holds a lone surrogate, which is no Unicode text; remove it"
+            ) from None
+        skip = len(self._anchor)
+        return (
+            [encoding.ids[skip:] for encoding in encoded] if skip else [encoding.ids for encoding in encoded]
+        )
+
+    def _replace(self, found: re.Match[str]) -> str:
+        token = found["token"]
+        if token is None:
+            return found["after"] or found["before"]
+        return self._mark_of.get(token) or self._mark_of[token.strip()]
+
+    def _check(self, tokenizer: Any) -> None:
+        end = next(iter(self.ids), "")
+        whole = _PROBE.format(end=end)
+        expected = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        for anchor in ("", _ANCHOR):
+            self._anchor = anchor
+            self._known.clear()
+            self._seen.clear()
+            if anchor:  # a vocabulary that marks the start of a text: let no part be at the start
+                from tokenizers import AddedToken
+
+                self._plain.add_tokens([AddedToken(anchor, normalized=False, special=False)])
+            if self.encode([self.marked(whole)])[0] == expected:
+                return
+        raise FormatError(
+            f"{type(tokenizer).__name__} tokenises parts of a text otherwise than the whole, so prompts and "
+            "replies cannot be tokenised apart; expected a byte-level vocabulary such as Qwen's"
+        )
+
+
+def _without_control(backend: Any, control: dict[str, int]) -> Any:
+    """A copy of the Rust tokenizer that takes control tokens for text."""
+    from tokenizers import AddedToken
+
+    plain = copy.deepcopy(backend)
+    plain.no_padding()
+    plain.no_truncation()
+    # Only special tokens can be told to stay text, so the tags become special in the copy.
+    plain.add_special_tokens([AddedToken(content, normalized=False, special=True) for content in control])
+    plain.encode_special_tokens = True
+    return plain
