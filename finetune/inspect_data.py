@@ -3,9 +3,9 @@
     python finetune/inspect_data.py -d finetune/io_file/input_data/example_data.jsonl --show 2
 
 In: data files and the model (for its tokenizer and chat template). Out: every problem as
-`file:line: message`, the token budget, the first conversations coloured by what is learnt, a histogram of their
-lengths. What is tokenised here is kept: a run with the same options does not tokenise again. Ends with 0 (good)
-or 2 (bad data).
+`file:line: message`, the token budget, the first conversations coloured by what is learnt, a histogram of
+their lengths. What is tokenised here is kept: a run with the same options does not tokenise again. Ends with
+0 (good) or 2 (bad data).
 """
 
 import importlib.util

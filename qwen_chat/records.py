@@ -47,7 +47,7 @@ _TOO_DEEP = f"nested too deeply to be read; expected at most {DEEPEST} levels"
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MASK = 2**64 - 1
-_CHUNK = 1 << 16
+_CHUNK = 1 << 12  # hashes that are compared at once
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -726,7 +726,7 @@ class _Source:
                 too_long = f"a line of more than {LONGEST_LINE:,} bytes; expected one conversation"
                 yield start, number, _Defect(too_long)
             elif not raw.isspace():
-                yield start, number, raw
+                yield start, number, raw.rstrip(b"\r\n")
 
     def _elements(self) -> Iterator[tuple[int, int, bytes | _Defect]]:
         """The objects of a JSON document: one object, a list of them, or several one after another."""
