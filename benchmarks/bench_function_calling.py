@@ -4,14 +4,16 @@
     python benchmarks/bench_function_calling.py -m MODEL --trl False
 
 In: the public Berkeley Function Calling Leaderboard (wheel bfcl-eval, Apache-2.0). Out:
-benchmarks/results/function_calling.json with the blocks `before`, `after` and `trl`, each on the same held-out
-questions: exact (share of calls right in name and every argument), name, false_calls (share of questions without
-a fitting function that were answered with a call), valid (share of written calls that fit their schema), n, seconds
-(of training). `required` inside a block: the same questions with a call required, and how many calls were valid.
+benchmarks/results/function_calling.json with the blocks `before`, `after` and `trl`, each on the same held-
+out
+questions: exact (share of calls right in name and every argument), name, false_calls (share of questions
+without a fitting function that were answered with a call), valid (share of written calls that fit their
+schema), n, seconds (of training). `required` inside a block: the same questions with a call required, and how
+many calls were valid.
 
-The split is by hash and by function: questions that share any function are on one side. Phases leave their result in a
-work folder and are not run twice: data, scorer (agreement with the leaderboard's own checker), before, train,
-after, trl.
+The split is by hash and by function: questions that share any function are on one side. Phases leave their
+result in a work folder and are not run twice: data, scorer (agreement with the leaderboard's own checker),
+before, train, after, trl.
 """
 
 import argparse
@@ -94,6 +96,9 @@ def fetch() -> Path:
     return demo_model.build_once(demo_model.cache_dir() / "wheels" / f"{package}-{version}-unpacked", build)
 
 
+Trainer = Callable[[Path, Path, Path, Settings], Json]
+
+
 @dataclass(frozen=True)
 class Item:
     """One question of the leaderboard; `truth` is empty where no function fits."""
@@ -146,7 +151,7 @@ def families(items: Sequence[Item]) -> list[list[Item]]:
 
 
 def split(items: Sequence[Item], settings: Settings) -> tuple[list[Item], list[Item]]:
-    """(train, held out): families in hash order are held out until both quotas are met exactly; no family is cut."""
+    """(train, held out): whole families, in hash order, are held out until both quotas are met exactly."""
     held: list[Item] = []
     rest: list[Item] = []
     room = [HELD_CALLS, HELD_OTHERS]
@@ -221,7 +226,7 @@ def as_typed(value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def reference(item: Item) -> list[Json]:
-    """One right answer: the first accepted value of each argument, optional ones left out, in the schema's order."""
+    """One right answer: first accepted values in the schema's order, optional ones left out."""
     calls = []
     for truth in item.truth:
         ((name, values),) = truth.items()
@@ -260,11 +265,12 @@ def conversation(item: Item, *, with_accepted: bool = False) -> Json:
     return {"type": kind, "source": item.name, "messages": [*item.question, reply], "tools": tools}
 
 
-# --------------------------------------------------------------------------- the scorer, and whether it is right
+# --------------------------------------------------------------------------- the scorer, and whether it is
+# right
 
 
 def same(value: Any, right: Any) -> bool:
-    """A value against an accepted one as the leaderboard compares them: text without case, spaces and ,./-_*^."""
+    """A value against an accepted one, as the leaderboard does: text without case, spaces and ,./-_*^."""
     if isinstance(value, str) and isinstance(right, str):
         return bare(value) == bare(right)
     if isinstance(value, bool) or isinstance(right, bool):
@@ -305,7 +311,7 @@ def case_of(item: Item) -> evaluation.Case:
 def leaderboard_checker(folder: Path) -> Callable[[Item, list[Json]], bool]:
     """The wheel's own checker; its table of models (which imports every vendor's client) is stood in for."""
     stand_in = types.ModuleType("bfcl_eval.constants.model_config")
-    stand_in.MODEL_CONFIG_MAPPING = {"ours": types.SimpleNamespace(underscore_to_dot=False)}  # type: ignore[attr-defined]
+    vars(stand_in)["MODEL_CONFIG_MAPPING"] = {"ours": types.SimpleNamespace(underscore_to_dot=False)}
     sys.modules["bfcl_eval.constants.model_config"] = stand_in
     sys.path.insert(0, str(folder))
     checker = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker").ast_checker
@@ -398,3 +404,221 @@ def agreement(items: Sequence[Item], check: Callable[[Item, list[Json]], bool]) 
         "accepted_by_both": accepted_by_both,
         "differences": differences,
     }
+
+
+# --------------------------------------------------------------------------- phases
+
+
+def phase(work: Path, name: str, make: Callable[[], Json]) -> Json:
+    """The result of a phase; made once, then read."""
+    path = work / f"{name}.json"
+    if not path.is_file():
+        rank_zero(f"--- {name}")
+        found = make()
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
+        aside.replace(path)
+    result: Json = json.loads(path.read_text("utf-8"))
+    rank_zero(f"{name}: {brief(result)}")
+    return result
+
+
+def brief(result: Json) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float)))
+
+
+def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Sequence[Item]) -> Json:
+    """Answer the held-out questions: calls fit their schema once opened, and again with a call required."""
+    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.engine import Engine
+
+    loaded = models.load_model(base, adapter=adapter)
+    model = loaded.model if adapter is None else loaded.model.merge_and_unload()
+    fmt = ChatFormat(loaded.tokenizer)
+    cases = [case_of(item) for item in held]
+    found: Json = {}
+    started = time.perf_counter()
+    with Engine(model, loaded.tokenizer, max_batch=16, fmt=fmt) as engine:
+        for calls in ("strict", "free", "required"):
+            chosen = [case for case in cases if case.wanted] if calls == "required" else cases
+            kept = evaluation.Kept(work / f"replies-{name}-{calls}.jsonl")
+            texts = evaluation.write_replies(
+                engine, fmt, chosen, kept, calls=calls, max_tokens=200, batch=16, tick=progress(name, calls)
+            )
+            judged = evaluation.judge(chosen, texts, same=same)
+            block = figures(judged)
+            found = (
+                {**block, "worst": evaluation.worst(judged)} if calls == "strict" else {**found, calls: block}
+            )
+    return {**found, "evaluation_seconds": round(time.perf_counter() - started, 1)}
+
+
+def progress(name: str, calls: str) -> Callable[[int], None]:
+    return lambda done: rank_zero(f"{name} ({calls}): {done} answered")
+
+
+def figures(judged: Sequence[evaluation.Judged]) -> Json:
+    """Plain shares, and their intervals beside them."""
+    found = evaluation.call_figures(judged)
+    names = ("exact", "name", "arguments", "false_calls", "missing", "valid", "unparsed")
+    return {
+        **{name: found[name] and round(found[name]["value"], 4) for name in names},
+        "n": sum(bool(one.case.wanted) for one in judged),
+        "n_without_function": sum(not one.case.wanted for one in judged),
+        "intervals": {n: found[n] and [round(found[n]["low"], 4), round(found[n]["high"], 4)] for n in names},
+    }
+
+
+def train_ours(work: Path, base: Path, data: Path, settings: Settings) -> Json:
+    """finetune.py on the training lines; seconds are the whole process's."""
+    out = work / "ours"
+    script = ROOT / "finetune" / "finetune.py"
+    command = [sys.executable, str(script), "-m", str(base), "-d", str(data), "-o", str(out)]
+    flags = {
+        "use_lora": True,
+        "lora_r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "model_max_length": 2048,
+        "seed": settings.seed,
+    }
+    return timed(
+        [*command, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))], out
+    )
+
+
+def train_trl(work: Path, base: Path, data: Path, settings: Settings) -> Json:
+    """TRL's SFTTrainer on the same conversations as prompt and completion: same format, same settings."""
+    from qwen_chat.chatml import ChatFormat
+
+    fmt = ChatFormat(models.load_tokenizer(base))
+    pairs = []
+    for record in read_lines(data):
+        prompt = fmt.prompt(record["messages"][:-1], record["tools"])
+        whole = fmt.text(record["messages"], record["tools"])
+        pairs.append({"prompt": prompt, "completion": whole[len(prompt) :].rstrip("\n")})
+    lines = work / "trl_train.jsonl"
+    lines.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), "utf-8")
+    script = ROOT / "benchmarks" / "trl_function_calling.py"
+    out = work / "trl"
+    options = json.dumps({**asdict(settings), "model": str(base), "data": str(lines), "output": str(out)})
+    return timed([str(trl_python()), str(script), options], out)
+
+
+def trl_python() -> Path:
+    """A Python with TRL: an environment of its own, over the packages of this one (so torch is the same)."""
+    import sysconfig
+
+    def build(folder: Path) -> None:
+        run([sys.executable, "-m", "venv", str(folder)])
+        python = folder / "bin" / "python"
+        place = subprocess.run(
+            [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        (Path(place) / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        run([str(python), "-m", "pip", "install", "--quiet", *TRL])
+
+    name = "trl-" + digest(" ".join((*TRL, sys.version)))[:12]
+    return demo_model.build_once(demo_model.cache_dir() / "environments" / name, build) / "bin" / "python"
+
+
+def run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, stdout=sys.stderr)
+    if done.returncode:
+        raise TrainingError(f"{' '.join(command)[:200]} ended with status {done.returncode}; see above")
+
+
+def timed(command: Sequence[str], adapter: Path) -> Json:
+    started = time.perf_counter()
+    run(command)
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "adapter": str(adapter),
+        "command": list(command),
+    }
+
+
+def tune(
+    work: Path, name: str, train: Trainer, base: Path, data: Path, held: Sequence[Item], settings: Settings
+) -> Json:
+    trained = phase(work, f"{name}-train", lambda: train(work, base, data, settings))
+    measured = phase(work, name, lambda: measure(work, name, base, Path(trained["adapter"]), held))
+    return {**measured, "seconds": trained["seconds"]}
+
+
+def prepare(work: Path, items: Sequence[Item], settings: Settings) -> tuple[Path, list[Item]]:
+    """Write train.jsonl and held_out.jsonl; return the first, and the held-out items."""
+    train, held = split(items, settings)
+    for name, some, marked in (("train", train, False), ("held_out", held, True)):
+        lines = (json.dumps(conversation(item, with_accepted=marked), ensure_ascii=False) for item in some)
+        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    counts = Counter(item.name.rpartition("_")[0] for item in train)
+    rank_zero(f"train {dict(counts)}, held out {dict(Counter(i.name.rpartition('_')[0] for i in held))}")
+    return work / "train.jsonl", held
+
+
+def read_options() -> tuple[argparse.Namespace, Settings]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    yes_or_no: dict[str, Any] = {"choices": ("True", "False"), "default": "True"}
+    parser.add_argument("-m", "--model", help="model to tune; without it the demo model")
+    parser.add_argument("--trl", **yes_or_no, help="also run TRL's SFTTrainer")
+    parser.add_argument("--before", **yes_or_no, help="also measure the untuned model")
+    parser.add_argument("--work", type=Path, help="work folder; without it one in the cache")
+    parser.add_argument("-o", "--output", type=Path, default=RESULT, help="where the result goes")
+    parser.add_argument("--json", action="store_true", help="print the result on standard output")
+    for name, value in asdict(Settings()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
+    options = parser.parse_args()
+    return options, Settings(**{name: getattr(options, name) for name in asdict(Settings())})
+
+
+def main() -> int:
+    options, settings = read_options()
+    base = models.resolve(options.model)
+    key = digest(json.dumps([str(base), asdict(settings)]))[:12]
+    work: Path = options.work or demo_model.cache_dir() / "benchmarks" / "function_calling" / key
+    work.mkdir(parents=True, exist_ok=True)
+    rank_zero(f"work folder {work}")
+    folder = fetch()
+    items = load(folder)
+    data, held = prepare(work, items, settings)
+    result: Json = {"model": base.name, "settings": asdict(settings)}
+    result["scorer"] = phase(work, "scorer", lambda: agreement(items, leaderboard_checker(folder)))
+    if options.before == "True":
+        result["before"] = {
+            **phase(work, "before", lambda: measure(work, "before", base, None, held)),
+            "seconds": 0,
+        }
+    result["after"] = tune(work, "after", train_ours, base, data, held, settings)
+    write(options.output, result)
+    if options.trl == "True":
+        result["trl"] = tune(work, "trl", train_trl, base, data, held, settings)
+        write(options.output, result)
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def write(path: Path, result: Json) -> None:
+    """The record, without the long lists."""
+    lists = ("worst", "adapter", "command")
+    short = {
+        key: {n: v for n, v in block.items() if n not in lists} if isinstance(block, dict) else block
+        for key, block in result.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(short, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    rank_zero(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

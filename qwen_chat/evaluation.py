@@ -486,7 +486,7 @@ def sequence_losses(
                 batch = {name: value.to(device) for name, value in collate([items[row]]).items()}
                 with torch.inference_mode():
                     found = model_loss(model, batch)
-                kept.add(key, [float(found.loss_sum), found.tokens, found.correct])
+                kept.add(key, [float(found.loss_sum), int(found.tokens), int(found.correct)])
             total, tokens, right = kept[key]
             losses.append(SequenceLoss(data.where(i), total, tokens, right))
             tick(done)
