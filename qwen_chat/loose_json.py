@@ -1,7 +1,7 @@
 """One JSON object, read piece by piece as a model writes it, with the usual slips repaired.
 
-In: pieces of text, cut anywhere. Out: where the object ends, and its text as strict JSON: character for character
-what was written, except where it had to be repaired:
+In: pieces of text, cut anywhere. Out: where the object ends, and its text as strict JSON, character for
+character what was written, except where it had to be repaired:
 
     trailing comma            removed
     Python's quotes           'a' -> "a"
@@ -127,7 +127,7 @@ class ObjectScanner:
             return self._open_string(text, at)
         if character in "{[":
             return self._open(character, at)
-        if _WORD_CHARACTERS.match(character).end():  # type: ignore[union-attr]  # it matches the empty string too
+        if _WORD_CHARACTERS.fullmatch(character):
             self._comma = -1
             self._state = _WORD
             return at

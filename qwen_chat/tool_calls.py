@@ -73,8 +73,8 @@ def tools_block(tools: Tools) -> str:
 def write(calls: Iterable[ToolCall]) -> str:
     """Hermes text of calls, without a newline around it.
 
-    The arguments' text goes in as it is, so that `parse` returns it; pass it through `normalise_arguments` first
-    for the very bytes of the templates. (Their quotes around a name hold no escapes; here a name is JSON.)
+    The arguments' text goes in as it is, so that `parse` returns it; pass it through `normalise_arguments`
+    first for the very bytes of the templates. (They escape nothing in a name; here a name is JSON.)
     """
     return "\n".join(f"{OPEN}\n{_write_json(call)}\n{CLOSE}" for call in calls)
 
@@ -89,7 +89,7 @@ def write_flower(calls: Iterable[ToolCall]) -> str:
 
 
 def normalise_arguments(arguments: str | Mapping[str, Any] | None) -> str:
-    """Arguments as the templates write them: `json.dumps(object, ensure_ascii=False)`; absent or empty is `{}`.
+    """Arguments as the templates write them, `json.dumps(object, ensure_ascii=False)`; none at all is `{}`.
 
     Raises FormatError for what is not a JSON object or its text.
     """
@@ -180,7 +180,7 @@ class Delta:
 
 
 def parse(text: str, tools: Tools | None = None, *, in_reasoning: bool = False) -> Reply:
-    """Read a whole reply: `fold` of all that a StreamParser says about it. Never raises, whatever the text."""
+    """Read a whole reply: `fold` of all that a StreamParser says about it. Never raises on any text."""
     parser = StreamParser(tools, in_reasoning=in_reasoning)
     return fold([*parser.feed(text), *parser.finish()])
 
@@ -210,8 +210,9 @@ _SLOTS = {"name": "name", "arguments": "arguments", "parameters": "arguments", "
 class _CallScanner(ObjectScanner):
     """Reads `{"name": ..., "arguments": ...}` and refuses, as early as it can, an object that is no call.
 
-    With `names` (JSON that no tag announces) the name must be among them and the arguments must be there. A key
-    that a call does not have would be lost in one, so it refuses the object, save the labels `id` and `type`.
+    With `names` (JSON that no tag announces) the name must be among them and the arguments must be there. A
+    key that a call does not have would be lost in one, so it refuses the object; only the labels `id` and
+    `type` are passed over.
     """
 
     def __init__(self, names: frozenset[str] | None) -> None:
@@ -271,14 +272,16 @@ class _ArgumentsScanner(ObjectScanner):
 
 # What the parser looks for is a list of atoms, one regular expression each, such that every beginning of what
 # an atom matches is matched by it too. From one list come the expression for the whole and the one for "may
-# become this, if more text comes". Every repetition is bounded, so what is held back is short and matching costs
-# constant time.
+# become this, if more text comes". Every repetition is bounded, so what is held back is short and matching
+# costs constant time.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SPACE = r"[ \t\r\n]{0,64}"
 _STRAY = rf"{_SPACE}(?:[}}\]]{{1,4}}{_SPACE})?"  # closing brackets too many
 _INDENT = r"[ \t]{0,16}"
 _LIST = rf"(?:\[{_SPACE})?"
-_TICKS = rf"(?:`{{1,3}}\w{{0,16}}{_SPACE})?"
+# A fence's word; any other word would be lost with the fence. (Their beginnings match too: see above.)
+_INFO = "(?:j(?:s(?:o(?:n)?)?)?|t(?:o(?:o(?:l(?:_(?:c(?:a(?:l(?:l(?:s)?)?)?)?)?)?)?)?)?)?"
+_TICKS = rf"(?:`{{1,3}}{_INFO}{_SPACE})?"
 _PAYLOAD = r"(?=\{)"
 _NEVER = r"(?!)"
 _LONGEST = 640  # characters; more than any of the shapes can be
@@ -289,7 +292,7 @@ def _letters(literal: str) -> list[str]:
 
 
 class _Shapes:
-    """Alternatives by name: `full` (its group is the name) and `partial` (all the text left may become one)."""
+    """Alternatives by name: `full` (its group is the name) and `partial` (what is left may become one)."""
 
     def __init__(self, shapes: Mapping[str, Sequence[str]]) -> None:
         whole = [f"(?P<{name}>{''.join(atoms)})" for name, atoms in shapes.items()]
@@ -316,7 +319,7 @@ def _openings(before: str, own_line: str, tools: bool) -> dict[str, list[str]]:
                 "[:：]?",
                 r"[ \t]{0,8}",
                 r"[^\s✿:：]",
-                r"[^\n✿]{0,255}",
+                r"[^\n✿]{0,127}",
             ],
             *[rf"(?:\n{_SPACE})?", *_letters(ARGS), r"[ \t]{0,8}", "[:：]?", _SPACE, _PAYLOAD],
         ],
@@ -325,7 +328,7 @@ def _openings(before: str, own_line: str, tools: bool) -> dict[str, list[str]]:
         shapes["fence"] = [
             own_line,
             *_letters("```"),
-            r"\w{0,16}",
+            _INFO,
             r"[ \t]{0,8}",
             r"\r?",
             r"\n",
@@ -396,13 +399,13 @@ _Mode = Literal["beginning", "reasoning", "newlines", "first", "text", "call", "
 class StreamParser:
     """Reads a reply piece by piece. However it is cut, `fold` of the deltas is `parse` of the whole.
 
-    Content and reasoning come out as soon as they cannot be the beginning of a tag any more (a few characters are
-    held back in ordinary text). A call comes out in one delta, when its JSON is complete, without waiting for the
-    end tag. Not before: a call whose JSON turns out to be cut or broken is content, and a name that has been shown
-    could not be taken back.
+    Content and reasoning come out as soon as they cannot be the beginning of a tag any more (a few characters
+    are held back in ordinary text). A call comes out in one delta, when its JSON is complete, without waiting
+    for the end tag. Not before: a call whose JSON turns out to be cut or broken is content, and a name that
+    has been shown could not be taken back.
 
-    `tools` only says which names make a call of JSON that stands alone or in a code fence. A tagged call of an
-    unknown name is a call too: who runs it answers with an error, from which a model recovers.
+    `tools` only says which names make a call of JSON that stands alone or in a code fence. A tagged call of
+    an unknown name is a call too: who runs it answers with an error, from which a model recovers.
     """
 
     def __init__(self, tools: Tools | None = None, *, in_reasoning: bool = False) -> None:
@@ -416,7 +419,7 @@ class StreamParser:
         self._newlines = 0  # at the end of the reasoning so far: layout if it ends here
         self._reasoned = False  # some reasoning came out
         self._owed: frozenset[str] = frozenset()  # what the last call left open
-        # The attempt to read a call: it began at _start in the text at hand, or in _raw, left by earlier pieces.
+        # The attempt to read a call: it began at _start in the text at hand, or in _raw, kept from earlier.
         self._scanner: _CallScanner | _ArgumentsScanner = _ArgumentsScanner("")
         self._raw: list[str] = []
         self._start = 0
@@ -514,7 +517,7 @@ class StreamParser:
         elif closes == "end_list":
             self._owed = self._owed - {"list"}
         elif closes == "end_fence":
-            self._owed = frozenset()
+            self._owed = self._owed - {"fence", "list", "brackets"}
         elif final and _end_shapes(self._owed).partial.match(text, at):
             return len(text)
         else:

@@ -1,8 +1,8 @@
 """Is a call one that its tool can take? Names and arguments against JSON Schema.
 
-In: a call and the tools that were offered. Out: None, or one line that says what is wrong. A schema is compiled
-once and kept. The everyday part of JSON Schema is checked without the library, which is asked where that check
-cannot say yes.
+In: a call and the tools that were offered. Out: None, or one line that says what is wrong. A schema is
+compiled once and kept. The everyday part of JSON Schema is checked without the library, which is asked where
+that check cannot say yes.
 """
 
 import json
@@ -34,6 +34,13 @@ _TYPES: dict[str, Check] = {
 }
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not in JSON")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse)
+
+
 def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None:
     """One line on what is wrong with the call, or None.
 
@@ -47,7 +54,7 @@ def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None
         offered = ", ".join(str(tool.get("function", tool).get("name")) for tool in tools) or "none"
         return f"call of '{call.name}', which was not offered; expected one of: {offered}"
     try:
-        arguments = json.loads(call.arguments)
+        arguments = _STRICT.decode(call.arguments)
     except (ValueError, RecursionError) as error:
         return f"arguments of '{call.name}' are no JSON ({error}); expected the text of an object"
     if not isinstance(arguments, dict):
@@ -56,21 +63,26 @@ def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None
 
 
 def check_arguments(arguments: Mapping[str, Any], tool: Mapping[str, Any]) -> str | None:
-    """One line on what is wrong with the arguments under the tool's `parameters`, or None. Raises ToolError."""
+    """One line on what is wrong with the arguments under the tool's `parameters`, or None.
+
+    Raises ToolError, naming the tool, where the schema is invalid or cannot be used.
+    """
     function = tool.get("function", tool)
     name = str(function.get("name"))
-    certain, validator = _compiled(function.get("parameters"), name)
+    key = _key(function.get("parameters"), name)
+    certain = _quick(key)
+    if certain is not None and certain(arguments):
+        return None
+    validator = _library(key, name)
     try:
-        if certain is not None and certain(arguments):
-            return None
-        error = best_match(
-            (validator or _library(_key(function.get("parameters"), name), name)).iter_errors(arguments)
-        )
+        error = best_match(validator.iter_errors(arguments))
     except RecursionError:
         return f"arguments of '{name}' are nested too deeply to be checked"
     except referencing.exceptions.Unresolvable as unknown:
+        raise ToolError(f"tool '{name}': parameters refer to {unknown.ref!r}, which is not in them") from None
+    except Exception as error:  # a schema is a program
         raise ToolError(
-            f"tool '{name}': its parameters refer to {unknown.ref!r}, which is not in them"
+            f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
         ) from None
     if error is None:
         return None
@@ -81,14 +93,10 @@ def check_arguments(arguments: Mapping[str, Any], tool: Mapping[str, Any]) -> st
 def check_tool(tool: Mapping[str, Any]) -> None:
     """Raise ToolError, naming the tool, where its `parameters` are no valid JSON Schema."""
     function = tool.get("function", tool)
-    _compiled(function.get("parameters"), str(function.get("name")))
-
-
-def _compiled(schema: object, name: str) -> tuple[Check | None, Validator | None]:
-    """What checks this schema: the quick check (None where it cannot be had) and the library's validator."""
-    key = _key(schema, name)
-    certain = _quick(key)
-    return certain, None if certain else _library(key, name)
+    name = str(function.get("name"))
+    key = _key(function.get("parameters"), name)
+    if _quick(key) is None:
+        _library(key, name)
 
 
 def _key(schema: object, name: str) -> bytes:
@@ -113,22 +121,25 @@ def _quick(key: bytes) -> Check | None:
 @lru_cache(maxsize=1024)
 def _library(key: bytes, name: str) -> Validator:
     schema = marshal.loads(key)
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
-        kind.check_schema(schema)
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # type: ignore[call-arg]
         # An empty registry of our own: a reference to another place is an error, never a download.
         return kind(schema, registry=referencing.Registry())
     except jsonschema.SchemaError as error:
         place = ".".join(["parameters", *(str(step) for step in error.absolute_path)])
         raise ToolError(f"tool '{name}': {place}: no JSON Schema: {_one_line(error.message)}") from None
-    except RecursionError:
-        raise ToolError(f"tool '{name}': parameters are nested too deeply") from None
+    except Exception as error:  # a schema is a program: "$schema": [] or endless depth raise what they like
+        raise ToolError(
+            f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
+        ) from None
 
 
 def _certainly(schema: object, depth: int) -> Check | None:
-    """A check whose yes means valid and whose no means nothing; it knows objects, arrays, plain types, enums of texts.
+    """A check whose yes means valid and whose no means nothing.
 
-    None where the schema has more than that, or is not sound."""
+    It knows objects, arrays, plain types and enums of texts; None where the schema has more, or is not sound.
+    """
     if not isinstance(schema, dict) or depth == 0:
         return None
     keys = schema.keys() - _ANNOTATIONS
