@@ -502,28 +502,37 @@ class HttpClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._timeout = timeout
         self._session = requests.Session()
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
         self.chat = types.SimpleNamespace(completions=types.SimpleNamespace(create=self._create))
 
+    def first_model(self) -> str:
+        """The first model that the service lists."""
+        listed = _json(self._send("GET", "/models")).get("data")
+        if not listed:
+            raise ServiceError(f"{self._base}/models lists no model")
+        return str(listed[0]["id"])
+
     def _create(self, *, stream: bool = False, **body: Any) -> Json | Iterator[Json]:
+        answer = self._send("POST", "/chat/completions", {**body, "stream": stream})
+        return self._chunks(answer) if stream else _json(answer)
+
+    def _send(self, method: str, path: str, body: Json | None = None) -> requests.Response:
+        url = self._base + path
+        streams = bool(body and body["stream"])
         try:
-            answer = self._session.post(
-                self._url, json={**body, "stream": stream}, stream=stream, timeout=self._timeout
-            )
+            answer = self._session.request(method, url, json=body, stream=streams, timeout=self._timeout)
             if answer.status_code != 200:
-                raise ServiceError(f"{self._url} answered {answer.status_code}: {_told(answer.text)}")
-            return self._chunks(answer) if stream else cast(Json, answer.json())
-        except requests.exceptions.JSONDecodeError:
-            raise ServiceError(f"{self._url} did not answer with JSON; is it a chat service?") from None
+                raise ServiceError(f"{url} answered {answer.status_code}: {_told(answer.text)}")
         except requests.RequestException as error:
             raise ServiceError(
-                f"{self._url} cannot be reached ({type(error).__name__}); start the service with "
+                f"{url} cannot be reached ({type(error).__name__}); start the service with "
                 "python fast_start/simple_try_create_service.py"
             ) from None
+        return answer
 
     def _chunks(self, answer: requests.Response) -> Iterator[Json]:
         """Server-sent events -> chunks, until [DONE]; an error or a broken connection is a ServiceError."""
@@ -538,11 +547,18 @@ class HttpClient:
                         return
                     chunk = json.loads(data)
                     if "error" in chunk:
-                        raise ServiceError(f"{self._url} broke off: {_told(data)}")
+                        raise ServiceError(f"{answer.url} broke off: {_told(data)}")
                     yield chunk
         except (requests.RequestException, ValueError) as error:
-            raise ServiceError(f"{self._url} broke off ({type(error).__name__})") from None
-        raise ServiceError(f"{self._url} ended the stream without [DONE]; the answer may be incomplete")
+            raise ServiceError(f"{answer.url} broke off ({type(error).__name__})") from None
+        raise ServiceError(f"{answer.url} ended the stream without [DONE]; the answer may be incomplete")
+
+
+def _json(answer: requests.Response) -> Json:
+    try:
+        return cast(Json, answer.json())
+    except requests.exceptions.JSONDecodeError:
+        raise ServiceError(f"{answer.url} did not answer with JSON; is it a chat service?") from None
 
 
 def _told(text: str) -> str:
