@@ -168,8 +168,9 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         build(aside)
         for path in [*aside.rglob("*"), aside]:  # some writers make private files; a cache may be shared
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            _fsync(path)
+            if not path.is_symlink():  # what a link points to is not ours to change
+                path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
+                _fsync(path)
         aside.rename(folder)
         _fsync(folder.parent)
     except BaseException:
