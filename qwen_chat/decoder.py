@@ -14,7 +14,8 @@ half of its time in the modules' Python. A test holds its logits against the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from qwen_chat.errors import ModelError
-from qwen_chat.kv_cache import TILE, KVRow, KVShape
+from qwen_chat.kv_cache import TILE, Bank, KVRow, KVShape
 from qwen_chat.lora import Lora, Places
 from qwen_chat.quantize import Linear, make_linear
 
@@ -112,47 +113,43 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """Compute the segments' tokens, write their keys and values, return the logits of those that want them, in order."""
-        order = sorted(range(len(segments)), key=lambda i: segments[i].lora.number if segments[i].lora else 0)
-        laid = [segments[i] for i in order]
-        ends, end = [], 0
-        for segment in laid:
-            end += len(segment.ids)
-            ends.append(end)
+        """Compute the segments' tokens and write their keys and values; logits of those that want them, in order."""
+        order = sorted(range(len(segments)), key=lambda place: _laid_out(segments[place]))
+        laid = [segments[place] for place in order]
+        ends = list(itertools.accumulate(len(segment.ids) for segment in laid))
         x = self._hidden(laid, ends)
-        wanted = {
-            place: end - 1
-            for place, end, segment in zip(order, ends, laid, strict=True)
-            if segment.wants_logits
+        last = {
+            place: end - 1 for place, end in zip(order, ends, strict=True) if segments[place].wants_logits
         }
-        if not wanted:
+        if not last:
             return x.new_empty(0, self.vocabulary)
-        places = sorted(wanted)
-        x = functional.rms_norm(x[[wanted[place] for place in places]], x.shape[-1:], self._norm, self._eps)
-        logits = self._head(x).float()
-        return logits
+        x = functional.rms_norm(
+            x[[last[place] for place in sorted(last)]], x.shape[-1:], self._norm, self._eps
+        )
+        return self._head(x).float()
 
     def _hidden(self, segments: Sequence[Segment], ends: Sequence[int]) -> torch.Tensor:
+        """The hidden states (tokens, hidden) after the last layer."""
         ids = torch.tensor([token for segment in segments for token in segment.ids])
-        positions = [place for s in segments for place in range(s.start, s.start + len(s.ids))]
+        positions = torch.tensor([place for s in segments for place in range(s.start, s.start + len(s.ids))])
         x = functional.embedding(ids, self._embedding)
-        cos, sin = self._rotary(x[None], torch.tensor([positions]))
+        cos, sin = self._rotary(x[None], positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
         half = self.head_dim // 2
         sin = torch.cat(
             (-sin[..., :half], sin[..., half:]), -1
         )  # the sign of "rotate half", folded in once a step
         groups = _groups(segments, ends)
-        masks: dict[tuple[int, int, int], torch.Tensor] = {}
-        hidden, heads, keys = x.shape[-1:], self.heads, self.heads + self.kv_heads
+        spans = _spans(segments, positions, self.heads // self.kv_heads, x.dtype)
+        hidden, keys = x.shape[-1:], self.heads + self.kv_heads
         for index, layer in enumerate(self._layers):
             h = functional.rms_norm(x, hidden, layer.attention_norm, self._eps)
             qkv = _with_lora(layer.qkv(h), h, groups, index, "qkv").view(len(ids), -1, self.head_dim)
-            qk, v = qkv[:, :keys], qkv[:, keys:]
+            qk = qkv[:, :keys]
             if layer.query_key_norm is not None:
                 qk = functional.rms_norm(qk, qk.shape[-1:], None, self._eps) * layer.query_key_norm
-            qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
-            a = self._attend(qk[:, :heads], qk[:, heads:], v, segments, ends, index, masks)
+            torch.addcmul(qk * cos, qk.roll(half, -1), sin, out=qkv[:, :keys])
+            a = self._attend(qkv, spans, index)
             x = x + _with_lora(layer.o(a), a, groups, index, "o")
             h = functional.rms_norm(x, hidden, layer.mlp_norm, self._eps)
             gate, up = _with_lora(layer.gate_up(h), h, groups, index, "gate_up").chunk(2, -1)
@@ -160,55 +157,139 @@ class Decoder:
             x = x + _with_lora(layer.down(h), h, groups, index, "down")
         return x
 
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        segments: Sequence[Segment],
-        ends: Sequence[int],
-        index: int,
-        masks: dict[tuple[int, int, int], torch.Tensor],
-    ) -> torch.Tensor:
-        """Write keys and values, then attend, a row and a tile of positions at a time; (tokens, heads x head_dim)."""
-        out, begin, kv_heads = torch.empty_like(q), 0, self.kv_heads
-        group = self.heads // kv_heads
-        for segment, end in zip(segments, ends, strict=True):
-            kv = segment.row.layers[index]
-            stop = segment.start + end - begin
-            kv[:kv_heads, segment.start : stop] = k[begin:end].transpose(0, 1)
-            kv[kv_heads:, segment.start : stop] = v[begin:end].transpose(0, 1)
-            first = segment.start
-            while first < stop:
-                last = min(stop, (first // TILE + 1) * TILE)
-                count, length = last - first, -(-last // TILE) * TILE
-                rows = slice(begin + first - segment.start, begin + last - segment.start)
-                queries = q[rows].view(count, kv_heads, group, self.head_dim).transpose(0, 1)
-                attended = functional.scaled_dot_product_attention(
-                    queries.reshape(1, kv_heads, count * group, self.head_dim),
-                    kv[None, :kv_heads, :length],
-                    kv[None, kv_heads:, :length],
-                    attn_mask=_mask(masks, first, last, group, q.dtype),
-                )
-                out[rows].view(count, kv_heads, group, self.head_dim).copy_(
-                    attended.view(kv_heads, count, group, self.head_dim).transpose(0, 1)
-                )
-                first = last
-            begin = end
+    def _attend(self, qkv: torch.Tensor, spans: Sequence[_Span], index: int) -> torch.Tensor:
+        """Write keys and values, then attend, a span at a time. qkv (tokens, heads + 2 kv heads, head_dim), rotated;
+        returns (tokens, heads x head_dim)."""
+        heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
+        group = heads // kv_heads
+        out = qkv.new_empty(qkv.shape[0], heads, size)
+        for span in spans:
+            kv, new = span.bank.layers[index], qkv[span.tokens]
+            if span.is_decode:
+                kv[span.slot_ids, :, span.positions] = new[:, heads:]
+                queries = new[:, :heads].reshape(-1, kv_heads, group, size)
+            else:
+                kv[span.slots.start, :, span.places] = new[:, heads:].transpose(0, 1)
+                queries = new[:, :heads].reshape(-1, kv_heads, group, size).transpose(0, 1)
+                queries = queries.reshape(1, kv_heads, -1, size)
+            held = kv[span.slots, :, : span.length]
+            attended = functional.scaled_dot_product_attention(
+                queries, held[:, :kv_heads], held[:, kv_heads:], attn_mask=span.mask
+            )
+            if not span.is_decode:
+                attended = attended.view(kv_heads, -1, group, size).transpose(0, 1)
+            out[span.tokens] = attended.reshape(-1, heads, size)
         return out.flatten(1)
 
 
-def _mask(
-    masks: dict[tuple[int, int, int], torch.Tensor], first: int, last: int, group: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Additive causal mask of positions first..last-1 (within one tile), each repeated for its query heads."""
-    key = (first, last, group)
-    found = masks.get(key)
-    if found is None:
-        length = -(-last // TILE) * TILE
-        hidden = torch.arange(length) > torch.arange(first, last).repeat_interleave(group)[:, None]
-        found = masks[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-    return found
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Tokens that one attention call serves: a token each of rows that are neighbours in a bank and attend to one
+    (rounded) length, or the tokens of one row within one TILE of positions.
+
+    Both give a token the same bits: the kernel works on each row and head apart, over the same length.
+    """
+
+    tokens: slice  # of the step
+    bank: Bank
+    slots: slice
+    length: int  # of keys attended to, a multiple of TILE
+    mask: torch.Tensor  # additive; (rows, 1, 1, length), or (tokens x query heads a kv head, length)
+    is_decode: bool
+    slot_ids: torch.Tensor  # decode: (rows,)
+    positions: torch.Tensor  # (tokens,)
+    places: slice  # prefill: the positions as a range
+
+
+def _laid_out(segment: Segment) -> tuple[int, bool, int, int, int]:
+    """Sorts segments: an adapter's together; rows that decode in the order in which they lie in their banks."""
+    bank = segment.row.bank
+    assert bank is not None, "no room was reserved for the segment"
+    return (
+        segment.lora.number if segment.lora else 0,
+        len(segment.ids) > 1,
+        bank.capacity,
+        bank.number,
+        segment.row.slot,
+    )
+
+
+def _spans(
+    segments: Sequence[Segment], positions: torch.Tensor, group: int, dtype: torch.dtype
+) -> list[_Span]:
+    """How attention goes through a step; made once, used by every layer."""
+    spans: list[_Span] = []
+    begin = place = 0
+    while place < len(segments):
+        segment = segments[place]
+        if len(segment.ids) == 1:
+            run = 1
+            while place + run < len(segments) and _are_neighbours(
+                segments[place + run - 1], segments[place + run]
+            ):
+                run += 1
+            spans.append(_decode_span(segments[place : place + run], positions, begin, dtype))
+            place, begin = place + run, begin + run
+            continue
+        spans.extend(_prefill_spans(segment, positions, begin, group, dtype))
+        place, begin = place + 1, begin + len(segment.ids)
+    return spans
+
+
+def _are_neighbours(one: Segment, other: Segment) -> bool:
+    return (
+        len(other.ids) == 1
+        and one.row.bank is other.row.bank
+        and one.row.slot + 1 == other.row.slot
+        and one.start // TILE == other.start // TILE
+    )
+
+
+def _decode_span(run: Sequence[Segment], positions: torch.Tensor, begin: int, dtype: torch.dtype) -> _Span:
+    bank, slot = run[0].row.bank, run[0].row.slot
+    assert bank is not None
+    tokens, length = slice(begin, begin + len(run)), (run[0].start // TILE + 1) * TILE
+    hidden = torch.arange(length) > positions[tokens, None]
+    return _Span(
+        tokens=tokens,
+        bank=bank,
+        slots=slice(slot, slot + len(run)),
+        length=length,
+        mask=_additive(hidden, dtype)[:, None, None],
+        is_decode=True,
+        slot_ids=torch.arange(slot, slot + len(run)),
+        positions=positions[tokens],
+        places=slice(0),
+    )
+
+
+def _prefill_spans(
+    segment: Segment, positions: torch.Tensor, begin: int, group: int, dtype: torch.dtype
+) -> Iterator[_Span]:
+    bank, slot = segment.row.bank, segment.row.slot
+    assert bank is not None
+    first, stop = segment.start, segment.start + len(segment.ids)
+    while first < stop:
+        length = (first // TILE + 1) * TILE
+        last = min(stop, length)
+        tokens = slice(begin + first - segment.start, begin + last - segment.start)
+        hidden = torch.arange(length) > positions[tokens].repeat_interleave(group)[:, None]
+        yield _Span(
+            tokens=tokens,
+            bank=bank,
+            slots=slice(slot, slot + 1),
+            length=length,
+            mask=_additive(hidden, dtype),
+            is_decode=False,
+            slot_ids=positions[:0],
+            positions=positions[tokens],
+            places=slice(first, last),
+        )
+        first = last
+
+
+def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
 def _groups(segments: Sequence[Segment], ends: Sequence[int]) -> list[tuple[slice, Lora]]:

@@ -27,7 +27,7 @@ import torch
 from qwen_chat.decoder import Decoder, Segment
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
-from qwen_chat.kv_cache import BLOCK, KVRow, PrefixCache
+from qwen_chat.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.lora import Lora
 from qwen_chat.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
 
@@ -258,6 +258,7 @@ class Engine:
         self.kv_tokens = kv_tokens or _memory_tokens(self.decoder)
         self._token_text = TokenText(tokenizer)
         self._cache = PrefixCache(cache_tokens)
+        self._kv = KVStore(self.decoder.kv_shape)
         self._grammars: GrammarTokenizer | None = None
         self._grammar_lock = threading.Lock()
         self._adapters: dict[str, Lora] = {}
@@ -298,6 +299,7 @@ class Engine:
                 row.generation.put(TokenEvent(finish_reason="cancelled"))
             self._running.clear()
             self._waiting.clear()
+            self._kv.clear()
             self._thread = None
 
     def __enter__(self) -> Engine:
@@ -412,7 +414,7 @@ class Engine:
             end=min(room, count + request.max_tokens) if request.max_tokens else room,
             stop_ids=ends | frozenset(request.stop_token_ids),
             lora=None if request.adapter is None else self._adapters[request.adapter],
-            kv=KVRow(self.decoder.kv_shape),
+            kv=self._kv.row(),
         )
 
     def _matcher(self, grammar: Grammar) -> Matcher:
@@ -446,6 +448,7 @@ class Engine:
             self.failure = error
             rows, self._running = self._running, []
             self._cache.clear()
+            self._kv.clear()
         for row in rows:
             row.generation.put(
                 TokenEvent(finish_reason="error", error=f"the engine failed: {type(error).__name__}")
@@ -492,7 +495,8 @@ class Engine:
             while held > self.kv_tokens and len(self._running) > 1:
                 row = self._running.pop()
                 held -= len(row.tokens) + 1
-                row.kv, row.computed, row.started = KVRow(self.decoder.kv_shape), 0, False
+                row.kv.release()
+                row.computed, row.started = 0, False
                 self._waiting.appendleft(row)
             while self._waiting and len(self._running) < self.max_batch:
                 need = min(len(self._waiting[0].tokens) + BLOCK, self._waiting[0].end)
@@ -588,6 +592,7 @@ class Engine:
     def _finish(self, row: _Row, event: TokenEvent) -> None:
         if row.computed and event.finish_reason in ("stop", "length"):
             self._cache.store(row.kv, row.number, row.tokens[: row.computed])
+        row.kv.release()
         with self._wakeup:
             if row in self._running:
                 self._running.remove(row)

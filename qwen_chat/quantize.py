@@ -68,20 +68,19 @@ class Int8Linear:
         wide = torch.cpu._is_vnni_supported()
         self._levels, self._zero = (127, 128) if wide else (63, 64)
         self._many = whole.t() if torch.cpu._is_amx_tile_supported() else None
+        self._tiny = torch.tensor(1e-12)  # a row of zeros is divided by something
         self._few = _pack(whole, self._scale)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        scale = (
-            torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
-            .clamp_min_(1e-12)
-            .div_(self._levels)
-        )
-        whole = (x / scale).round_()
+        scale = torch.add(self._tiny, x.abs().amax(-1, keepdim=True), alpha=1 / self._levels)
+        steps = x / scale
         if self._many is not None and x.shape[0] > 16:
+            # Rounded with the zero point added, as the other kernel rounds: halves fall the same way.
+            whole = steps.add_(self._zero).round_().sub_(self._zero)
             y = torch._int_mm(whole.to(torch.int8), self._many) * self._scale
         else:
             y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-                whole, 1.0, self._zero, self._few
+                steps, 1.0, self._zero, self._few
             )
         y.mul_(scale)
         return y if self._bias is None else y.add_(self._bias)
