@@ -38,6 +38,7 @@ from qwen_chat.protocol import (
 from qwen_chat.tool_calls import Delta as ParsedDelta
 from qwen_chat.tool_calls import StreamParser
 
+CUT_OFF = ("length", "deadline")  # the engine's reasons for an answer that might have gone on
 CallMode = Literal["free", "named", "none"]  # none: what looks like a call is text
 
 
@@ -188,7 +189,7 @@ class ChatAssembly:
         return [*chunks, self._chunk(choice, Delta(), self._finish_reason(state, reason))]
 
     def _finish_reason(self, state: _ChatChoice, reason: str) -> FinishReason:
-        if reason == "length":
+        if reason in CUT_OFF:
             return "length"
         return "tool_calls" if state.calls and self._mode != "named" else "stop"
 
@@ -334,7 +335,7 @@ class TextAssembly:
 
 
 def _text_reason(reason: str | None) -> FinishReason | None:
-    return None if reason is None else "length" if reason == "length" else "stop"
+    return None if reason is None else "length" if reason in CUT_OFF else "stop"
 
 
 def _joined(parts: Sequence[CompletionLogprobs | None]) -> CompletionLogprobs | None:

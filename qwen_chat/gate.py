@@ -7,6 +7,7 @@ In: ASGI messages. Out: a body within its limits, from somebody who may ask; one
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -30,6 +31,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})  # nothing of anybody's is told there
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
 MOST_HEADERS = 100
+HEADER_BYTES = 32 * 1024  # of all headers together
 DISCARD_BYTES = 64 * 2**20  # of a body that is too large, read so that the client gets to read its answer
 DISCARD_SECONDS = 5.0
 
@@ -157,10 +159,12 @@ class Gate:
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if len(headers) > MOST_HEADERS:
-            raise Refusal(
-                431, f"Too many headers: {len(headers)}; at most {MOST_HEADERS}.", code="too_many_headers"
-            )
+        if (
+            len(headers) > MOST_HEADERS
+            or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES
+        ):
+            text = f"Too many headers: at most {MOST_HEADERS} of {HEADER_BYTES} bytes together."
+            raise Refusal(431, text, code="headers_too_large")
         named = dict(headers)
         if self.hosts is not None and _host(named.get(b"host", b"")) not in self.hosts:
             # Stops a page in the user's own browser whose name was made to point here (DNS rebinding).
@@ -224,20 +228,27 @@ async def read_body(request: Request, *, most_bytes: int, seconds: float) -> byt
         if "expect" not in request.headers:  # else the client waits for leave to send, and gets none
             await _discard(request)
         raise _too_large(most_bytes)
-    pieces, size = [], 0
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(seconds):
-            async for piece in request.stream():
-                size += len(piece)
-                if size > most_bytes:
-                    break
-                pieces.append(piece)
+            while more and len(body) <= most_bytes:
+                piece, more = await _receive(request)
+                body += piece
     except TimeoutError:
         raise Refusal(408, "The request did not arrive in time.", code="request_timeout") from None
-    if size > most_bytes:
-        await _discard(request)
+    if len(body) > most_bytes:
+        if more:
+            await _discard(request)
         raise _too_large(most_bytes)
-    return b"".join(pieces)
+    return bytes(body)
+
+
+async def _receive(request: Request) -> tuple[bytes, bool]:
+    """The next piece of the body, and whether more comes."""
+    message = await request.receive()
+    if message["type"] != "http.request":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def _too_large(most_bytes: int) -> Refusal:
@@ -250,13 +261,9 @@ def _too_large(most_bytes: int) -> Refusal:
 
 async def _discard(request: Request) -> None:
     """Read what still comes. Closing with unread data resets the connection before the answer is read."""
-    size = 0
-    try:
+    size, more = 0, True
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(DISCARD_SECONDS):
-            while size < DISCARD_BYTES:
-                message = await request.receive()
-                size += len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return
-    except TimeoutError:
-        return
+            while more and size < DISCARD_BYTES:
+                piece, more = await _receive(request)
+                size += len(piece)

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import signal
 import socket
+import threading
 from collections.abc import Generator
 from typing import Any
 
@@ -20,11 +21,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_chat.errors import OptionError
+from qwen_chat.gate import HEADER_BYTES
 from qwen_chat.refusal import Refusal
 
 HEADER_SECONDS = 10.0  # from the connection, or the last answer's first new byte, to the end of the headers
-HEADER_BYTES = 32 * 1024  # of request line and headers together
 KEEP_ALIVE_SECONDS = 30
+LINGER_SECONDS = 2.0  # that a refused client may go on sending before the connection is closed
 DRAIN_SECONDS = 30  # from SIGTERM until what still runs is cut off
 BACKLOG = 512
 
@@ -36,12 +38,15 @@ class PatientProtocol(H11Protocol):
 
     header_seconds = HEADER_SECONDS
     _header_timer: asyncio.TimerHandle | None = None
+    _is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return  # read and forgotten: closing with unread data would reset what was answered
         if self._header_timer is None and self.conn.their_state is h11.IDLE:
             self._wait_for_headers()  # the first byte of one more request on a kept connection
         super().data_received(data)
@@ -85,7 +90,10 @@ class PatientProtocol(H11Protocol):
             parts = (h11.Response(status_code=refusal.status, headers=headers), h11.Data(data=body))
             for part in (*parts, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(part) or b"")
-        self.transport.close()
+        self._is_refused = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 class DrainingServer(uvicorn.Server):
@@ -93,6 +101,9 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         with contextlib.ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous = signal.signal(number, self.handle_exit)
@@ -133,8 +144,8 @@ def _bind_problem(error: OSError) -> str:
     return f"cannot listen there ({error.strerror}); use --host 127.0.0.1"
 
 
-def serve(app: Any, listener: socket.socket, *, drain_seconds: int = DRAIN_SECONDS) -> None:
-    """Serve `app` on `listener` until SIGTERM or Ctrl-C, then let what runs end, at most `drain_seconds`."""
+def make_server(app: Any, *, drain_seconds: int = DRAIN_SECONDS) -> DrainingServer:
+    """A server for `app`; `await server.serve(sockets=[listener])` runs it until `server.should_exit`."""
     config = uvicorn.Config(
         app,
         http=PatientProtocol,
@@ -149,7 +160,13 @@ def serve(app: Any, listener: socket.socket, *, drain_seconds: int = DRAIN_SECON
         timeout_graceful_shutdown=drain_seconds,
         backlog=BACKLOG,
     )
+    return DrainingServer(config)
+
+
+def serve(app: Any, listener: socket.socket, *, drain_seconds: int = DRAIN_SECONDS) -> None:
+    """Serve `app` on `listener` until SIGTERM or Ctrl-C, then let what runs end, at most `drain_seconds`."""
+    server = make_server(app, drain_seconds=drain_seconds)
     try:
-        asyncio.run(DrainingServer(config).serve(sockets=[listener]))
+        asyncio.run(server.serve(sockets=[listener]))
     except OSError as error:  # somebody else began to listen while the model was being loaded
         raise OptionError(f"--port {listener.getsockname()[1]}: {_bind_problem(error)}") from None

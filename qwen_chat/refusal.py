@@ -57,7 +57,7 @@ class Refusal(Exception):
             headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status in (408, 413):  # the rest of the body is not read
+        if self.status in (408, 413, 431):  # the rest of the body is not read
             headers["Connection"] = "close"
         return headers
 

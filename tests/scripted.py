@@ -1,11 +1,13 @@
 """The real engine over a model that says what the prompt tells it to: exact answers, no weights, no seconds.
 
-The last user message is the script. `say TEXT` answers TEXT; `slow N TEXT` the same with N milliseconds a token; `crash`
-makes the step raise; anything else is echoed with the number of its characters. Tokens are single bytes.
+The last user message is the script. `say TEXT` answers TEXT; `slow N TEXT` the same with N milliseconds a
+token; `crash` makes the step raise; all else is echoed after the number of its characters. A token is a byte.
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +22,8 @@ from qwen_chat.kv_cache import KVRow, KVShape
 from qwen_chat.sampling import _BYTE_OF
 
 TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 END, START = 256, 257
@@ -30,12 +33,14 @@ CONTEXT = 4096
 
 def make_tokenizer() -> Any:
     """One token a byte, and the two chat marks."""
-    vocabulary = {char: byte for char, byte in _BYTE_OF.items()}
+    vocabulary = dict(_BYTE_OF)
     plain = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+        tokenizer_object=plain,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = TEMPLATE
@@ -77,7 +82,7 @@ class ScriptedDecoder(Decoder):
         raw = b"".join(bytes([t]) if t < 256 else (b"\x00S" if t == START else b"\x00E") for t in tokens)
         turns = raw.split(b"\x00S")
         begun = turns[-1].removeprefix(b"assistant\n")
-        asked = [turn for turn in turns if turn.startswith(b"user\n")]
+        asked = [turn for turn in turns if turn.startswith(b"user\n") and b"<tool_response>" not in turn]
         script = asked[-1].removeprefix(b"user\n").partition(b"\x00E")[0] if asked else b"say " + raw[:20]
         answer, wait = self._script(script)
         return (answer[len(begun)] if len(begun) < len(answer) else END), wait
@@ -100,3 +105,29 @@ def make_engine(**options: Any) -> Engine:
     decoder = ScriptedDecoder(tokenizer)
     options = {"cache_tokens": 0, "kv_tokens": 100_000, "stop_token_ids": [END], **options}
     return Engine(decoder, tokenizer, **options)
+
+
+class LiveService:
+    """A service on a loopback port, in a thread of this process."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        from qwen_chat import http_server
+
+        self._listener = http_server.bind("127.0.0.1", 0)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = http_server.make_server(app, **options)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve(sockets=[self._listener]))
+
+    def __enter__(self) -> LiveService:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(20)
