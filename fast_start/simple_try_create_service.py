@@ -113,6 +113,7 @@ def serve(
     from qwen_chat import models
     from qwen_chat.engine import load_engine
     from qwen_chat.gate import LOOPBACK_HOSTS
+    from qwen_chat.intake import SamplingDefaults, recommended_sampling
     from qwen_chat.service import ServiceSettings, adapter_format, create_app
 
     folder = models.resolve(base)
@@ -129,6 +130,7 @@ def serve(
     name = model.name or served_name(base, folder)
     settings = ServiceSettings(
         model_name=name,
+        sampling=recommended_sampling(folder),
         max_queue=limits.max_queue,
         max_body_bytes=int(limits.max_body_mb * 2**20),
         request_seconds=limits.request_seconds,
@@ -149,6 +151,8 @@ def serve(
         say(line)
     if model.quantize:
         say(f"weights {model.quantize} (as asked)")
+    if settings.sampling != SamplingDefaults():
+        say(f"sampling {settings.sampling} (the model's generation_config.json; a request's own values win)")
     say(f"log {log.path}")
     say(f"listening on http://{shown_host(service.host)}:{port} (Ctrl-C ends it); try:")
     say(example_curl(shown_host(service.host), port, name, bool(keys)))

@@ -34,7 +34,7 @@ class CallArguments:
     stream: bool = option(False, "show the answer while it is written")
     model: str | None = option(None, "model or adapter; the first that the service has without it", "-m")
     max_tokens: int | None = option(None, "longest answer in tokens")
-    temperature: float | None = option(None, "0: always the likeliest word")
+    temperature: float = option(0.0, "0: always the likeliest word; 1: as varied as the model is")
     api_key: str | None = option(None, "the service's key; also API_KEY")
 
 

@@ -6,9 +6,11 @@ worker thread, for a long prompt takes a while to tokenise.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, cast
 
 from qwen_chat.chatml import ChatFormat
@@ -49,6 +51,33 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """How to sample where a request does not say: OpenAI's defaults, or those that a model recommends."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def recommended_sampling(folder: Path) -> SamplingDefaults:
+    """What a model's generation_config.json recommends (Qwen2.5: temperature 0.7, top_p 0.8, top_k 20)."""
+    file = folder / "generation_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return SamplingDefaults()
+    known = {field.name for field in fields(SamplingDefaults)}
+    given = config.items() if isinstance(config, dict) else ()
+    return SamplingDefaults(**{name: value for name, value in given if name in known and _is_number(value)})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """The model that a request named: its format, its adapter, and how many tokens it sees."""
 
@@ -58,6 +87,7 @@ class Served:
     context: int
     vocabulary: int
     end_tokens: frozenset[int]
+    defaults: SamplingDefaults
 
 
 def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadline: float) -> Job:
@@ -166,7 +196,8 @@ def _prompt_ids(prompt: str | list[int], model: Served) -> tuple[int, ...]:
 def _generation(
     request: ChatRequest | CompletionRequest, model: Served, prompt_ids: tuple[int, ...], deadline: float
 ) -> GenerationRequest:
-    """What both endpoints share. null and absent mean OpenAI's default."""
+    """What both endpoints share. null means the same as absent: the default."""
+    defaults = model.defaults
     wanted, room = request.token_limit, model.context - len(prompt_ids)
     if room < 1:
         raise too_long(model.context, len(prompt_ids), None)
@@ -181,15 +212,15 @@ def _generation(
     return GenerationRequest(
         prompt_ids=prompt_ids,
         max_tokens=room if wanted is None else min(wanted, room),
-        temperature=_or(request.temperature, 1.0),
-        top_p=_or(request.top_p, 1.0),
-        top_k=max(request.top_k or 0, 0),
-        min_p=_or(request.min_p, 0.0),
+        temperature=_or(request.temperature, defaults.temperature),
+        top_p=_or(request.top_p, defaults.top_p),
+        top_k=max(defaults.top_k if request.top_k is None else request.top_k, 0),
+        min_p=_or(request.min_p, defaults.min_p),
         seed=request.seed,
         stop=request.stops,
         presence_penalty=_or(request.presence_penalty, 0.0),
         frequency_penalty=_or(request.frequency_penalty, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
         logit_bias=bias,
         logprobs=request.alternatives,
         adapter=model.adapter,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -21,10 +20,6 @@ from qwen_chat.errors import OutputError
 MAX_BYTES = 10_000_000  # of one file of the service log
 KEPT_FILES = 5  # rotated files beside the current one: six files, 60 MB in all
 LONGEST_TEXT = 64_000  # characters of one text field; a logged prompt may not fill a file on its own
-
-# json.dumps escapes what lies below U+0020. These too move a terminal's cursor, break a line or hide text:
-# DEL and C1 controls, zero-width and bidirectional marks, line and paragraph separators, lone surrogates.
-_UNSAFE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def is_rank_zero() -> bool:
@@ -41,11 +36,14 @@ def rank_zero(*parts: object) -> None:
 def json_line(record: Mapping[str, object]) -> str:
     """`record` as one line of JSON in which no character can act on a terminal.
 
-    Chinese stays readable; unsafe characters become JSON escapes, so that a parser gives back what came in.
+    Chinese stays readable. What is not printable (controls, line separators, zero-width and bidirectional marks)
+    becomes a JSON escape, so that a parser gives back what came in.
     """
     plain = {key: _shortened(value) for key, value in record.items()}
     text = json.dumps(plain, ensure_ascii=False, default=str)
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 class RequestLog:

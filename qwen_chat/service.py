@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,7 +39,7 @@ from qwen_chat.engine import (
 )
 from qwen_chat.errors import ChatError, ModelError, ToolError
 from qwen_chat.gate import Gate, Journal, Record, read_json, refusal_response
-from qwen_chat.intake import Job, Served, chat_job, chat_prompt_ids, completion_job
+from qwen_chat.intake import Job, SamplingDefaults, Served, chat_job, chat_prompt_ids, completion_job
 from qwen_chat.logs import RequestLog
 from qwen_chat.metrics import CONTENT_TYPE, Metrics
 from qwen_chat.models import load_tokenizer
@@ -72,6 +72,7 @@ class ServiceSettings:
     """What a service allows. Times in seconds."""
 
     model_name: str = ANY_MODEL
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     max_queue: int = 64  # choices that may wait; the batch's places come on top
     max_body_bytes: int = 4 * 2**20
     body_seconds: float = 20.0
@@ -330,6 +331,7 @@ class Service:
             context=self._context,
             vocabulary=self.engine.decoder.vocabulary,
             end_tokens=frozenset((*self.engine.stop_token_ids, *fmt.stop_token_ids)),
+            defaults=self.settings.sampling,
         )
 
     # --- tokens ---
