@@ -1,15 +1,19 @@
-"""A loaded Qwen2, Qwen2.5, Qwen3 or Llama model, laid out for decoding: many rows of different length in one step.
+"""A loaded Qwen2, Qwen2.5, Qwen3 or Llama model, laid out for decoding: many rows of different length in one
+step.
 
-In: a transformers model; each step, `Segment`s: the next tokens of some rows, prompts' pieces and single tokens side by side.
+In: a transformers model; each step, `Segment`s: the next tokens of some rows, prompts' pieces and single
+tokens side by side.
 Out: the logits of the rows that asked for them, (rows, vocabulary) float32.
 
-The step's tokens lie one after the other, (tokens, hidden), with no padding. Linear layers see them all at once; attention goes row by
-row over that row's own keys and values. What a position computes does not depend on who else is in the step, nor on how its
-prompt was cut into pieces: linear layers as quantize.py tells; attention always covers key-value lengths rounded up to TILE
-by the position alone.
+The step's tokens lie one after the other, (tokens, hidden), with no padding. Linear layers see them all at
+once; attention goes row by row over that row's own keys and values. What a position computes does not depend
+on who else is in the step, nor on how its
+prompt was cut into pieces: linear layers as quantize.py tells; attention always covers key-value lengths
+rounded up to TILE by the position alone.
 
-It uses the model's own weights, rotary embedding and activation, but not its `forward`: on one core a step of a 135M model spent
-half of its time in the modules' Python. A test holds its logits against the model's own forward.
+It uses the model's own weights, rotary embedding and activation, but not its `forward`: on one core a step of
+a 135M model spent half of its time in the modules' Python. A test holds its logits against the model's own
+forward.
 """
 
 from __future__ import annotations
@@ -59,7 +63,8 @@ class Decoder:
         config = model.config
         if config.model_type not in FAMILIES:
             raise ModelError(
-                f"model type {config.model_type!r}: the engine serves {', '.join(FAMILIES)}; for others use --engine vllm"
+                f"model type {config.model_type!r}: the engine serves {', '.join(FAMILIES)}; "
+                "for others use --engine vllm"
             )
         if any(parameter.device.type != "cpu" for parameter in model.parameters()):
             raise ModelError("the engine runs on the CPU; on a GPU use --engine vllm")
@@ -113,7 +118,8 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """Compute the segments' tokens and write their keys and values; logits of those that want them, in order."""
+        """Compute the segments' tokens and write their keys and values; logits of those that want them, in
+        order."""
         order = sorted(range(len(segments)), key=lambda place: _laid_out(segments[place]))
         laid = [segments[place] for place in order]
         ends = list(itertools.accumulate(len(segment.ids) for segment in laid))
@@ -158,8 +164,8 @@ class Decoder:
         return x
 
     def _attend(self, qkv: torch.Tensor, spans: Sequence[_Span], index: int) -> torch.Tensor:
-        """Write keys and values, then attend, a span at a time. qkv (tokens, heads + 2 kv heads, head_dim), rotated;
-        returns (tokens, heads x head_dim)."""
+        """Write keys and values, then attend, a span at a time. qkv (tokens, heads + 2 kv heads, head_dim),
+        rotated; returns (tokens, heads x head_dim)."""
         heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
         group = heads // kv_heads
         out = qkv.new_empty(qkv.shape[0], heads, size)
@@ -184,8 +190,8 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Tokens that one attention call serves: a token each of rows that are neighbours in a bank and attend to one
-    (rounded) length, or the tokens of one row within one TILE of positions.
+    """Tokens that one attention call serves: a token each of rows that are neighbours in a bank and attend to
+    one (rounded) length, or the tokens of one row within one TILE of positions.
 
     Both give a token the same bits: the kernel works on each row and head apart, over the same length.
     """
@@ -202,7 +208,8 @@ class _Span:
 
 
 def _laid_out(segment: Segment) -> tuple[int, bool, int, int, int]:
-    """Sorts segments: an adapter's together; rows that decode in the order in which they lie in their banks."""
+    """Sorts segments: an adapter's together; rows that decode in the order in which they lie in their
+    banks."""
     bank = segment.row.bank
     assert bank is not None, "no room was reserved for the segment"
     return (
@@ -320,7 +327,8 @@ def _joined(modules: Sequence[Any], quantize: str | None) -> Linear:
     for module in modules:
         if not isinstance(module, torch.nn.Linear) or not module.weight.is_floating_point():
             raise ModelError(
-                f"a layer of kind {type(module).__name__}; the engine needs a plain float model (merge the adapter first)"
+                f"a layer of kind {type(module).__name__}; the engine needs a plain float model "
+                "(merge the adapter first)"
             )
     weight = torch.cat([module.weight for module in modules])
     biases = [module.bias for module in modules]
@@ -333,6 +341,7 @@ def _joined(modules: Sequence[Any], quantize: str | None) -> Linear:
 
 
 def _context(config: Any) -> int:
-    """Tokens of prompt and reply together; a sliding window, where one is on, is the limit (attention here is full)."""
+    """Tokens of prompt and reply together; a sliding window, where one is on, is the limit (attention here
+    is full)."""
     window = config.sliding_window if getattr(config, "use_sliding_window", False) else None
     return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))

@@ -1,31 +1,33 @@
 """Many requests, one model, one thread: continuous batching over a decoder with its own keys and values.
 
-In: `GenerationRequest`s from any thread. Out: for each a `Generation`: events as they come, or the whole `Completion`.
+In: `GenerationRequest`s from any thread. Out: for each a `Generation`: events as they come, a `Completion`.
 
     with load_engine(path) as engine:
         done = engine.generate([GenerationRequest(engine.fmt.prompt_ids(messages), max_tokens=64)])
 
-Every step computes one token of every running request and, within a budget, pieces of the prompts that wait; requests join and
-leave between any two steps. A request's result does not depend on who else is served (decoder.py, sampling.py). A step that
-raises fails the requests in flight, and nothing else: `on_failure` is called and `start()` works again.
+Every step computes one token of every running request and, within a budget, pieces of the prompts that wait;
+requests join and leave between any two steps. A request's result does not depend on who else is served
+(decoder.py, sampling.py). A step that raises fails the requests in flight, and nothing else: `on_failure` is
+called and `start()` works again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwen_chat.decoder import Decoder, Segment
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.generation import Completion, FinishReason, Generation, TokenEvent, TokenLogprob
 from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
 from qwen_chat.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.lora import Lora
@@ -34,7 +36,18 @@ from qwen_chat.sampling import Choice, GenerationRequest, Sampler, StopText, Tok
 if TYPE_CHECKING:
     from qwen_chat.chatml import ChatFormat
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineBusy",
+    "EngineStats",
+    "EngineStopped",
+    "Generation",
+    "PromptTooLong",
+    "TokenEvent",
+    "TokenLogprob",
+    "load_engine",
+]
 
 
 class PromptTooLong(ServiceError):
@@ -56,40 +69,6 @@ class EngineStopped(ServiceError):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's text (special tokens too), bytes and log probability; `top` the most likely ones in its place."""
-
-    token: str
-    raw: bytes
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """What one step added. `text` may be empty (held back) and `finish_reason` is set on the last event only."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-    error: str | None = None  # with finish_reason "error"
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole reply: every event of a generation, folded."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start, and what is there now; for metrics."""
 
@@ -102,87 +81,6 @@ class EngineStats:
     generated_tokens: int = 0
     cache_size: int = 0  # tokens held by the prefix cache
     kv_tokens: int = 0  # tokens held by running requests
-
-
-class Generation:
-    """One request on its way: thread-safe. Iterate (plain or async) for events, or ask for the whole `result()`."""
-
-    def __init__(self, request: GenerationRequest, number: int, wake: Callable[[], None]) -> None:
-        self.request = request
-        self.number = number
-        self.prompt_tokens = len(request.prompt_ids)
-        self.cached_tokens = 0
-        self.created = time.monotonic()
-        self.first_token_at: float | None = None  # time.monotonic()
-        self.is_cancelled = False
-        self._wake = wake
-        self._events: deque[TokenEvent] = deque()
-        self._ready = threading.Condition()
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-
-    def cancel(self) -> None:
-        """Stop before the next token. The events end with finish reason "cancelled"."""
-        self.is_cancelled = True
-        self._wake()
-
-    def put(self, event: TokenEvent) -> None:
-        """The engine's side: hand over an event."""
-        with self._ready:
-            self._events.append(event)
-            self._ready.notify_all()
-            waiter = self._waiter
-        if waiter is not None:
-            try:
-                waiter[0].call_soon_threadsafe(waiter[1].set)
-            except RuntimeError:  # the reader's event loop is closed: nobody is there to be told
-                self.is_cancelled = True
-
-    def __iter__(self) -> Iterator[TokenEvent]:
-        while True:
-            with self._ready:
-                while not self._events:
-                    self._ready.wait()
-                event = self._events.popleft()
-            yield event
-            if event.finish_reason is not None:
-                return
-
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        arrived = asyncio.Event()
-        with self._ready:
-            self._waiter = (asyncio.get_running_loop(), arrived)
-        try:
-            while True:
-                arrived.clear()
-                while self._events:
-                    event = self._events.popleft()
-                    yield event
-                    if event.finish_reason is not None:
-                        return
-                await arrived.wait()
-        finally:
-            self._waiter = None
-
-    def result(self) -> Completion:
-        """Wait for the end; the whole reply."""
-        return self.fold(list(self))
-
-    async def aresult(self) -> Completion:
-        """The same in an event loop."""
-        return self.fold([event async for event in self])
-
-    def fold(self, events: Sequence[TokenEvent]) -> Completion:
-        """The completion that a complete list of events stands for."""
-        last = events[-1]
-        return Completion(
-            text="".join(event.text for event in events),
-            token_ids=tuple(token for event in events for token in event.token_ids),
-            finish_reason=last.finish_reason or "error",
-            logprobs=tuple(item for event in events for item in event.logprobs),
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            error=last.error,
-        )
 
 
 @dataclass(slots=True, eq=False)
@@ -217,11 +115,11 @@ class Engine:
         model: a transformers causal model (qwen2, qwen3, llama), or a Decoder that was made of one.
         max_batch: requests that run at once; further ones wait.
         max_queue: requests that may wait; beyond it `submit` raises EngineBusy. None = no bound.
-        kv_tokens: tokens that running requests may hold together; None = what 40 % of the free memory carries.
+        kv_tokens: tokens that running requests may hold together; None = what fits the memory.
         cache_tokens: tokens that the prefix cache may hold; 0 = off.
         prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
         adapters: name -> folder of a LoRA adapter.
-        stop_token_ids, stop_strings: end every reply, beside a request's own; None = the tokenizer's and the model's.
+        stop_token_ids, stop_strings: end every reply, beside a request's own; None = the model's.
         on_failure: called in the engine's thread, after a step raised; it may call `start()`.
     """
 
@@ -274,8 +172,6 @@ class Engine:
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
 
-    # -- life ---------------------------------------------------------------------------------------------------------
-
     def start(self) -> Engine:
         """Start the worker thread; nothing happens where it runs already. Works again after a failure."""
         with self._wakeup:
@@ -287,7 +183,7 @@ class Engine:
         return self
 
     def stop(self) -> None:
-        """Stop the thread after the step it is in; whatever was in flight or waiting ends with "cancelled"."""
+        """Stop the thread after the step it is in; what is in flight or waits is "cancelled"."""
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify_all()
@@ -340,8 +236,6 @@ class Engine:
                 **self._counts,
             )
 
-    # -- adapters -----------------------------------------------------------------------------------------------------
-
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters."""
@@ -356,11 +250,9 @@ class Engine:
         if self._adapters.pop(name, None) is None:
             raise ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
 
-    # -- requests -----------------------------------------------------------------------------------------------------
-
     def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its grammar) or
-        ModelError (its adapter)."""
+        """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its
+        grammar) or ModelError (its adapter)."""
         generation = Generation(request, next(self._numbers), self._notify)
         row = self._row(generation)
         with self._wakeup:
@@ -429,8 +321,6 @@ class Engine:
         with self._wakeup:
             self._wakeup.notify_all()
 
-    # -- the worker thread --------------------------------------------------------------------------------------------
-
     def _work(self) -> None:
         try:
             while True:
@@ -488,8 +378,9 @@ class Engine:
                 self._finish(row, TokenEvent(row.text.finish(), finish_reason="deadline"))
 
     def _join(self) -> None:
-        """Waiting requests start while there is a place and memory for their prompt and a little more; when the running
-        ones outgrow the memory, the youngest waits again (its tokens are kept, its keys and values computed anew)."""
+        """Waiting requests start while there is a place and memory for their prompt and a little more; when
+        the running ones outgrow the memory, the youngest waits again (its tokens are kept, its keys and
+        values computed anew)."""
         with self._wakeup:
             held = sum(max(len(row.tokens) + 1, row.computed) for row in self._running)
             while held > self.kv_tokens and len(self._running) > 1:
@@ -506,7 +397,8 @@ class Engine:
                 self._running.append(self._waiting.popleft())
 
     def _plan(self) -> tuple[list[Segment], list[_Row]]:
-        """This step's tokens: one of every row that decodes, then pieces of prompts, oldest first, within the budget."""
+        """This step's tokens: one of every row that decodes, then pieces of prompts, oldest first, within
+        the budget."""
         decoding = [row for row in self._running if len(row.tokens) - row.computed == 1]
         filling = [row for row in self._running if len(row.tokens) - row.computed > 1]
         budget = self.prefill_tokens if decoding else 4 * self.prefill_tokens
@@ -521,7 +413,7 @@ class Engine:
             beginning = (row.number, tuple(row.tokens[:BLOCK]))
             if not row.started:
                 if beginning in beginnings:
-                    continue  # another row computes the same beginning in this step: take it from the cache in the next
+                    continue  # another row computes the same beginning now: in the next step it is cached
                 self._start(row)
             beginnings.add(beginning)
             count = min(len(row.tokens) - row.computed, budget)
@@ -617,7 +509,7 @@ def load_engine(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Engine:
-    """Load a model (as `models.resolve` finds it) and make an engine of it, not started; `.fmt` is its chat format.
+    """Load a model (as `models.resolve` finds it) and make an engine of it, not yet started.
 
     Args:
         dtype: "auto" = float32 on a CPU. quantize: "int8" or None. options: any other of Engine's.
@@ -652,8 +544,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _memory_tokens(decoder: Decoder) -> int:
-    """Tokens whose keys and values fit 40 % of the memory that is free now; at least one context."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available * 0.4)
-    return max(free // decoder.kv_shape.token_bytes, min(decoder.context, 1024))
+    """Tokens that fit a fifth of the machine's memory (a row's capacity may be twice its length)."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(memory // 5 // decoder.kv_shape.token_bytes, 1024)

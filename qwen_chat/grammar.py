@@ -1,19 +1,23 @@
 """What a reply must match: JSON, a schema, or tool calls. Built on llguidance.
 
-In: a schema or tools. Out: a `Grammar` (text, hashable, no tokenizer); with a tokenizer it becomes a `Matcher` that masks logits.
+In: a schema or tools. Out: a `Grammar` (text, hashable, no tokenizer); with a tokenizer, a `Matcher` that
+masks logits.
 
-llguidance rather than xgrammar: it walks the grammar lazily (no compilation that explodes: 0.1 to 2 ms for ordinary schemas, limits
-that end in an error), mixes text, special tokens and JSON schemas in one grammar, and brings no dependency of its own.
-JSON is written as the model was taught to write it (", " and ": ", one line): an untuned model cannot run away in white space.
+llguidance rather than xgrammar: it walks the grammar lazily (no compilation that explodes; limits end in an
+error), mixes text, tokens and JSON schemas in one grammar, and brings no dependency of its own. JSON is
+written as the model was taught to write it (", " and ": ", one line): an untuned model cannot run away in
+white space.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
@@ -24,13 +28,15 @@ Json = Mapping[str, Any]
 
 _LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _LIMIT_SCHEMA = 65_536  # characters of one schema
+_KEPT = 64  # grammars
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's Lark dialect. `{OPEN}` and `{CLOSE}` stand for the tool-call tags, which are tokens in some vocabularies
-    and ordinary text in others."""
+    """A grammar in llguidance's Lark dialect. The rules `open`, `close` and `head` (text up to and with an
+    opening tag) are
+    added for a vocabulary: the tags are tokens in some and ordinary text in others."""
 
     source: str
 
@@ -46,7 +52,8 @@ class Grammar:
 
     @classmethod
     def tool_call(cls, tools: Sequence[Json], *, name: str | None = None, parallel: bool = False) -> Grammar:
-        """One call in Hermes form (more, where `parallel`), of the tool `name` or of any of `tools`, valid arguments.
+        """One call in Hermes form (or more, where `parallel`), of the tool `name` or any of `tools`, valid
+        arguments.
 
         Raises ToolError where `name` is not among the tools or a tool's schema cannot be used.
         """
@@ -54,16 +61,15 @@ class Grammar:
         if not chosen:
             known = ", ".join(str(_function(tool).get("name")) for tool in tools) or "none"
             raise ToolError(f"tool_choice: no tool is called {name!r}; the tools are: {known}")
-        more = r' ("\n" call)*' if parallel else ""
-        return cls(f"start: call{more}\ncall: {{OPEN}} body\n{_body(chosen)}")
+        more = ' ("\\n" call)*' if parallel else ""
+        return cls(f"start: call{more}\ncall: open body\n{_body(chosen)}")
 
     @classmethod
     def tools_in_text(cls, tools: Sequence[Json]) -> Grammar:
-        """Free text in which every opened <tool_call> must become a valid call (`strict` tools under tool_choice auto)."""
-        return cls(
-            "start: (text_call)* rest\nrest: TEXT\ntext_call: head body\n{HEAD}"
-            f"TEXT: /(.|\\n)*/\n{_body(tools)}"
-        )
+        """Free text in which every opened <tool_call> becomes a call of one of `tools` (tool_choice auto):
+        under its schema where the tool says `strict`, else with any object as arguments."""
+        loose = [tool if _function(tool).get("strict") else _without_schema(tool) for tool in tools]
+        return cls(f"start: (head body)* rest\nrest: TEXT\n{_body(loose)}")
 
 
 def _body(tools: Sequence[Json]) -> str:
@@ -73,7 +79,7 @@ def _body(tools: Sequence[Json]) -> str:
         for i, tool in enumerate(tools)
     ]
     names = " | ".join(f"tool_{i}" for i in range(len(tools)))
-    return f'body: "\\n" ({names}) "}}\\n" {{CLOSE}}\n' + "".join(rules)
+    return f'body: "\\n" ({names}) "}}\\n" close\n' + "".join(rules)
 
 
 def _call_head(tool: Json) -> str:
@@ -85,8 +91,13 @@ def _function(tool: Json) -> Json:
     return function if isinstance(function, Mapping) else {}
 
 
+def _without_schema(tool: Json) -> Json:
+    return {"function": {"name": _function(tool).get("name"), "parameters": {"type": "object"}}}
+
+
 def _tool_schema(tool: Json) -> str:
-    """The schema of a tool's arguments. Without one: any object. Arguments are an object whatever the schema leaves open."""
+    """The schema of a tool's arguments. Without one: any object. Arguments are an object whatever the
+    schema leaves open."""
     schema = _function(tool).get("parameters") or {}
     if not isinstance(schema, Mapping):
         raise ToolError(
@@ -118,29 +129,46 @@ class GrammarTokenizer:
             tokenizer, n_vocab=vocabulary, eos_token=list(end_tokens)
         )
         self._vocabulary = vocabulary
-        ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in (OPEN, CLOSE)}
-        known = tokenizer.get_vocab()
-        self._is_token = all(tag in known for tag in ids)
-        self._tag_ids = ids
+        self._tags = _tag_rules(tokenizer)
+        self._lock = threading.Lock()
+        self._known: dict[Grammar, LLMatcher] = {}
         self._limits = LLParserLimits(
             initial_lexer_fuel=2_000_000, step_lexer_fuel=400_000, max_items_in_row=2_000
         )
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """Raises ToolError where the schema cannot be satisfied, is not understood, or is too complex."""
-        matcher = LLMatcher(self._tokenizer, self._source(grammar), log_level=0, limits=self._limits)
+        matcher = self._matcher(grammar)
         if matcher.is_error():
-            reason = matcher.get_error().strip().splitlines()[0][:300]
-            raise ToolError(f"the schema cannot be used: {reason}")
+            raise ToolError(f"the schema cannot be used: {_reason(matcher)}")
         return Matcher(matcher, self._vocabulary)
 
-    def _source(self, grammar: Grammar) -> str:
-        tags = {
-            tag: f"<[{self._tag_ids[tag]}]>" if self._is_token else json.dumps(tag) for tag in (OPEN, CLOSE)
-        }
-        head = f"head: TEXT {tags[OPEN]}\n" if self._is_token else f"head[lazy]: TEXT {tags[OPEN]}\n"
-        source = grammar.source.replace("{HEAD}", head)
-        return source.replace("{OPEN}", tags[OPEN]).replace("{CLOSE}", tags[CLOSE])
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
+        """A grammar that was met lately is copied, with all that its automaton has learnt."""
+        with self._lock:
+            known = self._known.pop(grammar, None)
+            if known is None:
+                known = LLMatcher(
+                    self._tokenizer, grammar.source + self._tags, log_level=0, limits=self._limits
+                )
+                known.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
+            self._known[grammar] = known
+            while len(self._known) > _KEPT:
+                self._known.pop(next(iter(self._known)))
+            return known.deep_copy()
+
+
+def _tag_rules(tokenizer: Any) -> str:
+    known = tokenizer.get_vocab()
+    is_token = OPEN in known and CLOSE in known
+    opening, closing = (f"<[{known[tag]}]>" if is_token else json.dumps(tag) for tag in (OPEN, CLOSE))
+    head = "head" if is_token else "head[lazy]"
+    return f"open: {opening}\nclose: {closing}\n{head}: TEXT {opening}\nTEXT: /(.|\\n)*/\n"
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What went wrong, without the listing of the grammar that follows it."""
+    return " ".join(matcher.get_error().partition("\n1 |")[0].split())[:300]
 
 
 class Matcher:
@@ -152,19 +180,12 @@ class Matcher:
         self._vocabulary = vocabulary
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores with every token that the grammar forbids at minus infinity. Raises ToolError where nothing is left."""
+        """Scores, minus infinity where the grammar forbids. Raises ToolError where nothing is left."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.numel() * 4)
         if self._matcher.is_error():
-            raise ToolError(
-                f"the schema led nowhere: {self._matcher.get_error().strip().splitlines()[0][:300]}"
-            )
-        shifts = torch.arange(32, dtype=torch.int32)
-        allowed = (self._bits[:, None] >> shifts & 1).flatten()[: self._vocabulary].bool()
-        masked = scores.new_full(scores.shape, float("-inf"))
-        masked[: self._vocabulary] = torch.where(
-            allowed, scores[: self._vocabulary], masked[: self._vocabulary]
-        )
-        return masked
+            raise ToolError(f"the schema led nowhere: {_reason(self._matcher)}")
+        bits = np.unpackbits(self._bits.numpy().view(np.uint8), bitorder="little")[: scores.shape[0]]
+        return scores.masked_fill(torch.from_numpy(bits) == 0, float("-inf"))
 
     def consume(self, token: int) -> None:
         """Move on by one token."""

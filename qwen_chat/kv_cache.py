@@ -1,10 +1,11 @@
-"""Keys and values: one row's, growing as it does, and those of finished prompts, kept for the next that begins alike.
+"""Keys and values: one row's, growing as it does, and those of finished prompts, kept for the next that
+begins alike.
 
-In: layers, key-value heads, head size. Out: a `KVStore` that hands out `KVRow`s (one a request), and a `PrefixCache`
-(bounded by tokens, least recently used out first).
+In: layers, key-value heads, head size. Out: a `KVStore` that hands out `KVRow`s (one a request), and a
+`PrefixCache` (bounded by tokens, least recently used out first).
 
-Rows of about one length lie side by side in a bank, so that one attention call serves neighbours; a row that outgrows its
-bank moves to one of twice the capacity.
+Rows of about one length lie side by side in a bank, so that one attention call serves neighbours; a row that
+outgrows its bank moves to one of twice the capacity.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class KVShape:
 class Bank:
     """Rows of one capacity: (layers, rows, 2 x heads, capacity, head_dim); keys are the first `heads`.
 
-    Zeros at first, not whatever memory held: what lies behind a row's end is multiplied by 0, and 0 x NaN would be NaN.
+    Zeros at first, not whatever memory held: what lies behind a row's end is multiplied by 0, and 0 x NaN
+    would be NaN.
     """
 
     def __init__(self, shape: KVShape, number: int, rows: int, capacity: int) -> None:

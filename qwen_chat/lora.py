@@ -1,8 +1,8 @@
 """LoRA adapters beside one base model, several at once: each adds its share to its own rows.
 
-In: a folder that PEFT saved (adapter_config.json, adapter_model.safetensors). Out: a `Lora` whose matrices are laid out for
-the decoder's joined layers. Adapters stay in float beside an int8 base. What cannot be applied beside a shared base (DoRA,
-whole modules that were trained) is a ModelError that says to merge.
+In: a folder that PEFT saved (adapter_config.json, adapter_model.safetensors). Out: a `Lora` whose matrices
+are laid out for the decoder's joined layers. Adapters stay in float beside an int8 base. What cannot be
+applied beside a shared base (DoRA, whole modules that were trained) is a ModelError that says to merge.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Places:
 
 
 class Lora:
-    """One adapter. `number` is never used twice: a prefix cache keyed by it cannot serve an unloaded one's keys."""
+    """One adapter. `number` is never used twice: a prefix cache keyed by it cannot serve an unloaded one's
+    keys."""
 
     def __init__(self, folder: Path, places: Places) -> None:
         self.number = next(_numbers)
@@ -90,13 +91,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _halves(
     folder: Path, tensors: Mapping[str, torch.Tensor], places: Places
 ) -> dict[tuple[int, str, str], torch.Tensor]:
-    """(layer, projection, lora_A or lora_B) -> matrix; every tensor of the file is used or the adapter is refused."""
+    """(layer, projection, lora_A or lora_B) -> matrix; every tensor of the file is used or the adapter is
+    refused."""
     halves = {}
     for name, tensor in tensors.items():
         found = _KEY.search(name)
         if found is None or int(found[1]) >= places.layers or found[2] not in places.outputs:
             raise ModelError(
-                f"{folder}: tensor {name} has no place in this base model; merge the adapter and serve the result"
+                f"{folder}: tensor {name} has no place in this base model; "
+                "merge the adapter and serve the result"
             )
         half = (int(found[1]), found[2], found[3])
         if found[3] == "lora_B" and tensor.shape[0] != places.outputs[found[2]]:
@@ -115,7 +118,8 @@ def _join(
     places: Places,
     config: Mapping[str, Any],
 ) -> tuple[FloatLinear, FloatLinear] | None:
-    """A of all projections stacked, B as blocks on the diagonal and scaled: two multiplications for the joined layer."""
+    """A of all projections stacked, B as blocks on the diagonal and scaled: two multiplications for the
+    joined layer."""
     ups, downs = [], []
     for name in names:
         down, up = halves.get((layer, name, "lora_A")), halves.get((layer, name, "lora_B"))
@@ -126,9 +130,16 @@ def _join(
         ups.append(up.float() * _scale(config, name, down.shape[0]))
     if not downs:
         return None
-    return FloatLinear(torch.cat(downs).to(places.dtype)), FloatLinear(
-        torch.block_diag(*ups).to(places.dtype)
-    )
+    return FloatLinear(torch.cat(downs).to(places.dtype)), FloatLinear(_block_diagonal(ups).to(places.dtype))
+
+
+def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
+    whole = torch.zeros(sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks))
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

@@ -1,9 +1,10 @@
-"""Linear layers as the engine computes them: float32, bfloat16, or int8 weights with a scale for each row of activations.
+"""Linear layers as the engine computes them: float32, bfloat16, or int8 weights with a scale for each row of
+activations.
 
-In: a weight (out, in) and a bias. Out: a callable on (rows, in) whose rows do not depend on each other: a row gives the same
-bits alone and among neighbours. In int8 that is exact by construction (whole numbers are summed); in float32 it holds for
-oneDNN's packed weights on the processors it was measured on, where torch's default multiplication changes its order of
-summation with the number of rows.
+In: a weight (out, in) and a bias. Out: a callable on (rows, in) whose rows do not depend on each other: a row
+gives the same bits alone and among neighbours. In int8 that is exact by construction (whole numbers are
+summed); in float32 it holds for oneDNN's packed weights on the processors it was measured on, where torch's
+default multiplication changes its order of summation with the number of rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Linear(Protocol):
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None = None, quantize: str | None = None
 ) -> Linear:
-    """The linear layer for a weight (out, in) in the way `quantize` names. The weight is copied into a layout of its own."""
+    """The linear layer for a weight (out, in) in the way `quantize` names. The weight is copied into a
+    layout of its own."""
     if quantize is None:
         return FloatLinear(weight, bias)
     if quantize == "int8":
@@ -41,7 +43,7 @@ class FloatLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = None if bias is None else bias.detach().clone()
-        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packed = weight.device.type == "cpu" and torch._C._has_mkldnn
         weight = weight.detach()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight.clone()
 
@@ -53,11 +55,13 @@ class FloatLinear:
 
 
 class Int8Linear:
-    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
+    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest
+    magnitude).
 
-    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two products of 7 and 8 bits
-    fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole numbers and give the same bits: fbgemm's is
-    the fast one for few rows, `_int_mm` on AMX tiles for many (it wants more than 16).
+    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two
+    products of 7 and 8 bits fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole
+    numbers and give the same bits: fbgemm's is the fast one for few rows, `_int_mm` on AMX tiles for many (it
+    wants more than 16).
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -87,7 +91,8 @@ class Int8Linear:
 
 
 def _pack(whole: torch.Tensor, scale: torch.Tensor) -> object:
-    """fbgemm's own layout of an int8 weight. The ops that take it are marked as leaving torch one day; requirements pin torch."""
+    """fbgemm's own layout of an int8 weight. The ops that take it are marked as leaving torch one day;
+    requirements pin torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(scale), dtype=torch.long)

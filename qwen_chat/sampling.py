@@ -1,10 +1,13 @@
 """One request's choices: which token next, which text may be shown, when to stop.
 
-In: a `GenerationRequest` and, step by step, one row of logits. Out: a token, its log probability, the text it adds.
-Nothing here knows of other requests: a request's random numbers, penalties, stop strings and grammar are its own.
+In: a `GenerationRequest` and, step by step, one row of logits. Out: a token, its log probability, the text it
+adds.
+Nothing here knows of other requests: a request's random numbers, penalties, stop strings and grammar are its
+own.
 
-Order of what is done to the logits: repetition penalty, presence and frequency penalty, logit_bias, grammar, temperature,
-then top_k, top_p and min_p over what is left. Reported log probabilities are the model's own, before all of that.
+Order of what is done to the logits: repetition penalty, presence and frequency penalty, logit_bias, grammar,
+temperature, then top_k, top_p and min_p over what is left. Reported log probabilities are the model's own,
+before all of that.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The token taken; where asked for, its log probability and the most likely (id, log probability) pairs."""
+    """The token taken; where asked for, its log probability and the most likely (id, log probability)
+    pairs."""
 
     token_id: int
     logprob: float | None = None
@@ -117,7 +121,8 @@ class Sampler:
             self.matcher.consume(token)
 
     def _biased(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties and logit_bias. Sources: Keskar et al. 2019 (CTRL) for repetition; OpenAI's API reference else."""
+        """Penalties and logit_bias. Sources: Keskar et al. 2019 (CTRL) for repetition; OpenAI's API
+        reference else."""
         request = self.request
         if request.repetition_penalty != 1:
             seen = torch.unique(torch.cat((self._prompt, torch.tensor(list(self._counts), dtype=torch.long))))
@@ -137,8 +142,8 @@ class Sampler:
         return logits
 
     def _draw(self, scores: torch.Tensor) -> int:
-        """One token at random. Candidates are laid out by token id, not by probability: two that change places by a
-        rounding then do not change what a given random number means."""
+        """One token at random. Candidates are laid out by token id, not by probability: two that change
+        places by a rounding then do not change what a given random number means."""
         request = self.request
         scores = scores.double() / request.temperature
         ids, probabilities = self._candidates(scores)
@@ -187,11 +192,10 @@ class TokenText:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        if "ByteLevel" not in str(type(getattr(tokenizer.backend_tokenizer, "decoder", None)).__name__) and (
-            "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder)
-        ):
+        if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
             raise ModelError(
-                f"tokenizer {type(tokenizer).__name__} is not byte-level; the engine serves the Qwen and Llama 3 kind"
+                f"tokenizer {type(tokenizer).__name__} is not byte-level; "
+                "the engine serves vocabularies of the Qwen and Llama 3 kind"
             )
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
@@ -201,7 +205,8 @@ class TokenText:
         self._bytes |= dict.fromkeys(tokenizer.all_special_ids, b"")
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; empty for special tokens and for ids the vocabulary leaves unused."""
+        """The bytes that a token stands for; empty for special tokens and for ids the vocabulary leaves
+        unused."""
         known = self._bytes.get(token_id)
         if known is None:
             piece = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -218,7 +223,8 @@ class TokenText:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character of each byte in a byte-level vocabulary. Source: GPT-2's byte-to-unicode table."""
+    """The printable character of each byte in a byte-level vocabulary. Source: GPT-2's byte-to-unicode
+    table."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
