@@ -509,12 +509,16 @@ class HttpClient:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
         self.chat = types.SimpleNamespace(completions=types.SimpleNamespace(create=self._create))
 
-    def first_model(self) -> str:
-        """The first model that the service lists."""
+    def models(self) -> list[str]:
+        """The models and adapters that the service lists; at least one."""
         listed = _json(self._send("GET", "/models")).get("data")
         if not listed:
             raise ServiceError(f"{self._base}/models lists no model")
-        return str(listed[0]["id"])
+        return [str(model["id"]) for model in listed]
+
+    def first_model(self) -> str:
+        """The first model that the service lists."""
+        return self.models()[0]
 
     def _create(self, *, stream: bool = False, **body: Any) -> Json | Iterator[Json]:
         answer = self._send("POST", "/chat/completions", {**body, "stream": stream})
@@ -536,10 +540,10 @@ class HttpClient:
 
     def _chunks(self, answer: requests.Response) -> Iterator[Json]:
         """Server-sent events -> chunks, until [DONE]; an error or a broken connection is a ServiceError."""
-        answer.encoding = "utf-8"
         try:
             with answer:
-                for line in answer.iter_lines(decode_unicode=True):
+                for raw in answer.iter_lines():  # as bytes: decoded text would also be cut at U+2028 and U+0085
+                    line = raw.decode("utf-8")
                     if not line.startswith("data:"):
                         continue
                     data = line.removeprefix("data:").strip()
