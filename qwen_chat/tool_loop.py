@@ -542,7 +542,7 @@ class HttpClient:
         """Server-sent events -> chunks, until [DONE]; an error or a broken connection is a ServiceError."""
         try:
             with answer:
-                for raw in answer.iter_lines():  # as bytes: decoded text would also be cut at U+2028 and U+0085
+                for raw in answer.iter_lines():  # bytes: decoded text is also cut at U+2028 and U+0085
                     line = raw.decode("utf-8")
                     if not line.startswith("data:"):
                         continue
