@@ -29,6 +29,8 @@ IGNORED = -100  # the label of a token that is not learnt
 ToolStyle = Literal["auto", "hermes", "qwen_agent"]
 Language = Literal["auto", "en", "zh"]
 TrainOn = Literal["last", "all", "everything"]
+_AUDIT = 64  # every so many conversations the quick renderer is compared with the template, on the real data
+
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
@@ -92,6 +94,7 @@ class ChatFormat:
             and self._template.agrees(self._quick.text)
         )
         self._newline_separates = self._probe_newline()
+        self._encoded = 0  # conversations so far
 
     # --------------------------------------------------------------------------------------------------- text
 
@@ -139,7 +142,10 @@ class ChatFormat:
         refused.
         """
         _check_option("train_on", train_on, ("last", "all", "everything"))
-        sequences = [self._sequences(conversation, train_on) for conversation in conversations]
+        try:
+            sequences = [self._sequences(conversation, train_on) for conversation in conversations]
+        except RecursionError:
+            raise FormatError("arguments or tools are nested too deeply to be written as JSON") from None
         texts = [piece.text for several in sequences for pieces in several for piece in pieces]
         ids = iter(self._tokens.encode(texts))
         return [
@@ -224,14 +230,17 @@ class ChatFormat:
             if self._tokens.text(marked) == rendered:
                 return marked
         raise FormatError(
-            f"the text spells out {self._tokens.typed(rendered)[0]}, which the chat template takes for its own "
-            "there; reword that message"
+            f"the text spells out {self._tokens.typed(rendered)[0]}, which the chat template takes for its "
+            "own there; reword that message"
         )
 
     # ---------------------------------------------------------------------------------------------- sequences
 
     def _sequences(self, conversation: Conversation, train_on: TrainOn) -> list[list[_Piece]]:
         """The training sequences of a conversation, in pieces."""
+        if self._is_quick and self._encoded % _AUDIT == 0:
+            self._is_quick = self._quick.text(conversation) == self._render(conversation, generation=False)
+        self._encoded += 1
         if train_on == "everything":
             return [[_Piece(self._marked(conversation, generation=False), reply=0)]]
         replies = _replies(conversation.messages)
@@ -267,12 +276,15 @@ class ChatFormat:
         before = replace(conversation, messages=conversation.messages[:k])
         until = replace(conversation, messages=conversation.messages[: k + 1])
         prompt, text = self._marked(before, generation=True), self._marked(until, generation=False)
-        end = text.rfind(self._tokens.mark(END)) + 1
-        if not text.startswith(prompt) or end <= len(prompt):
+        start, end = self._tokens.mark(START), self._tokens.mark(END)
+        begun = prompt[prompt.rfind(start) :]  # the assistant's turn, as far as the prompt has it
+        turn = text[text.rfind(start) :]
+        after = turn.rfind(end) + 1
+        if not turn.startswith(begun) or after <= len(begun):
             raise FormatError(
                 f"message {k}: the chat template writes this reply otherwise than its prompt begins it"
             )
-        return [_Piece(prompt), _Piece(text[len(prompt) : end], k), _Piece(text[end:])]
+        return [_Piece(prompt), _Piece(turn[len(begun) : after], k), _Piece(turn[after:])]
 
     def _separate(self, context: str, reply: str) -> bool:
         """Whether a prompt that holds context and reply in one has the tokens of the two apart."""

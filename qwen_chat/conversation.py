@@ -171,10 +171,13 @@ def _read_arguments(arguments: object, where: str) -> str:
     if arguments is None or arguments == "":
         return "{}"
     if isinstance(arguments, Mapping):
-        return json.dumps(arguments, ensure_ascii=False)
+        try:
+            return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise FormatError(f"{where}: arguments cannot be written as JSON ({error})") from None
     if isinstance(arguments, str):
         try:
-            value = json.loads(arguments)
+            value = json.loads(arguments, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise FormatError(
                 f"{where}: arguments are no JSON ({error}); expected the text of an object"
@@ -183,6 +186,11 @@ def _read_arguments(arguments: object, where: str) -> str:
             return arguments
         raise FormatError(f"{where}: arguments hold {_kind(value)}; expected an object")
     raise FormatError(f"{where}: arguments are {_kind(arguments)}; expected an object or its JSON text")
+
+
+def _refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, JSON has neither."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _optional_text(message: Mapping[str, Any], key: str, where: str) -> str | None:
