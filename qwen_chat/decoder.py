@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from qwen_chat.errors import ModelError
 from qwen_chat.kv_cache import TILE, Bank, KVRow, KVShape
-from qwen_chat.lora import Lora, Places
+from qwen_chat.lora import JOINED, Lora, Places
 from qwen_chat.quantize import Linear, make_linear
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -77,16 +77,7 @@ class Decoder:
         self.dtype: torch.dtype = body.embed_tokens.weight.dtype
         self.context: int = _context(config)
         self.kv_shape = KVShape(len(body.layers), self.kv_heads, self.head_dim, self.dtype)
-        self.places = Places(
-            len(body.layers),
-            {
-                name: getattr(part, name).out_features
-                for part in (first, body.layers[0].mlp)
-                for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-                if hasattr(part, name)
-            },
-            self.dtype,
-        )
+        self.places = _places(body, bool(config.tie_word_embeddings), self.dtype)
         self._eps = float(config.rms_norm_eps)
         self._activation: Callable[[torch.Tensor], torch.Tensor] = body.layers[0].mlp.act_fn
         self._rotary = body.rotary_emb
@@ -129,10 +120,14 @@ class Decoder:
         }
         if not last:
             return x.new_empty(0, self.vocabulary)
-        x = functional.rms_norm(
-            x[[last[place] for place in sorted(last)]], x.shape[-1:], self._norm, self._eps
-        )
-        return self._head(x).float()
+        places = sorted(last)
+        x = functional.rms_norm(x[[last[place] for place in places]], x.shape[-1:], self._norm, self._eps)
+        logits = self._head(x).float()
+        for row, place in enumerate(places):
+            lora = segments[place].lora
+            if lora is not None:
+                lora.correct(logits[row : row + 1], x[row : row + 1])
+        return logits
 
     def _hidden(self, segments: Sequence[Segment], ends: Sequence[int]) -> torch.Tensor:
         """The hidden states (tokens, hidden) after the last layer."""
@@ -146,6 +141,8 @@ class Decoder:
             (-sin[..., :half], sin[..., half:]), -1
         )  # the sign of "rotate half", folded in once a step
         groups = _groups(segments, ends)
+        for rows, lora in groups:
+            lora.embed(x[rows], ids[rows])
         spans = _spans(segments, positions, self.heads // self.kv_heads, x.dtype)
         hidden, keys = x.shape[-1:], self.heads + self.kv_heads
         for index, layer in enumerate(self._layers):
@@ -338,6 +335,20 @@ def _joined(modules: Sequence[Any], quantize: str | None) -> Linear:
         else torch.cat([m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias for m in modules])
     )
     return make_linear(weight, bias, quantize)
+
+
+def _places(body: Any, tied: bool, dtype: torch.dtype) -> Places:
+    outputs = {
+        name: module.out_features
+        for part in (body.layers[0].self_attn, body.layers[0].mlp)
+        for name, module in part.named_children()
+        if name.endswith("_proj")
+    }
+    biases = []
+    for layer in body.layers:
+        parts = [getattr(layer.self_attn, name).bias for name in JOINED["qkv"]]
+        biases.append(None if any(part is None for part in parts) else torch.cat(parts).detach())
+    return Places(len(body.layers), outputs, dtype, tuple(biases), tied)
 
 
 def _context(config: Any) -> int:

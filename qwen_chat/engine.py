@@ -30,7 +30,7 @@ from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.generation import Completion, FinishReason, Generation, TokenEvent, TokenLogprob
 from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
 from qwen_chat.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
-from qwen_chat.lora import Lora
+from qwen_chat.lora import Lora, NotBeside
 from qwen_chat.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Engine:
         self._kv = KVStore(self.decoder.kv_shape)
         self._grammars: GrammarTokenizer | None = None
         self._grammar_lock = threading.Lock()
-        self._adapters: dict[str, Lora] = {}
+        self._adapters: dict[str, Lora | None] = {}  # None: merged into the base
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._wakeup = threading.Condition()
@@ -245,9 +245,13 @@ class Engine:
         """Load (or replace) an adapter while others are served. Raises ModelError where it does not fit."""
         self._adapters[name] = Lora(Path(folder), self.decoder.places)
 
+    def name_merged(self, name: str) -> None:
+        """Let requests ask for `name`: an adapter that is part of the base already."""
+        self._adapters[name] = None
+
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it finish with it."""
-        if self._adapters.pop(name, None) is None:
+        if self._adapters.pop(name, None) is None:  # what is merged cannot be unloaded either
             raise ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
 
     def submit(self, request: GenerationRequest) -> Generation:
@@ -511,28 +515,45 @@ def load_engine(
 ) -> Engine:
     """Load a model (as `models.resolve` finds it) and make an engine of it, not yet started.
 
+    Without a path, the base that a lone adapter names, else the demo model. A lone adapter's chat template is the
+    engine's; an adapter that cannot run beside its base (DoRA, whole modules) is merged into it, if it is alone.
+
     Args:
-        dtype: "auto" = float32 on a CPU. quantize: "int8" or None. options: any other of Engine's.
+        dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.
     """
     from qwen_chat import models
     from qwen_chat.chatml import ChatFormat
 
+    folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+    lone = next(iter(folders.values())) if len(folders) == 1 else None
+    if model_path is None and lone is not None:
+        model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
-    loaded = models.load_model(
-        path, dtype="float32" if dtype == "auto" else dtype, trust_remote_code=trust_remote_code
-    )
-    fmt = ChatFormat(loaded.tokenizer)
+    dtype = "float32" if dtype == "auto" else dtype
+    loaded = models.load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    own = lone is not None and (lone / "tokenizer_config.json").is_file()
+    tokenizer = models.load_tokenizer(lone) if lone is not None and own else loaded.tokenizer
+    fmt = ChatFormat(tokenizer)
     options.setdefault("stop_strings", fmt.stop_strings)
-    options.setdefault("stop_token_ids", {*fmt.stop_token_ids, *_end_tokens(loaded.model, loaded.tokenizer)})
-    return Engine(
-        loaded.model,
-        loaded.tokenizer,
-        fmt=fmt,
-        quantize=quantize,
-        adapters=adapters,
-        decisions=loaded.decisions,
-        **options,
-    )
+    options.setdefault("stop_token_ids", {*fmt.stop_token_ids, *_end_tokens(loaded.model, tokenizer)})
+    options |= {"fmt": fmt, "quantize": quantize, "decisions": (*loaded.decisions, *_decisions(quantize))}
+    model = loaded.model.to("cpu")
+    try:
+        return Engine(model, tokenizer, adapters=folders, **options)
+    except NotBeside:
+        if lone is None:
+            raise
+    merged = models.load_adapter(model, lone).merge_and_unload()
+    options["decisions"] += (f"adapter {lone} is merged into its base (it cannot run beside it)",)
+    engine = Engine(merged, tokenizer, **options)
+    engine.name_merged(next(iter(folders)))
+    return engine
+
+
+def _decisions(quantize: str | None) -> tuple[str, ...]:
+    if quantize is None:
+        return ()
+    return ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

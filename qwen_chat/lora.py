@@ -27,17 +27,28 @@ JOINED = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-_KEY = re.compile(r"\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_A|lora_B)\.weight$")
+_MERGE_FIRST = ("use_dora", "modules_to_save", "layer_replication", "lora_bias")
+_MERGE = "merge it (finetune/merge_adapter.py) and serve the result"
+_HALF = re.compile(r"\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_A|lora_B)\.weight$")
+_BIAS = re.compile(r"\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.base_layer\.bias$")
+_ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What an adapter must fit: layers, the outputs of each projection, the dtype of the base."""
+    """What an adapter must fit: layers, outputs of each projection, dtype, the joined bias of query, key
+    and value by layer (or None), and whether the head shares the embedding's rows."""
 
     layers: int
     outputs: Mapping[str, int]
     dtype: torch.dtype
+    biases: tuple[torch.Tensor | None, ...]
+    tied: bool
+
+
+class NotBeside(ModelError):
+    """An adapter that can be merged into its base but not served beside it."""
 
 
 class Lora:
@@ -52,6 +63,9 @@ class Lora:
             tensors = load_file(str(folder / "adapter_model.safetensors"))
         except Exception as error:  # safetensors raises its own kind, and OSError
             raise ModelError(f"{folder}: adapter_model.safetensors cannot be read ({error})") from None
+        self._biases = _bias_changes(tensors, places)
+        self._token_ids, self._token_rows = _trained_rows(tensors, config, places)
+        self._token_head = FloatLinear(self._token_rows) if places.tied and len(self._token_ids) else None
         halves = _halves(folder, tensors, places)
         self._pairs: dict[tuple[int, str], tuple[FloatLinear, FloatLinear]] = {}
         for layer in range(places.layers):
@@ -65,6 +79,20 @@ class Lora:
         pair = self._pairs.get((layer, place))
         if pair is not None:
             y += pair[1](pair[0](x))
+        if place == "qkv" and layer in self._biases:
+            y += self._biases[layer]
+
+    def embed(self, x: torch.Tensor, ids: torch.Tensor) -> None:
+        """Put the embedding rows that were trained (`trainable_token_indices`) in place; x (tokens,
+        hidden)."""
+        if len(self._token_ids):
+            where, which = (ids[:, None] == self._token_ids).nonzero(as_tuple=True)
+            x[where] = self._token_rows[which]
+
+    def correct(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """The trained rows are the head's too where it shares them; logits (rows, vocabulary), in place."""
+        if self._token_head is not None:
+            logits[:, self._token_ids] = self._token_head(hidden).float()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -75,17 +103,41 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: no adapter there ({error}); expected a folder that finetune.sh --use_lora wrote"
         ) from None
-    wrong = [
-        key
-        for key in ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication")
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or wrong:
-        what = ", ".join(wrong) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise ModelError(
-            f"{folder}: this adapter ({what}) cannot run beside a shared base; merge it and serve the result"
-        )
+    wrong = [key for key in _MERGE_FIRST if config.get(key)]
+    if config.get("peft_type") != "LORA" or wrong:
+        what = ", ".join(wrong) or f"peft_type {config.get('peft_type')}"
+        raise NotBeside(f"{folder}: an adapter with {what} cannot run beside a shared base; {_MERGE}")
     return config
+
+
+def _bias_changes(tensors: dict[str, torch.Tensor], places: Places) -> dict[int, torch.Tensor]:
+    """`bias="all"` and `"lora_only"` save whole biases; the base's own is subtracted. Taken out of `tensors`."""
+    found: dict[int, torch.Tensor] = {}
+    for name in [name for name in tensors if _BIAS.search(name)]:
+        match = _BIAS.search(name)
+        layer = int(match[1]) if match else 0
+        base = places.biases[layer] if layer < places.layers else None
+        if match is None or base is None:
+            continue
+        begin = 0
+        for part in JOINED["qkv"]:
+            end = begin + places.outputs[part]
+            if part == match[2]:
+                change = found.setdefault(layer, torch.zeros_like(base))
+                change[begin:end] = tensors.pop(name).to(base.dtype) - base[begin:end]
+            begin = end
+    return found
+
+
+def _trained_rows(
+    tensors: dict[str, torch.Tensor], config: Mapping[str, Any], places: Places
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and rows of the embedding that were trained; taken out of `tensors`."""
+    ids = config.get("trainable_token_indices") or []
+    if isinstance(ids, Mapping):
+        ids = ids.get("embed_tokens", [])
+    rows = tensors.pop(_ROWS, torch.empty(0, 0))
+    return torch.tensor(ids, dtype=torch.long), rows.to(places.dtype)
 
 
 def _halves(
@@ -95,12 +147,9 @@ def _halves(
     refused."""
     halves = {}
     for name, tensor in tensors.items():
-        found = _KEY.search(name)
+        found = _HALF.search(name)
         if found is None or int(found[1]) >= places.layers or found[2] not in places.outputs:
-            raise ModelError(
-                f"{folder}: tensor {name} has no place in this base model; "
-                "merge the adapter and serve the result"
-            )
+            raise NotBeside(f"{folder}: tensor {name} has no place beside this base; {_MERGE}")
         half = (int(found[1]), found[2], found[3])
         if found[3] == "lora_B" and tensor.shape[0] != places.outputs[found[2]]:
             raise ModelError(
