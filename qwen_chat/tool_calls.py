@@ -282,6 +282,7 @@ _LIST = rf"(?:\[{_SPACE})?"
 # A fence's word; any other word would be lost with the fence. (Their beginnings match too: see above.)
 _INFO = "(?:j(?:s(?:o(?:n)?)?)?|t(?:o(?:o(?:l(?:_(?:c(?:a(?:l(?:l(?:s)?)?)?)?)?)?)?)?)?)?"
 _TICKS = rf"(?:`{{1,3}}{_INFO}{_SPACE})?"
+_END_TICKS = rf"(?:`{{1,3}}{_SPACE})?"
 _PAYLOAD = r"(?=\{)"
 _NEVER = r"(?!)"
 _LONGEST = 640  # characters; more than any of the shapes can be
@@ -358,7 +359,7 @@ def _after_shapes(tools: bool, owed: frozenset[str]) -> _Shapes:
     before = _STRAY if "brackets" in owed else _SPACE
     shapes: dict[str, list[str]] = {}
     if "close" in owed:
-        shapes["close"] = [before, _TICKS, *_letters(CLOSE)]
+        shapes["close"] = [before, _END_TICKS, *_letters(CLOSE)]
     if "list" in owed:
         shapes["end_list"] = [_SPACE, r"\]"]
     if "fence" in owed:
@@ -378,7 +379,7 @@ def _end_shapes(owed: frozenset[str]) -> _Shapes:
     shapes = {f"stop{i}": [before, re.escape(mark), "[:：]?", _SPACE] for i, mark in enumerate(FLOWER_STOPS)}
     shapes["close"] = [before]
     if "fence" in owed:
-        shapes["close"].append(rf"(?:`{{1,3}}{_SPACE})?")
+        shapes["close"].append(_END_TICKS)
     if "close" in owed:
         shapes["close"] += ["</", *_letters(CLOSE[2:])]
     return _Shapes(shapes)

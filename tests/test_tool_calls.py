@@ -189,6 +189,11 @@ SHAPES: dict[str, tuple[str, str, list[ToolCall]]] = {
     ),
     "two objects in one tag": (tag('{"name": "f", "arguments": {"a": 1}}\n{"name": "g"}'), "", [F, G]),
     "a fence inside the tag": (tag('```json\n{"name": "g"}\n```'), "", [G]),
+    "a fence inside the tag, closed by another": (
+        '<tool_call>```{"name": "g"}```json\n</tool_call>',
+        "json\n</tool_call>",
+        [G],
+    ),
     "fenced": ('Sure:\n```json\n{"name": "f", "arguments": {"a": 1}}\n```\nok', "Sure:\nok", [F]),
     "fenced, not closed": ('```\n{"name": "f", "arguments": {"a": 1}}', "", [F]),
     "fenced list": (
@@ -496,6 +501,7 @@ FRAGMENTS = [
         " " * 70,
         "}}",
         "</tool",
+        "json",
     ],
 ]
 MARKERS = [chr(code) for code in range(0x4E00, 0x4E40)]
