@@ -1,0 +1,109 @@
+"""Load a model, and an adapter, and talk to it.
+
+    python fast_start/simple_try_0.py --prompt "Who are you?"
+    python fast_start/simple_try_0.py --adapter finetune/io_file/output_data/RUN      # no prompt: a chat
+
+In: a question, or a chat typed in the terminal (/new begins again, /exit ends). Out: the answer alone on
+standard output, as it is written; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
+
+from qwen_chat import arguments, errors
+from qwen_chat.arguments import option
+from qwen_chat.errors import OptionError, ServiceError
+
+if TYPE_CHECKING:
+    from qwen_chat.engine import Engine
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TryArguments:
+    """Talk"""
+
+    model: str | None = option(
+        None, "local folder or hub name; without it the adapter's base, else the demo model", "-m"
+    )
+    adapter: str | None = option(None, "an adapter's folder")
+    prompt: str | None = option(None, "what to ask; without it a chat in the terminal", "-p")
+    system: str | None = option(None, "a system prompt; without it the template's own")
+    max_new_tokens: int = option(512, "longest answer in tokens")
+    temperature: float = option(0.0, "0: always the likeliest word; 1: as varied as the model is")
+    seed: int | None = option(None, "with a temperature: the same seed gives the same answer")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+
+def main() -> int:
+    chosen = arguments.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
+    if chosen.max_new_tokens < 1:
+        raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
+    from qwen_chat.engine import load_engine  # torch comes in here: --help is answered at once
+
+    adapters = {"adapter": Path(chosen.adapter)} if chosen.adapter else {}
+    engine = load_engine(chosen.model, adapters=adapters, trust_remote_code=chosen.trust_remote_code)
+    for decision in engine.decisions:
+        print(decision, file=sys.stderr)
+    system: Messages = [{"role": "system", "content": chosen.system}] if chosen.system else []
+    with engine:
+        if chosen.prompt is not None:
+            answer(engine, [*system, {"role": "user", "content": chosen.prompt}], chosen)
+        else:
+            chat(engine, system, chosen)
+    return 0
+
+
+def chat(engine: Engine, system: Messages, chosen: TryArguments) -> None:
+    """Question and answer until the end of input; Ctrl-C cuts an answer short, on an empty line it ends."""
+    print("/new begins again, /exit ends", file=sys.stderr)
+    messages = list(system)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        question = line.strip()
+        if not line or question == "/exit":
+            return
+        if question == "/new":
+            messages = list(system)
+        elif question:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer(engine, messages, chosen)})
+
+
+def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> str:
+    """Stream one answer to standard output; returns it whole."""
+    from qwen_chat.sampling import GenerationRequest
+
+    request = GenerationRequest(
+        engine.fmt.prompt_ids(messages),
+        max_tokens=chosen.max_new_tokens,
+        temperature=chosen.temperature,
+        seed=chosen.seed,
+        adapter="adapter" if chosen.adapter else None,
+    )
+    generation = engine.submit(request)
+    pieces: list[str] = []
+    try:
+        for event in generation:
+            pieces.append(event.text)
+            print(event.text, end="", flush=True)
+            if event.error:
+                raise ServiceError(f"the answer failed: {event.error}")
+    except KeyboardInterrupt:
+        generation.cancel()
+        if chosen.prompt is not None:
+            raise
+    print(flush=True)
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
