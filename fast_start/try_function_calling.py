@@ -1,13 +1,14 @@
 """Function calling against a running service: a question, three real tools, every message shown in order.
 
     python fast_start/simple_try_create_service.py &
-    python fast_start/try_function_calling.py "What is 17 * 23, and how is the weather in Beijing?"
-    python fast_start/try_function_calling.py --stream "杭州现在几点？天气怎么样？"
+    python fast_start/try_function_calling.py "How is the weather in Beijing?"
+    python fast_start/try_function_calling.py --stream --parallel "杭州现在几点？天气怎么样？"
 
 In: a question, in English or Chinese. Out: the model's calls, what the tools gave back, its answer. The first
 round is sent with tool_choice "required": the service lets the model write nothing but valid calls, so even a
 small model that was never tuned for tools makes one. From the second round on the model is free, and what it
-says is shown as it is (`--first auto`: free at once).
+says is shown as it is (`--first auto`: free at once). `--parallel` allows several calls at once; a
+model that was not tuned for that repeats itself.
 """
 
 import argparse
@@ -71,6 +72,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 CONSTANTS = {"pi": math.pi, "e": math.e}
 
 
+# What the service lets a model write: a small model that was never tuned for tools would ramble on otherwise.
+ARITHMETIC = {"pattern": r"^[0-9+*/%.,()^×÷ a-z-]{1,40}$"}
+CITY = {"maxLength": 30}
+
+
 def find_city(name: str) -> tuple[str, str, int, str, int]:
     wanted = name.split(",")[0].strip().casefold().removesuffix("市")
     for city in CITIES:
@@ -81,7 +87,7 @@ def find_city(name: str) -> tuple[str, str, int, str, int]:
 
 
 def get_weather(
-    city: Annotated[str, "City name, for example Beijing or 北京"],
+    city: Annotated[str, "City name, for example Beijing or 北京", CITY],
     unit: Literal["celsius", "fahrenheit"] = "celsius",
 ) -> dict[str, Any]:
     """Get the current weather of a city. 查询城市现在的天气。"""
@@ -90,14 +96,14 @@ def get_weather(
     return {"city": name, "sky": sky, "temperature": degrees, "unit": unit}
 
 
-def get_time(city: Annotated[str, "City name, for example London or 伦敦"]) -> dict[str, str]:
+def get_time(city: Annotated[str, "City name, for example London or 伦敦", CITY]) -> dict[str, str]:
     """Get the current local time of a city. 查询城市现在的当地时间。"""
     name, _, hours, _, _ = find_city(city)
     now = datetime.now(UTC).astimezone(timezone(timedelta(hours=hours)))
     return {"city": name, "time": now.strftime("%Y-%m-%d %H:%M"), "zone": f"UTC{hours:+d}"}
 
 
-def calculate(expression: Annotated[str, "For example 12 * (3 + 4) or sqrt(2)"]) -> str:
+def calculate(expression: Annotated[str, "For example 12 * (3 + 4) or sqrt(2)", ARITHMETIC]) -> str:
     """Work out an arithmetic expression. 计算算式。"""
     text = expression.replace("×", "*").replace("÷", "/").replace("^", "**").strip()
     if len(text) > 200:
@@ -150,6 +156,7 @@ def ask(options: argparse.Namespace, on_event: Callable[[Event], None]) -> LoopR
         TOOLS,
         model=options.model or client.first_model(),
         tool_choice=options.first,
+        parallel=options.parallel,
         stream=options.stream,
         limits=Limits(seconds=10, rounds=options.rounds),
         on_event=on_event,
@@ -191,11 +198,12 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    default = "What is 17 * 23, and how is the weather in Beijing?"
+    default = "How is the weather in Beijing?"
     parser.add_argument("question", nargs="?", default=default, help=f"default: {default}")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
     parser.add_argument("-m", "--model", help="model or adapter; the first that the service has without it")
     parser.add_argument("--stream", action="store_true", help="show the answer while it is written")
+    parser.add_argument("--parallel", action="store_true", help="allow several calls at once")
     parser.add_argument("--first", choices=("required", "auto"), default="required", help="the first round")
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of calls before an answer is asked for")

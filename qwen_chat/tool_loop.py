@@ -371,10 +371,10 @@ def tool_schema(function: Callable[..., Any], name: str | None = None) -> Json:
     """An OpenAI tool from a function's type hints and docstring.
 
     The first paragraph of the docstring describes the tool; lines under `Args:` ("city: the city's name") or
-    `:param city: ...` describe its parameters, and so does `Annotated[str, "..."]`. A parameter without a
-    default is required. Hints: str, int, float, bool, Any, None, list[...], tuple[...], dict[str, ...],
-    Literal, unions, TypedDict. Raises ToolError for a parameter without a hint, with one that JSON cannot
-    carry, or for *args and **kwargs.
+    `:param city: ...` describe its parameters, and so does `Annotated[str, "the city"]`; a dict in there
+    is taken as JSON Schema (`{"maxLength": 40}`). A parameter without a default is required. Hints: str, int,
+    float, bool, Any, None, list[...], tuple[...], dict[str, ...], Literal, unions, TypedDict.
+    Raises ToolError for a parameter without a hint, with one that JSON cannot carry, or *args and **kwargs.
     """
     label = name or getattr(function, "__name__", "tool")
     try:
@@ -417,12 +417,16 @@ def tool_schema(function: Callable[..., Any], name: str | None = None) -> Json:
 
 def _hint_schema(hint: Any, where: str) -> Json:
     """JSON Schema of one type hint."""
-    if hint in PLAIN_TYPES if _hashable(hint) else False:
-        return dict(PLAIN_TYPES[hint])
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is None and hint in PLAIN_TYPES:
+        return dict(PLAIN_TYPES[hint])
     if origin is typing.Annotated:
-        note = next((extra for extra in inside[1:] if isinstance(extra, str)), None)
-        return _hint_schema(inside[0], where) | ({"description": note} if note else {})
+        schema = _hint_schema(inside[0], where)
+        for extra in inside[1:]:
+            schema |= (
+                {"description": extra} if isinstance(extra, str) else extra if isinstance(extra, dict) else {}
+            )
+        return schema
     if origin is Literal:
         return _literal_schema(inside)
     if origin in (typing.Union, types.UnionType):
@@ -448,10 +452,6 @@ def _hint_schema(hint: Any, where: str) -> Json:
     raise ToolError(
         f"{where}: JSON has no {hint!r}; use str, int, float, bool, list, dict, Literal or a TypedDict"
     )
-
-
-def _hashable(hint: Any) -> bool:
-    return getattr(type(hint), "__hash__", None) is not None
 
 
 def _literal_schema(values: Sequence[Any]) -> Json:

@@ -303,7 +303,7 @@ class Point(TypedDict, total=False):
 
 
 def everything(
-    city: Annotated[str, "City name"],
+    city: Annotated[str, "City name", {"maxLength": 9}],
     days: int,
     exact: bool = False,
     tags: list[str] | None = None,
@@ -335,7 +335,7 @@ def test_tool_schema_of_a_function() -> None:
             "parameters": {
                 "type": "object",
                 "properties": {
-                    "city": {"type": "string", "description": "City name"},
+                    "city": {"type": "string", "description": "City name", "maxLength": 9},
                     "days": {"type": "integer", "description": "how many days, today included"},
                     "exact": {"type": "boolean", "description": "no guesses", "default": False},
                     "tags": {
