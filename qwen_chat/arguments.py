@@ -152,6 +152,11 @@ GONE = {
     "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
 }
+UNSUPPORTED = {  # fields of TrainingArguments that would be ignored in silence, or break what is promised
+    "label_smoothing_factor": "the loss here is plain cross-entropy; leave it out",
+    "auto_find_batch_size": "would change what an optimizer step is; choose --per_device_train_batch_size",
+    "parallelism_config": "cannot be given on the command line; use --deepspeed",
+}
 OURS = frozenset(  # fields of TrainingArguments that the toolkit sets itself
     {"remove_unused_columns", "label_names", "do_train", "do_eval", "do_predict", "train_sampling_strategy"}
     | {"length_column_name", "prediction_loss_only", "dataloader_drop_last", "logging_nan_inf_filter"}
@@ -323,7 +328,8 @@ def _lookup(word: str, by_name: Mapping[str, Option], notes: list[str], wrong: l
     elif name in OURS:
         wrong.append(f"--{name} is set by the toolkit itself; leave it out")
     else:
-        near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.5)
+        written = [known for known in by_name if known != "local_rank"]  # that one is the launchers' own
+        near = difflib.get_close_matches(name, written, n=1, cutoff=0.5)
         meant = f"; did you mean --{near[0]}?" if near and len(near[0]) > 1 else ""
         wrong.append(f"{word}: unknown flag{meant or '; --help lists them'}")
     return None
@@ -554,6 +560,7 @@ def _range_problems(run: Run) -> list[str]:
             f"--data_weights has {len(data.data_weights)} numbers for {len(data.data_path)} data files; "
             "give one for each -d, in the same order"
         )
+    found += [f"--{name}: {reason}" for name, reason in UNSUPPORTED.items() if run.extra.get(name)]
     if any(weight < 0 for weight in data.data_weights):
         found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
     if not data.data_path:

@@ -53,3 +53,34 @@ def _with_template(family: demo_model.Family) -> Any:
     tokenizer = demo_model.qwen_tokenizer(family)
     tokenizer.chat_template = (ROOT / "tests" / "golden" / f"{family}.jinja").read_text(encoding="utf-8")
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random Qwen2 (its attention has biases) with the demo model's tokenizer; 6 MB."""
+    import shutil
+
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=0)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_model_path / name, folder / name)
+    return folder
