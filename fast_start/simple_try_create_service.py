@@ -80,7 +80,7 @@ class VllmArguments:
     tensor_parallel_size: int = option(1, "vLLM: GPUs that share each layer")
     pipeline_parallel_size: int = option(1, "vLLM: groups of layers on different GPUs")
     vllm_python: str | None = option(None, "vLLM: the Python that has it installed; this one without it")
-    vllm_args: str = option("", "vLLM: further flags, in one quoted string")
+    vllm_args: str = option("", 'vLLM: further flags in one string: --vllm_args="--max-model-len 4096"')
     dry_run: bool = option(False, "vLLM: print the command and stop")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from fast_start.try_function_calling import TOOLS
 from qwen_chat import arguments, errors
 from qwen_chat.arguments import option
-from qwen_chat.errors import MissingDependency, OptionError
+from qwen_chat.errors import ChatError, MissingDependency, OptionError
 from qwen_chat.http_server import is_loopback
 from qwen_chat.tool_loop import Event, HttpClient, Limits, run_tools
 
@@ -32,7 +32,7 @@ Message = dict[str, Any]
 
 WORDS = {
     "en": {
-        "title": "Qwen chat",
+        "title": "## Qwen chat",
         "about": "Answers come from your own service.",
         "model": "Model or adapter",
         "system": "System prompt",
@@ -45,7 +45,7 @@ WORDS = {
         "empty": "Ask something to begin.",
     },
     "zh-CN": {
-        "title": "Qwen 对话",
+        "title": "## Qwen 对话",
         "about": "回答来自您自己的服务。",
         "model": "模型或适配器",
         "system": "系统提示词",
@@ -103,7 +103,7 @@ def main() -> int:
             enable_monitoring=False,
             footer_links=[],
             css=CSS,
-            theme=gradio.themes.Soft(font=FONTS, font_mono=MONO),
+            theme=gradio.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONO),
             i18n=demo.words,
         )
     except OSError:
@@ -143,7 +143,7 @@ def build(gradio: Any, client: HttpClient) -> Any:
             max_tokens = gradio.Slider(16, 4096, 512, step=16, label=word("max_tokens"), elem_id="max_tokens")
             tools = gradio.Checkbox(label=word("tools"), elem_id="tools")
         gradio.ChatInterface(
-            answerer(client),
+            answerer(gradio, client),
             chatbot=gradio.Chatbot(
                 elem_id="chat",
                 placeholder=word("empty"),
@@ -153,7 +153,14 @@ def build(gradio: Any, client: HttpClient) -> Any:
                 scale=1,
                 allow_tags=False,
             ),
-            textbox=gradio.Textbox(placeholder=word("ask"), show_label=False, elem_id="ask", autofocus=True),
+            textbox=gradio.Textbox(
+                placeholder=word("ask"),
+                show_label=False,
+                submit_btn=True,
+                stop_btn=True,
+                autofocus=True,
+                elem_id="ask",
+            ),
             additional_inputs=[picker, system, temperature, top_p, max_tokens, tools],
             additional_inputs_accordion=gradio.Accordion(visible=False),
             analytics_enabled=False,
@@ -165,7 +172,7 @@ def build(gradio: Any, client: HttpClient) -> Any:
     return demo
 
 
-def answerer(client: HttpClient) -> Callable[..., AsyncIterator[list[Message]]]:
+def answerer(gradio: Any, client: HttpClient) -> Callable[..., AsyncIterator[list[Message]]]:
     """What the page calls with each question; yields what the answer's messages look like so far."""
 
     async def answer(
@@ -182,9 +189,12 @@ def answerer(client: HttpClient) -> Callable[..., AsyncIterator[list[Message]]]:
         messages = [*beginning, *plain_history(history), {"role": "user", "content": question}]
         request = {"temperature": temperature, "top_p": top_p, "max_tokens": int(max_tokens)}
         shown = Shown()
-        async for event in events(client, messages, model, tools, request):
-            shown.add(event)
-            yield shown.messages
+        try:
+            async for event in events(client, messages, model, tools, request):
+                shown.add(event)
+                yield shown.messages
+        except ChatError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
     return answer
 
@@ -215,6 +225,8 @@ async def events(
                 on_event=on_event,
                 **request,
             )
+        except Stopped:  # not kept: its traceback would hold the answer open
+            pass
         except Exception as error:
             outcome = error
         loop.call_soon_threadsafe(queue.put_nowait, outcome)
@@ -251,14 +263,14 @@ class Shown:
         if event.kind == "message" and event.message is not None:
             if event.message.get("reasoning_content"):
                 place = len(self.messages) - self._open
-                self.messages.insert(place, folded("💭", event.message["reasoning_content"]))
+                self.messages.insert(place, folded("…", event.message["reasoning_content"]))
             for call in event.message.get("tool_calls", ()):
                 function = call["function"]
                 self.messages.append(
-                    folded(f"🛠️ {function['name']}", f"```json\n{function['arguments']}\n```")
+                    folded(f"→ {function['name']}", f"```json\n{function['arguments']}\n```")
                 )
         elif event.kind == "result":
-            self.messages.append(folded("↩️", f"```\n{event.text}\n```"))
+            self.messages.append(folded("←", f"```\n{event.text}\n```"))
         elif event.kind == "stopped":
             self.messages.append({"role": "assistant", "content": event.text})
         self._open = False
