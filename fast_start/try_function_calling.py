@@ -73,8 +73,8 @@ CONSTANTS = {"pi": math.pi, "e": math.e}
 
 
 # What the service lets a model write: a small model that was never tuned for tools would ramble on otherwise.
-ARITHMETIC = {"pattern": r"^[0-9+*/%.,()^×÷ a-z-]{1,40}$"}
-CITY = {"maxLength": 30}
+ARITHMETIC = {"pattern": r"^ ?[0-9a-z(-][0-9a-z+*/%.,()^×÷ -]{0,30}$"}
+CITY = {"pattern": r"^ ?[A-Za-z一-龥][A-Za-z一-龥 ,.'-]{0,18}$"}
 
 
 def find_city(name: str) -> tuple[str, str, int, str, int]:
