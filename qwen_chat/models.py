@@ -8,6 +8,7 @@ caller says so.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from qwen_chat.logs import rank_zero
 
 if TYPE_CHECKING:
     import torch
+
+# It warns about a kernel for CPUs that it would fetch from the hub; it works without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
@@ -137,6 +141,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{path}: cannot be loaded ({_line(error)})") from None
+    if quantize is not None:
+        _keep_exact(model)
     # An adapter's folder holds the template that it was trained under.
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_path = adapter if adapter is not None and own_tokenizer else path
@@ -199,6 +205,17 @@ def _four_bits(compute: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def _keep_exact(model: Any) -> None:
+    """One arithmetic for training, evaluation and use.
+
+    On a CPU with bfloat16 instructions bitsandbytes packs a layer anew in its first evaluation: other rounding, and
+    the weights stay so when training goes on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _base_note(path: Path, adapter: Path) -> list[str]:
