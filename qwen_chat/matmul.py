@@ -1,9 +1,9 @@
 """Which library multiplies float32 matrices on a CPU: the faster one on this machine, by measurement.
 
-In: a model on a CPU. Out: the same model; its linear layers go, forward and backward, through torch's own
-path (MKL) or through oneDNN. On an AMD CPU MKL reached 82-86 GFLOP/s where oneDNN reached 139-149; on an
-Intel one with AVX-512 both reach 400. Both are true float32; the order of sums differs, so a resumed run must
-use the stored choice again (`Choice.to_json`).
+In: nothing. Out: a Choice, whose `product` the linear layers use forward and backward (fused.py): torch's own
+path (MKL) or oneDNN. On an AMD CPU MKL reached 82-86 GFLOP/s where oneDNN reached 139-149; on an Intel one
+with AVX-512 both reach 400. Both are true float32; the order of sums differs, so a resumed run must use the
+stored choice again (`Choice.to_json`).
 """
 
 import time
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 TOKENS, WIDTH, INNER = 512, 896, 4864  # the shape measured: half a row through the MLP of Qwen2.5-0.5B
 WORTH = 1.1  # the other route must be this much faster: below that it is noise
 
@@ -27,12 +27,21 @@ class Choice:
     reason: str
     rates: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def product(self) -> Product:
+        """x [N, in], weight [out, in], bias [out] or None -> [N, out]; any strides."""
+        return _onednn if self.route == "onednn" else _torch
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rates": dict(self.rates)}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Choice":
         return cls(str(stored["route"]), "as this run began", tuple(stored.get("rates", {}).items()))
+
+
+def _torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return linear(x, weight, bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,44 +79,3 @@ def choose(device: str = "cpu", seconds: float = 0.5) -> Choice:
     route = "onednn" if rates["onednn"] > WORTH * rates["torch"] else "torch"
     told = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     return Choice(route, f"measured GFLOP/s in float32: {told}", tuple(rates.items()))
-
-
-class RoutedLinear(torch.nn.Linear):
-    """A linear layer whose float32 products on a CPU go through oneDNN."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.dtype != torch.float32 or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return linear(input, self.weight, self.bias)
-        return cast(torch.Tensor, _Linear.apply(input, self.weight, self.bias))  # type: ignore[no-untyped-call]
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _onednn(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _onednn(flat, weight.t()).view(*gradient.shape[:-1], weight.shape[1])
-        if ctx.needs_input_grad[1]:
-            dw = _onednn(flat.t(), x.reshape(-1, x.shape[-1]).t())
-        if ctx.needs_input_grad[2]:
-            db = flat.sum(0)
-        return dx, dw, db
-
-
-def route(model: torch.nn.Module, choice: Choice) -> int:
-    """Send the model's float32 linear layers the chosen way; returns how many were changed. Call after LoRA
-    wrapping."""
-    if choice.route != "onednn":
-        return 0
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    for layer in layers:
-        layer.__class__ = RoutedLinear
-    return len(layers)
