@@ -69,8 +69,8 @@ def main() -> int:
     if not options.data_path:
         raise OptionError("-d: no data; name at least one file of held-out conversations")
     for name in ("max_new_tokens", "batch_size", "model_max_length", "limit"):
-        if (getattr(options, name) or 1) < 1:
-            raise OptionError(f"--{name}: {getattr(options, name)}; expected a number above 0")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise OptionError(f"--{name}: {value}; expected a number above 0")
     if options.output and not Path(options.output).resolve().parent.is_dir():
         raise OptionError(f"-o: {Path(options.output).parent} is no folder; make it first")
     data = records.open_records(options.data_path, on_error=options.on_error)
@@ -146,11 +146,11 @@ def run(
     options: EvaluateArguments,
 ) -> None:
     """Fill in what is known of a model; what is not kept from an earlier run is computed."""
-    from qwen_chat.chatml import ChatFormat
-    from qwen_chat.engine import Engine
     from tqdm import tqdm
 
     from qwen_chat import token_cache
+    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.engine import Engine
 
     kept = open_kept(side, data, options)
     loaded = models.load_model(

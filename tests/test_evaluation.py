@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +27,10 @@ from qwen_chat.evaluation import (
     paired,
     same_json,
     score,
+    sequence_losses,
     summary,
     worst,
+    write_replies,
 )
 
 
@@ -287,3 +291,124 @@ def test_what_was_kept_survives_a_cut_line(tmp_path: Path) -> None:
     again.add("c", 3)
     assert Kept(path)["c"] == 3
     assert call_figures([])["exact"] is None
+
+
+# ------------------------------------------------------------------ running a model
+
+
+class Sequences:
+    """TokenisedData of tests: conversations of tiny sequences."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.data[i]
+
+    def where(self, i: int) -> str:
+        return f"f:{i + 1}"
+
+
+def test_losses_are_those_of_each_sequence_alone(tmp_path: Path) -> None:
+    import torch
+    from engine_models import mixed_data, tiny_model
+
+    model = tiny_model("qwen2", lora=True, attention="sdpa").eval()
+    data = Sequences(
+        [one for one in mixed_data() if any(label != -100 for s in one for label in s.labels[1:])]
+    )
+    kept = Kept(tmp_path / "kept.jsonl")
+    chosen = list(range(0, len(data), 2))
+    seen: list[int] = []
+    found = sequence_losses(model, data, chosen, kept, seen.append)
+    assert [one.where for one in found] == [f"f:{i + 1}" for i in chosen]
+    assert seen == list(range(1, len(chosen) + 1))
+    assert model.config._attn_implementation == "sdpa"
+    for one, i in zip(found, chosen, strict=True):
+        total, tokens, right = 0.0, 0, 0
+        for sequence in data[i]:
+            with torch.no_grad():
+                logits = model(torch.tensor([sequence.input_ids])).logits[0, :-1]
+            target = torch.tensor(sequence.labels[1:])
+            learnt = target != -100
+            total += torch.nn.functional.cross_entropy(logits[learnt], target[learnt], reduction="sum").item()
+            tokens += int(learnt.sum())
+            right += int((logits[learnt].argmax(-1) == target[learnt]).sum())
+        assert (one.tokens, one.right) == (tokens, right)
+        assert one.loss == pytest.approx(total, rel=1e-6)
+    again = sequence_losses(Forbidden(model), data, chosen, Kept(tmp_path / "kept.jsonl"))
+    assert again == found
+
+
+class Forbidden:
+    """A model that must not be run."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        raise AssertionError("what was kept is computed again")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Format:
+    """What write_replies needs of a ChatFormat."""
+
+    stop_strings = ("✿RESULT✿",)
+    stop_token_ids = (7,)
+
+    def prompt_ids(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+        assert tools == TOOLS
+        return [len(messages[-1]["content"])]
+
+
+class Echo:
+    """An engine that answers with the first prompt token; it dies after a number of batches."""
+
+    def __init__(self, batches: int = 99) -> None:
+        self.batches, self.requests = batches, []  # type: ignore[var-annotated]
+
+    def generate(self, requests: list[Any]) -> list[Any]:
+        self.batches -= 1
+        if self.batches < 0:
+            raise KeyboardInterrupt
+        self.requests += requests
+        return [SimpleNamespace(text=str(request.prompt_ids[0])) for request in requests]
+
+
+def many() -> list[Case]:
+    return [replace(case(question="q" * n), key=f"f:{n}#1") for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("calls", ["free", "strict", "required"])
+def test_requests_are_greedy_and_constrained_as_asked(calls: Any) -> None:
+    from qwen_chat.grammar import Grammar
+
+    engine = Echo()
+    texts = write_replies(engine, Format(), many(), Kept(None), calls=calls, max_tokens=9)
+    assert texts == [str(n) for n in range(1, 11)]
+    expected = {
+        "free": None,
+        "strict": Grammar.tools_in_text(TOOLS),
+        "required": Grammar.tool_call(TOOLS, parallel=True),
+    }
+    for request in engine.requests:
+        assert (request.temperature, request.max_tokens) == (0.0, 9)
+        assert (request.stop, request.stop_token_ids) == (("✿RESULT✿",), (7,))
+        assert request.grammar == expected[calls]
+
+
+def test_replies_go_on_where_they_were_killed(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write_replies(Echo(batches=1), Format(), many(), Kept(path), batch=1)
+    engine, seen = Echo(), []  # type: ignore[var-annotated]
+    texts = write_replies(engine, Format(), many(), Kept(path), batch=1, tick=seen.append)
+    assert texts == [str(n) for n in range(1, 11)]
+    assert [request.prompt_ids[0] for request in engine.requests] == [5, 6, 7, 8, 9, 10]
+    assert seen == [8, 10]
