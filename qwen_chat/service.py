@@ -260,9 +260,9 @@ class Service:
         names = [self.settings.model_name, *self.engine.adapters]
         return _json(protocol.ModelList(object="list", data=[self._card(name) for name in names]))
 
-    async def model(self, request: Request) -> Response:
-        """GET /v1/models/{id}."""
-        return _json(self._card(self._model(request.path_params["model"]).name))
+    async def model(self, model: str) -> Response:
+        """GET /v1/models/{model}."""
+        return _json(self._card(self._model(model).name))
 
     async def load_adapter(self, request: Request) -> Response:
         """POST /v1/load_lora_adapter."""
@@ -516,7 +516,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     def add(
         method: str,
         path: str,
-        endpoint: Callable[[Request], Awaitable[Response]],
+        endpoint: Callable[..., Awaitable[Response]],
         answer: type[BaseModel] | None,
         *,
         body: type[BaseModel] | None = None,
@@ -545,7 +545,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             operation_id=endpoint.__name__,
         )
 
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {
+        "type": "object",
+        "description": "One event: a chunk as JSON, at last [DONE].",
+        "properties": {"data": {"type": "string"}},
+        "required": ["data"],
+    }
+    stream = {"text/event-stream": {"schema": event}}
     busy = (*_WRITING, 429)
     add(
         "POST",
