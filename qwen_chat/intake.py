@@ -199,10 +199,12 @@ def _generation(
     """What both endpoints share. null means the same as absent: the default."""
     defaults = model.defaults
     wanted, room = request.token_limit, model.context - len(prompt_ids)
+    param = "messages" if isinstance(request, ChatRequest) else "prompt"
     if room < 1:
-        raise too_long(model.context, len(prompt_ids), None)
-    if wanted is not None and wanted > room and isinstance(request, ChatRequest):
-        raise too_long(model.context, len(prompt_ids), wanted)
+        raise too_long(model.context, len(prompt_ids), None, param=param)
+    given = request.model_fields_set & {"max_tokens", "max_completion_tokens"}
+    if given and wanted is not None and wanted > room:
+        raise too_long(model.context, len(prompt_ids), wanted, param=param)
     bias = {int(key): value for key, value in (request.logit_bias or {}).items()}
     if bias and max(bias) >= model.vocabulary:
         raise bad_value(

@@ -82,20 +82,20 @@ def unknown_model(name: str, *, param: str = "model") -> Refusal:
     )
 
 
-def too_long(limit: int, prompt: int, completion: int | None) -> Refusal:
-    """400: more tokens than the model can see. All numbers are tokens."""
+def too_long(limit: int, prompt: int, completion: int | None, *, param: str = "messages") -> Refusal:
+    """400: more tokens than the model can see. All numbers are tokens; `param` holds the prompt."""
     if completion is None:
-        found = f"your messages resulted in {prompt} tokens"
+        found = f"your {param} resulted in {prompt} tokens"
     else:
         found = (
             f"you requested {prompt + completion} tokens "
-            f"({prompt} in the messages, {completion} in the completion)"
+            f"({prompt} in the {param}, {completion} in the completion)"
         )
     return Refusal(
         400,
         f"This model's maximum context length is {limit} tokens. However, {found}. Please reduce the length "
-        "of the messages or of the completion.",
-        param="messages" if completion is None else "max_tokens",
+        f"of the {param} or of the completion.",
+        param=param if completion is None else "max_tokens",
         code="context_length_exceeded",
     )
 

@@ -604,6 +604,8 @@ OTHER_BAD: list[tuple[str, str, Any, int, str | None, str]] = [
     ("POST", "/v1/completions", {"model": "default", "prompt": "a", "echo": True}, 400, "echo", "unsupported_value"),
     ("POST", "/v1/completions", {"model": "default", "prompt": "a", "suffix": "b"}, 400, "suffix", "unsupported_parameter"),
     ("POST", "/v1/completions", {"model": "default", "prompt": "a", "logprobs": 6}, 400, "logprobs", "integer_above_max_value"),
+    ("POST", "/v1/completions", {"model": "default", "prompt": "a" * CONTEXT}, 400, "prompt", "context_length_exceeded"),
+    ("POST", "/v1/completions", {"model": "default", "prompt": "a", "max_tokens": CONTEXT}, 400, "max_tokens", "context_length_exceeded"),
     ("POST", "/tokenize", {}, 400, "prompt", "invalid_value"),
     ("POST", "/tokenize", {"prompt": "a", "messages": [Message]}, 400, "prompt", "invalid_value"),
     ("POST", "/detokenize", {"tokens": [-1]}, 400, "tokens[0]", "integer_below_min_value"),
