@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -60,11 +61,11 @@ REFUSALS = (
 class Settings:
     """What is trained, the same for both trainers."""
 
-    epochs: float = 3.0
+    epochs: float = 2.0
     rank: int = 32
     alpha: int = 64
     dropout: float = 0.0
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch: int = 4
     accumulation: int = 2
     seed: int = 0
@@ -226,17 +227,30 @@ def as_typed(value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def reference(item: Item) -> list[Json]:
-    """One right answer: first accepted values in the schema's order, optional ones left out."""
+    """One right answer in the schema's order; of what may be left out, only what the question names."""
+    question = " ".join(message["content"] for message in item.question)
     calls = []
     for truth in item.truth:
         ((name, values),) = truth.items()
         parameters = next(f["parameters"] for f in item.functions if f["name"] == name)
-        required = parameters.get("required", ())
-        order = [key for key in parameters["properties"] if key in values]
-        arguments = {k: plain(first(values[k])) for k in order if k in required or "" not in values[k]}
+        arguments = {}
+        for key in (key for key in parameters["properties"] if key in values):
+            may_be_left_out = "" in values[key] and key not in parameters.get("required", ())
+            chosen = next((v for v in values[key] if v != "" and is_said(v, question)), first(values[key]))
+            if not may_be_left_out or (chosen != "" and is_said(chosen, question)):
+                arguments[key] = plain(chosen)
         text = json.dumps(arguments, ensure_ascii=False)
         calls.append({"type": "function", "function": {"name": name, "arguments": text}})
     return calls
+
+
+def is_said(value: Any, question: str) -> bool:
+    """Whether the question names a value: a model should learn to pass on what it is told."""
+    if isinstance(value, str):
+        return len(bare(value)) > 1 and bare(value) in bare(question)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return any(float(number) == value for number in re.findall(r"\d+(?:\.\d+)?", question))
+    return False
 
 
 def first(choices: Sequence[Any]) -> Any:

@@ -538,7 +538,7 @@ def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | N
     if calls == "required":
         grammar = Grammar.tool_call(tools, parallel=case.parallel_tool_calls)
     elif calls == "strict":
-        grammar = Grammar.tools_in_text(tools)
+        grammar = Grammar.tools_in_text([_strict(tool) for tool in tools])
     return GenerationRequest(
         prompt_ids=fmt.prompt_ids(messages, tools),
         max_tokens=max_tokens,
@@ -548,6 +548,11 @@ def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | N
         grammar=grammar,
         adapter=adapter,
     )
+
+
+def _strict(tool: Json) -> Json:
+    """The tool as if its owner had asked for valid arguments: for the grammar, not for the prompt."""
+    return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def judge(
