@@ -147,6 +147,10 @@ class Sampler:
         request = self.request
         scores = scores.double() / request.temperature
         ids, probabilities = self._candidates(scores)
+        if not len(
+            ids
+        ):  # a temperature or penalty so near 0 that scores overflowed: its limit is the largest
+            return int(scores.nan_to_num(nan=float("-inf")).argmax())
         order = ids.argsort()
         ids, cumulative = ids[order], probabilities[order].cumsum(0)
         uniform = torch.rand((), generator=self._random, dtype=torch.float64) * cumulative[-1]

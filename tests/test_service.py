@@ -401,6 +401,25 @@ def test_parameters_reach_the_engine(client: TestClient, monkeypatch: pytest.Mon
     assert {key: getattr(seen[0], key) for key in defaults} == defaults
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e-300, "top_p": 0.5},
+        {"temperature": 2, "top_p": 0},
+        {"repetition_penalty": 0.01},
+        {"min_p": 1, "top_p": 0},
+        {"top_k": 2**31 - 1},
+    ],
+)
+def test_extreme_sampling_harms_nobody(client: TestClient, extreme: dict[str, float]) -> None:
+    answer = client.post(CHAT, json=ask("say hi", max_tokens=5, **extreme))
+    assert answer.status_code == 200
+    if "repetition_penalty" not in extreme:
+        assert answer.json()["choices"][0]["message"]["content"] == "hi"
+    assert client.get("/ready").status_code == 200
+
+
 def test_openai_client(openai: OpenAI) -> None:
     message = [{"role": "user", "content": "say 好 ok"}]
     plain = openai.chat.completions.create(model="scripted", messages=message, logprobs=True, seed=1)  # type: ignore[arg-type]
@@ -532,7 +551,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str, str]] = [
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value", "only allowed when 'logprobs' is enabled"),
     ({"presence_penalty": 2.5}, "presence_penalty", "decimal_above_max_value", "Expected a value <= 2"),
     ({"frequency_penalty": -2.5}, "frequency_penalty", "decimal_below_min_value", "Expected a value >= -2"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "decimal_below_min_value", "Expected a value > 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "decimal_below_min_value", "Expected a value >= 0.01"),
     ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_value", "does not match pattern"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "decimal_above_max_value", "Expected a value <= 100"),
     ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", "invalid_value", "beyond the vocabulary"),

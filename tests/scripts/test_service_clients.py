@@ -54,6 +54,7 @@ def live() -> Iterator[LiveService]:
 
 def run_client(python: Path, code: str, url: str) -> str:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
+    clean["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the internet for prices
     done = subprocess.run(
         [str(python), "-c", code, url], capture_output=True, text=True, timeout=300, env=clean, check=False
     )
@@ -143,8 +144,8 @@ print("ok")
     ("packages", "code"),
     [
         (("langchain-openai",), LANGCHAIN),
-        (("litellm",), LITELLM),
-        (("qwen-agent", "python-dateutil", "soundfile"), QWEN_AGENT),
+        (("litellm", "mcp"), LITELLM),
+        (("qwen-agent", "python-dateutil", "soundfile", "tqdm"), QWEN_AGENT),
     ],
     ids=["langchain-openai", "litellm", "qwen-agent"],
 )
