@@ -91,6 +91,7 @@ class ChatFormat:
         self._is_quick = (
             self.tool_style == "hermes"
             and self._template.keeps_prefixes
+            and not self._tokens.swallow
             and self._template.agrees(self._quick.text)
         )
         self._newline_separates = self._probe_newline()
@@ -226,9 +227,8 @@ class ChatFormat:
             shielded = self._template_text(
                 _shielded(told, self._tokens), _shielded(list(tools), self._tokens), generation
             )
-            marked = self._tokens.marked(shielded)
-            if self._tokens.text(marked) == rendered:
-                return marked
+            if self._tokens.unshield(shielded) == rendered:
+                return self._tokens.marked(shielded)
         raise FormatError(
             f"the text spells out {self._tokens.typed(rendered)[0]}, which the chat template takes for its "
             "own there; reword that message"
@@ -309,9 +309,7 @@ class ChatFormat:
             c for kind, some in kinds.items() if kind not in ("Cs", "Cn") for c in some[:: len(some) // 9 + 1]
         ]
         texts = [start + more for start in starts if not start.isspace() for more in ("", "a", " b", "\n")]
-        together = self._tokens.encode([f"assistant\n{text}" for text in texts])
-        apart = self._tokens.encode(["assistant\n", *texts])
-        return all(ids == apart[0] + rest for ids, rest in zip(together, apart[1:], strict=True))
+        return all(self._tokens.splits("assistant\n", text) for text in texts)
 
 
 class _QuickRenderer:

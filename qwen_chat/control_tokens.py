@@ -51,12 +51,13 @@ class ControlTokens:
         self._token_of = {ord(mark): content for content, mark in self._mark_of.items()}
         self._id_of = {mark: self.ids[content] for content, mark in self._mark_of.items()}
         marks = f"[{chr(first)}-{chr(_LAST_MARK)}]" if added else "(?!)"
-        self._is_mark = re.compile(marks)
+        self._reserved = re.compile(f"{marks}|[{_BEFORE}{_AFTER}{_ANCHOR}]")
         self._at_marks = re.compile(f"({marks})")
         longest_first = sorted(added, key=lambda token: -len(token.content))
         bare = "|".join(re.escape(token.content) for token in longest_first) or "(?!)"
         self._bare = re.compile(bare)
         # Some vocabularies' tokens swallow the white space beside them.
+        self.swallow = any(token.lstrip or token.rstrip for token in added)
         swallowing = "|".join(
             rf"\s*{re.escape(t.content)}" * t.lstrip
             or rf"{re.escape(t.content)}\s*" * t.rstrip
@@ -83,10 +84,10 @@ class ControlTokens:
 
     def refuse_marks(self, text: str) -> None:
         """Raise FormatError where a text holds a character that this module uses as a mark."""
-        found = None if text.isascii() else self._is_mark.search(text)
+        found = None if text.isascii() else self._reserved.search(text)
         if found:
             raise FormatError(
-                f"the text holds the private-use character U+{ord(found[0]):X}, which stands for a control "
+                f"the text holds the character U+{ord(found[0]):X}, private use, which stands for a control "
                 "token here; remove it"
             )
 
@@ -95,6 +96,10 @@ class ControlTokens:
         return self._bare.sub(
             lambda found: found[0] + _AFTER if found.start() == 0 else _BEFORE + found[0], text
         )
+
+    def unshield(self, shielded: str) -> str:
+        """The text that was shielded, or a rendered conversation of such texts."""
+        return shielded.replace(_BEFORE, "").replace(_AFTER, "")
 
     def marked(self, rendered: str) -> str:
         """A rendered conversation -> the same with a mark for each control token that was not shielded."""
@@ -109,6 +114,12 @@ class ControlTokens:
         marks.
         """
         return self._at_marks.split(context)[-1], self._at_marks.split(reply, maxsplit=1)[0]
+
+    def splits(self, before: str, after: str) -> bool:
+        """Whether the tokenizer cuts between two texts before it looks for tokens in them."""
+        cutter = self._plain.pre_tokenizer
+        words = [] if cutter is None else cutter.pre_tokenize_str(before + after)
+        return any(begin == len(before) for _, (begin, _) in words)
 
     def encode(self, marked: Sequence[str]) -> list[list[int]]:
         """Token ids of each marked string. FormatError on text that is not Unicode (a lone surrogate)."""

@@ -168,11 +168,15 @@ FRAGMENTS = [
     "<b>&",
 ]
 # SmolLM2's vocabulary lacks some control characters and the bytes of the higher planes.
-letters = st.text(st.characters(max_codepoint=0x1FFFF, exclude_categories=["Cs", "Cc"]), max_size=6)
+letters = st.text(st.characters(max_codepoint=0x1FFFF, exclude_categories=["Cs", "Cc", "Cn"]), max_size=6)
 plain_texts = st.lists(st.sampled_from(FRAGMENTS) | letters, max_size=6).map("".join)
 odd_texts = st.lists(st.sampled_from(FRAGMENTS + CONTROL + ["</tool_response>"]), max_size=6).map("".join)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | plain_texts,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | plain_texts,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(plain_texts, inner, max_size=2),
     max_leaves=4,
 )
@@ -236,7 +240,7 @@ def conversations(texts: st.SearchStrategy[str], thinking: bool = True) -> st.Se
 arguments = st.dictionaries(plain_texts, values, max_size=3)
 offered = st.sampled_from([None, TOOLS[:1], TOOLS])
 many = settings(
-    max_examples=400,
+    max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -482,8 +486,10 @@ def test_what_a_template_cannot_carry_is_refused(
         fmt.text([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
     with pytest.raises(FormatError, match="holds a lone surrogate"):
         fmt.encode([QUESTION, ANSWER | {"content": "\ud800"}])
-    with pytest.raises(FormatError, match=r"private-use character U\+10FFFD"):
-        fmt.encode([QUESTION, ANSWER | {"content": "\U0010fffd"}])
+    for reserved in "\U0010fffd\ufdd0":
+        for other in (fmt, formats["qwen3"]):
+            with pytest.raises(FormatError, match=rf"holds the character U\+{ord(reserved):X}, private use"):
+                other.encode([QUESTION, ANSWER | {"content": f"x{reserved}"}])
     strict = changed(qwen2_tokenizer, "{{ raise_exception('no system') if messages[0].role == 'system' }}")
     with pytest.raises(FormatError, match="the chat template refuses this conversation: no system"):
         ChatFormat(strict).encode([{"role": "system", "content": "s"}, QUESTION])
@@ -534,6 +540,33 @@ def test_a_template_that_differs_where_no_probe_looked_is_noticed(qwen2_tokenize
     (sequence,) = fmt.encode([QUESTION, ANSWER])
     assert not fmt._is_quick
     assert fmt.tokenizer.decode(sequence.input_ids) == fmt.text([QUESTION, ANSWER])
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_vocabulary_that_marks_where_words_begin(scheme: str) -> None:
+    """Sentencepiece-like: "Hi" at the start of a text is another token than "Hi" inside it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    alphabet = sorted(set("".join(map(chr, range(32, 127))) + "\n你好，世界🙂"))
+    corpus = ["Hi there user assistant system", "user\nHi", "assistant\nHi", "".join(alphabet)] * 9
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    bpe.add_special_tokens([AddedToken("<|im_start|>", rstrip=True), AddedToken("<|im_end|>", lstrip=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{{ '<|im_end|>\\n' }}"
+        "{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+    )
+    fmt = ChatFormat(tokenizer)
+    messages = [{"role": "user", "content": "Hi  \n"}, {"role": "assistant", "content": "Hi there 你好"}] * 2
+    for k in (1, 2, 3, 4):
+        assert fmt.prompt_ids(messages[:k]) == tokenizer(fmt.prompt(messages[:k]))["input_ids"]
+    for sequence in fmt.encode(messages):
+        for begin, _ in runs(sequence):
+            assert sequence.input_ids[:begin] in [fmt.prompt_ids(messages[:k]) for k in (1, 3)]
 
 
 def test_the_saved_template_carries_tools_anywhere(qwen2_tokenizer: Any, tmp_path: Path) -> None:
