@@ -13,6 +13,7 @@ another device, ZeRO-3) runs its own forward unchanged. Where it runs: float32 a
 memory is slow against its arithmetic; on GPUs Liger kernels and torch.compile do this work.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, cast
@@ -63,6 +64,19 @@ def remove(model: torch.nn.Module) -> None:
         if hasattr(module, "_own_forward"):
             cast(Any, module).forward = module._own_forward
             del module._own_forward
+
+
+def keep_memory() -> bool:
+    """Ask glibc to keep freed memory for the next tensor instead of giving it back; True if it will.
+
+    A step frees and takes gigabytes in blocks of 20 MB, each of which is else mapped, zeroed and unmapped.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    trim_threshold, mmap_threshold, unlimited = -1, -3, 2**31 - 1  # <malloc.h>; the arguments are C ints
+    return bool(mallopt(mmap_threshold, unlimited)) and bool(mallopt(trim_threshold, unlimited))
 
 
 def _replace(module: Any, forward: Callable[..., Tensor], product: Product) -> None:
@@ -192,7 +206,7 @@ def _weight_gradients(
         product(g.t(), cast(Tensor, x).t(), None) if need[0] else None,
         g.sum(0) if need[1] else None,
         cast(Tensor, g_low).t() @ cast(Tensor, lora_in) if need[2] else None,
-        g.t() @ cast(Tensor, low) if need[3] else None,
+        (cast(Tensor, low).t() @ g).t() if need[3] else None,  # this way round is a quarter faster
     )
 
 
@@ -291,8 +305,8 @@ def _gate(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype)
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (gate, up, out)]
     for g, u, o in _pieces(flat):
-        torch.sigmoid(g, out=o)
-        o.mul_(g).mul_(u)
+        torch.ops.aten.silu.out(g, out=o)
+        o.mul_(u)
     return out
 
 
@@ -304,13 +318,12 @@ def _gate_backward(
     hidden = torch.empty(gate.shape, dtype=gate.dtype) if again else d_up
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (gate, up, gradient, d_up, hidden)]
     for g, u, d, du, h in _pieces(flat):
-        sigmoid = torch.sigmoid(g)
-        silu = sigmoid * g
+        silu = torch.nn.functional.silu(g)
+        torch.mul(d, silu, out=du)
         if again:
             torch.mul(silu, u, out=h)
-        torch.mul(d, silu, out=du)
-        slope = sigmoid.addcmul_(silu, 1 - sigmoid)  # d silu / d gate = s + silu (1 - s)
-        d.mul_(u).mul_(slope)
+        d.mul_(u)
+        torch.ops.aten.silu_backward.grad_input(d, g, grad_input=d)
     return gradient, d_up, hidden if again else None
 
 

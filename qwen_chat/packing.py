@@ -170,23 +170,30 @@ def _cut(
         return [piece]
     prefix = sum(_common(keys[a], keys[b]) for a, b in pairwise(members)) // (len(members) - 1)
     target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / REPEAT_SHARE))))
-    own = piece.tokens - prefix
-    count = ceil(own / max(1, target - prefix))
-    if count > 1:
-        count = min(len(members), ceil(count / ranks) * ranks)
+    count = ceil((piece.tokens - prefix) / max(1, target - prefix))
     if count <= 1:
         return [piece]
+    while True:
+        count = min(len(members), ceil(count / ranks) * ranks)  # every rank gets as many pieces
+        pieces = [_piece(run, keys, "shared_prefix") for run in _runs(members, keys, prefix, count)]
+        if count == len(members) or all(run.tokens <= budget for run in pieces):
+            return pieces
+        count += 1
+
+
+def _runs(members: Sequence[int], keys: Sequence[bytes], prefix: int, count: int) -> list[list[int]]:
+    """`count` runs of the sorted members that store about as many tokens each, the prefix left aside."""
+    new = [len(keys[members[0]]) // TOKEN_BYTES - prefix]
     shared = branches([keys[member] for member in members])
+    new += [len(keys[m]) // TOKEN_BYTES - s for m, s in zip(members[1:], shared[1:], strict=True)]
     runs: list[list[int]] = [[]]
-    stored = 0
-    for member, common in zip(members, shared, strict=True):
-        new = len(keys[member]) // TOKEN_BYTES - (common if stored else prefix)
-        held = sum(1 for _ in runs[-1])
-        if held and len(runs) < count and stored + new / 2 > own * len(runs) / count:
+    stored, whole = 0, sum(new)
+    for member, tokens in zip(members, new, strict=True):
+        if runs[-1] and len(runs) < count and stored + tokens / 2 > whole * len(runs) / count:
             runs.append([])
         runs[-1].append(member)
-        stored += new
-    return [_piece(run, keys, "shared_prefix") for run in runs]
+        stored += tokens
+    return runs
 
 
 def _fill(pieces: Sequence[_Piece], rows: int, budget: int) -> list[list[_Piece]] | None:

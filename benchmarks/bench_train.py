@@ -1,0 +1,405 @@
+"""The training engine against TRL's SFTTrainer and against the old padded recipe, in one run on this machine.
+
+    python benchmarks/bench_train.py --json                                # everything: an hour or more on 2
+    cores python benchmarks/bench_train.py --data c --model demo --steps 2       # a piece of it python
+    benchmarks/bench_train.py --scaling                             # tokens/s against the size of the data
+
+Every method trains the same weights with the same adapter and optimizer on the same token sequences and
+labels, all of them in each optimizer step, so that the losses must agree; each runs in a process of its own
+(train_worker.py), so that its peak memory is its own; methods alternate. The peers live in an environment
+that this script builds under the cache folder. With --json the last line on standard output is one JSON
+object; with everything run it also becomes benchmarks/results/train.json.
+
+Data: (a) ordinary chat, (b) tool conversations each with its own tools, (c) 64 conversations under one system
+prompt with ten tools, (d) ten-turn conversations under Qwen3's template, which TRL is given turn by turn.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout
+
+PEERS = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "datasets==5.2.0", "peft==0.21.2")
+RESULT = ROOT / "benchmarks" / "results" / "train.json"
+COMMON: dict[str, Any] = {"checkpointing": False, "threads": os.cpu_count(), "root": str(ROOT)}
+# Qwen2.5-0.5B's config.json; the weights are random, which costs the same.
+QWEN_HALF_B = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+}
+ENGLISH = (
+    "the a of to and in that it for on with as at by from or an if not we you they can will this which when"
+    " where time people way day year work part place case week company system program question number night"
+    " point home water room area money story fact month lot right study book eye job word business issue side"
+    " kind head house service friend power hour game line end member law car city name team minute idea body"
+)
+CHINESE = (
+    "我们 今天 可以 什么 时候 因为 所以 问题 工作 学习 天气 公司 朋友 城市 时间 手机 电影 音乐 健康 旅行"
+)
+WORDS = f"{ENGLISH} {CHINESE}".split()
+
+
+Made = list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]  # messages and tools of each
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set and how it is laid out. batch_size, trl_batch_size: conversations, sequences in a row."""
+
+    name: str
+    make: Callable[[random.Random], Made]
+    family: str
+    max_length: int
+    batch_size: int
+    against: tuple[str, ...]
+
+
+def text(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+def tool(rng: random.Random, number: int, properties: int = 2) -> dict[str, Any]:
+    names = [f"{rng.choice(WORDS[:80])}_{i}" for i in range(properties)]
+    schema = {name: {"type": "string", "description": text(rng, 3)} for name in names}
+    return {
+        "type": "function",
+        "function": {
+            "name": f"{rng.choice(WORDS[:80])}_{rng.choice(WORDS[:80])}_{number}",
+            "description": text(rng, 6),
+            "parameters": {"type": "object", "properties": schema, "required": names[:1]},
+        },
+    }
+
+
+def tool_turns(rng: random.Random, tools: list[dict[str, Any]], words: int) -> list[dict[str, Any]]:
+    """A question, a call, its result and an answer."""
+    function = rng.choice(tools)["function"]
+    arguments = {name: text(rng, 2) for name in function["parameters"]["required"]}
+    call = {
+        "id": "call_0",
+        "type": "function",
+        "function": {"name": function["name"], "arguments": json.dumps(arguments)},
+    }
+    return [
+        {"role": "user", "content": text(rng, words)},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": json.dumps({"result": text(rng, words // 2)}), "tool_call_id": "call_0"},
+        {"role": "assistant", "content": text(rng, words)},
+    ]
+
+
+def chat(rng: random.Random) -> Made:
+    """(a) one to four turns of question and answer."""
+    conversations: Made = []
+    for _ in range(24):
+        messages: list[dict[str, Any]] = []
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            messages += [{"role": "user", "content": text(rng, rng.randint(10, 40))}]
+            messages += [{"role": "assistant", "content": text(rng, int(rng.lognormvariate(4.0, 0.6)))}]
+        conversations.append((messages, None))
+    return conversations
+
+
+def own_tools(rng: random.Random) -> Made:
+    """(b) each with one to three tools of its own; mean length about 0.3 of the maximum."""
+    conversations: Made = []
+    for _ in range(24):
+        tools = [tool(rng, number) for number in range(rng.choice((1, 1, 1, 2)))]
+        conversations.append((tool_turns(rng, tools, int(rng.lognormvariate(2.8, 0.7))), tools))
+    return conversations
+
+
+def shared_tools(rng: random.Random) -> Made:
+    """(c) one system prompt with ten tools, about 900 tokens, and 64 conversations of about 150."""
+    tools = [tool(rng, number, properties=1) for number in range(10)]
+    system = {"role": "system", "content": text(rng, 50)}
+    return [([system, *tool_turns(rng, tools, rng.randint(20, 28))], tools) for _ in range(64)]
+
+
+def many_turns(rng: random.Random) -> Made:
+    """(d) ten turns of question and answer."""
+    conversations: Made = []
+    for _ in range(4):
+        messages: list[dict[str, Any]] = []
+        for _ in range(10):
+            messages += [{"role": "user", "content": text(rng, rng.randint(20, 40))}]
+            messages += [{"role": "assistant", "content": text(rng, rng.randint(40, 100))}]
+        conversations.append((messages, None))
+    return conversations
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("a", chat, "qwen2_5", 1024, 3, ("trl", "old_recipe")),
+        Task("b", own_tools, "qwen2_5", 1024, 3, ("trl", "old_recipe")),
+        Task("c", shared_tools, "qwen2_5", 1280, 4, ("trl",)),
+        Task("d", many_turns, "qwen3", 2048, 1, ("trl",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    spec: Any  # a folder, or {"config": {...}}
+    folder: Path | None
+    repeats: int
+    steps: int
+
+    def tokenizer(self, family: str) -> tuple[Any, Path]:
+        """The tokenizer, with the family's template for (d), and the folder that the peers read one from."""
+        from qwen_chat import demo_model, models
+
+        if self.folder is None:
+            tokenizer = demo_model.qwen_tokenizer(family)  # type: ignore[arg-type]
+            folder = demo_model.qwen_tokenizer_path(family)  # type: ignore[arg-type]
+        else:
+            tokenizer, folder = models.load_tokenizer(self.folder), self.folder
+        if self.folder is None or family == "qwen3":
+            tokenizer.chat_template = (ROOT / "tests" / "golden" / f"{family}.jinja").read_text("utf-8")
+        return tokenizer, folder
+
+
+def find_model(name: str) -> Model:
+    from qwen_chat import demo_model
+
+    if name == "0.5b":
+        return Model(name, {"config": QWEN_HALF_B}, None, repeats=1, steps=1)
+    if name == "demo":
+        folder = demo_model.ensure()
+        return Model(name, str(folder), folder, repeats=3, steps=2)
+    return Model(name, str(Path(name).resolve()), Path(name).resolve(), repeats=1, steps=1)
+
+
+def peers_python() -> Path:
+    """An environment with the peers, built once under the cache folder."""
+    from qwen_chat import demo_model
+
+    folder = demo_model.cache_dir() / "peers" / "train"
+    python, done = folder / "bin" / "python", folder / "complete"
+    wanted = "\n".join(PEERS)
+    if not done.exists() or done.read_text() != wanted:
+        print(f"building {folder}: {', '.join(PEERS)}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS], check=True, stdout=sys.stderr)
+        done.write_text(wanted)
+    return python
+
+
+def write_data(task: Task, model: Model, folder: Path) -> tuple[Path, Path, dict[str, int]]:
+    """Tokenise a task once for all methods: (.npz, tokenizer folder, counts)."""
+    import numpy as np
+
+    from qwen_chat.chatml import ChatFormat
+
+    tokenizer, tokenizer_folder = model.tokenizer(task.family)
+    fmt = ChatFormat(tokenizer)
+    ids: list[int] = []
+    labels: list[int] = []
+    ends: list[int] = []
+    owners: list[int] = []
+    for owner, (messages, tools) in enumerate(task.make(random.Random(f"bench_train {task.name}"))):
+        for encoded in fmt.encode(messages, tools):
+            if len(encoded.input_ids) > task.max_length:
+                raise SystemExit(
+                    f"data {task.name}: a sequence of {len(encoded.input_ids)} > {task.max_length}"
+                )
+            ids += encoded.input_ids
+            labels += encoded.labels
+            ends.append(len(ids))
+            owners.append(owner)
+    path = folder / f"{task.name}-{model.name.replace('/', '_')}.npz"
+    np.savez(path, ids=ids, labels=labels, ends=ends, owners=owners)
+    counts = {
+        "conversations": owners[-1] + 1,
+        "sequences": len(owners),
+        "tokens": len(ids),
+        "supervised": sum(label != -100 for label in labels),
+    }
+    return path, tokenizer_folder, counts
+
+
+def run_worker(method: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train in a process of its own; returns what train_worker.py printed."""
+    path = folder / f"{method}.json"
+    path.write_text(json.dumps(spec | {"method": method}))
+    python = sys.executable if method == "ours" else str(peers_python())
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, str(ROOT / "benchmarks" / "train_worker.py"), str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if done.returncode:
+        raise SystemExit(f"{method} failed:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    told = f"{sum(result['seconds']):.1f} s, peak {result['peak_gib']:.2f} GiB, losses {result['losses']}"
+    print(f"  {method}: {told}", file=sys.stderr)
+    return result
+
+
+def work(result: dict[str, Any], supervised: int) -> tuple[float, float]:
+    """(FLOP of a step as 4 x parameters x tokens + attention, FLOP really done: the head only where there is
+    a label).
+
+    LoRA: the frozen weights cost 2 forward and 2 backward a token, the adapter 6; attention 12 a pair and
+    channel.
+    """
+    parameters, tokens = result["parameters"], sum(result["rows"])
+    attention = 12 * result["pairs"] * result["width"] * result["layers"]
+    body = (4 * parameters["body"] + 6 * parameters["trainable"]) * tokens + attention
+    return body + 4 * parameters["head"] * tokens, body + 4 * parameters["head"] * supervised
+
+
+def compare(
+    task: Task, model: Model, steps: int | None, repeats: int | None, folder: Path
+) -> list[dict[str, Any]]:
+    """One task on one model: every method in turn, again and again; a row for each opponent."""
+    data, tokenizer, counts = write_data(task, model, folder)
+    print(f"data {task.name}, model {model.name}: {counts}", file=sys.stderr)
+    spec = COMMON | {
+        "data": str(data),
+        "model": model.spec,
+        "tokenizer": str(tokenizer),
+        "steps": steps or model.steps,
+        "max_length": task.max_length,
+        "batch_size": task.batch_size,
+        "trl_batch_size": 1,
+        "output": str(folder / "output"),
+    }
+    methods = ["ours", "trl_packed", "trl_plain", *(["old_recipe"] if "old_recipe" in task.against else [])]
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    for _ in range(repeats or model.repeats):
+        for method in methods:
+            runs[method].append(run_worker(method, spec, folder))
+    seconds = {m: statistics.median(s for run in found for s in run["seconds"]) for m, found in runs.items()}
+    trl = min(("trl_packed", "trl_plain"), key=lambda method: seconds[method])
+    ours = runs["ours"][0]
+    peak = {m: statistics.median(run["peak_gib"] for run in found) for m, found in runs.items()}
+    rate = 1e9 * max(run["matrix_gflops"] for run in runs["ours"])
+    whole, done = work(ours, counts["supervised"])
+    rows = []
+    for against in task.against:
+        other = trl if against == "trl" else against
+        rows.append(
+            {
+                "data": task.name,
+                "model": model.name,
+                "method": "lora",
+                "against": against,
+                "tokens_per_s": round(counts["tokens"] / seconds["ours"], 1),
+                "tokens_per_s_theirs": round(counts["tokens"] / seconds[other], 1),
+                "tokens_per_s_ratio": round(seconds[other] / seconds["ours"], 3),
+                "memory_ratio": round(peak["ours"] / peak[other], 3),
+                "peak_gib": peak["ours"],
+                "peak_gib_theirs": peak[other],
+                "matmul_share": round(whole / seconds["ours"] / rate, 3),
+                "matmul_share_done": round(done / seconds["ours"] / rate, 3),
+                "loss": ours["losses"][-1],
+                "loss_theirs": runs[other][0]["losses"][-1],
+                "setting": other,
+                "seconds": {method: round(value, 2) for method, value in seconds.items()},
+                "rows": ours["rows"],
+                "route": ours["route"],
+                **counts,
+            }
+        )
+        print("  " + json.dumps({k: rows[-1][k] for k in list(rows[-1])[3:15]}), file=sys.stderr)
+    return rows
+
+
+def scaling(folder: Path) -> list[dict[str, Any]]:
+    """tokens/s of the same number of steps over 1,000, 10,000 and 100,000 conversations (demo model)."""
+    import numpy as np
+
+    model = find_model("demo")
+    rows = []
+    for conversations in (1_000, 10_000, 100_000):
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(60, 200, conversations)
+        ids = rng.integers(0, 40_000, lengths.sum())
+        labels = np.where(rng.random(len(ids)) < 0.5, ids, -100)
+        path = folder / f"{conversations}.npz"
+        np.savez(path, ids=ids, labels=labels, ends=lengths.cumsum(), owners=np.arange(conversations))
+        spec = COMMON | {
+            "data": str(path),
+            "model": model.spec,
+            "output": str(folder / "output"),
+            "steps": 1,
+            "max_steps": 12,
+            "max_length": 256,
+            "batch_size": 4,
+            "accumulation": 1,
+        }
+        result = run_worker("ours", spec, folder)
+        tokens = sum(result["step_tokens"][2:])
+        rate = tokens / sum(result["seconds"][2:])
+        steps = len(result["seconds"])
+        rows.append({"conversations": conversations, "tokens_per_s": round(rate, 1), "steps": steps})
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=sorted(TASKS), help="only this data set")
+    parser.add_argument("--model", help="demo, 0.5b or a folder (default: demo and 0.5b)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 2 for demo, 1 else)")
+    parser.add_argument("--repeats", type=int, help="alternating repeats (default: 3 for demo, 1 else)")
+    parser.add_argument("--scaling", action="store_true", help="only: tokens/s against the size of the data")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "rows": [],
+        "machine": machine(),
+        "versions": dict(p.split("==") for p in PEERS),
+    }
+    whole = options.data is None and options.model is None and options.steps is None and not options.scaling
+    with tempfile.TemporaryDirectory(prefix="bench_train-") as name:
+        folder = Path(name)
+        if not options.scaling:
+            for model in [find_model(m) for m in ([options.model] if options.model else ["demo", "0.5b"])]:
+                for task in [TASKS[options.data]] if options.data else TASKS.values():
+                    result["rows"] += compare(task, model, options.steps, options.repeats, folder)
+        if options.scaling or whole:
+            result["scaling"] = scaling(folder)
+    if whole:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result) if options.json else json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
