@@ -1,4 +1,4 @@
-"""The shipped example data is what the README says: valid, bilingual, with tool calls that keep their schemas."""
+"""The shipped example data is what the README says: valid, bilingual, calls that keep their schemas."""
 
 import json
 from collections import Counter
