@@ -16,6 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 from qwen_chat.errors import FormatError
+from qwen_chat.words import Words
 
 _LAST_MARK = 0x10FFFD  # the last private-use character; marks are the ones that end here
 _BEFORE, _AFTER = "\ufdd0", "\ufdd1"  # noncharacters: "the next token is text", "the token before was text"
@@ -68,6 +69,7 @@ class ControlTokens:
             f"{_BEFORE}(?P<after>{bare})|(?P<before>{bare}){_AFTER}|(?P<token>{swallowing or '(?!)'})"
         )
         self._plain = _without_control(backend, self.ids)
+        self._words = Words.of(self._plain)
         self._anchor = ""
         self._known: dict[str, list[int]] = {}
         self._seen: set[int] = set()
@@ -162,6 +164,8 @@ class ControlTokens:
         if self._anchor:
             texts = [self._anchor + text for text in texts]
         try:
+            if self._words is not None and not self._anchor:
+                return self._words.encode(texts)
             encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             raise FormatError(

@@ -74,9 +74,11 @@ def read_message(message: object, where: str) -> Message:
     """One OpenAI-shaped message; `where` ("message 3") begins every FormatError."""
     if not isinstance(message, Mapping):
         raise FormatError(f"{where}: {_kind(message)}; expected an object with 'role' and 'content'")
-    role = message.get("role")
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise FormatError(f"{where}: role {role!r}; expected one of {', '.join(ROLES)}")
+    if len(message) == 2 and isinstance(content, str):  # nearly every message: nothing else to look at
+        return Message(role, content)
     calls = message.get("tool_calls") or ()
     if calls and role != "assistant":
         raise FormatError(f"{where}: tool_calls on role {role!r}; expected only on 'assistant'")
@@ -84,7 +86,7 @@ def read_message(message: object, where: str) -> Message:
         raise FormatError(f"{where}: tool_calls is {_kind(calls)}; expected a list")
     return Message(
         role=role,
-        content=_read_content(message.get("content"), where),
+        content=_read_content(content, where),
         reasoning=_optional_text(message, "reasoning_content", where),
         tool_calls=tuple(read_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)),
         tool_call_id=_optional_text(message, "tool_call_id", where),

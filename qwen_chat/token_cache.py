@@ -79,7 +79,7 @@ _CODE = (  # what decides which tokens come out
         "chat_template.py",
         "control_tokens.py",
     ),
-    *("qwen_agent.py", "tool_calls.py", "tool_schema.py", "loose_json.py"),
+    *("words.py", "qwen_agent.py", "tool_calls.py", "tool_schema.py", "loose_json.py"),
 )
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
@@ -447,11 +447,7 @@ def _fitted(fmt: Format, conversation: Conversation, options: _Options) -> Seque
 def _flatten(encoded: Sequence[EncodedLike]) -> tuple[Ints, Ints, Ints, Ints]:
     """Sequences laid end to end: ids, lengths, spans (n, 2) within each, and how many spans each has."""
     lengths = np.array([len(sequence.input_ids) for sequence in encoded], dtype=np.int32)
-    ids, labels = array("i"), array("i")
-    for sequence in encoded:
-        ids.extend(sequence.input_ids)
-        labels.extend(sequence.labels)
-    flat, targets = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+    flat, targets = _joined(one.input_ids for one in encoded), _joined(one.labels for one in encoded)
     learnt = targets != IGNORED
     if not np.array_equal(flat[learnt], targets[learnt]):
         raise AssertionError("a label is neither its token nor -100")
@@ -465,6 +461,11 @@ def _flatten(encoded: Sequence[EncodedLike]) -> tuple[Ints, Ints, Ints, Ints]:
     owners = np.searchsorted(ends, begins, side="right")
     spans = np.stack([begins - starts[owners], stops - starts[owners]], axis=1).astype(np.int32)
     return flat, lengths, spans, np.bincount(owners, minlength=len(encoded)).astype(np.int32)
+
+
+def _joined(lists: Iterable[Sequence[int]]) -> Ints:
+    # array() reads a list several times as fast as numpy does
+    return np.frombuffer(b"".join(array("i", one).tobytes() for one in lists), dtype=np.int32)
 
 
 # ---------------------------------------------------------------- many processes
