@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors, run_folder
+from qwen_chat import arguments, checkpoints, errors, memory, run_folder
 from qwen_chat.logs import is_rank_zero, rank_zero
 
 
 def main() -> int:
+    checkpoints.die_with_parent()
     run = arguments.read_run(sys.argv[1:], about=__doc__ or "")
     for note in run.notes:
         rank_zero(f"note: {note}")
@@ -30,29 +31,32 @@ def main() -> int:
     from qwen_chat.chatml import ChatFormat, show
 
     path = models.resolve(run.model.model)
-    run_folder.check_disk(folder, run_folder.disk_needed(run, path))
+    run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(memory.read_config(path)), run))
     tokenizer = models.load_tokenizer(path, trust_remote_code=run.model.trust_remote_code)
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
 
     data = training.read_data(run, fmt)
-    key = run_folder.identity(run, data.fingerprint)
-    run_folder.check_same_run(folder, key)
+    shaped_by = run_folder.shaped_by(run, data.fingerprint, path)
+    before = run_folder.resume(run, folder, shaped_by)
     rank_zero(data.summary.describe())
+    verdict = training.plan(run, path, data)
     if run.train.check:
         rank_zero("everything is in order, short of loading the model")
         return 0
     rank_zero("the first example (what is learnt is marked):")
     rank_zero(show(tokenizer, data.train[0][0], colour=sys.stderr.isatty()))
 
-    args, session = training.start(run, folder, path, data)
+    args, session = training.start(run, folder, data, verdict, before)
+    folder = session.folder
+    lock = checkpoints.Lock.take(folder) if is_rank_zero() else None
+    checkpoint, notes = training.share(run_folder.checkpoint(before) if is_rank_zero() else None)
     loaded = training.load(run, path, args)
     model, adapter, initial = training.wrap(run, loaded.model, tokenizer, args)
-    decisions = (*session.decisions, *loaded.decisions, *adapter)
+    decisions = (*session.decisions, *loaded.decisions, *adapter, *before.notes, *notes)
     for decision in decisions:
         rank_zero(decision)
 
-    folder = session.folder
-    record = training.record(run, key, data, decisions, path)
+    record = training.record(run, shaped_by, data, decisions, path, session.choices)
     if is_rank_zero():
         run_folder.write_run(folder, record)
     log = training.StepLog(folder)
@@ -60,7 +64,12 @@ def main() -> int:
     rank_zero(
         f"training into {folder}; stopped with Ctrl-C, the same command with -o goes on from its checkpoint"
     )
-    training.train(trainer, log, run_folder.last_checkpoint(folder))
+    trainer.record = record
+    if not training.train(trainer, log, checkpoint):
+        rank_zero(
+            f"stopped after step {trainer.state.global_step}; the same command with -o {folder} goes on"
+        )
+        return checkpoints.STOPPED
     evaluation = trainer.evaluate() if data.held_out is not None else {}
     training.save(trainer, run, fmt, folder, models.name_of(run.model.model, path), initial)
 
@@ -68,6 +77,8 @@ def main() -> int:
         outcome = training.outcome(trainer, log, evaluation)
         run_folder.write_run(folder, record | outcome)
         rank_zero(training.report(run, folder, outcome))
+        if lock is not None:
+            lock.release()
     return 0
 
 

@@ -143,10 +143,17 @@ class TrainArguments:
     save_total_limit: int | None = option(2, "checkpoints that are kept")
     logging_steps: float = option(1, "steps between two lines of the log")
     report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb ...")
+    keep_best: bool = option(False, "the checkpoint with the lowest held-out loss is never removed")
+    resume: str = option(
+        "auto", "auto: go on from the newest sound checkpoint; never; or a checkpoint's folder"
+    )
+    resume_anyway: bool = option(False, "go on from a checkpoint though data, model or options have changed")
+    plan_anyway: bool = option(False, "start though the plan says that memory will not do")
     check: bool = option(False, "look at everything short of loading a model, then stop")
 
 
 OLD_NAMES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu", "data_paths": "data_path"}
+OLD_NAMES["resume_from_checkpoint"] = "resume"
 GONE = {
     "group_by_length": "rows are always balanced by length; leave it out",
     "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
@@ -565,6 +572,15 @@ def _range_problems(run: Run) -> list[str]:
         found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
     if not data.data_path:
         found.append("no data: give the conversations with -d FILE")
+    if (train.keep_best or train.save_strategy == "best") and not data.eval_data_path:
+        flag = "--keep_best" if train.keep_best else "--save_strategy best"
+        found.append(
+            f"{flag} without --eval_data_path: the best is found on held-out conversations; give some"
+        )
+    if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
+        found.append(
+            f"--resume {train.resume}: no such folder; expected auto, never or a checkpoint's folder"
+        )
     if train.eval_strategy not in (None, "no") and not data.eval_data_path:
         found.append(
             f"--eval_strategy {train.eval_strategy} without --eval_data_path: give held-out conversations"

@@ -6,28 +6,43 @@ a folder that cannot be used is refused before anything is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qwen_chat import arguments, checkpoints, memory
 from qwen_chat.arguments import Run
 from qwen_chat.errors import CheckpointError, OutputError
 
 OUTPUTS = Path(__file__).resolve().parents[1] / "finetune" / "io_file" / "output_data"
 RUN_FILE, LOG_FILE = "run.json", "train_log.jsonl"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_OWN = frozenset({RUN_FILE, LOG_FILE, "runs"})  # runs: tensorboard's
+_OWN = frozenset({RUN_FILE, LOG_FILE, "runs", checkpoints.LOCK, checkpoints.ASIDE})  # runs: tensorboard's
+# What a run that was killed while it saved its result may have left.
+_RESULT = re.compile(
+    r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges)\S*"
+)
 
 # What may change when a run goes on: it does not touch the weights.
 _FREE = frozenset(
-    {"output_dir", "check", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to"}
-    | {"eval_data_path", "eval_strategy", "per_device_eval_batch_size", "resume_from_checkpoint", "layout"}
+    {
+        "output_dir",
+        "check",
+        "plan_anyway",
+        "resume",
+        "resume_anyway",
+        "keep_best",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "report_to",
+    }
+    | {"eval_data_path", "eval_strategy", "per_device_eval_batch_size", "model", "data_path"}
     | {"lazy_preprocess", "gradient_checkpointing", "on_error", "trust_remote_code"}
 )
 
@@ -36,6 +51,9 @@ def choose(run: Run, now: datetime | None = None) -> Path:
     """`-o`, or a new folder under finetune/io_file/output_data/ named after data, method and time."""
     if run.train.output_dir is not None:
         return Path(run.train.output_dir).expanduser()
+    if run.train.resume not in ("auto", "never"):
+        source = Path(run.train.resume)
+        return source.parent if checkpoints.NAME.fullmatch(source.name) else source
     data = re.sub(r"[^\w.-]+", "_", Path(run.data.data_path[0]).name.partition(".")[0]) or "data"
     return OUTPUTS / f"{data}-{run.method}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
 
@@ -50,8 +68,10 @@ def check(folder: Path) -> None:
     if not folder.exists():
         return
     names = [path.name for path in folder.iterdir()]
-    foreign = sorted(name for name in names if name not in _OWN and not _CHECKPOINT.fullmatch(name))
+    foreign = sorted(name for name in names if name not in _OWN and not checkpoints.NAME.fullmatch(name))
     record = read_run(folder)
+    if record.get("state") == "running":
+        foreign = [name for name in foreign if not _RESULT.fullmatch(name)]
     if record.get("state") == "finished":
         raise OutputError(
             f"{folder}: holds a finished run; nothing is overwritten: give a new folder with -o"
@@ -59,52 +79,84 @@ def check(folder: Path) -> None:
     if foreign:
         shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
         raise OutputError(f"{folder}: holds something else ({shown}); give a new or empty folder with -o")
-    if names and not record:
+    if set(names) - {checkpoints.LOCK, checkpoints.ASIDE, f".{RUN_FILE}.partial"} and not record:
         raise OutputError(f"{folder}: holds checkpoints but no {RUN_FILE}; give a new folder with -o")
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise OutputError where the disk has less than `needed` bytes."""
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
+    """Raise OutputError where the disk has less than `needed` bytes, those that the folder takes included."""
+    free = memory.disk_free(folder) + _size(folder)
     if free < needed:
         raise OutputError(
-            f"{parent}: {free / 2**30:.1f} GiB free, the run writes up to {needed / 2**30:.1f}; "
-            "free some, lower --save_total_limit, or give a folder on another disk with -o"
+            f"{folder}: its disk can give {free / 2**30:.1f} GiB, the run writes up to {needed / 2**30:.1f};"
+            " free some, lower --save_total_limit, or give another disk's folder with -o"
         )
 
 
-def disk_needed(run: Run, model: Path) -> int:
-    """Bytes that the result and the kept checkpoints take; float32 weights, and two moments of AdamW each."""
-    weights = sum(file.stat().st_size for file in [*model.glob("*.safetensors"), *model.glob("*.bin")])
-    size = weights if run.method == "full" else weights // 20
-    kept = run.train.save_total_limit or 3
-    copies = (
-        1 if run.train.save_strategy == "no" else 1 + 3 * (kept + 1)
-    )  # one is written before one is removed
-    return size * copies
+def _size(folder: Path) -> int:
+    """Bytes of what an earlier start of the run left: it makes room for itself."""
+    found = 0
+    for name, _, files in os.walk(folder):
+        for file in files:
+            try:
+                found += os.lstat(os.path.join(name, file)).st_size
+            except FileNotFoundError:
+                continue
+    return found
 
 
-def identity(run: Run, data: str) -> str:
-    """A hash of everything that shapes the weights: two runs with the same one may share a folder."""
-    options = {name: value for name, value in run.as_dict().items() if name not in _FREE}
-    return hashlib.sha256(json.dumps([options, data], sort_keys=True, default=str).encode()).hexdigest()
+def shaped_by(run: Run, data: str, model: Path) -> dict[str, Any]:
+    """Everything that shapes the weights: a resumed run must agree with it. `data`: its fingerprint."""
+    options = run.as_dict()
+    if run.train.deepspeed is not None:
+        options["deepspeed"] = arguments.read_deepspeed(run.train.deepspeed)[0]
+    return {
+        "options": options,
+        "data": data,
+        "model": checkpoints.model_fingerprint(model),
+        "world_size": memory.ranks(),
+    }
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, if there is any."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(p.name))]
-    return max(found)[1] if found else None
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on: `source` holds checkpoints (or is one); `choices` are those it began with."""
+
+    source: Path | None
+    choices: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
-def check_same_run(folder: Path, key: str) -> None:
-    """Raise CheckpointError where the folder's run has another identity than `key`."""
-    found = read_run(folder).get("identity")
-    if found not in (None, key):
+def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
+    """What `--resume` means for this folder; CheckpointError names every change since then."""
+    source = folder if run.train.resume in ("auto", "never") else Path(run.train.resume)
+    present = bool(checkpoints.steps(folder)) if source == folder else True
+    if run.train.resume == "never" and present:
+        raise OutputError(f"{folder}: holds checkpoints, which --resume never would replace; give a new -o")
+    record = read_run(source)
+    if not present:
+        return Resume(None, {})
+    if source != folder and checkpoints.NAME.fullmatch(source.name) is None and not checkpoints.steps(source):
         raise CheckpointError(
-            f"{folder}: its checkpoints are of a run with other options or data (see {RUN_FILE} in it); "
-            "give the same ones to go on, or a new folder with -o"
+            f"--resume {source}: no checkpoint; expected .../checkpoint-N or a run's folder"
         )
+    found = checkpoints.differences(record.get("shaped_by", {}), shape, _FREE)
+    notes = checkpoints.check_unchanged(found, source, anyway=run.train.resume_anyway)
+    return Resume(source, record.get("choices", {}), tuple(notes))
+
+
+def checkpoint(found: Resume) -> tuple[Path | None, list[str]]:
+    """The checkpoint to load, every byte verified, and what is to be said. For one rank alone."""
+    if found.source is None:
+        return None, []
+    if checkpoints.NAME.fullmatch(found.source.name):
+        problem = checkpoints.damage(found.source)
+        if problem is not None:
+            raise CheckpointError(f"{found.source}: {problem}; give another checkpoint, or --resume auto")
+        return found.source, [f"resumed from {found.source.name} ({found.source})"]
+    path, notes = checkpoints.newest_sound(found.source)
+    said = "no sound checkpoint: begins at step 0" if path is None else f"resumed from {path.name}"
+    return path, [*notes, said]
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,9 @@ import os
 import platform
 import shlex
 import socket
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,11 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from qwen_chat import adapters, arguments, models, run_folder
+from qwen_chat import adapters, arguments, checkpoints, memory, models, run_folder
 from qwen_chat.arguments import Run
 from qwen_chat.dataset import Collator, Rows, WindowSampler
-from qwen_chat.errors import DataError, TrainingError
-from qwen_chat.logs import is_rank_zero
+from qwen_chat.errors import DataError, OptionError, TrainingError
+from qwen_chat.logs import is_rank_zero, rank_zero
 from qwen_chat.loss import ModelLoss
 
 VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
@@ -70,6 +72,8 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
         "logging_nan_inf_filter": False,  # a loss that is not a number stops the run here
         "disable_tqdm": True,  # the bar is ours
     }
+    if train.keep_best or train.save_strategy == "best":
+        options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     args = TrainingArguments(**(options | device | dict(run.extra)))
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if args.world_size != wanted:  # else every rank would train alone, without a word
@@ -88,6 +92,8 @@ def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
     if train.deepspeed is not None:
         _start_deepspeed(accelerator)
         chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
+        if not accelerator:
+            chosen["accelerator_config"] = {"use_configured_state": True}  # the one of _start_deepspeed
     elif not accelerator:
         chosen["use_cpu"] = True  # accelerate starts no process group on a CPU where it is False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -127,6 +133,12 @@ def _start_deepspeed(accelerator: bool) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     deepspeed.init_distributed(dist_backend=None if accelerator else "gloo")
+    if not accelerator:
+        # Left to itself, accelerate finds no backend for DeepSpeed on a CPU: each rank would see all of the data.
+        from accelerate import PartialState
+
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
 
 
 def free_port() -> int:
@@ -142,17 +154,34 @@ class Session:
 
     folder: Path
     decisions: tuple[str, ...]
+    choices: Mapping[str, Any]  # what was measured or chosen by itself: a resumed run chooses the same
 
 
-def start(run: Run, folder: Path, model: Path, data: Data) -> tuple[Any, Session]:
-    """Join the ranks, agree on the folder, decide what memory asks for; transformers' arguments come back."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    row = sampler(run, data.train, ranks=ranks, seed=seed_of(run)).longest_row(windows=64)
-    checkpointing, reason = decide_checkpointing(run, model, row)
-    args, decisions = training_arguments(run, folder, checkpointing=checkpointing)
+def start(run: Run, folder: Path, data: Data, verdict: memory.Verdict, before: Any) -> tuple[Any, Session]:
+    """Join the ranks, agree on the folder; transformers' arguments come back. `before`: run_folder.Resume."""
+    chosen = dict(before.choices)
+    on = bool(chosen.get("gradient_checkpointing", verdict.checkpointing))
+    if run.train.gradient_checkpointing != "auto":
+        on = verdict.checkpointing
+    if not torch.cuda.is_available() and int(chosen.get("threads", 0)) > 0:
+        torch.set_num_threads(int(chosen["threads"]))  # the order of sums depends on it
+    args, decisions = training_arguments(run, folder, checkpointing=on)
     folder = Path(share(str(folder)))
     args.output_dir = str(folder)
-    return args, Session(folder, (*decisions, reason))
+    chosen |= {"gradient_checkpointing": on, "threads": torch.get_num_threads(), "layout": run.train.layout}
+    return args, Session(folder, (*decisions, verdict.line), chosen)
+
+
+def plan(run: Run, model: Path, data: Data) -> memory.Verdict:
+    """Hold the largest row (of the first 64 steps) against the memory; OptionError if it cannot fit."""
+    windows = sampler(run, data.train, ranks=memory.ranks(), seed=seed_of(run))
+    row = windows.longest_row(windows=64)
+    shape = memory.Shape.of(memory.read_config(model))
+    longest = min(data.summary.quantiles.get("max", row), run.data.model_max_length)
+    verdict = memory.decide(run, shape, row=row, supervised=row, longest=longest)
+    if verdict.refusal is not None and not run.train.plan_anyway:
+        raise OptionError(verdict.refusal)
+    return verdict
 
 
 def seed_of(run: Run) -> int:
@@ -253,38 +282,6 @@ def sampler(run: Run, data: Any, *, ranks: int, seed: int, training: bool = True
 # ------------------------------------------------------------------------------------------------- model
 
 
-def decide_checkpointing(run: Run, model: Path, row_tokens: int) -> tuple[bool, str]:
-    """Whether activations are computed again in backward: as asked, or where they would not fit in memory."""
-    asked = run.train.gradient_checkpointing
-    if asked != "auto":
-        return asked, f"gradient checkpointing {'on' if asked else 'off'} (as asked)"
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    size = 2 if torch.cuda.is_available() else 4
-    # What a Llama-like layer keeps for one token: inputs of its seven linears, norms, attention, the gate.
-    layer = 16 * config.get("hidden_size", 4096) + 4 * config.get("intermediate_size", 4 * 4096)
-    activations = size * row_tokens * layer * config.get("num_hidden_layers", 32)
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    room = max(0.0, 0.8 * _free_memory() - weights * (5 if run.method == "full" else 1))
-    figures = f"a row of {row_tokens:,} tokens keeps about {activations / 2**30:.1f} GiB"
-    verdict = "on" if activations > room else "off"
-    return (
-        activations > room,
-        f"gradient checkpointing {verdict} ({figures}, {room / 2**30:.1f} GiB are free)",
-    )
-
-
-def _free_memory() -> int:
-    """Bytes that are free where the model will lie, for one process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
-        if line.startswith("MemAvailable:"):  # what the page cache holds can be had too
-            free = int(line.split()[1]) * 1024
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def load(run: Run, path: Path, args: Any) -> models.Loaded:
     """The model to train, with our attention over rows."""
     from qwen_chat import attention
@@ -357,6 +354,10 @@ class ChatTrainer(Trainer):
     ) -> None:
         self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio
         self.totals = StepTotals()
+        self.record: dict[str, Any] = {}  # what run.json says, stored in each checkpoint
+        self.line: Mapping[str, Any] = {}  # the last of train_log.jsonl
+        self.grad_norm: float | None = None
+        self._aside: Path | None = None
         self.model_loss = ModelLoss(options["model"])  # before DeepSpeed or DDP wraps the model
         super().__init__(
             data_collator=Collator(),
@@ -367,6 +368,38 @@ class ChatTrainer(Trainer):
         # The loss is divided by the supervised tokens of the whole step, not by the number of rows.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer writes into a folder aside; it takes its place when it is whole."""
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        name = f"checkpoint-{step}"
+        best = self.state.best_global_step
+        first = self.args.should_save
+        writing = checkpoints.written_aside(
+            folder, name, first=first, barrier=self.accelerator.wait_for_everyone, record=self.record
+        )
+        with writing as self._aside:
+            try:
+                super()._save_checkpoint(model, trial)
+                if best:
+                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+                if first:
+                    self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
+            finally:
+                self._aside = None
+        if first:
+            keep = folder / f"checkpoint-{best}" if best else None
+            checkpoints.prune(folder, step, self.args.save_total_limit, keep)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """TensorBoard and the others get the names of train_log.jsonl."""
+        names = ("tokens", "supervised_tokens", "tokens_per_s", "memory_gib")
+        if "loss" in logs:
+            logs = logs | {name: self.line[name] for name in names if name in self.line}
+        super().log(logs, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         return self._rows(self.train_dataset, self.windows)
@@ -414,17 +447,22 @@ class ChatTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
             raise self.failure(f"the gradient is {float(norm)}")
+        self.grad_norm = None if norm is None else float(norm)
         return norm
 
     def failure(self, what: str) -> TrainingError:
         """The error that names this step, its conversations and the likely cause."""
         step = self.state.global_step
-        data: Any = self.windows.data
-        where = [str(data.where(i)) for i in self.windows.conversations(step)]
-        shown = ", ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
+        shown = self.conversations(step)
         rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
         cause = f"the learning rate ({rate:.1e} now) is too high, or the base's weights are damaged"
         return TrainingError(f"step {step + 1}: {what}; likely {cause}; conversations of this step: {shown}")
+
+    def conversations(self, step: int) -> str:
+        """Where the conversations of a step (counted from 0) stand in the data."""
+        data: Any = self.windows.data
+        where = [str(data.where(i)) for i in self.windows.conversations(step)]
+        return ", ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
 
     def evaluation_loop(
         self,
@@ -458,6 +496,9 @@ class StepLog(TrainerCallback):
         self.trainer: Any = None  # set by train(), before the first callback
         self.bar: Any = None
         self.now = (0.0, 0, 0)  # loss, tokens, supervised tokens of the running step, over all ranks
+        self.stop: Any = None  # StopSignal: whether this rank was asked to end
+        self.stopping = False  # whether any rank was
+        self.recent: deque[float] = deque(maxlen=50)
         self.losses: list[float] = []
         self.tokens = self.supervised = 0
         self.started = self.step_started = 0.0
@@ -477,8 +518,11 @@ class StepLog(TrainerCallback):
         trainer, totals = self.trainer, self.trainer.totals
         trainer.totals = StepTotals()
         loss = 0.0 if totals.loss is None else float(totals.loss)
-        sums = torch.tensor([loss / args.world_size, totals.tokens, totals.supervised], dtype=torch.float64)
-        loss, tokens, supervised = trainer.accelerator.reduce(sums.to(args.device), reduction="sum").tolist()
+        asked = self.stop is not None and self.stop.requested
+        parts = [loss / args.world_size, totals.tokens, totals.supervised, asked]
+        sums = torch.tensor(parts, dtype=torch.float64).to(args.device)
+        loss, tokens, supervised, stops = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+        self.stopping = self.stopping or stops > 0  # every rank knows at the same step
         if not math.isfinite(loss):
             raise trainer.failure(f"the loss is {loss}")
         if loss == 0 and supervised:
@@ -501,12 +545,29 @@ class StepLog(TrainerCallback):
             "supervised_tokens": supervised,
             "seconds": round(seconds, 4),
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "grad_norm": self.trainer.grad_norm,
+            "memory_gib": round(peak_memory() / memory.GIB, 3),
         }
+        self._note_spike(state.global_step, loss)
+        self.trainer.line = line
         self._write(line)
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
         if self.bar is not None:
             rate = self.tokens / max(now - self.started, 1e-9)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
             self.bar.update(1)
+
+    def _note_spike(self, step: int, loss: float) -> None:
+        """Name the conversations of a step whose loss stands out from the last fifty."""
+        if len(self.recent) >= 10:
+            usual, spread = statistics.mean(self.recent), statistics.stdev(self.recent)
+            if loss > max(1.5 * usual, usual + 6 * spread):
+                rank_zero(
+                    f"step {step}: loss {loss:.3f} against {usual:.3f} before; conversations of this step:"
+                    f" {self.trainer.conversations(step - 1)}"
+                )
+        self.recent.append(loss)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         kept = {name: value for name, value in (metrics or {}).items() if name.startswith("eval_")}
@@ -547,10 +608,32 @@ def trainer(run: Run, args: Any, model: Any, tokenizer: Any, data: Data, log: St
     )
 
 
-def train(trainer: ChatTrainer, log: StepLog, checkpoint: Path | None) -> None:
-    """Run the loop, from a checkpoint where there is one."""
+def train(trainer: ChatTrainer, log: StepLog, checkpoint: Path | None) -> bool:
+    """Run the loop, from a checkpoint where there is one. False: it was asked to stop, and has saved."""
     log.trainer = trainer
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with checkpoints.StopSignal(_ranks_here()) as log.stop:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return not log.stopping
+
+
+def _ranks_here() -> list[int]:
+    """Process ids of the ranks on this machine."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (socket.gethostname(), os.getpid()))
+    return [pid for host, pid in found if host == socket.gethostname()]
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held: on its accelerator, else in main memory (VmHWM)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------ result
@@ -567,13 +650,16 @@ def save(
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
     end_tokens(model, fmt)
+    aside = folder / checkpoints.ASIDE
+    aside.mkdir(exist_ok=True)
     if run.lora.use_lora:
-        adapters.save(model, folder, base=base, initial=initial, state_dict=weights)
-        model.generation_config.save_pretrained(folder)
+        adapters.save(model, aside, base=base, initial=initial, state_dict=weights)
+        model.generation_config.save_pretrained(aside)
     else:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(aside, state_dict=weights)
     fmt.complete_tokenizer()
-    fmt.tokenizer.save_pretrained(folder)
+    fmt.tokenizer.save_pretrained(aside)
+    checkpoints.move_into(aside, folder)
 
 
 def _gathered(trainer: ChatTrainer) -> Any:
@@ -598,12 +684,20 @@ def end_tokens(model: Any, fmt: Any) -> None:
     config.pad_token_id = fmt.tokenizer.pad_token_id
 
 
-def record(run: Run, key: str, data: Data, decisions: Sequence[str], model: Path) -> dict[str, Any]:
+def record(
+    run: Run,
+    shaped_by: Mapping[str, Any],
+    data: Data,
+    decisions: Sequence[str],
+    model: Path,
+    choices: Mapping[str, Any],
+) -> dict[str, Any]:
     """What run.json holds from the start on: every option, the versions, the data."""
     budget = {"fingerprint": data.fingerprint, "epoch_conversations": len(data.train)}
     return {
         "state": "running",
-        "identity": key,
+        "shaped_by": dict(shaped_by),
+        "choices": dict(choices),
         "method": run.method,
         "model": str(model),
         "options": run.as_dict(),
@@ -637,7 +731,9 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -
         "supervised_tokens": log.supervised,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
+        "peak_memory_gib": round(peak_memory() / memory.GIB, 3),
         "evaluation": dict(evaluation),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -1,0 +1,409 @@
+"""Checkpoints that are whole or not there, and a run's folder that one run at a time writes into.
+
+In: what the Trainer writes, into a folder aside. Out: `checkpoint-N` with a manifest of sizes and hashes,
+renamed into place only when every byte is on the disk; on the way back the newest one that its manifest
+confirms. Beside it what keeps a run alive and alone: the lock of OUTPUT_DIR, the signals that ask for a
+checkpoint, and the tie of a rank to its launcher.
+
+    checkpoint-N/   the Trainer's files (safetensors, optimizer, scheduler, RNG states, DeepSpeed's shards)
+                    run.json       the options, data and choices that shaped it (run_folder.py)
+                    manifest.json  {"files": {name: [bytes, sha256]}}, written last
+    .writing/       a checkpoint in the making; a leftover of a killed run, removed by the next one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_chat.errors import CheckpointError, OutputError, TrainingError
+
+MANIFEST, RUN_FILE = "manifest.json", "run.json"
+LOCK, ASIDE = ".lock", ".writing"
+NAME = re.compile(r"checkpoint-(\d+)")
+STOPPED = 143  # 128 + SIGTERM: what a run ends with that saved because it was asked to stop
+_BLOCK = 4 * 2**20
+
+
+# --------------------------------------------------------------------------------------- writing, verifying
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, checkpoint) of a folder, oldest first; sound or not."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := NAME.fullmatch(p.name))]
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def written_aside(
+    folder: Path, name: str, *, first: bool, barrier: Callable[[], None], record: Mapping[str, Any]
+) -> Iterator[Path]:
+    """Yields the folder that all ranks write `name` into; afterwards it is sealed and renamed, or removed.
+
+    first: this is the one rank that prepares and seals. A failed write ends as TrainingError; what was there
+    before is untouched.
+    """
+    aside, final = folder / ASIDE, folder / name
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    try:
+        yield aside
+        barrier()
+        if first:
+            _write(aside / name / RUN_FILE, json.dumps(dict(record), ensure_ascii=False, default=str))
+            seal(aside / name)
+            if final.exists():  # a damaged one of the same step
+                shutil.rmtree(final)
+            os.rename(aside / name, final)
+            sync_folder(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(path.name for _, path in steps(folder)) or "none"
+        raise TrainingError(
+            f"{final}: could not be written ({_line(error)}; {free / 2**20:.0f} MiB were free). Sound"
+            f" checkpoints: {kept}. Free some space, then the same command with -o {folder} goes on"
+        ) from None
+    barrier()
+
+
+def is_write_error(error: BaseException) -> bool:
+    """A disk that is full or fails: said by Python, by torch's writer or by safetensors, each in its way."""
+    if isinstance(error, OSError):
+        return not isinstance(error, ConnectionError | TimeoutError)
+    text = str(error)
+    signs = (
+        "PytorchStreamWriter",
+        "No space left",
+        "StorageFull",
+        "unexpected pos",
+        "Disk quota",
+        "I/O error",
+    )
+    return any(sign in text for sign in signs)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file to the disk, give it the umask's mode, and write the manifest as the last one."""
+    open_to_umask(folder)
+    listed = {}
+    for file in _files(folder):
+        listed[str(file.relative_to(folder))] = [file.stat().st_size, _hash(file)]
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+    _write(folder / MANIFEST, json.dumps({"files": listed}, indent=1))
+    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        sync_folder(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: one line, or None where every file is as its manifest says."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"no {MANIFEST} (it was never finished)"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in sorted(listed.items(), key=lambda item: int(item[1][0])):
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, expected {size:,}"
+        if _hash(file) != digest:
+            return f"{name} has other content than was written"
+    return None
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line for each newer one that is damaged and passed over."""
+    notes: list[str] = []
+    for _, path in reversed(steps(folder)):
+        found = damage(path)
+        if found is None:
+            return path, notes
+        notes.append(f"{path.name} is damaged ({found}): passed over")
+    return None, notes
+
+
+def prune(folder: Path, step: int, limit: int | None, keep: Path | None = None) -> None:
+    """After checkpoint `step` is whole: remove the oldest above `limit`, but not `keep` (the best one).
+
+    What lies after `step` is of an attempt that was given up, and goes first.
+    """
+    found = steps(folder)
+    for path in [path for number, path in found if number > step]:
+        _remove(path)
+    old = [path for number, path in found if number < step and path != keep]
+    spared = 1 + (keep is not None and keep.name != f"checkpoint-{step}")
+    for path in old[: max(0, len(old) + spared - limit)] if limit else ():
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """The manifest goes first: a checkpoint that is half removed is a damaged one."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def move_into(aside: Path, folder: Path) -> None:
+    """Everything in `aside` to `folder`, flushed, in the umask's modes: whole files only."""
+    open_to_umask(aside)
+    for file in _files(aside):
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        target = folder / file.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    sync_folder(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Files as the umask wants them: safetensors writes 0600, which nobody else could read."""
+    mode = 0o666 & ~_umask()
+    for file in _files(folder):
+        if not file.is_symlink():
+            file.chmod(mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _umask() -> int:
+    """The process's umask. Reading it by os.umask would set it for a moment, for every thread."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return mask
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+# ------------------------------------------------------------------------------------------- same run again
+
+
+def model_fingerprint(model: Path) -> str:
+    """A hash of a model's config and of 64 samples of each weight file: other weights give another one."""
+    digest = hashlib.sha256()
+    with contextlib.suppress(OSError):
+        digest.update((model / "config.json").read_bytes())
+    for file in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            for part in range(64):
+                handle.seek(size * part // 64)
+                digest.update(handle.read(16384))
+    return digest.hexdigest()[:32]
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str]) -> list[str]:
+    """What of a stored run's `shaped_by` is another now: a line each. `free`: options that may change."""
+    found = []
+    old, new = then.get("options", {}), now.get("options", {})
+    for name in sorted({*old, *new} - free):
+        before, after = _plain(old.get(name)), _plain(new.get(name))
+        if before != after:
+            found.append(f"--{name}: {_shown(before)} then, {_shown(after)} now")
+    for name, told in (
+        ("data", "the data"),
+        ("model", "the model"),
+        ("world_size", "the number of processes"),
+    ):
+        before, after = then.get(name), now.get(name)
+        if before != after:
+            values = f": {before} then, {after} now" if name == "world_size" else " has other content"
+            found.append(told + values)
+    return found
+
+
+def check_unchanged(found: list[str], folder: Path, *, anyway: bool) -> list[str]:
+    """Raise CheckpointError naming each change; with --resume_anyway return the lines to print."""
+    if not found:
+        return []
+    if anyway:
+        return [f"resumed anyway with a change: {line}" for line in found]
+    changes = "\n".join(f"  {line}" for line in found)
+    raise CheckpointError(
+        f"{folder}: its checkpoints belong to a run with other settings:\n{changes}\n"
+        "give the same ones to go on, a new folder with -o to begin anew, or --resume_anyway True"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists there."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _shown(value: Any) -> str:
+    return (
+        " ".join(map(str, value)) if isinstance(value, list) else "not given" if value is None else str(value)
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+
+@dataclass
+class Lock:
+    """OUTPUT_DIR belongs to one run at a time. The kernel lets go when the process ends, however it ends."""
+
+    path: Path
+    handle: int
+
+    @classmethod
+    def take(cls, folder: Path) -> Lock:
+        """Raises OutputError where another run holds it, naming that run."""
+        path = folder / LOCK
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise OutputError(
+                    f"{path}: cannot be written ({error.strerror}); give another folder with -o"
+                ) from None
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+                os.close(handle)
+                raise OutputError(
+                    f"{folder}: a run is writing into it ({holder}); wait, or give another folder with -o"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                    break
+            os.close(handle)  # it was removed by a run that has just ended: take the new one
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return cls(path, handle)
+
+    def release(self) -> None:
+        """Remove it while it is still held."""
+        self.path.unlink(missing_ok=True)
+        os.close(self.handle)
+
+
+# -------------------------------------------------------------------------------------------- being stopped
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (preemption) ask for a checkpoint at the next step; a second one ends at once.
+
+    A thread reads them: the main thread may be inside a collective that waits for a rank that is gone. Where
+    a rank on this machine has died the first signal already ends this one: there is no next step to wait for.
+    """
+
+    def __init__(self, siblings: Iterable[int] = ()) -> None:
+        self.requested = False
+        self._siblings = [pid for pid in siblings if pid != os.getpid()]
+        self._old: dict[int, Any] = {}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._old[number] = signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            os.write(self._writer, b"\0")  # ends the thread
+
+    def _listen(self) -> None:
+        while (number := os.read(self._reader, 1)[0]) != 0:
+            if number not in (signal.SIGTERM, signal.SIGUSR1):
+                continue
+            if self.requested or not all(map(_alive, self._siblings)):
+                os._exit(STOPPED)
+            self.requested = True
+            if os.environ.get("RANK", "0") == "0":
+                name = signal.Signals(number).name
+                print(f"{name}: a checkpoint at the next step, then the end", file=sys.stderr, flush=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return state.split()[0] not in ("Z", "X")
+
+
+def die_with_parent() -> None:
+    """A rank whose launcher is gone (even by SIGKILL) ends too, instead of training on unseen. Linux only."""
+    if not sys.platform.startswith("linux") or "WORLD_SIZE" not in os.environ:
+        return
+    pr_set_pdeathsig = 1
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the tie was made
+        os._exit(STOPPED)
+
+
+def wait_and_exit(status: int, seconds: float = 0.0) -> None:
+    """End this process without Python's teardown, which may wait for ranks that are gone."""
+    time.sleep(seconds)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
