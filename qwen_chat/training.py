@@ -94,6 +94,8 @@ def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
         chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
         if not accelerator:
             chosen["accelerator_config"] = {"use_configured_state": True}  # the one of _start_deepspeed
+        if not accelerator:
+            chosen["accelerator_config"] = {"use_configured_state": True}  # the one of _start_deepspeed
     elif not accelerator:
         chosen["use_cpu"] = True  # accelerate starts no process group on a CPU where it is False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -133,6 +135,12 @@ def _start_deepspeed(accelerator: bool) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     deepspeed.init_distributed(dist_backend=None if accelerator else "gloo")
+    if not accelerator:
+        # Left to itself, accelerate finds no backend for DeepSpeed on a CPU: every rank would see all data.
+        from accelerate import PartialState
+
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
     if not accelerator:
         # Left to itself, accelerate finds no backend for DeepSpeed on a CPU: each rank would see all of the data.
         from accelerate import PartialState
