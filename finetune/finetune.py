@@ -52,7 +52,8 @@ def main() -> int:
     checkpoint, notes = training.share(run_folder.checkpoint(before) if is_rank_zero() else None)
     loaded = training.load(run, path, args)
     model, adapter, initial = training.wrap(run, loaded.model, tokenizer, args)
-    decisions = (*session.decisions, *loaded.decisions, *adapter, *before.notes, *notes)
+    fusing = training.fuse(model, args, session.choices)
+    decisions = (*session.decisions, *loaded.decisions, *adapter, *fusing, *before.notes, *notes)
     for decision in decisions:
         rank_zero(decision)
 
