@@ -341,6 +341,9 @@ class Engine:
         with self._wakeup:
             self.failure = error
             rows, self._running = self._running, []
+            if self.on_failure is None:  # nobody will start the engine again: who waits would wait for ever
+                rows += self._waiting
+                self._waiting.clear()
             self._cache.clear()
             self._kv.clear()
         for row in rows:
@@ -515,8 +518,8 @@ def load_engine(
 ) -> Engine:
     """Load a model (as `models.resolve` finds it) and make an engine of it, not yet started.
 
-    Without a path, the base that a lone adapter names, else the demo model. A lone adapter's chat template is the
-    engine's; an adapter that cannot run beside its base (DoRA, whole modules) is merged into it, if it is alone.
+    Without a path, the base that a lone adapter names, else the demo model. A lone adapter's chat template is
+    the engine's; one that cannot run beside its base (DoRA, whole modules) is merged into it, if it is alone.
 
     Args:
         dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.

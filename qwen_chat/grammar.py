@@ -103,8 +103,10 @@ def _tool_schema(tool: Json) -> str:
         raise ToolError(
             f"tool {_function(tool).get('name')!r}: parameters are no JSON schema; expected an object"
         )
-    if not schema.get("type") and not any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf")):
-        schema = {"type": "object", **schema}
+    if not any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf")):
+        # Arguments that the tool does not name help nobody, and a weak model invents them without end.
+        closed = {"additionalProperties": False} if schema.get("properties") else {}
+        schema = {"type": "object", **closed, **schema}
     return _schema_text(schema, f"tool {_function(tool).get('name')!r}")
 
 

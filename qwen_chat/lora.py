@@ -111,7 +111,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _bias_changes(tensors: dict[str, torch.Tensor], places: Places) -> dict[int, torch.Tensor]:
-    """`bias="all"` and `"lora_only"` save whole biases; the base's own is subtracted. Taken out of `tensors`."""
+    """`bias="all"` and `"lora_only"` save whole biases; the base's are subtracted. Taken out of `tensors`."""
     found: dict[int, torch.Tensor] = {}
     for name in [name for name in tensors if _BIAS.search(name)]:
         match = _BIAS.search(name)
