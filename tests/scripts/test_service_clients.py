@@ -182,7 +182,8 @@ def test_load() -> None:
     assert outcomes["bad refused"] == kinds.count("bad")
     assert outcomes["left"] == kinds.count("leaves")
     assert outcomes["answered"] + outcomes["shed"] == kinds.count("plain") + kinds.count("stream")
-    assert outcomes["answered"] > REQUESTS / 10
+    assert outcomes["answered"] > REQUESTS / 2
+    assert outcomes["shed"] > 0
     assert grown < 100 * 2**20, f"{grown / 2**20:.0f} MiB more"
 
 
@@ -209,6 +210,7 @@ def _ask(live: LiveService, number: int, kind: str) -> str:
         return _leave(live.port, json.dumps({**body, "stream": number % 2 == 0}).encode())
     answer = requests.post(url, json=body, timeout=60)
     if answer.status_code == 429:
+        time.sleep(0.2)  # a client that waits, if not as long as it was told
         return "shed" if int(answer.headers["retry-after"]) >= 1 else "wrong"
     if answer.status_code != 200:
         return "wrong"
