@@ -15,10 +15,12 @@ A segment is a run of tokens that attend causally to one another; everything in 
 and attends to it too. Key k is therefore visible to query q exactly when `k <= q < end[segment of k]`.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
+from typing import cast
 
 TOKEN_BYTES = 4
 LAYOUTS = ("shared_prefix", "packed", "padded")
@@ -196,32 +198,40 @@ def _runs(members: Sequence[int], keys: Sequence[bytes], prefix: int, count: int
     return runs
 
 
-def _fill(pieces: Sequence[_Piece], rows: int, budget: int) -> list[list[_Piece]] | None:
-    """Longest piece first to the row with the least work that has room; None where one fits nowhere."""
+def _fill(
+    pieces: Sequence[_Piece], rows: int, room: Callable[[_Piece], int], budget: int
+) -> list[list[_Piece]] | None:
+    """Longest piece first to the row with the least work that has room; None where one fits nowhere.
+
+    room: how much of a row's budget a piece takes.
+    """
     filled: list[list[_Piece]] = [[] for _ in range(rows)]
-    tokens, work = [0] * rows, [0] * rows
+    taken = [0] * rows
+    queue = [(0, row) for row in range(rows)]  # (work, row), the least first
     for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
-        room = [row for row in range(rows) if tokens[row] + piece.tokens <= budget]
-        if not room:
+        full = []
+        while queue and taken[queue[0][1]] + room(piece) > budget:
+            full.append(heapq.heappop(queue))
+        if not queue:
             return None
-        row = min(room, key=lambda row: (work[row], row))
+        work, row = queue[0]
+        heapq.heapreplace(queue, (work + piece.work, row))
         filled[row].append(piece)
-        tokens[row] += piece.tokens
-        work[row] += piece.work
+        taken[row] += room(piece)
+        for entry in full:
+            heapq.heappush(queue, entry)
     return filled
 
 
-def _by_conversation(pieces: Sequence[_Piece], rows: int, batch_size: int) -> list[list[_Piece]]:
+def _by_conversation(
+    keys: Sequence[bytes], owners: Sequence[int], layout: str, rows: int, batch_size: int
+) -> list[list[_Piece]]:
     """At most `batch_size` conversations a row, balanced: always possible."""
-    filled: list[list[_Piece]] = [[] for _ in range(rows)]
-    work = [0] * rows
-    for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
-        row = min(
-            (row for row in range(rows) if len(filled[row]) < batch_size), key=lambda row: (work[row], row)
-        )
-        filled[row].append(piece)
-        work[row] += piece.work
-    return filled
+    whole: dict[int, list[int]] = {}
+    for index in sorted(range(len(keys)), key=lambda index: (keys[index], index)):
+        whole.setdefault(owners[index], []).append(index)
+    pieces = [_piece(members, keys, layout) for members in whole.values()]
+    return cast(list[list[_Piece]], _fill(pieces, rows, lambda piece: 1, batch_size))
 
 
 def plan_rows(
@@ -249,14 +259,9 @@ def plan_rows(
         pieces = [_piece([index], keys, layout) for index in range(len(keys))]
     else:
         pieces = _pieces(keys, rows, ranks, budget)
-    packed = _fill(pieces, rows, budget)
+    packed = _fill(pieces, rows, lambda piece: piece.tokens, budget)
     if packed is None:
-        whole: dict[int, list[int]] = {}
-        for index in sorted(range(len(keys)), key=lambda index: (keys[index], index)):
-            whole.setdefault(owners[index], []).append(index)
-        packed = _by_conversation(
-            [_piece(members, keys, layout) for members in whole.values()], rows, batch_size
-        )
+        packed = _by_conversation(keys, owners, layout, rows, batch_size)
     packed.sort(key=lambda row: -sum(piece.work for piece in row))
     dealt: list[list[_Piece]] = []
     for step in range(

@@ -98,7 +98,7 @@ def test_chunked_equals_whole_and_counts_hits():
         head, hidden, targets, trainable=[head.weight, head.bias], vocabulary=50, chunk_bytes=4 * 50 * 4
     )
     found = torch.autograd.grad(loss * 3, [hidden, head.weight, head.bias])
-    assert float(loss) == pytest.approx(float(whole), rel=1e-12)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
     assert int(hits) == int((logits.argmax(-1) == targets).sum()) >= 5
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, 3 * other, rtol=1e-10, atol=1e-12)
