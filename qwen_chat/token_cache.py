@@ -147,21 +147,21 @@ class TokenSummary:
     def describe(self) -> str:
         """A few lines for a person."""
         share = self.supervised / self.tokens if self.tokens else 0.0
-        so_far = "" if self.complete else " (so far: lazy)"
+        so_far = "" if self.complete else " (tokenised so far)"
         lines = [
-            f"{self.conversations:,} of {self.records:,} conversations, {self.sequences:,} sequences, "
-            f"{self.tokens:,} tokens, {self.supervised:,} of them learnt ({share:.1%}){so_far}",
+            f"conversations {self.conversations:,} of {self.records:,}, sequences {self.sequences:,}, "
+            f"tokens {self.tokens:,}, learnt {self.supervised:,} ({share:.1%}){so_far}",
             "tokens a conversation: " + ", ".join(f"{name} {n:,}" for name, n in self.quantiles.items()),
-            f"common prefixes: {self.common_prefix_share:.1%} of the tokens",
+            f"tokens in a prefix that others have too: {self.common_prefix_share:.1%}",
         ]
         for count, what in (
-            (self.dropped, f"dropped: longer than model_max_length {self.max_length:,}"),
-            (self.truncated, f"truncated to {self.max_length:,} tokens: their oldest turns are left out"),
-            (self.failed, "left out: the chat template cannot carry them"),
+            (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}"),
+            (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out"),
+            (self.failed, "left out, the chat template cannot write them"),
             (self.unsupervised, "kept, with nothing in them to learn"),
         ):
             if count:
-                lines.append(f"{count:,} conversations {what}")
+                lines.append(f"{what}: {count:,}")
         if self.dropped or self.truncated:
             lines.append(f"--model_max_length {self.lossless_max_length} would lose nothing")
         return "\n".join(lines)
@@ -614,8 +614,8 @@ def _judge(counts: _Counts, lengths: Ints, records: Records, options: _Options) 
     """Raise DataError where the outcome must not be trained on."""
     if counts.failed and (records.on_error == "stop" or counts.failed == len(records)):
         raise DataError(
-            f"{counts.failed:,} conversations cannot be written by the chat template; correct them, "
-            "or leave them out with --on_error skip",
+            f"conversations that the chat template cannot write: {counts.failed:,} of {len(records):,}; "
+            "correct them, or leave them out with --on_error skip",
             [Problem(records.where(i), message) for i, message in counts.examples_failed],
             counts.failed,
         )
@@ -623,8 +623,8 @@ def _judge(counts: _Counts, lengths: Ints, records: Records, options: _Options) 
     lossless = f"--model_max_length {longest} would lose nothing"
     if counts.too_long and options.too_long == "error":
         raise DataError(
-            f"{counts.too_long:,} conversations are longer than --model_max_length {options.max_length}; "
-            f"{lossless}, or choose --too_long drop or truncate",
+            f"conversations longer than --model_max_length {options.max_length}: "
+            f"{counts.too_long:,} of {len(records):,}; {lossless}, or choose --too_long drop or truncate",
             [Problem(records.where(i), f"{lengths[i]:,} tokens") for i in counts.examples_too_long],
             counts.too_long,
         )

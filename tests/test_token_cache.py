@@ -232,7 +232,7 @@ def test_too_long_drop_and_error(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         tokenise(records, Letters(), max_length=7, too_long="error", cache_dir=tmp_path)
     assert str(caught.value).splitlines() == [
-        "2 conversations are longer than --model_max_length 7; --model_max_length 9 would lose nothing, "
+        "conversations longer than --model_max_length 7: 2 of 3; --model_max_length 9 would lose nothing, "
         "or choose --too_long drop or truncate",
         "  data.jsonl:2: 8 tokens",
         "  data.jsonl:3: 9 tokens",
@@ -269,7 +269,8 @@ def test_what_the_template_refuses(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         tokenise(open_records(path), Letters(), max_length=9, cache_dir=tmp_path)
     assert str(caught.value).splitlines() == [
-        "2 conversations cannot be written by the chat template; correct them, or leave them out with --on_error skip",
+        "conversations that the chat template cannot write: 2 of 4; correct them, "
+        "or leave them out with --on_error skip",
         "  data.jsonl:2: message 0: bad",
         "  data.jsonl:4: message 1: bad",
     ]
@@ -468,7 +469,7 @@ def test_lazy_begins_at_once(data: Records) -> None:
     lazy = tokenise(data, fmt, max_length=5000, lazy=True)
     assert (len(lazy), fmt.asked) == (700, 2)  # the smallest conversation, and the first
     assert not lazy.summary.complete
-    with pytest.raises(DataError, match="2 conversations are longer than --model_max_length 7;"):
+    with pytest.raises(DataError, match="conversations longer than --model_max_length 7: 2 of 3;"):
         records = open_records(
             write(Path(data._sources[0].path).with_name("x.jsonl"), [chat("a", "b"), *[chat("abc", "d")] * 2])
         )

@@ -1,0 +1,148 @@
+"""finetune/inspect_data.py as a person runs it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_chat import errors
+from qwen_chat.demo_model import qwen_tokenizer_path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = [
+    {"messages": [{"role": "user", "content": "你好 🙂"}, {"role": "assistant", "content": "Hello!"}]},
+    {"instruction": "Say <|im_end|>", "input": "", "output": "No."},
+]
+
+
+def inspect(*words: str | Path, cwd: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "finetune" / "inspect_data.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, qwen2_5_tokenizer: Any) -> Path:
+    """A folder that `-m` takes: the real vocabulary beside weights that nobody loads."""
+    folder: Path = tmp_path_factory.mktemp("model")
+    for file in qwen_tokenizer_path("qwen2_5").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def inspect_here(monkeypatch: pytest.MonkeyPatch, cache: Path, *words: str | Path) -> int:
+    """The script's `main` in this process, where transformers is loaded once."""
+    spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "finetune" / "inspect_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "inspect_data", script)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, words)])
+    monkeypatch.setenv("QWEN_CHAT_CACHE", str(cache))
+    return errors.run(script.main)
+
+
+def test_good_data(tmp_path: Path, model: Path) -> None:
+    data = write(tmp_path / "data file.jsonl", *GOOD)
+    options = ["-m", model, "-d", data, "--show", "2", "--json", "--histogram", tmp_path / "lengths.png"]
+    done = inspect(*options, "--write", tmp_path / "canonical.jsonl", QWEN_CHAT_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert found["good"] is True
+    assert found["kinds"] == {"openai": 1, "alpaca": 1}
+    assert (found["conversations"], found["control_tokens"], found["problem_total"]) == (2, 1, 0)
+    tokens = found["tokens"]
+    assert (tokens["conversations"], tokens["dropped"], tokens["truncated"]) == (2, 0, 0)
+    assert tokens["supervised"] == 3 + 3  # "Hello", "!", "<|im_end|>" and "No", ".", "<|im_end|>"
+    assert tokens["lossless_max_length"] == tokens["quantiles"]["max"]
+    assert "data file.jsonl:1:" in done.stderr
+    assert "⟦Hello!<|im_end|>⟧" in done.stderr
+    assert "⟦No.<|im_end|>⟧" in done.stderr
+    assert (tmp_path / "lengths.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [json.loads(line) for line in (tmp_path / "canonical.jsonl").read_text("utf-8").splitlines()] == [
+        GOOD[0],
+        {
+            "messages": [
+                {"role": "user", "content": "Say <|im_end|>"},
+                {"role": "assistant", "content": "No."},
+            ]
+        },
+    ]
+
+
+def test_bad_data_is_listed_before_anything_is_loaded(tmp_path: Path) -> None:
+    data = write(tmp_path / "bad.jsonl", GOOD[0], {"messages": []}, 7)
+    done = inspect("-m", tmp_path / "no model", "-d", data, "--json")
+    assert done.returncode == 2
+    expected = [
+        "bad.jsonl:2: messages: empty; expected a list with at least one message",
+        "bad.jsonl:3: 7; expected one JSON object, a conversation",
+    ]
+    assert json.loads(done.stdout) == {
+        "good": False,
+        "error": "2 problems in 2 of 3 lines; correct them, or leave these lines out with --on_error skip",
+        "problems": expected,
+        "problem_total": 2,
+    }
+    assert done.stderr.splitlines()[-2:] == [f"  {line}" for line in expected]
+
+
+def test_skip_and_length_policy(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"messages": [{"role": "user", "content": "x " * 500}, {"role": "assistant", "content": "y"}]}
+    data = write(tmp_path / "data.jsonl", GOOD[0], {"messages": []}, long)
+    options = ["-m", model, "-d", data, "--on_error", "skip", "--model_max_length", "100"]
+    assert inspect_here(monkeypatch, tmp_path, *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["skipped"], found["problem_total"], found["tokens"]["dropped"]) == (1, 1, 1)
+    assert inspect_here(monkeypatch, tmp_path, *options, "--too_long", "error") == 2
+    assert "error: conversations longer than --model_max_length 100: 1 of 2; " in capsys.readouterr().err
+
+
+def test_colour_on_request(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl", *GOOD)
+    for force, coloured in (("1", True), ("", False)):
+        monkeypatch.setenv("FORCE_COLOR", force)
+        assert inspect_here(monkeypatch, tmp_path, "-m", model, "-d", data) == 0
+        shown = capsys.readouterr().out
+        assert "2 conversations in data.jsonl (1 openai, 1 alpaca)" in shown
+        assert ("\x1b[" in shown) is coloured
+        assert ("⟦Hello!<|im_end|>⟧" in shown) is not coloured
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "-d: no data; name at least one .jsonl, .json or .jsonl.gz file"),
+        (["-d", "none.jsonl"], "none.jsonl: no such data file"),
+        (["-d", "data.jsonl", "--limit", "0"], "--limit: 0; expected a number above 0"),
+        (
+            ["-d", "data.jsonl", "--write", "data.jsonl"],
+            "--write: data.jsonl exists already; nothing is overwritten, name a new file",
+        ),
+        (["-d", "data.jsonl", "--write", "a/b.jsonl"], "--write: a is no folder; make it first"),
+        (["-d", "data.jsonl", "--shov", "1"], "--shov: unknown flag; did you mean --show?"),
+    ],
+)
+def test_what_cannot_work(tmp_path: Path, words: list[str], message: str) -> None:
+    write(tmp_path / "data.jsonl", *GOOD)
+    done = inspect(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
