@@ -17,6 +17,7 @@ import http.client
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
@@ -81,6 +82,9 @@ class Unavailable(Exception):
 
 def main() -> int:
     options = parse_arguments()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # or the server of the moment would be left behind
     model_name, folder = find_model(options.model)
     tokenizer = load_tokenizer(folder)
     commands, left_out = prepare(options.servers, folder, model_name)
@@ -90,7 +94,7 @@ def main() -> int:
         for name, command in commands.items():
             try:
                 with serving(name, command, options.timeout) as port:
-                    client = Client(port, tokenizer, options.max_tokens)
+                    client = Client(port, folder, tokenizer, options.max_tokens)
                     client.ask("Say hello.")  # a first request pays for what is loaded lazily
                     for concurrency in options.concurrency:
                         say(f"round {number + 1}: {name}, {concurrency} at once")
@@ -371,7 +375,7 @@ def wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, timeou
             raise ServiceError(f"{name} ended with status {process.returncode} before it served; see {log}")
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/v1/models")
+            connection.request("GET", "/health")
             if connection.getresponse().status == 200:
                 return
         except OSError:
@@ -386,16 +390,21 @@ def wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, timeou
 class Client:
     """Asks one server, streaming."""
 
-    def __init__(self, port: int, tokenizer: Any, max_tokens: int) -> None:
-        self.port, self.tokenizer, self.max_tokens = port, tokenizer, max_tokens
+    def __init__(self, port: int, folder: Path, tokenizer: Any, max_tokens: int) -> None:
+        self.port, self.folder = (
+            port,
+            str(folder),
+        )  # transformers' server lists no local folder; it is named by it
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.model = self._model()
         self._asked = 0
 
     def _model(self) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/v1/models")
-        listed = json.loads(connection.getresponse().read())["data"]
-        return str(listed[0]["id"])
+        response = connection.getresponse()
+        listed = json.loads(response.read())["data"] if response.status == 200 else []
+        return str(listed[0]["id"]) if listed else self.folder
 
     def ask(self, question: str, system: str | None = None, max_tokens: int | None = None) -> Answer:
         """One answer, greedy. Raises ServiceError where the server refuses."""
