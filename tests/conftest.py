@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 # No test may reach a model hub; a test that tries fails at once instead of waiting for a time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that wait sleep instead of spinning: with several processes on few cores spinning costs minutes a step.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
