@@ -52,6 +52,12 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
     except ValueError as error:
         raise OptionError(f"--lora_target_modules {' '.join(lora.lora_target_modules)}: {error}") from None
     initial = _adapter_tensors(wrapped) if lora.lora_init.startswith("pissa") else {}
+    ranks = [tensor.shape[0] for name, tensor in initial.items() if ".lora_A." in name]
+    if ranks and min(ranks) < lora.lora_r:
+        raise OptionError(
+            f"--lora_r {lora.lora_r} with --lora_init {lora.lora_init}: a layer here has only {min(ranks)} singular "
+            f"vectors; give --lora_r {min(ranks)} or less"
+        )
     return Wrapped(wrapped, (*([reason] if reason else []), _share(wrapped)), initial)
 
 

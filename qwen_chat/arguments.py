@@ -152,8 +152,12 @@ class TrainArguments:
     check: bool = option(False, "look at everything short of loading a model, then stop")
 
 
-OLD_NAMES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu", "data_paths": "data_path"}
-OLD_NAMES["resume_from_checkpoint"] = "resume"
+OLD_NAMES = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "data_paths": "data_path",
+    "resume_from_checkpoint": "resume",
+}
 GONE = {
     "group_by_length": "rows are always balanced by length; leave it out",
     "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
@@ -162,6 +166,7 @@ GONE = {
 UNSUPPORTED = {  # fields of TrainingArguments that would be ignored in silence, or break what is promised
     "label_smoothing_factor": "the loss here is plain cross-entropy; leave it out",
     "auto_find_batch_size": "would change what an optimizer step is; choose --per_device_train_batch_size",
+    "activation_checkpointing": "is called --gradient_checkpointing here (auto, True or False)",
     "parallelism_config": "cannot be given on the command line; use --deepspeed",
 }
 OURS = frozenset(  # fields of TrainingArguments that the toolkit sets itself

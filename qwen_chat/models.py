@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen_chat import demo_model
+from qwen_chat import arguments, demo_model
 from qwen_chat.errors import MissingDependency, ModelError
 from qwen_chat.logs import rank_zero
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 # It warns about a kernel for CPUs that it would fetch from the hub; it works without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# peft and accelerate import DeepSpeed where it is installed; asked for a CPU it does not warn on standard output.
+if not arguments.has_accelerator():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
@@ -185,9 +189,7 @@ def choose_dtype(dtype: str | torch.dtype = "auto") -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this accelerator has it, at half the memory"
         return torch.float16, "this accelerator has no bfloat16"
-    from qwen_chat.arguments import cpu_has_bf16
-
-    if cpu_has_bf16():
+    if arguments.cpu_has_bf16():
         return torch.float32, "a CPU run is exact; bfloat16 would lose updates below 1/256 of a weight"
     return torch.float32, "this CPU has no bfloat16 instructions"
 

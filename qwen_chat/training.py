@@ -16,6 +16,7 @@ import shlex
 import socket
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from qwen_chat.dataset import Collator, Rows, WindowSampler
 from qwen_chat.errors import DataError, OptionError, TrainingError
 from qwen_chat.logs import is_rank_zero, rank_zero
 from qwen_chat.loss import ModelLoss
+
+# peft asks for transformers' old word for gradient checkpointing; nobody here can act on the warning.
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
 VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
 
@@ -65,8 +69,8 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
         "save_total_limit": train.save_total_limit,
         "logging_steps": train.logging_steps,
         "report_to": list(train.report_to),
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "activation_checkpointing": checkpointing,  # transformers' new word for gradient checkpointing
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         "remove_unused_columns": False,  # the loss needs every key of the batch
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # a loss that is not a number stops the run here
@@ -627,7 +631,11 @@ def train(trainer: ChatTrainer, log: StepLog, checkpoint: Path | None) -> bool:
     """Run the loop, from a checkpoint where there is one. False: it was asked to stop, and has saved."""
     log.trainer = trainer
     with checkpoints.StopSignal(_ranks_here()) as log.stop:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            if log.bar is not None:  # an error's line begins on a line of its own
+                log.bar.close()
     return not log.stopping
 
 

@@ -1,4 +1,4 @@
-"""Adapters: each kind learns, and saved and loaded it is what it was in memory; merged it is the same model."""
+"""Each kind of adapter learns; saved and loaded it is what it was in memory; merged it is the same."""
 
 import json
 from dataclasses import replace
@@ -57,7 +57,7 @@ def learn(model: Any, steps: int = 8, groups: Any = None) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
