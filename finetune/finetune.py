@@ -57,7 +57,7 @@ def main() -> int:
     for decision in decisions:
         rank_zero(decision)
 
-    record = training.record(run, shaped_by, data, decisions, path, session.choices)
+    record = training.record(run, shaped_by, data, decisions, path, session.choices, verdict)
     if is_rank_zero():
         run_folder.write_run(folder, record)
     log = training.StepLog(folder)

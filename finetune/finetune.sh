@@ -153,7 +153,8 @@ case "$LAUNCHER" in
     torchrun)
         command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS_PER_NODE" --nnodes "$NNODES"
             --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
-            --shutdown_timeout "$SHUTDOWN_SECONDS" "$HERE/finetune.py" "${arguments[@]}")
+            --shutdown_timeout "$SHUTDOWN_SECONDS" --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+            "$HERE/finetune.py" "${arguments[@]}")
         ;;
     deepspeed)
         ((NNODES == 1)) || fail "LAUNCHER=deepspeed is for one machine; for NNODES=$NNODES use LAUNCHER=torchrun"
@@ -171,6 +172,7 @@ fi
 
 # ---------------------------------------------------------------------------------------------- check, launch, wait
 # A launcher turns a rank's one clear line into a traceback and status 1, so what can be known is checked before.
+export FINETUNE_RANKS="$ranks" FINETUNE_RANKS_HERE="$GPUS_PER_NODE" # what the check plans memory for
 status=0
 "$PYTHON" "$HERE/finetune.py" "${arguments[@]}" --check || status=$?
 ((status == 0)) || exit "$status"
@@ -191,7 +193,7 @@ set -m # the launcher gets a process group of its own, with Ctrl-C as it should 
 "${command[@]}" &
 launcher=$!
 caught=""
-for name in INT TERM HUP; do
+for name in INT TERM HUP USR1; do
     # shellcheck disable=SC2064  # the name is meant to be filled in now
     trap "caught=$name; kill -s $name $launcher 2>/dev/null || true" "$name"
 done

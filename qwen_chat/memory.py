@@ -441,6 +441,7 @@ class Verdict:
 
     checkpointing: bool
     need: Need
+    row: int
     line: str
     refusal: str | None
 
@@ -466,7 +467,7 @@ def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -
             f"the run needs about {gib(wanted.total)} a process, {gib(have.free)} can be had"
             f" ({have.where}); {_cure(run, shape, setup, have.free, longest)}, or --plan_anyway True to try"
         )
-    return Verdict(bool(on), wanted, line, refusal)
+    return Verdict(bool(on), wanted, row, line, refusal)
 
 
 def _cure(run: Run, shape: Shape, setup: Setup, free: int, longest: int) -> str:

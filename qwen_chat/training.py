@@ -335,6 +335,7 @@ def fuse(model: Any, args: Any, choices: dict[str, Any]) -> tuple[str, ...]:
     stored = choices.get("matmul")
     choice = matmul.Choice.from_json(stored) if stored else share(matmul.choose() if is_rank_zero() else None)
     choices["matmul"] = choice.to_json()
+    fused.keep_memory()
     counts = fused.install(model, choice.product)
     layers = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return (f"matrix products by {choice.route} ({choice.reason}); fused layers: {layers or 'none'}",)
@@ -715,6 +716,7 @@ def record(
     decisions: Sequence[str],
     model: Path,
     choices: Mapping[str, Any],
+    verdict: memory.Verdict,
 ) -> dict[str, Any]:
     """What run.json holds from the start on: every option, the versions, the data."""
     budget = {"fingerprint": data.fingerprint, "epoch_conversations": len(data.train)}
@@ -722,6 +724,7 @@ def record(
         "state": "running",
         "shaped_by": dict(shaped_by),
         "choices": dict(choices),
+        "plan": {"row": verdict.row, **verdict.need.to_json()},
         "method": run.method,
         "model": str(model),
         "options": run.as_dict(),

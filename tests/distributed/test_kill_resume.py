@@ -1,0 +1,185 @@
+"""Killed at any moment and resumed is never killed: the same weights, bit for bit; and how a run is stopped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Started, curve, finish, last_step, start, weights
+
+ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
+STEPS = 15  # 44 conversations in steps of 8: the third epoch begins at step 13
+LORA = ["--use_lora", "True", "--lora_r", "4", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
+QLORA = ["--q_lora", *LORA[1:]]
+FULL = ["--learning_rate", "1e-3"]
+
+
+@dataclass(frozen=True)
+class Case:
+    flags: list[str]
+    ranks: int = 1
+    batch: int = 4
+
+
+CASES = {
+    "lora": Case(LORA),
+    "full": Case(FULL),
+    "qlora": Case(QLORA),
+    "lora tokens bias": Case([*LORA, "--trainable_tokens", "<|im_end|>", "--lora_bias", "all"]),
+    "pissa": Case([*LORA, "--lora_init", "pissa"]),
+    "full 2 ranks": Case(FULL, ranks=2, batch=2),
+    "lora 2 ranks": Case(LORA, ranks=2, batch=2),
+    "full ZeRO-2": Case([*FULL, "--deepspeed", ZERO2], ranks=2, batch=2),
+    "lora ZeRO-2": Case([*LORA, "--deepspeed", ZERO2], ranks=2, batch=2),
+    "full ZeRO-3": Case([*FULL, "--deepspeed", ZERO3], ranks=2, batch=2),
+}
+DEFAULT = {"lora": 2, "full": 1, "qlora": 1, "full ZeRO-2": 1, "full 2 ranks": 1}  # kills
+PARAMETERS = [
+    *(pytest.param(name, kills, id=f"{name} {kills}") for name, kills in DEFAULT.items()),
+    *(pytest.param(name, 5, id=f"{name} 5", marks=pytest.mark.slow) for name in CASES),
+]
+
+
+def words(tiny: Path, data: Path, case: Case, *more: str) -> list[str]:
+    return [
+        *("-m", str(tiny), "-d", str(data), *case.flags, "--model_max_length", "256"),
+        *("--per_device_train_batch_size", str(case.batch), "--gradient_accumulation_steps", "2"),
+        *("--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", "2", *more),
+    ]
+
+
+@pytest.mark.parametrize(("name", "kills"), PARAMETERS)
+@pytest.mark.timeout(600)
+def test_killed_and_resumed_is_never_killed(
+    name: str, kills: int, tiny: Path, conversations: Path, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    flags = words(tiny, conversations, case)
+    finish(flags, tmp_path / "whole", ranks=case.ranks)
+    chance = random.Random(f"{name} {os.environ.get('KILL_SEED', '1')}")
+    folder, done = tmp_path / "killed", 0
+    while done < kills:
+        at = chance.randint(last_step(folder), STEPS - 1)
+        run = start(flags, folder, ranks=case.ranks)
+        if not run.until(at + 1):
+            break  # it was done before
+        time.sleep(chance.random() * 0.15)  # into a step, a save, an epoch's end
+        run.kill()
+        done += 1
+    resumed = None
+    if json.loads((folder / "run.json").read_text())["state"] == "running":
+        resumed = finish(flags, folder, ranks=case.ranks)
+    assert weights(folder) == weights(tmp_path / "whole"), resumed and resumed.said()
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert done, "no kill met the run"
+    assert not (folder / ".writing").exists()
+    assert not (folder / ".lock").exists()
+
+
+@pytest.fixture
+def stopped(tiny: Path, conversations: Path, tmp_path: Path) -> Started:
+    """A LoRA run that was killed in step 5 or later: checkpoints 2 and 4 stand."""
+    run = start(words(tiny, conversations, CASES["lora"]), tmp_path / "run")
+    assert run.until(5)
+    run.kill()
+    return run
+
+
+def test_resume_says_so_passes_over_damage_and_names_changes(
+    stopped: Started, tiny: Path, conversations: Path, tmp_path: Path
+) -> None:
+    folder, flags = stopped.folder, words(tiny, conversations, CASES["lora"])
+    kept = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2]))
+    assert kept
+    newest = kept[-1]
+
+    # Under other options, data and weights: every change by name, nothing started.
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(conversations.read_text().splitlines(keepends=True)[1:]))
+    model = shutil.copytree(tiny, tmp_path / "model")
+    raw = bytearray((model / "model.safetensors").read_bytes())
+    raw[-40_000:] = bytes(40_000)
+    (model / "model.safetensors").write_bytes(raw)
+    changed = [*words(model, other, CASES["lora"]), "--learning_rate", "5e-3", "--lora_dropout", "0"]
+    refused = start(changed, folder)
+    assert refused.wait() == [2]
+    said = refused.said()
+    assert "--learning_rate: 0.01 then, 0.005 now" in said
+    assert "--lora_dropout: 0.1 then, 0.0 now" in said
+    assert "the data has other content" in said
+    assert "the model has other content" in said
+    assert "--resume_anyway" in said
+
+    # One flipped bit in the newest: an older one is taken, and this is said.
+    file = newest / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run = finish(flags, folder, TEST_MATMUL="onednn")
+    assert "matrix products by torch (as this run began)" in run.said()
+    assert (
+        f"{newest.name} is damaged (optimizer.pt has other content than was written): passed over"
+        in run.said()
+    )
+    before = kept[-2].name if len(kept) > 1 else None
+    assert (f"resumed from {before}" if before else "begins at step 0") in run.said()
+    whole = tmp_path / "whole"
+    finish(flags, whole)
+    assert weights(folder) == weights(whole)
+
+
+def test_sigterm_saves_and_ends_with_143(tiny: Path, conversations: Path, tmp_path: Path) -> None:
+    case = CASES["full ZeRO-2"]
+    flags = words(tiny, conversations, case, "--save_steps", "1000")
+    folder = tmp_path / "run"
+    run = start(flags, folder, ranks=2)
+    assert run.until(2)
+    run.send(signal.SIGUSR1, rank=1)  # one rank is asked; all agree on the step
+    assert run.wait(60) == [143, 143], run.said()
+    step = last_step(folder)
+    assert 2 <= step < STEPS
+    assert (folder / f"checkpoint-{step}" / "manifest.json").exists()
+    resumed = finish(flags, folder, ranks=2)
+    assert f"resumed from checkpoint-{step}" in resumed.said()
+    finish(flags, tmp_path / "whole", ranks=2)
+    assert weights(folder) == weights(tmp_path / "whole")
+
+
+def test_a_folder_has_one_run_and_a_second_signal_ends_at_once(
+    tiny: Path, conversations: Path, tmp_path: Path
+) -> None:
+    flags = words(tiny, conversations, CASES["full"], "--max_steps", "100000", "--save_steps", "100000")
+    folder = tmp_path / "run"
+    run = start(flags, folder)
+    assert run.until(1)
+    second = start(flags, folder)
+    assert second.wait() == [2]
+    assert f"{folder}: a run is writing into it (process {run.processes[0].pid} on " in second.said()
+    run.send(signal.SIGSTOP)  # so that both signals are there before the next step
+    run.send(signal.SIGTERM)
+    run.send(signal.SIGCONT)
+    begun = time.monotonic()
+    run.send(signal.SIGUSR1)
+    assert run.wait(20) == [143]
+    assert time.monotonic() - begun < 10
+
+
+def test_a_rank_that_dies_ends_the_others(tiny: Path, conversations: Path, tmp_path: Path) -> None:
+    flags = words(
+        tiny, conversations, CASES["full 2 ranks"], "--max_steps", "100000", "--save_steps", "100000"
+    )
+    run = start(flags, tmp_path / "run", ranks=2)
+    assert run.until(2)
+    run.send(signal.SIGKILL, rank=1)
+    begun = time.monotonic()
+    run.processes[1].join(10)
+    run.send(signal.SIGTERM, rank=0)  # what a launcher sends to those that are left
+    statuses = run.wait(60)
+    assert statuses[1] == -9
+    assert statuses[0] != 0
+    assert time.monotonic() - begun < 60

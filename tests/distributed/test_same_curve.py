@@ -1,0 +1,70 @@
+"""The loss curve does not depend on accumulation, ranks, engine or laziness."""
+
+from pathlib import Path
+
+import pytest
+from runs import ROOT, curve, finish
+
+ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
+STEPS = 8  # into the second epoch, over its short last window
+METHODS = {
+    "full": ["--learning_rate", "5e-3"],
+    "lora": ["--use_lora", "True", "--lora_r", "4", "--lora_dropout", "0", "--learning_rate", "2e-2"],
+}
+WAYS = {
+    "8x1": (8, 1, 1, []),
+    "2 ranks x4": (4, 1, 2, []),
+    "lazy": (4, 2, 1, ["--lazy_preprocess", "True"]),
+    "packed": (4, 2, 1, ["--layout", "packed"]),
+    "checkpointing": (4, 2, 1, ["--gradient_checkpointing", "True"]),
+    "2 ranks ZeRO-2": (2, 2, 2, ["--deepspeed", ZERO2]),
+    "2 ranks ZeRO-3": (2, 2, 2, ["--deepspeed", ZERO3]),
+}
+
+
+def words(tiny: Path, data: Path, method: str, batch: int, accumulation: int) -> list[str]:
+    return [
+        *("-m", str(tiny), "-d", str(data), *METHODS[method]),
+        *("--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)),
+        *("--max_steps", str(STEPS), "--save_strategy", "no", "--model_max_length", "256"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tiny: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[float]]:
+    """Each method's curve, one conversation a row: 1x8."""
+    found = {}
+    for method in METHODS:
+        folder = tmp_path_factory.mktemp("reference") / method
+        finish(words(tiny, conversations, method, 1, 8), folder)
+        found[method] = curve(folder)
+        assert len(found[method]) == STEPS
+        assert found[method][-1] < found[method][0] - 0.2  # it learns: equal curves would mean nothing else
+    return found
+
+
+DEFAULT = {  # the rest is left to the slow tier: a start costs seconds
+    *((way, "full") for way in ("2 ranks x4", "lazy", "2 ranks ZeRO-2", "2 ranks ZeRO-3")),
+    *((way, "lora") for way in ("8x1", "2 ranks ZeRO-3")),
+}
+CASES = [
+    pytest.param(
+        way, method, id=f"{way} {method}", marks=[] if (way, method) in DEFAULT else pytest.mark.slow
+    )
+    for way in WAYS
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("way", "method"), CASES)
+def test_same_curve(
+    way: str, method: str, tiny: Path, conversations: Path, tmp_path: Path, reference: dict[str, list[float]]
+) -> None:
+    batch, accumulation, ranks, more = WAYS[way]
+    finish([*words(tiny, conversations, method, batch, accumulation), *more], tmp_path / "run", ranks=ranks)
+    found = curve(tmp_path / "run")
+    differences = [abs(a - b) for a, b in zip(found, reference[method], strict=True)]
+    assert max(differences) < 2e-4, (found, reference[method])
+    assert sum(differences) / STEPS < 5e-5
