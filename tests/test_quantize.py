@@ -69,6 +69,16 @@ def test_float_is_the_linear_layer(inputs: int, outputs: int) -> None:
     assert torch.allclose(FloatLinear(weight)(x[:1]).double(), expected[:1] - bias.double(), atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="measured on processors with AVX-512 only")
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_float_rows_are_bit_for_bit_the_same_alone_and_together(inputs: int, outputs: int) -> None:
+    linear = FloatLinear(*layer(inputs, outputs))
+    x = rows(130, inputs)
+    whole = linear(x)
+    for count in (1, 2, 3, 7, 8, 16, 17, 33, 64, 129):
+        assert torch.equal(linear(x[1 : 1 + count].clone()), whole[1 : 1 + count])
+
+
 def test_the_weight_may_change_afterwards() -> None:
     weight, _ = layer(64, 17)
     x = rows(2, 64)
