@@ -662,10 +662,16 @@ class _Source:
 
     def record_at(self, offset: int, size: int) -> str:
         """The text of the record that begins at `offset` and is at most `size` bytes long."""
-        raw = b"".join(_blocks_at(self._stream.fileno(), offset, size))
+        blocks = _blocks_at(self._stream.fileno(), offset, size)
         if self._document:
-            return raw.decode("utf-8", "replace")
-        return self.decode(raw.partition(b"\n")[0])
+            return b"".join(blocks).decode("utf-8", "replace")
+        pieces = []
+        for block in blocks:  # up to the end of the line: bad lines that were left out may follow
+            head, newline, _ = block.partition(b"\n")
+            pieces.append(head)
+            if newline:
+                break
+        return self.decode(b"".join(pieces))
 
     @staticmethod
     def decode(raw: bytes) -> str:
@@ -855,6 +861,6 @@ def _count(number: int, noun: str) -> str:
 
 def _blocks_at(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
     """`size` bytes from `offset`, without moving the file's own position (threads and forks share that)."""
-    while size and (block := os.pread(descriptor, size, offset)):
+    while size and (block := os.pread(descriptor, min(size, 1 << 20), offset)):
         yield block
         offset, size = offset + len(block), size - len(block)

@@ -583,6 +583,7 @@ def test_a_ten_megabyte_line(tmp_path: Path) -> None:
         write(tmp_path / "data.jsonl", {"messages": [USER, REPLY]}, long, {"messages": [USER, REPLY]})
     )
     assert len(data[1].messages[0].content) == 3_500_000
+    assert data[1].messages[1].content == " hi\tthere "
     assert data[2] == PLAIN
 
 
