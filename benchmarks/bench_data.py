@@ -210,10 +210,10 @@ def summarise(name: str, conversations: int, runs: Sequence[Json]) -> Json:
 
 
 def memory_row(work: Path, tokenizer: Path, lines: int) -> Json:
-    """Our rates and peak for a file of so many lines."""
+    """Our rates and peak for a file of so many ordinary chat lines; one core checks, all tokenise."""
     rank_zero(f"memory: {lines:,} lines")
     data = work / "lines.jsonl"
-    write_conversations(data, lines)
+    write_conversations(data, lines, tools=False)
     found = measure(work, tokenizer, Path(sys.executable), OURS, data)
     data.unlink()
     return {
@@ -333,12 +333,12 @@ def run(command: Sequence[str]) -> str:
 # ---------------------------------------------------------------- the data
 
 
-def write_conversations(path: Path, count: int) -> None:
-    """Seeded conversations: seven in ten chat of one to three turns, three in ten with a tool call."""
+def write_conversations(path: Path, count: int, *, tools: bool = True) -> None:
+    """Seeded conversations of one to three turns; with `tools`, three in ten have three tools and a call."""
     rng = random.Random(7)
     with path.open("w", encoding="utf-8") as file:
         for i in range(count):
-            made = tool_conversation(rng, i) if i % 10 >= 7 else chat(rng, i)
+            made = tool_conversation(rng, i) if tools and i % 10 >= 7 else chat(rng, i)
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
 
 

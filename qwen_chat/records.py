@@ -424,11 +424,16 @@ def _check_call(call: ToolCall, tools: Sequence[Json]) -> str | None:
 
 
 def _depth_beyond(value: object, levels: int) -> bool:
-    """Whether lists and objects are nested more than `levels` deep (never recurses further than that)."""
-    if not isinstance(value, (list, tuple, dict)):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_depth_beyond(item, levels - 1) for item in inner)
+    """Whether lists and objects are nested more than `levels` deep: level after level, without recursion."""
+    level = [value] if isinstance(value, (list, tuple, dict)) else []
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (list, tuple, dict))
+        ]
+    return bool(level)
 
 
 # ---------------------------------------------------------------- one pass over the files

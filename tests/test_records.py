@@ -381,6 +381,14 @@ def test_problem(tmp_path: Path, line: Any, message: str) -> None:
     assert problem_of(tmp_path, line) == message
 
 
+@pytest.mark.parametrize(("depth", "beyond"), [(0, False), (64, False), (65, True), (5000, True)])
+def test_depth(depth: int, beyond: bool) -> None:
+    value: Any = 1
+    for k in range(depth):
+        value = {"a": 1, "b": value} if k % 2 else [value, "x"]
+    assert records._depth_beyond(value, 64) is beyond
+
+
 def test_results_in_another_order(tmp_path: Path) -> None:
     messages = [USER, asks(call(identity="x"), call(identity="y")), result("y"), result("x"), REPLY]
     assert problems_of(write(tmp_path / "data.jsonl", {"messages": messages, "tools": [TOOL]})) == [
