@@ -1,0 +1,366 @@
+"""finetune.py as a person uses it: each method trains, saves, loads, answers; bad input is one line and status 2."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qwen_chat import errors, models, run_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+INPUT = ROOT / "finetune" / "io_file" / "input_data"
+RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0"]  # a warm-up begins at a rate of 0
+
+
+def _load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("finetune_script", ROOT / "finetune" / "finetune.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = _load_script()
+Finetune = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Finetune:
+    """Run finetune.py's main in this process (torch is imported once); its status and what it said."""
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+        capsys.readouterr()
+        status = errors.run(SCRIPT.main)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return status, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight conversations of the example data, tools and Chinese among them."""
+    lines = (INPUT / "example_data.jsonl").read_text(encoding="utf-8").splitlines()
+    plain = [line for line in lines if '"type": "tool"' not in line]
+    tools = [line for line in lines if '"type": "tool"' in line]
+    file = tmp_path_factory.mktemp("data") / "short data.jsonl"
+    file.write_text("\n".join([*plain[:3], *plain[20:23], *tools[:2]]) + "\n", encoding="utf-8")
+    return file
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / run_folder.LOG_FILE).read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def answer(model: Path | None, adapter: Path | None) -> Any:
+    """A completion of at most 4 tokens through the engine that serves."""
+    from qwen_chat.engine import load_engine
+    from qwen_chat.sampling import GenerationRequest
+
+    engine = load_engine(model, adapters={"a": adapter} if adapter else {})
+    ids = engine.fmt.prompt_ids([{"role": "user", "content": "Who are you?"}])
+    return engine.generate([GenerationRequest(ids, max_tokens=4, temperature=0, adapter=adapter and "a")])[0]
+
+
+METHODS = {"full": [], "lora": ["--use_lora", "True"], "qlora": ["--q_lora", "True"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_saves_loads_and_answers(
+    method: str, finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), *METHODS[method], *RATE]
+    status, said = finetune(*words, "--eval_data_path", str(short), "--num_train_epochs", "2")
+    assert status == 0, said
+    log = losses(out)
+    assert len(log) == 2 and log[1] < log[0]
+    adapter = method != "full"
+    weights = (
+        {"adapter_config.json", "adapter_model.safetensors"}
+        if adapter
+        else {"config.json", "model.safetensors"}
+    )
+    expected = weights | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "run.json"}
+    expected |= {"train_log.jsonl", "generation_config.json", "checkpoint-1", "checkpoint-2"}
+    assert {path.name for path in out.iterdir()} == expected
+
+    run = json.loads((out / "run.json").read_text())
+    assert (run["state"], run["method"], run["steps"]) == ("finished", method, 2)
+    assert (run["losses"]["first"], run["losses"]["last"]) == (log[0], log[1])
+    assert run["options"]["learning_rate"] == 0.01 and run["options"]["adam_beta2"] == 0.95
+    assert run["data"]["conversations"] == 8 and len(run["data"]["fingerprint"]) >= 32
+    assert run["supervised_tokens"] == 2 * run["data"]["supervised"]
+    assert run["versions"]["transformers"] and run["evaluation"]["eval_tokens"] == run["data"]["supervised"]
+    assert 0 <= run["evaluation"]["eval_token_accuracy"] <= 1
+
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 0]
+    flag = "--adapter" if adapter else "-m"
+    assert said.splitlines()[-1] == f"  python fast_start/simple_try_0.py {flag} {out}"
+    assert f"learnt {run['data']['supervised']:,} (" in said
+    done = (
+        answer(None, out) if adapter else answer(out, None)
+    )  # an adapter alone takes the base that it names
+    assert 1 <= len(done.token_ids) <= 4 and done.finish_reason in ("stop", "length")
+
+
+def test_the_saved_template_is_the_one_it_was_trained_under(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    from qwen_chat.chatml import ChatFormat
+
+    out = tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--max_steps", "1"]
+    assert finetune(*words)[0] == 0
+    record = json.loads(short.read_text(encoding="utf-8").splitlines()[-1])
+    saved = AutoTokenizer.from_pretrained(out)
+    trained = ChatFormat(models.load_tokenizer(tiny_model_path)).prompt(
+        record["messages"][:2], record["tools"]
+    )
+    assert "<tools>" in trained
+    served = saved.apply_chat_template(
+        record["messages"][:2], record["tools"], tokenize=False, add_generation_prompt=True
+    )
+    assert served == trained
+
+
+def test_the_curve_does_not_depend_on_accumulation_layout_or_laziness(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    words = [
+        "-m",
+        str(tiny_model_path),
+        "-d",
+        str(short),
+        *RATE,
+        "--num_train_epochs",
+        "3",
+        "--save_strategy",
+        "no",
+    ]
+    curves = []
+    for number, change in enumerate(
+        (
+            ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
+            ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"],
+            ["--per_device_train_batch_size", "2", "--lazy_preprocess", "True", "--layout", "padded"],
+            ["--per_device_train_batch_size", "2", "--gradient_checkpointing", "True", "--layout", "packed"],
+        )
+    ):
+        out = tmp_path / str(number)
+        status, said = finetune(*words, *change, "-o", str(out))
+        assert status == 0, said
+        curves.append(losses(out))
+    assert len(curves[0]) == 6
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_rslora"],
+        ["--use_dora"],
+        ["--lora_init", "pissa", "--lora_r", "8"],
+        ["--loraplus_lr_ratio", "16"],
+        ["--trainable_tokens", "<|im_start|>", "<|im_end|>"],
+        ["--lora_bias", "all"],
+        ["--lora_target_modules", "q_proj", "v_proj"],
+        ["--neftune_noise_alpha", "5"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_the_toolbox_learns(
+    flags: list[str], finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora", *RATE, *flags]
+    status, said = finetune(*words, "--num_train_epochs", "4", "--save_strategy", "no")
+    assert status == 0, said
+    log = losses(out)
+    assert len(log) == 4 and log[-1] < log[0] - 0.01
+    models.load_model(tiny_model_path, adapter=out)
+
+
+def test_several_files_with_weights_and_an_adapter_that_is_continued(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    lines = short.read_text(encoding="utf-8").splitlines(keepends=True)
+    one.write_text("".join(lines[:4]), encoding="utf-8")
+    two.write_text("".join(lines[4:]), encoding="utf-8")
+    first, second = tmp_path / "first", tmp_path / "second"
+    base = ["-m", str(tiny_model_path), *RATE, "--save_strategy", "no"]
+    words = ["-d", str(one), "-d", str(two), "--data_weights", "2", "0.5", "-o", str(first), "--use_lora"]
+    assert finetune(*base, *words)[0] == 0
+    run = json.loads((first / "run.json").read_text())
+    assert (run["data"]["conversations"], run["data"]["epoch_conversations"]) == (8, 2 * 4 + 2)
+    words = ["-d", str(one), "-o", str(second), "--use_lora", "--lora_weight_path", str(first)]
+    status, said = finetune(*base, *words, "--max_steps", "1")
+    assert status == 0 and f"continues {first}" in said
+    assert losses(second)[0] < losses(first)[0]
+
+
+def test_without_o_a_new_folder_is_named_after_data_method_and_time(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "OUTPUTS", tmp_path / "outputs")
+    words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", "--max_steps", "1"]
+    assert finetune(*words)[0] == 0
+    (made,) = (tmp_path / "outputs").iterdir()
+    assert made.name.startswith("short_data-lora-20")
+
+
+def test_a_finished_run_is_never_overwritten(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora", "--max_steps", "1"]
+    assert finetune(*words)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert finetune(*words) == (
+        2,
+        f"error: {out}: holds a finished run; nothing is overwritten: give a new folder with -o\n",
+    )
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_weights_that_are_no_numbers_stop_the_run(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_path, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    status, said = finetune("-m", str(broken), "-d", str(short), "-o", str(out), "--use_lora")
+    assert status == 1
+    line = said.splitlines()[-1]
+    assert line.startswith("error: step 1: the gradient is nan; likely the learning rate (")
+    assert "or the base's weights are damaged; conversations of this step: short data.jsonl:" in line
+    assert not list(out.glob("checkpoint-*")) and not list(out.glob("adapter_*"))
+
+
+def test_a_loss_of_exactly_zero_stops_the_run(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_chat import loss
+
+    plain = loss.ModelLoss.__call__
+
+    def nothing(self: Any, model: Any, batch: Any) -> Any:
+        found = plain(self, model, batch)
+        return loss.LossResult(found.loss_sum * 0, found.correct, found.tokens)
+
+    monkeypatch.setattr(loss.ModelLoss, "__call__", nothing)
+    out = tmp_path / "out"
+    status, said = finetune("-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora")
+    assert status == 1 and said.splitlines()[-1].startswith("error: step 1: the loss is exactly 0; likely ")
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+ZERO3 = str(ROOT / "finetune" / "ds_config_zero3.json")
+BAD_LINES = {
+    "empty.jsonl": ("", "empty; expected at least one conversation"),
+    "text.jsonl": ("hello\n", "text.jsonl:1: "),
+    "role.jsonl": (
+        '{"messages": [{"role": "boss", "content": "x"}]}\n',
+        "role.jsonl:1: message 0: role 'boss'",
+    ),
+    "silent.jsonl": (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": false}]}\n',
+        "no token is learnt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_data(
+    name: str, finetune: Finetune, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", None)  # calling it would be a TypeError
+    text, part = BAD_LINES[name]
+    (tmp_path / name).write_text(text)
+    status, said = finetune(
+        "-m", str(tiny_model_path), "-d", str(tmp_path / name), "-o", str(tmp_path / "out")
+    )
+    assert status == 2 and part in said and said.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--lora_rang", "4"], "--lora_rang: unknown flag; did you mean --lora_r?"),
+        (["-m", "/no/model"], "/no/model: no such folder; give a model's folder or a hub name such as"),
+        (["-d", "/no/data.jsonl"], "/no/data.jsonl: no such data file"),
+        (
+            ["--q_lora", "--deepspeed", ZERO3],
+            f"--q_lora with ZeRO-3 ({ZERO3}): 4-bit weights cannot be split",
+        ),
+        (
+            ["--deepspeed", "/no/config.json"],
+            "--deepspeed /no/config.json: no such file; expected a JSON file",
+        ),
+        (["-o", "/proc/finetune"], "/proc/finetune"),
+        (["-o", str(ROOT / "README.md")], f"{ROOT / 'README.md'}: a file; the output needs a folder"),
+        (["-o", str(ROOT / "docs")], f"{ROOT / 'docs'}: holds something else ("),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_one_clear_line_and_status_2_before_any_model_is_loaded(
+    words: list[str],
+    line: str,
+    finetune: Finetune,
+    short: Path,
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(run_folder, "OUTPUTS", tmp_path / "outputs")
+    base = [*(() if "-m" in words else ("-m", str(tiny_model_path)))]
+    base += [] if "-d" in words else ["-d", str(short)]
+    status, said = finetune(*base, *words)
+    errors_said = [text for text in said.splitlines() if text.startswith("error: ")]
+    assert status == 2 and len(errors_said) == 1 and line in errors_said[0], said
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_check_stops_short_of_the_model_and_makes_nothing(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", None)
+    out = tmp_path / "out"
+    status, said = finetune("-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--check")
+    assert status == 0 and said.splitlines()[-1] == "everything is in order, short of loading the model"
+    assert not out.exists()
+
+
+def test_as_a_command_from_another_folder(short: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    shutil.copy(short, tmp_path / "here.jsonl")
+    command = [sys.executable, str(ROOT / "finetune" / "finetune.py"), "-m", str(tiny_model_path)]
+    command += ["-d", "here.jsonl", "-o", "out", "--use_lora", "--max_steps", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert "[I am Willow" in done.stderr.replace("⟦", "[")  # the first example, what is learnt marked
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
