@@ -153,7 +153,7 @@ case "$LAUNCHER" in
     torchrun)
         command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS_PER_NODE" --nnodes "$NNODES"
             --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
-            --shutdown_timeout "$SHUTDOWN_SECONDS" --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+            --shutdown_timeout "$SHUTDOWN_SECONDS" --signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
             "$HERE/finetune.py" "${arguments[@]}")
         ;;
     deepspeed)

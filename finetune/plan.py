@@ -1,0 +1,196 @@
+"""What a run needs before anything is loaded: memory for each method and engine, disk, steps, tokens.
+
+    python finetune/plan.py -m Qwen/Qwen2-7B-Instruct --ranks 8 --gpu_gib 80
+
+In: a model (its config.json alone is read), any flag of finetune.py, and the data where it is known. Out: a
+table of full / LoRA / Q-LoRA x none / ZeRO-2 / ZeRO-3 / offload x gradient checkpointing on and off, what fits
+the devices seen here (or those that are named), and the flags to give. Ends with 0, or 2 where nothing fits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
+
+from qwen_chat import arguments, errors, memory
+from qwen_chat.arguments import DataArguments, LoraArguments, ModelArguments, Run, TrainArguments, option
+from qwen_chat.errors import MissingDependency, ModelError, OptionError
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Planning"""
+
+    ranks: int | None = option(None, "processes in all; those of this machine without it")
+    gpu_gib: float | None = option(None, "memory of one device; what is free here without it")
+    row_tokens: int | None = option(
+        None, "tokens of the longest row; from the data, else batch size x model_max_length"
+    )
+    json: bool = option(False, "print one JSON object on standard output; the rest goes to standard error")
+
+
+def main() -> int:
+    groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, PlanArguments]
+    values = arguments.read(sys.argv[1:], groups, about=str(__doc__), trainer_fields=True)
+    options = values[PlanArguments]
+    run = arguments.with_defaults(
+        Run(
+            values[ModelArguments],
+            values[DataArguments],
+            values[LoraArguments],
+            values[TrainArguments],
+            values.extra,
+            values.given,
+            values.notes,
+        )
+    )
+    found = [line for line in arguments.problems(run) if not line.startswith("no data")]
+    if found:
+        raise OptionError("\n".join(found))
+    shape = memory.Shape.of(read_config(run.model.model))
+    counted = count_data(run) if run.data.data_path else {}
+    setup, have = situation(run, options, counted)
+    rows = memory.table(shape, setup, have.free)
+    best = memory.recommend(rows, run.method)
+    answer: dict[str, Any] = {
+        "model": run.model.model or "the demo model",
+        "parameters": shape.parameters,
+        "method": run.method,
+        "row_tokens": setup.row,
+        "ranks": setup.ranks,
+        "device_free": have.free,
+        "rows": rows,
+        "fits": best is not None,
+        "recommended": None if best is None else flags(run, best),
+        "disk_needed": memory.disk_needed(shape, run),
+        **({} if not counted else length(run, counted, setup.ranks)),
+    }
+    print(describe(answer, have), file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(answer, ensure_ascii=True))
+    return 0 if best is not None else 2
+
+
+def read_config(name: str | None) -> dict[str, Any]:
+    """config.json of a folder, of a hub name (that one file is fetched), or of the demo model."""
+    if name is None:
+        from qwen_chat import demo_model
+
+        return memory.read_config(demo_model.ensure())
+    if Path(name).expanduser().exists():
+        return memory.read_config(Path(name).expanduser())
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise MissingDependency("huggingface_hub", "a model by its hub name") from None
+    try:
+        return memory.read_config(Path(hf_hub_download(name, "config.json")))
+    except Exception as error:  # every kind of network and hub failure ends in the same cure
+        raise ModelError(
+            f"{name}: no such folder, and the hub does not give its config.json ({str(error).splitlines()[0][:120]})"
+        ) from None
+
+
+def count_data(run: Run) -> dict[str, int]:
+    """Conversations, tokens and the longest row of the data, tokenised as the run will (and kept for it)."""
+    from qwen_chat import models, training
+    from qwen_chat.chatml import ChatFormat
+
+    tokenizer = models.load_tokenizer(models.resolve(run.model.model))
+    fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
+    data = training.read_data(run, fmt)
+    windows = training.sampler(run, data.train, ranks=memory.ranks(), seed=training.seed_of(run))
+    summary = data.summary
+    return {
+        "conversations": len(data.train),
+        "tokens": summary.tokens,
+        "supervised": summary.supervised,
+        "row": windows.longest_row(windows=64),
+    }
+
+
+def situation(run: Run, options: PlanArguments, counted: dict[str, int]) -> tuple[memory.Setup, memory.Room]:
+    """The run as it was asked for, on the devices seen or named."""
+    whole = run.train.per_device_train_batch_size * run.data.model_max_length
+    row = options.row_tokens or counted.get("row") or whole
+    setup = memory.setup_of(run, row, row)
+    processes = options.ranks or setup.ranks
+    named = options.gpu_gib is not None
+    here = min(processes, setup.ranks_here if named else max(1, setup.ranks_here))
+    if options.ranks is not None and not named and setup.device == "cpu":
+        here = options.ranks  # they would share this machine's memory
+    have = memory.room(here)
+    if options.gpu_gib is not None:
+        have = memory.Room(
+            int(memory.ROOM * options.gpu_gib * memory.GIB), f"a device of {options.gpu_gib:g} GiB"
+        )
+        half = run.train.bf16 is not False
+        setup = replace(setup, device="cuda", half=half, lean=False)
+    return replace(setup, ranks=processes, ranks_here=here), have
+
+
+def flags(run: Run, row: dict[str, Any]) -> str:
+    """The flags of finetune.sh for a row of the table."""
+    found = {"full": "", "lora": "--use_lora True", "qlora": "--q_lora True"}[row["method"]].split()
+    if row["engine"] != "none":
+        found += ["--deepspeed", f"finetune/ds_config_{row['engine'].partition('+')[0]}.json"]
+    if row["engine"].endswith("+offload"):
+        found.append("(with offload_optimizer's device set to cpu in it)")
+    elif row["engine"] == "none":
+        found += ["--deepspeed", "none"]
+    return " ".join([*found, "--gradient_checkpointing", str(row["checkpointing"])])
+
+
+def length(run: Run, counted: dict[str, int], ranks: int) -> dict[str, int]:
+    """Steps and tokens of the whole run."""
+    steps = memory.steps_of(run, counted["conversations"], ranks)
+    window = run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps * ranks
+    epochs = steps / -(-counted["conversations"] // window)
+    return {
+        "steps": steps,
+        "conversations": counted["conversations"],
+        "tokens": round(counted["tokens"] * epochs),
+        "supervised_tokens": round(counted["supervised"] * epochs),
+    }
+
+
+def describe(answer: dict[str, Any], have: memory.Room) -> str:
+    """The plan for a person."""
+    lines = [
+        f"{answer['model']}: {answer['parameters']:,} parameters; a row of {answer['row_tokens']:,} tokens,"
+        f" {answer['ranks']} process(es); {memory.gib(have.free)} can be used of {have.where}",
+        f"{'method':7}{'engine':15}{'again':6}{'trained':>15}{'weights':>9}{'grads':>8}{'optim':>8}"
+        f"{'activ':>8}{'loss':>7}{'total':>8}  GiB a process",
+    ]
+    for row in answer["rows"]:
+        parts = [row[name] / memory.GIB for name in ("weights", "gradients", "optimizer", "activations")]
+        numbers = f"{parts[0]:9.1f}{parts[1]:8.1f}{parts[2]:8.1f}{parts[3]:8.1f}"
+        numbers += f"{row['loss'] / memory.GIB:7.1f}{row['total'] / memory.GIB:8.1f}"
+        mark = "fits" if row["fits"] else "-"
+        host = f", and {memory.gib(row['host'])} of main memory" if row["host"] else ""
+        again = "on" if row["checkpointing"] else "off"
+        lines.append(
+            f"{row['method']:7}{row['engine']:15}{again:6}{row['trainable']:>15,}{numbers}  {mark}{host}"
+        )
+    lines.append(f"disk: {memory.gib(answer['disk_needed'])} for the result and the checkpoints kept")
+    if "steps" in answer:
+        lines.append(
+            f"the run: {answer['steps']:,} steps, {answer['tokens']:,} tokens,"
+            f" {answer['supervised_tokens']:,} of them learnt"
+        )
+    if answer["recommended"] is None:
+        lines.append("nothing fits: use a smaller model, a lower --model_max_length, or more processes")
+    else:
+        lines.append(f"recommended: {answer['recommended']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(errors.run(main))

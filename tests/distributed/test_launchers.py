@@ -1,0 +1,169 @@
+"""finetune.sh with several processes: signals, launchers, a rank that dies, two machines."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import ROOT, curve, finish, last_step, weights
+
+SHELL = str(ROOT / "finetune" / "finetune.sh")
+ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
+
+
+def words(tiny: Path, data: Path, *more: str) -> list[str]:
+    flags = [
+        "-m",
+        str(tiny),
+        "-d",
+        str(data),
+        "--learning_rate",
+        "1e-3",
+        "--per_device_train_batch_size",
+        "2",
+    ]
+    flags += ["--gradient_accumulation_steps", "2", "--save_strategy", "steps", "--save_steps", "1000"]
+    return [*flags, "--model_max_length", "256", *more]
+
+
+def launch(flags: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    own = os.environ | {"GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1"} | environment
+    log = (folder.parent / f"{folder.name}.sh.log").open("a")
+    command = ["bash", SHELL, *flags, "-o", str(folder)]
+    return subprocess.Popen(command, env=own, stdout=log, stderr=log, text=True, start_new_session=True)
+
+
+def said(folder: Path) -> str:
+    return (folder.parent / f"{folder.name}.sh.log").read_text(errors="replace")
+
+
+def until(run: subprocess.Popen[str], folder: Path, step: int) -> None:
+    end = time.monotonic() + 150
+    while last_step(folder) < step:
+        assert run.poll() is None, said(folder)
+        assert time.monotonic() < end, said(folder)
+        time.sleep(0.02)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Process ids of the ranks that write into a folder."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in listed.splitlines() if str(folder) in line and "finetune.py" in line]
+    return [int(line.split()[0]) for line in lines if re.search(r"python\S* (-u )?\S*finetune\.py", line)]
+
+
+@pytest.mark.timeout(400)
+def test_stopped_under_torchrun_and_finished_under_deepspeed(
+    tiny: Path, conversations: Path, tmp_path: Path
+) -> None:
+    flags = words(tiny, conversations, "--max_steps", "400", "--lr_scheduler_type", "constant")
+    folder = tmp_path / "run of mine"  # a space in the path
+    run = launch(flags, folder)
+    until(run, folder, 3)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143, said(folder)
+    step = last_step(folder)
+    assert (folder / f"checkpoint-{step}" / "manifest.json").exists(), said(folder)
+    assert step < 400, "it ended before it was asked to stop"
+    assert ranks_of(folder) == []
+
+    # The rest under the other launcher; --max_steps differs, which is named and allowed on request.
+    flags[flags.index("400")] = str(step + 3)
+    refused = launch(flags, folder, LAUNCHER="deepspeed")
+    assert refused.wait(120) == 2
+    assert f"--max_steps: 400 then, {step + 3} now" in said(folder)
+    again = launch([*flags, "--resume_anyway", "True"], folder, LAUNCHER="deepspeed")
+    assert again.wait(200) == 0, said(folder)
+    assert f"resumed from checkpoint-{step}" in said(folder)
+    whole = tmp_path / "whole"
+    finish([*flags, "--deepspeed", ZERO3], whole, ranks=2)
+    pairs = list(zip(curve(folder), curve(whole), strict=True))
+    assert max(abs(a - b) for a, b in pairs) < 2e-4, pairs
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_ends_the_run(tiny: Path, conversations: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = launch(words(tiny, conversations, "--max_steps", "100000", "--deepspeed", ZERO2), folder)
+    until(run, folder, 2)
+    ranks = ranks_of(folder)
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGKILL)
+    begun = time.monotonic()
+    status = run.wait(60)
+    assert status not in (0, 2)
+    assert time.monotonic() - begun < 60
+    assert ranks_of(folder) == []
+    assert "SIGKILL" in said(folder) or "exitcode" in said(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_killed_launcher_takes_its_ranks_along(tiny: Path, conversations: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = launch(words(tiny, conversations, "--max_steps", "100000", "--deepspeed", "none"), folder)
+    until(run, folder, 2)
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    launchers = [line for line in listed.splitlines() if str(folder) in line and "distributed.run" in line]
+    os.kill(int(launchers[0].split()[0]), signal.SIGKILL)
+    run.wait(60)
+    end = time.monotonic() + 20
+    while ranks_of(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ranks_of(folder) == []
+
+
+# ------------------------------------------------------------------------------------------------ two machines
+
+
+@pytest.fixture
+def machines() -> Iterator[list[str]]:
+    """Two network namespaces with an address each, joined by a cable."""
+    names = [f"qc{os.getpid()}a", f"qc{os.getpid()}b"]
+    made = [["netns", "add", name] for name in names]
+    made += [["link", "add", names[0], "type", "veth", "peer", "name", names[1]]]
+    for number, name in enumerate(names, 1):
+        made += [
+            ["link", "set", name, "netns", name],
+            ["-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", name],
+            ["-n", name, "link", "set", name, "up"],
+            ["-n", name, "link", "set", "lo", "up"],
+        ]
+    try:
+        for words_ in made:
+            done = subprocess.run(["ip", *words_], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: ip {' '.join(words_)}: {done.stderr.strip()}")
+        yield names
+    except FileNotFoundError:
+        pytest.skip("no network namespaces here: the command ip is missing")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_machines(machines: list[str], tiny: Path, conversations: Path, tmp_path: Path) -> None:
+    flags = words(tiny, conversations, "--max_steps", "5", "--deepspeed", ZERO2)
+    folder = tmp_path / "run"
+    own = os.environ | {"GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "NNODES": "2"}
+    own |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "6001"}
+    runs = []
+    for rank, name in enumerate(machines):
+        environment = own | {"NODE_RANK": str(rank), "GLOO_SOCKET_IFNAME": name}
+        command = ["ip", "netns", "exec", name, "bash", SHELL, *flags, "-o", str(folder)]
+        pipe = subprocess.PIPE
+        runs.append(subprocess.Popen(command, env=environment, stderr=pipe, stdout=pipe, text=True))
+    outputs = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert "waiting for all 2 machines at 10.77.0.1:6001 (this is number 1)" in outputs[1][1]
+    assert json.loads((folder / "run.json").read_text())["world_size"] == 2
+    finish(flags, tmp_path / "one", ranks=2)
+    assert curve(folder) == pytest.approx(curve(tmp_path / "one"), abs=1e-5)
+    assert weights(folder).keys() == weights(tmp_path / "one").keys()
