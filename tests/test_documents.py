@@ -1,0 +1,59 @@
+"""The documents against the checkout: links, paths, flags, and every command of the README."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_documents", ROOT / "docs" / "check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = load_check()
+COMMANDS = list(dict.fromkeys(check.commands(ROOT / "README.md") + check.commands(ROOT / "README.zh-CN.md")))
+
+
+def test_the_documents_tell_the_truth() -> None:
+    assert check.faults() == []
+
+
+def test_a_false_link_path_and_flag_are_noticed(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "decisions.md"
+    assert list(check.broken_links(page)) == []
+    false = tmp_path / "false.md"
+    false.write_text(
+        "[x](nowhere.md) finetune/nothing.py\n```bash\npython finetune/inspect_data.py --no_such_flag 1\n```\n",
+        encoding="utf-8",
+    )
+    assert list(check.broken_links(false)) == ["link to nowhere.md: no such file"]
+    assert list(check.missing_paths(false)) == ["names finetune/nothing.py, which does not exist"]
+    assert list(check.unknown_flags(false)) == [
+        "`python finetune/inspect_data.py --no_such_flag 1`: finetune/inspect_data.py --help does not know "
+        "--no_such_flag"
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_can_be_given(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    elif words[0] == "bash":
+        done = subprocess.run([*words, "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "finetune.py" in done.stdout + done.stderr
+    else:
+        assert words[0] == "python"
+        assert (ROOT / words[1]).exists()  # its flags are held against --help by faults()
