@@ -52,7 +52,7 @@ def until(run: subprocess.Popen[str], folder: Path, step: int) -> None:
 
 def ranks_of(folder: Path) -> list[int]:
     """Process ids of the ranks that write into a folder."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     lines = [line for line in listed.splitlines() if str(folder) in line and "finetune.py" in line]
     return [int(line.split()[0]) for line in lines if re.search(r"python\S* (-u )?\S*finetune\.py", line)]
 
@@ -108,7 +108,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tiny: Path, conversations: Path
     folder = tmp_path / "run"
     run = launch(words(tiny, conversations, "--max_steps", "100000", "--deepspeed", "none"), folder)
     until(run, folder, 2)
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     launchers = [line for line in listed.splitlines() if str(folder) in line and "distributed.run" in line]
     os.kill(int(launchers[0].split()[0]), signal.SIGKILL)
     run.wait(60)
