@@ -202,7 +202,7 @@ while true; do
     wait "$launcher" || status=$?
     kill -0 "$launcher" 2>/dev/null || break # a signal ends wait, not the launcher
 done
-meant="$(cat -- "$FINETUNE_STATUS_DIR"/* 2>/dev/null | sort -n | tail -n 1)"
+meant="$(cat -- "$FINETUNE_STATUS_DIR"/* 2>/dev/null | sort -n | tail -n 1 || true)"  # no file: all ended well
 if [[ -n "$meant" ]] && ((status != 0)); then
     status="$meant"
 elif [[ -n "$caught" ]] && ((status != 0)); then
