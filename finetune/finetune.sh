@@ -177,7 +177,7 @@ status=0
 "$PYTHON" "$HERE/finetune.py" "${arguments[@]}" --check || status=$?
 ((status == 0)) || exit "$status"
 
-if ((gpus == 0 && GPUS_PER_NODE > 1)); then
+if ((gpus == 0)); then
     cores="$(nproc 2>/dev/null || echo "$GPUS_PER_NODE")"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > GPUS_PER_NODE ? cores / GPUS_PER_NODE : 1))}"
 fi

@@ -71,6 +71,7 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
         "report_to": list(train.report_to),
         "activation_checkpointing": checkpointing,  # transformers' new word for gradient checkpointing
         "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "ddp_find_unused_parameters": False,  # every row, a filler too, reaches every weight that is trained
         "remove_unused_columns": False,  # the loss needs every key of the batch
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # a loss that is not a number stops the run here
