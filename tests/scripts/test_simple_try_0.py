@@ -1,0 +1,77 @@
+"""simple_try_0.py: only the answer on standard output; an adapter alone finds its base; without a prompt a chat."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def talk(*words: str, cwd: Path = ROOT, typed: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "fast_start" / "simple_try_0.py"), *words]
+    return subprocess.run(
+        command, cwd=cwd, input=typed, capture_output=True, text=True, env=dict(os.environ), timeout=200
+    )
+
+
+def test_the_demo_model_answers_and_stops_by_itself(tmp_path: Path) -> None:
+    done = talk("--prompt", "What is the capital of France?", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and done.stdout.endswith("\n") and "<|im" not in done.stdout
+    assert len(done.stdout.splitlines()) < 10  # the answer alone, and not 512 tokens of it
+    assert "(the demo model: -m was not given)" in done.stderr and "dtype float32" in done.stderr
+
+
+def test_a_chat_remembers_until_it_begins_again() -> None:
+    typed = "My name is Zorbulon.\nWhat is my name?\n/new\n\n/exit\nnever asked\n"
+    done = talk("--max_new_tokens", "40", typed=typed)
+    assert done.returncode == 0, done.stderr
+    assert "Zorbulon" in done.stdout and "never" not in done.stdout
+    assert done.stderr.splitlines()[-1].count("> ") == 5
+
+
+def test_an_adapter_alone_takes_the_base_that_it_names(tiny_model_path: Path, tmp_path: Path) -> None:
+    from qwen_chat import adapters, models
+    from qwen_chat.arguments import LoraArguments
+
+    loaded = models.load_model(tiny_model_path, for_training=True)
+    wrapped = adapters.wrap(loaded.model, LoraArguments(use_lora=True, lora_r=4), loaded.tokenizer)
+    adapters.save(wrapped.model, tmp_path / "a", base=str(tiny_model_path))
+    done = talk("--adapter", str(tmp_path / "a"), "--prompt", "hi", "--max_new_tokens", "3")
+    assert done.returncode == 0, done.stderr
+    same = talk("-m", str(tiny_model_path), "--prompt", "hi", "--max_new_tokens", "3")  # untrained: no change
+    assert (same.returncode, same.stdout) == (0, done.stdout)
+
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/gone"})
+    )
+    gone = talk("--adapter", str(tmp_path / "a"), "--prompt", "hi")
+    assert (gone.returncode, gone.stdout) == (2, "")
+    assert gone.stderr.splitlines()[-1].startswith("error: /gone: no such folder; ")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["-m", "/no/model"],
+            "error: /no/model: no such folder; give a model's folder or a hub name such as",
+        ),
+        (
+            ["--adapter", "/no/adapter"],
+            "error: /no/adapter: no adapter_config.json in it; expected an adapter's",
+        ),
+        (["--promt", "x"], "error: --promt: unknown flag; did you mean --prompt?"),
+        (["--max_new_tokens", "0"], "error: --max_new_tokens 0: expected 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], line: str) -> None:
+    done = talk(*words, *(() if "--promt" in words else ("--prompt", "hi")))
+    assert (done.returncode, done.stdout) == (2, "")
+    said = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith(line), done.stderr

@@ -1,0 +1,198 @@
+"""The trainer's parts alone: data mixed by weight, what a device decides, the run's folder, the log."""
+
+import json
+import time
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_chat import arguments, run_folder, training
+from qwen_chat.arguments import read_run
+from qwen_chat.errors import OutputError
+
+RUN = read_run(["-d", "my data.v2.jsonl", "--use_lora"])
+
+
+class Numbers:
+    """Ten conversations, four of the first file, six of the second."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+    def file_of(self, i: int) -> int:
+        return int(i >= 4)
+
+    def where(self, i: int) -> str:
+        return f"file:{i + 1}"
+
+
+def test_weights_say_how_often_an_epoch_sees_a_conversation() -> None:
+    mixed = training.Mixture(Numbers(), [2.0, 0.5], seed=1)
+    seen = Counter(mixed[i] for i in range(len(mixed)))
+    assert {i: seen[i] for i in range(4)} == dict.fromkeys(range(4), 2)
+    assert sum(seen[i] for i in range(4, 10)) == 3 and max(seen[i] for i in range(4, 10)) == 1
+    assert all(mixed.where(i) == f"file:{mixed[i] + 1}" for i in range(len(mixed)))
+
+
+def test_a_mixture_is_the_seeds() -> None:
+    picked = [list(training.Mixture(Numbers(), [0.5, 1.25], seed=seed).index) for seed in (1, 1, 2)]
+    assert picked[0] == picked[1] != picked[2]
+    assert len(picked[0]) == 2 + 6 + 2
+    assert len(training.Mixture(Numbers(), [0, 0], seed=1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "able", "result"),
+    [
+        ([], False, (False, [])),
+        ([], True, (False, [])),
+        (
+            ["--bf16"],
+            False,
+            (False, ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"]),
+        ),
+        (["--bf16"], True, (True, ["computes in bfloat16, weights stay float32 (as asked)"])),
+        (["--bf16", "False"], True, (False, [])),
+    ],
+)
+def test_bf16_on_a_cpu(
+    words: list[str], able: bool, result: tuple[bool, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "cpu_has_bf16", lambda: able)
+    assert training._bf16(read_run(["-d", "x", *words]), accelerator=False) == result
+
+
+def test_bf16_under_deepspeed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "cpu_has_bf16", lambda: True)
+    config = str(run_folder.OUTPUTS.parents[1] / "ds_config_zero2.json")
+    run = read_run(["-d", "x", "--bf16", "--deepspeed", config])
+    reason = "computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"
+    assert training._bf16(run, accelerator=False) == (False, [reason])
+
+
+def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
+    words = ["-d", "x", "--use_lora", "--seed", "7", "--max_steps", "3", "--optim", "adafactor"]
+    run = read_run([*words, "--warmup_ratio", "0.25"])
+    args, _ = training.training_arguments(run, tmp_path, checkpointing=True)
+    assert (args.seed, args.max_steps, args.optim, args.learning_rate) == (7, 3, "adafactor", 2e-4)
+    assert (args.warmup_steps, args.get_warmup_steps(100)) == (0.25, 25)
+    assert (args.gradient_checkpointing, args.adam_beta2, args.report_to) == (True, 0.95, [])
+    assert (args.world_size, args.use_cpu, args.remove_unused_columns) == (
+        1,
+        not torch.cuda.is_available(),
+        False,
+    )
+    assert training.seed_of(run) == 7
+
+
+def test_generation_stops_where_training_stopped() -> None:
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    fmt = SimpleNamespace(stop_token_ids=(2, 0), tokenizer=tokenizer)
+    for old, new in (([5, 2], [2, 0, 5]), (None, [2, 0]), (0, [2, 0])):
+        config = SimpleNamespace(eos_token_id=old, pad_token_id=None)
+        training.end_tokens(SimpleNamespace(generation_config=config), fmt)
+        assert (config.eos_token_id, config.pad_token_id) == (new, 0)
+
+
+# --------------------------------------------------------------------------------------------- the run's folder
+
+
+def test_a_folder_is_named_after_data_method_and_time() -> None:
+    now = datetime(2026, 11, 24, 5, 6, 7)
+    assert run_folder.choose(RUN, now) == run_folder.OUTPUTS / "my_data-lora-20261124-050607"
+    given = replace(RUN, train=replace(RUN.train, output_dir="here/out"))
+    assert run_folder.choose(given, now) == Path("here/out")
+
+
+def test_folders_that_may_be_written_to(tmp_path: Path) -> None:
+    run_folder.check(tmp_path / "new" / "deeper")
+    run_folder.check(tmp_path)
+    own = tmp_path / "own"
+    (own / "checkpoint-3").mkdir(parents=True)
+    (own / "train_log.jsonl").touch()
+    with pytest.raises(OutputError, match=r"holds checkpoints but no run\.json"):
+        run_folder.check(own)
+    run_folder.write_run(own, {"state": "running"})
+    run_folder.check(own)
+    run_folder.write_run(own, {"state": "finished"})
+    with pytest.raises(OutputError, match="holds a finished run; nothing is overwritten"):
+        run_folder.check(own)
+
+
+def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "checkpoint-x", "d"):
+        (tmp_path / name).touch()
+    with pytest.raises(OutputError) as caught:
+        run_folder.check(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds something else (a.txt, b.txt, checkpoint-x ...); give a new or empty folder with -o"
+    )
+    with pytest.raises(OutputError, match=r"a\.txt: a file; the output needs a folder"):
+        run_folder.check(tmp_path / "a.txt" / "out")
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    run_folder.check_disk(tmp_path / "new", 1)
+    with pytest.raises(OutputError, match=r"free some, lower --save_total_limit"):
+        run_folder.check_disk(tmp_path / "new", 2**60)
+
+
+def test_the_status_that_a_launcher_would_hide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_folder.tell_status(2) == 2
+    monkeypatch.setenv("FINETUNE_STATUS_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    assert run_folder.tell_status(0) == 0 and not list(tmp_path.iterdir())
+    assert run_folder.tell_status(2) == 2
+    assert (tmp_path / "3").read_text() == "2\n"
+
+
+# ------------------------------------------------------------------------------------------------------ the log
+
+
+def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
+    log = training.StepLog(tmp_path)
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
+    log.path.write_text("\n".join(lines) + '\n{"step": 6, "lo', encoding="utf-8")
+    log._forget_after(3)
+    assert log.path.read_text() == "\n".join(lines[:3]) + "\n"
+
+
+def test_a_report_says_what_came_of_it_and_what_to_type() -> None:
+    outcome: dict[str, Any] = {"steps": 3, "tokens": 1200, "seconds": 2.0, "tokens_per_s": 600.0}
+    outcome |= {"losses": {"first": 2.0, "last": 1.5}, "evaluation": {}}
+    assert training.report(RUN, Path("my out"), outcome).splitlines() == [
+        "3 steps, 1,200 tokens in 2 s (600 tokens/s); loss 2.0000 -> 1.5000",
+        "saved in my out; now talk to it:",
+        "  python fast_start/simple_try_0.py --adapter 'my out'",
+    ]
+    outcome["evaluation"] = {"eval_loss": 1.0, "eval_perplexity": 2.718, "eval_token_accuracy": 0.5}
+    full = replace(RUN, lora=replace(RUN.lora, use_lora=False))
+    assert training.report(full, Path("out"), outcome).splitlines()[1:] == [
+        "held out: loss 1.0000, perplexity 2.72, token accuracy 50.0%",
+        "saved in out; now talk to it:",
+        "  python fast_start/simple_try_0.py -m out",
+    ]
+
+
+def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
+    data = training.Data(Numbers(), None, "abc", SimpleNamespace(to_json=lambda: {"tokens": 5}))
+    verdict: Any = SimpleNamespace(row=9, need=SimpleNamespace(to_json=lambda: {"total": 8}))
+    record = training.record(RUN, {"data": "abc"}, data, ["one"], Path("m"), {}, verdict)
+    run_folder.write_run(tmp_path, record)
+    found = run_folder.read_run(tmp_path)
+    assert found["options"] == json.loads(json.dumps(RUN.as_dict()))
+    assert found["data"] == {"fingerprint": "abc", "epoch_conversations": 10, "tokens": 5}
+    assert (found["state"], found["method"], found["decisions"]) == ("running", "lora", ["one"])
+    assert found["plan"] == {"row": 9, "total": 8}
+    assert found["versions"]["torch"] == torch.__version__
+    assert time.strptime(found["started"][:19], "%Y-%m-%dT%H:%M:%S")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
