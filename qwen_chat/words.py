@@ -19,8 +19,8 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-REMEMBERED = 1 << 17  # words, about 25 MB
-LONGEST = 64  # characters of a word that is worth remembering
+REMEMBERED = 1 << 16  # words, at most 30 MB
+LONGEST = 24  # characters; a longer word hardly comes again, and a Chinese clause without a comma is one word
 
 # How Qwen2, Qwen2.5 and Qwen3 cut text (`pre_tokenizer` of their tokenizer.json).
 QWEN_PATTERN = (
@@ -67,17 +67,18 @@ class Words:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. Raises what the tokenizer raises on text that is not Unicode."""
         cut = [self._words(text) for text in texts]
-        known = self._ids  # stays whole for this call, whatever another thread does
-        new = list(set(chain.from_iterable(words for words in cut if words is not None)).difference(known))
-        known.update(zip(new, _encode(self._alone, new), strict=True))
-        look = known.__getitem__
-        ids = [[] if words is None else list(chain.from_iterable(map(look, words))) for words in cut]
-        others = [k for k, words in enumerate(cut) if words is None]
+        known = self._ids  # only ever grows: another thread may be reading it
+        words = set(chain.from_iterable(words for words in cut if words is not None))
+        look = {word: known[word] for word in words if word in known}
+        new = list(words.difference(look))
+        look.update(zip(new, _encode(self._alone, new), strict=True))
+        known.update((word, look[word]) for word in new if len(word) <= LONGEST)
+        ids = [[] if one is None else list(chain.from_iterable(map(look.__getitem__, one))) for one in cut]
+        others = [k for k, one in enumerate(cut) if one is None]
         for k, encoded in zip(others, _encode(self._whole, [texts[k] for k in others]), strict=True):
             ids[k] = encoded
         if len(known) > REMEMBERED:
-            short = [word for word in list(known) if len(word) <= LONGEST]
-            self._ids = {word: known[word] for word in short[: REMEMBERED // 2]}
+            self._ids = {word: known[word] for word in list(known)[: REMEMBERED // 2]}
         return ids
 
     def _words(self, text: str) -> list[str] | None:
