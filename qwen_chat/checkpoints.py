@@ -37,6 +37,7 @@ MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LOCK, ASIDE = ".lock", ".writing"
 NAME = re.compile(r"checkpoint-(\d+)")
 STOPPED = 143  # 128 + SIGTERM: what a run ends with that saved because it was asked to stop
+SAME_REQUEST = 1.0  # seconds
 _BLOCK = 4 * 2**20
 
 
@@ -346,6 +347,7 @@ class Lock:
 class StopSignal:
     """SIGTERM and SIGUSR1 (preemption) ask for a checkpoint at the next step; a second one ends at once.
 
+    Within a second of the first it is the same request on another way (scheduler and launcher both pass it on).
     A thread reads them: the main thread may be inside a collective that waits for a rank that is gone. Where
     a rank on this machine has died the first signal already ends this one: there is no next step to wait for.
     """
@@ -372,12 +374,17 @@ class StopSignal:
             os.write(self._writer, b"\0")  # ends the thread
 
     def _listen(self) -> None:
+        first = 0.0
         while (number := os.read(self._reader, 1)[0]) != 0:
             if number not in (signal.SIGTERM, signal.SIGUSR1):
                 continue
-            if self.requested or not all(map(_alive, self._siblings)):
+            if not all(map(_alive, self._siblings)):
                 os._exit(STOPPED)
-            self.requested = True
+            if self.requested:
+                if time.monotonic() - first > SAME_REQUEST:
+                    os._exit(STOPPED)
+                continue
+            self.requested, first = True, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
                 print(f"{name}: a checkpoint at the next step, then the end", file=sys.stderr, flush=True)
@@ -402,11 +409,3 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the tie was made
         os._exit(STOPPED)
-
-
-def wait_and_exit(status: int, seconds: float = 0.0) -> None:
-    """End this process without Python's teardown, which may wait for ranks that are gone."""
-    time.sleep(seconds)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -38,6 +38,8 @@ from qwen_chat.loss import ModelLoss
 
 # peft asks for transformers' old word for gradient checkpointing; nobody here can act on the warning.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
+# DeepSpeed calls collectives by names that torch has renamed: two lines of warning each time.
+warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
 
 VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
 

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +152,7 @@ def test_sigterm_saves_and_ends_with_143(tiny: Path, conversations: Path, tmp_pa
     assert weights(folder) == weights(tmp_path / "whole")
 
 
-def test_a_folder_has_one_run_and_a_second_signal_ends_at_once(
-    tiny: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_a_folder_has_one_run_at_a_time(tiny: Path, conversations: Path, tmp_path: Path) -> None:
     flags = words(tiny, conversations, CASES["full"], "--max_steps", "100000", "--save_steps", "100000")
     folder = tmp_path / "run"
     run = start(flags, folder)
@@ -160,13 +160,36 @@ def test_a_folder_has_one_run_and_a_second_signal_ends_at_once(
     second = start(flags, folder)
     assert second.wait() == [2]
     assert f"{folder}: a run is writing into it (process {run.processes[0].pid} on " in second.said()
-    run.send(signal.SIGSTOP)  # so that both signals are there before the next step
-    run.send(signal.SIGTERM)
-    run.send(signal.SIGCONT)
-    begun = time.monotonic()
+    assert run.until(last_step(folder) + 1)
     run.send(signal.SIGUSR1)
-    assert run.wait(20) == [143]
-    assert time.monotonic() - begun < 10
+    assert run.wait(60) == [143]
+    step = last_step(folder)
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    program = (
+        "import os, signal, sys, time\n"
+        "from qwen_chat.checkpoints import StopSignal\n"
+        "with StopSignal() as stop:\n"
+        "    print('ready', flush=True)\n"
+        "    while not stop.requested: time.sleep(0.01)\n"
+        "    print('requested', flush=True)\n"
+        "    time.sleep(60)\n"  # a step that takes long
+    )
+    pipe = subprocess.PIPE
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(signal.SIGTERM)
+    assert run.stdout.readline() == "requested\n"
+    run.send_signal(signal.SIGTERM)  # the same request on another way
+    time.sleep(0.3)
+    assert run.poll() is None
+    time.sleep(1)
+    run.send_signal(signal.SIGUSR1)
+    assert run.wait(10) == 143
+    run.communicate()
 
 
 def test_a_rank_that_dies_ends_the_others(tiny: Path, conversations: Path, tmp_path: Path) -> None:

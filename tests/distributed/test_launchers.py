@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -31,6 +30,16 @@ def words(tiny: Path, data: Path, *more: str) -> list[str]:
     return [*flags, "--model_max_length", "256", *more]
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """A test that fails must not leave a run behind that eats the machine."""
+    yield
+    for folder in (tmp_path / name for name in ("run", "run of mine")):
+        for program in ("finetune.sh", "torch.distributed.run", "finetune.py"):
+            for pid in processes(folder, program):
+                os.kill(pid, signal.SIGKILL)
+
+
 def launch(flags: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
     own = os.environ | {"GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1"} | environment
     log = (folder.parent / f"{folder.name}.sh.log").open("a")
@@ -45,16 +54,27 @@ def said(folder: Path) -> str:
 def until(run: subprocess.Popen[str], folder: Path, step: int) -> None:
     end = time.monotonic() + 150
     while last_step(folder) < step:
-        assert run.poll() is None, said(folder)
-        assert time.monotonic() < end, said(folder)
+        assert run.poll() is None, said(folder)[-3000:]
+        assert time.monotonic() < end, said(folder)[-3000:]
         time.sleep(0.02)
 
 
+def processes(folder: Path, program: str) -> list[int]:
+    """Process ids whose command line names the folder, and `program` as what Python runs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        runs = [word for word in line[1:4] if not word.startswith("-")][:1]
+        if str(folder) in line and runs and runs[0].endswith(program):
+            found.append(int(entry.name))
+    return found
+
+
 def ranks_of(folder: Path) -> list[int]:
-    """Process ids of the ranks that write into a folder."""
-    listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    lines = [line for line in listed.splitlines() if str(folder) in line and "finetune.py" in line]
-    return [int(line.split()[0]) for line in lines if re.search(r"python\S* (-u )?\S*finetune\.py", line)]
+    return processes(folder, "finetune.py")
 
 
 @pytest.mark.timeout(400)
@@ -66,9 +86,9 @@ def test_stopped_under_torchrun_and_finished_under_deepspeed(
     run = launch(flags, folder)
     until(run, folder, 3)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 143, said(folder)
+    assert run.wait(60) == 143, said(folder)[-3000:]
     step = last_step(folder)
-    assert (folder / f"checkpoint-{step}" / "manifest.json").exists(), said(folder)
+    assert (folder / f"checkpoint-{step}" / "manifest.json").exists(), said(folder)[-3000:]
     assert step < 400, "it ended before it was asked to stop"
     assert ranks_of(folder) == []
 
@@ -78,7 +98,7 @@ def test_stopped_under_torchrun_and_finished_under_deepspeed(
     assert refused.wait(120) == 2
     assert f"--max_steps: 400 then, {step + 3} now" in said(folder)
     again = launch([*flags, "--resume_anyway", "True"], folder, LAUNCHER="deepspeed")
-    assert again.wait(200) == 0, said(folder)
+    assert again.wait(200) == 0, said(folder)[-3000:]
     assert f"resumed from checkpoint-{step}" in said(folder)
     whole = tmp_path / "whole"
     finish([*flags, "--deepspeed", ZERO3], whole, ranks=2)
@@ -108,9 +128,9 @@ def test_a_killed_launcher_takes_its_ranks_along(tiny: Path, conversations: Path
     folder = tmp_path / "run"
     run = launch(words(tiny, conversations, "--max_steps", "100000", "--deepspeed", "none"), folder)
     until(run, folder, 2)
-    listed = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    launchers = [line for line in listed.splitlines() if str(folder) in line and "distributed.run" in line]
-    os.kill(int(launchers[0].split()[0]), signal.SIGKILL)
+    assert len(ranks_of(folder)) == 2
+    (launcher,) = processes(folder, "torch.distributed.run")
+    os.kill(launcher, signal.SIGKILL)
     run.wait(60)
     end = time.monotonic() + 20
     while ranks_of(folder) and time.monotonic() < end:
@@ -161,7 +181,7 @@ def test_two_machines(machines: list[str], tiny: Path, conversations: Path, tmp_
         pipe = subprocess.PIPE
         runs.append(subprocess.Popen(command, env=environment, stderr=pipe, stdout=pipe, text=True))
     outputs = [run.communicate(timeout=300) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert [run.returncode for run in runs] == [0, 0], [output[1][-3000:] for output in outputs]
     assert "waiting for all 2 machines at 10.77.0.1:6001 (this is number 1)" in outputs[1][1]
     assert json.loads((folder / "run.json").read_text())["world_size"] == 2
     finish(flags, tmp_path / "one", ranks=2)
