@@ -528,12 +528,13 @@ _ENGINES = (
 
 
 def recommend(rows: list[dict[str, Any]], method: str) -> dict[str, Any] | None:
-    """The first row that fits: of the method asked for, else of one that takes less; plain engines first."""
+    """The first row that fits: of the method asked for, else of one that takes less; offloading last: it is slow."""
     order = ("full", "lora", "qlora")
-    for wanted in order[order.index(method) :]:
-        fitting = [row for row in rows if row["method"] == wanted and row["fits"]]
-        if fitting:
-            return fitting[0]
+    for offload in (False, True):
+        for wanted in order[order.index(method) :]:
+            for row in rows:
+                if row["fits"] and row["method"] == wanted and row["engine"].endswith("+offload") is offload:
+                    return row
     return None
 
 

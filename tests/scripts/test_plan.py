@@ -1,0 +1,107 @@
+"""plan.py as a person runs it: from config.json alone, and with data."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "finetune" / "plan.py"
+SEVEN = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def seven(tmp_path: Path) -> Path:
+    """Qwen2-7B's config.json, and nothing else."""
+    (tmp_path / "seven").mkdir()
+    (tmp_path / "seven" / "config.json").write_text(json.dumps(SEVEN))
+    return tmp_path / "seven"
+
+
+def plan(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=120)
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    (line,) = done.stdout.splitlines()  # one JSON object, the rest on standard error
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def row(found: dict[str, Any], method: str, engine: str, again: bool) -> dict[str, Any]:
+    wanted = (method, engine, again)
+    (one,) = (r for r in found["rows"] if (r["method"], r["engine"], r["checkpointing"]) == wanted)
+    return dict(one)
+
+
+def test_seven_billion_on_eight_large_gpus(seven: Path) -> None:
+    begun = time.monotonic()
+    done = plan("-m", str(seven), "--ranks", "8", "--gpu_gib", "80", "--json")
+    assert time.monotonic() - begun < 5  # no torch
+    assert done.returncode == 0, done.stderr
+    found = answer(done)
+    assert found["parameters"] == 7_615_616_512
+    assert len(found["rows"]) == 3 * 5 * 2 - 2 * 2  # Q-LoRA has no ZeRO-3
+    assert not row(found, "full", "none", True)["fits"]
+    assert row(found, "full", "zero3", True)["fits"]
+    assert row(found, "full", "zero3", True)["total"] < row(found, "full", "zero2", True)["total"]
+    assert row(found, "lora", "none", True)["fits"]
+    assert found["recommended"].startswith("--deepspeed finetune/ds_config_zero")
+    assert "recommended: " in done.stderr
+
+
+def test_seven_billion_on_one_small_gpu(seven: Path) -> None:
+    words = ["-m", str(seven), "--gpu_gib", "16", "--per_device_train_batch_size", "1", "--json"]
+    found = answer(plan(*words))
+    assert found["recommended"] == "--q_lora True --deepspeed none --gradient_checkpointing True"
+    done = plan(*words, "--gpu_gib", "4")
+    assert done.returncode == 2
+    assert answer(done)["recommended"] is None
+
+
+def test_with_data_it_counts_the_run(demo_model_path: Path) -> None:
+    data = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"
+    done = plan(
+        "-m", str(demo_model_path), "-d", str(data), "--use_lora", "True", "--num_train_epochs", "2", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = answer(done)
+    conversations = len(data.read_text(encoding="utf-8").splitlines())
+    assert found["conversations"] == conversations
+    assert found["steps"] == 2 * -(-conversations // 8)
+    assert 0 < found["supervised_tokens"] < found["tokens"]
+    assert 0 < found["row_tokens"] <= 4 * 2048
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "no/where/at all"], "no such folder"),
+        (["--rank", "2"], "did you mean --ranks?"),
+        (
+            ["--q_lora", "True", "--deepspeed", str(ROOT / "finetune" / "ds_config_zero3.json")],
+            "4-bit weights cannot",
+        ),
+        (["--lora_r", "0", "--use_lora", "True"], "--lora_r 0: expected a number above 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words: list[str], said: str, seven: Path) -> None:
+    done = plan(*(["-m", str(seven)] if "-m" not in words else []), *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

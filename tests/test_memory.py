@@ -1,0 +1,211 @@
+"""The memory plan: sizes are exact, the rest follows the table that was measured; verdicts and cures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_chat import arguments, memory
+from qwen_chat.errors import ModelError
+from qwen_chat.memory import GIB, Setup, Shape
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+HALF_BILLION = Shape.of(CONFIG)
+
+
+def run_of(*words: str) -> arguments.Run:
+    return arguments.read_run(["-d", "data.jsonl", *words])
+
+
+def test_parameters_are_the_published_counts() -> None:
+    assert HALF_BILLION.parameters == 494_032_768  # Qwen2.5-0.5B
+    seven = CONFIG | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    seven |= {
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }
+    assert Shape.of(seven).parameters == 7_615_616_512  # Qwen2.5-7B
+    qwen3 = CONFIG | {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+    }
+    qwen3 |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": False}
+    assert Shape.of(qwen3).parameters == 596_049_920  # Qwen3-0.6B
+    smol = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    smol |= {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    assert Shape.of(smol).parameters == 134_515_008  # SmolLM2-135M
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_agree_with_transformers_and_peft(kind: str, tied: bool) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = CONFIG | {"model_type": kind, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    small |= {"num_attention_heads": 4, "vocab_size": 100, "tie_word_embeddings": tied, "head_dim": 16}
+    with torch.device("meta"):
+        config = {k: v for k, v in small.items() if k not in ("model_type", "torch_dtype")}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+        shape = Shape.of(small)
+        assert sum(p.numel() for p in model.parameters()) == shape.parameters
+        for targets, bias in (
+            (("all-linear",), "none"),
+            (("q_proj", "v_proj"), "none"),
+            ((r".*mlp\..*_proj",), "none"),
+        ):
+            chosen: Any = targets[0] if len(targets) == 1 else list(targets)
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+            wrapped = get_peft_model(
+                base, LoraConfig(r=8, target_modules=chosen, bias=bias, task_type="CAUSAL_LM")
+            )
+            learnt = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+            assert memory.trainable(shape, Setup(method="lora", lora_r=8, lora_targets=targets)) == learnt
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize(("method", "dropout"), [("full", 0.0), ("lora", 0.0), ("lora", 0.1)])
+def test_a_layer_keeps_what_autograd_saves(method: str, dropout: float, lean: bool) -> None:
+    """Two models that differ by one layer: the difference of what they save, to the byte."""
+    sizes = [_saved(layers, method, dropout, lean) for layers in (2, 3)]
+    shape = Shape.of(_tiny(2))
+    setup = Setup(method=method, lora_r=8, lora_dropout=dropout, lean=lean)  # type: ignore[arg-type]
+    assert sizes[1] - sizes[0] == 64 * memory.layer_bytes(shape, setup)
+
+
+def _tiny(layers: int) -> dict[str, Any]:
+    small = CONFIG | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": layers}
+    return small | {"num_attention_heads": 4, "vocab_size": 100}
+
+
+def _saved(layers: int, method: str, dropout: float, lean: bool) -> int:
+    """Bytes that autograd keeps of a row of 64 tokens, weights left out."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from qwen_chat import attention, fused, matmul
+    from qwen_chat.loss import ModelLoss
+
+    config = {k: v for k, v in _tiny(layers).items() if k not in ("model_type", "torch_dtype")}
+    name = attention.register()
+    model: Any = AutoModelForCausalLM.from_config(
+        Qwen2Config(**config), attn_implementation=name, dtype=torch.float32
+    )
+    if method == "lora":
+        lora = LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    if lean:
+        fused.install(model, matmul.Choice("torch", "").product)
+    model.train()
+    loss = ModelLoss(model)
+    ids = torch.arange(64)[None]
+    batch = {"input_ids": ids, "position_ids": ids, "segments": torch.tensor([[0, 64, 64]])}
+    batch |= {"logits_to_keep": torch.arange(4), "labels": ids[:, :4], "shift_labels": ids[:, :4]}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss(model, batch)
+    return sum(size for size, _ in kept.values())
+
+
+def test_engines_share_what_they_share() -> None:
+    eight = Setup(method="full", device="cuda", half=True, ranks=8, row=1024)
+    p = HALF_BILLION.parameters
+    two, three = (memory.need(HALF_BILLION, replace(eight, zero=stage)) for stage in (2, 3))
+    assert two.weights == 2 * p
+    assert two.gradients == three.gradients == 2 * p // 8
+    assert two.optimizer == 8 * p // 8 + 4 * p // 8
+    assert three.weights < two.weights
+    offloaded = memory.need(HALF_BILLION, replace(eight, zero=2, offload_optimizer=True))
+    assert offloaded.optimizer == 0
+    assert offloaded.host > 0
+    on, off = (memory.need(HALF_BILLION, replace(eight, checkpointing=again)) for again in (True, False))
+    assert on.activations < off.activations / 4
+    assert on.total < off.total
+
+
+def test_the_recorded_table_is_within_fifteen_percent() -> None:
+    """The plans of today against the peaks that were measured (benchmarks/bench_memory.py)."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) >= 12
+    assert {row["run"]: row["ratio"] for row in rows if abs(row["ratio"] - 1) > 0.15} == {}
+
+
+def test_a_run_that_cannot_fit_is_told_the_same_step_in_smaller_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--use_lora")
+    monkeypatch.setattr(memory, "room", lambda here=1: memory.Room(int(6 * GIB), "a test"))
+    verdict = memory.decide(run, HALF_BILLION, row=16384, supervised=16384, longest=1024)
+    assert verdict.checkpointing
+    assert verdict.refusal is not None
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4" in verdict.refusal
+    assert "--plan_anyway" in verdict.refusal
+
+    roomy = memory.Room(int(200 * GIB), "a test")
+    monkeypatch.setattr(memory, "room", lambda here=1: roomy)
+    verdict = memory.decide(run, HALF_BILLION, row=16384, supervised=16384, longest=1024)
+    assert not verdict.checkpointing
+    assert verdict.refusal is None
+    assert verdict.line.startswith("plan: ")
+
+    monkeypatch.setattr(memory, "room", lambda here=1: memory.Room(GIB // 2, "a test"))
+    verdict = memory.decide(run, HALF_BILLION, row=16384, supervised=16384, longest=1024)
+    assert verdict.refusal is not None
+    assert "smaller model" in verdict.refusal
+
+
+def test_true_and_false_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "room", lambda here=1: memory.Room(int(200 * GIB), "a test"))
+    for word in (True, False):
+        run = run_of("--gradient_checkpointing", str(word))
+        verdict = memory.decide(run, HALF_BILLION, row=512, supervised=512, longest=512)
+        assert verdict.checkpointing is word
+        assert "as asked" in verdict.line
+
+
+def test_disk_and_steps() -> None:
+    full, lora = run_of(), run_of("--use_lora")
+    p, learnt = HALF_BILLION.parameters, memory.trainable(HALF_BILLION, Setup(method="lora"))
+    assert memory.disk_needed(HALF_BILLION, full) == 4 * p + 3 * 12 * p + 4 * 20 * memory.MIB
+    assert memory.disk_needed(HALF_BILLION, lora) == 4 * learnt + 3 * 12 * learnt + 4 * 20 * memory.MIB
+    assert memory.disk_needed(HALF_BILLION, run_of("--save_strategy", "no")) == 4 * p + 20 * memory.MIB
+    assert memory.steps_of(full, 81, 1) == 33  # 11 windows of 8, three times
+    assert memory.steps_of(full, 81, 2) == 18
+    assert memory.steps_of(run_of("--max_steps", "7"), 81, 1) == 7
+
+
+def test_a_config_without_sizes_is_named() -> None:
+    with pytest.raises(ModelError, match="hidden_size"):
+        Shape.of({"model_type": "qwen2"})
+    with pytest.raises(ModelError, match=r"config\.json"):
+        memory.read_config(ROOT / "nowhere")
