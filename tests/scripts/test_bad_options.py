@@ -1,0 +1,108 @@
+"""Twenty-two ways to ask for what cannot be: each refused in under five seconds, flag and cure named, no torch."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
+LORA = ["--use_lora", "True"]
+PROGRAM = """
+import runpy, sys
+sys.argv = ["finetune/finetune.py", *sys.argv[1:]]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("torch" in sys.modules)
+"""
+
+# words, what is named, the cure
+CASES: dict[str, tuple[list[str], str, str]] = {
+    "unknown flag": (
+        ["--learning_rat", "1"],
+        "--learning_rat: unknown flag",
+        "did you mean --learning_rate?",
+    ),
+    "no value": (["--learning_rate"], "--learning_rate: no value", "expected a number"),
+    "no number": (["--lora_r", "four"], "--lora_r: 'four'", "expected a whole number"),
+    "two values": (["--num_train_epochs", "1", "2"], "--num_train_epochs: 2 values", "expected one"),
+    "gone": (["--group_by_length", "True"], "--group_by_length is gone", "leave it out"),
+    "ours": (
+        ["--remove_unused_columns", "True"],
+        "--remove_unused_columns is set by the toolkit",
+        "leave it out",
+    ),
+    "batch of none": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0", "above 0"),
+    "rate of 2": (["--learning_rate", "2"], "--learning_rate 2.0", "such as 2e-4"),
+    "adapter flag, no adapter": (["--lora_r", "8"], "--lora_r without --use_lora", "add --use_lora True"),
+    "4 bits, ZeRO-3": (
+        ["--q_lora", "True", "--deepspeed", ZERO3],
+        "--q_lora with ZeRO-3",
+        "ds_config_zero2.json",
+    ),
+    "4 bits, PiSSA": (
+        ["--q_lora", "True", "--lora_init", "pissa"],
+        "--lora_init pissa",
+        "use --use_lora alone",
+    ),
+    "no DeepSpeed file": (
+        ["--deepspeed", "zero9.json"],
+        "--deepspeed zero9.json: no such file",
+        "expected a JSON file",
+    ),
+    "DeepSpeed, no JSON": (
+        ["--deepspeed", "README.md"],
+        "--deepspeed README.md: no JSON",
+        "expected a JSON file",
+    ),
+    "scheduler block": (["--deepspeed", "SCHEDULER"], "has a 'scheduler' block", "remove it"),
+    "fsdp on a CPU": (
+        ["--fsdp", "full_shard"],
+        "--fsdp without an accelerator",
+        "leave it out or use --deepspeed",
+    ),
+    "fsdp and DeepSpeed": (
+        ["--fsdp", "full_shard", "--deepspeed", ZERO2],
+        "--deepspeed with --fsdp",
+        "give one",
+    ),
+    "fp16 on a CPU": (["--fp16", "True"], "--fp16 needs an accelerator", "leave it out here"),
+    "best of nothing": (["--keep_best", "True"], "--keep_best without --eval_data_path", "give some"),
+    "evaluation of nothing": (
+        ["--eval_strategy", "steps"],
+        "without --eval_data_path",
+        "give held-out conversations",
+    ),
+    "no checkpoint": (["--resume", "nowhere"], "--resume nowhere: no such folder", "expected auto, never or"),
+    "output is a file": (["-o", "README.md"], "README.md: a file", "give another -o"),
+    "output is taken": (["-o", "docs"], "docs: holds something else", "give a new or empty folder with -o"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, tmp_path: Path) -> None:
+    words, named, cure = CASES[name]
+    config = tmp_path / "scheduler.json"
+    config.write_text(json.dumps({"scheduler": {}, "zero_optimization": {"stage": 2}}))
+    words = [str(config) if word == "SCHEDULER" else word for word in words]
+    data = "finetune/io_file/input_data/example_data.jsonl"
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "-d", data, *words],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert time.monotonic() - begun < 5
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "False\n", "torch was imported"
+    lines = done.stderr.splitlines()  # a combination may break two rules
+    assert lines[0].startswith("error: ")
+    assert len(lines) <= 2
+    assert any(named in line and cure in line for line in lines)
