@@ -36,6 +36,13 @@ Finetune = Callable[..., tuple[int, str]]
 def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Finetune:
     """Run finetune.py's main in this process (torch is imported once); its status and what it said."""
 
+    import torch
+
+    from qwen_chat import matmul
+
+    torch.set_num_threads(1)  # the model is tiny: a second thread only waits
+    monkeypatch.setattr(matmul, "choose", lambda *_: matmul.Choice("torch", "not measured in a test"))
+
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
         capsys.readouterr()
