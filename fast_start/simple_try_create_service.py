@@ -11,6 +11,7 @@ answers this machine only.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -107,6 +108,7 @@ def serve(
 ) -> int:
     from qwen_chat import http_server, logs
 
+    faulthandler.enable()  # a crash in native code tells on standard error where it was
     listener = http_server.bind(service.host, service.port)  # a port in use is told before a model is loaded
     log = logs.request_log(service.log_file or LOG_FILE)
 
