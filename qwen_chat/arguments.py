@@ -159,6 +159,8 @@ OLD_NAMES = {
     "resume_from_checkpoint": "resume",
 }
 GONE = {
+    "hub_token": "every user of the machine sees a command line; set the environment variable HF_TOKEN instead",
+    "push_to_hub_token": "every user of the machine sees a command line; set HF_TOKEN instead",
     "group_by_length": "rows are always balanced by length; leave it out",
     "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
@@ -255,7 +257,7 @@ def read(
     options = [entry for group in groups for entry in _options(group)]
     own = {entry.name: entry for entry in options}
     if trainer_fields:
-        options += [e for e in trainer_options() if e.name not in own and e.name not in OURS]
+        options += [e for e in trainer_options() if e.name not in {*own, *OURS, *GONE}]
     by_name = {name: entry for entry in options for name in (entry.name, *_plain(entry.names))}
     if any(word in ("-h", "--help", "--help_all", "--help-all") for word in argv):
         print(

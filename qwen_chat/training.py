@@ -146,6 +146,18 @@ def _start_deepspeed(accelerator: bool) -> None:
 
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
+    _trust_no_pickles()
+
+
+def _trust_no_pickles() -> None:
+    """DeepSpeed loads its shards as pickles, which may run code; torch is told to load plain values only."""
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    plain = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
+    torch.serialization.add_safe_globals(plain)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def free_port() -> int:
@@ -309,6 +321,8 @@ def load(run: Run, path: Path, args: Any) -> models.Loaded:
         trust_remote_code=run.model.trust_remote_code,
     )
     loaded.model.config.use_cache = False
+    if run.model.trust_remote_code:
+        rank_zero(f"runs Python code that lies in {path} (--trust_remote_code)")
     return models.Loaded(loaded.model, loaded.tokenizer, (*loaded.decisions, f"attention {name} ({why})"))
 
 
