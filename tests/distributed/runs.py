@@ -79,6 +79,14 @@ class Started:
     def said(self) -> str:
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
+    def until_said(self, text: str, seconds: float = 90) -> None:
+        """Wait until rank 0 has said this."""
+        end = time.monotonic() + seconds
+        while text not in (self.logs[0].read_text(errors="replace") if self.logs[0].exists() else ""):
+            assert self.processes[0].is_alive(), self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.01)
+
     def until(self, step: int, seconds: float = 90) -> bool:
         """Wait until `step` is in the log; False where the run ended before."""
         end = time.monotonic() + seconds

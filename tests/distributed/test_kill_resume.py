@@ -62,25 +62,33 @@ def test_killed_and_resumed_is_never_killed(
 ) -> None:
     case = CASES[name]
     flags = words(tiny, conversations, case)
-    finish(flags, tmp_path / "whole", ranks=case.ranks)
+    whole = tmp_path / "whole"
+    finish(flags, whole, ranks=case.ranks)
+    lasted = json.loads((whole / "run.json").read_text())["seconds"]
     chance = random.Random(f"{name} {os.environ.get('KILL_SEED', '1')}")
-    folder, done = tmp_path / "killed", 0
-    while done < kills:
-        at = chance.randint(last_step(folder), STEPS - 1)
-        run = start(flags, folder, ranks=case.ranks)
-        if not run.until(at + 1):
-            break  # it was done before
-        time.sleep(chance.random() * 0.15)  # into a step, a save, an epoch's end
-        run.kill()
-        done += 1
-    resumed = None
-    if json.loads((folder / "run.json").read_text())["state"] == "running":
-        resumed = finish(flags, folder, ranks=case.ranks)
-    assert weights(folder) == weights(tmp_path / "whole"), resumed and resumed.said()
-    assert curve(folder) == curve(tmp_path / "whole")
-    assert done, "no kill met the run"
-    assert not (folder / ".writing").exists()
-    assert not (folder / ".lock").exists()
+    folders = [tmp_path / "killed"]
+    for _ in range(kills):
+        while True:
+            folder = folders[-1]
+            run = start(flags, folder, ranks=case.ranks)
+            run.until_said("training into")
+            time.sleep(chance.random() * lasted * 0.5)  # into a step, a save, an epoch's end, the last save
+            if any(process.is_alive() for process in run.processes):
+                run.kill()
+                break
+            assert run.wait() == [0] * case.ranks, run.said()
+            folders.append(tmp_path / f"killed {len(folders)}")  # it was faster: the next one is killed
+    for folder in folders:
+        if state_of(folder) != "finished":
+            finish(flags, folder, ranks=case.ranks)
+        assert weights(folder) == weights(whole)
+        assert curve(folder) == curve(whole)
+        assert not {".writing", ".lock"} & set(os.listdir(folder))
+
+
+def state_of(folder: Path) -> str:
+    file = folder / "run.json"
+    return str(json.loads(file.read_text())["state"]) if file.exists() else "nothing"
 
 
 @pytest.fixture
