@@ -244,3 +244,18 @@ def test_the_templates_that_come_with_the_vocabularies(qwen2_5_tokenizer: Any) -
             qwen2_5_tokenizer.apply_chat_template(messages, tools=offered, tokenize=False)
         )
     assert demo_model.qwen_tokenizer("qwen3").chat_template is None
+
+
+def test_what_a_link_in_a_built_folder_points_to_keeps_its_mode(tmp_path: Path) -> None:
+    outside = tmp_path / "interpreter"
+    outside.write_text("not ours")
+    outside.chmod(0o711)
+
+    def build(aside: Path) -> None:
+        (aside / "python").symlink_to(outside)
+        (aside / "own").write_text("ours")
+        (aside / "own").chmod(0o600)
+
+    folder = demo_model.build_once(tmp_path / "built", build)
+    assert outside.stat().st_mode & 0o777 == 0o711
+    assert (folder / "own").stat().st_mode & 0o777 == 0o644
