@@ -31,7 +31,7 @@ def main() -> int:
     from qwen_chat.chatml import ChatFormat, show
 
     path = models.resolve(run.model.model)
-    run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(memory.read_config(path)), run))
+    run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(models.read_config(path)), run))
     tokenizer = models.load_tokenizer(path, trust_remote_code=run.model.trust_remote_code)
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
 

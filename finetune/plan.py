@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors, memory
+from qwen_chat import arguments, errors, memory, models
 from qwen_chat.arguments import DataArguments, LoraArguments, ModelArguments, Run, TrainArguments, option
 from qwen_chat.errors import MissingDependency, ModelError, OptionError
 
@@ -39,17 +39,7 @@ def main() -> int:
     groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, PlanArguments]
     values = arguments.read(sys.argv[1:], groups, about=str(__doc__), trainer_fields=True)
     options = values[PlanArguments]
-    run = arguments.with_defaults(
-        Run(
-            values[ModelArguments],
-            values[DataArguments],
-            values[LoraArguments],
-            values[TrainArguments],
-            values.extra,
-            values.given,
-            values.notes,
-        )
-    )
+    run = Run.of(values)
     found = [line for line in arguments.problems(run) if not line.startswith("no data")]
     if found:
         raise OptionError("\n".join(found))
@@ -82,15 +72,15 @@ def read_config(name: str | None) -> dict[str, Any]:
     if name is None:
         from qwen_chat import demo_model
 
-        return memory.read_config(demo_model.ensure())
+        return models.read_config(demo_model.ensure())
     if Path(name).expanduser().exists():
-        return memory.read_config(Path(name).expanduser())
+        return models.read_config(Path(name).expanduser())
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise MissingDependency("huggingface_hub", "a model by its hub name") from None
     try:
-        return memory.read_config(Path(hf_hub_download(name, "config.json")))
+        return models.read_config(Path(hf_hub_download(name, "config.json")))
     except Exception as error:  # every kind of network and hub failure ends in the same cure
         raise ModelError(
             f"{name}: no such folder, and the hub does not give its config.json ({str(error).splitlines()[0][:120]})"

@@ -218,6 +218,20 @@ class Run:
     given: frozenset[str]
     notes: tuple[str, ...]
 
+    @classmethod
+    def of(cls, values: Values) -> Run:
+        """The groups of a run among the values read, with what depends on the method filled in."""
+        run = cls(
+            values[ModelArguments],
+            values[DataArguments],
+            values[LoraArguments],
+            values[TrainArguments],
+            values.extra,
+            values.given,
+            values.notes,
+        )
+        return with_defaults(run)
+
     @property
     def method(self) -> Literal["full", "lora", "qlora"]:
         return "qlora" if self.lora.q_lora else "lora" if self.lora.use_lora else "full"
@@ -234,16 +248,7 @@ def read_run(argv: Sequence[str], about: str = "") -> Run:
     """Read finetune.py's words; fill in what fits the method; raise OptionError with all problems at once."""
     groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments]
     values = read(argv, groups, about=about, trainer_fields=True)
-    run = Run(
-        values[ModelArguments],
-        values[DataArguments],
-        values[LoraArguments],
-        values[TrainArguments],
-        values.extra,
-        values.given,
-        values.notes,
-    )
-    run = with_defaults(run)
+    run = Run.of(values)
     found = problems(run)
     if found:
         raise OptionError("\n".join(found))

@@ -14,6 +14,7 @@ called and `start()` works again.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -48,6 +49,9 @@ __all__ = [
     "TokenLogprob",
     "load_engine",
 ]
+
+
+LOGGER = logging.getLogger(__name__)
 
 
 class PromptTooLong(ServiceError):
@@ -369,8 +373,8 @@ class Engine:
             if not row.generated and (segment.wants_logits or len(segment.ids) > 1):
                 self._cache.store(row.kv, row.number, row.tokens[: row.computed])
         for row, choice in zip(ready, self._choose(ready, logits), strict=True):
-            if isinstance(choice, ToolError):
-                self._finish(row, TokenEvent(finish_reason="error", error=str(choice)))
+            if isinstance(choice, Exception):
+                self._finish(row, TokenEvent(finish_reason="error", error=_say(choice)))
             else:
                 self._advance(row, choice)
 
@@ -444,19 +448,19 @@ class Engine:
             row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens)
         )
 
-    def _choose(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Choice | ToolError]:
+    def _choose(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Choice | Exception]:
         """One token a row; all greedy rows in one call."""
         if not rows:
             return []
         best = logits.argmax(-1).tolist()
-        choices: list[Choice | ToolError] = []
+        choices: list[Choice | Exception] = []
         for place, row in enumerate(rows):
             if row.request.is_plain_greedy:
                 choices.append(Choice(best[place]))
                 continue
             try:
                 choices.append(row.sampler.pick(logits[place]))
-            except ToolError as error:
+            except Exception as error:  # one row's grammar or sampler must not take its neighbours along
                 choices.append(error)
         return choices
 
@@ -532,15 +536,14 @@ def load_engine(
     if model_path is None and lone is not None:
         model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
-    dtype = "float32" if dtype == "auto" else dtype
-    loaded = models.load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = models.load_model(path, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     own = lone is not None and (lone / "tokenizer_config.json").is_file()
     tokenizer = models.load_tokenizer(lone) if lone is not None and own else loaded.tokenizer
     fmt = ChatFormat(tokenizer)
     options.setdefault("stop_strings", fmt.stop_strings)
     options.setdefault("stop_token_ids", {*fmt.stop_token_ids, *_end_tokens(loaded.model, tokenizer)})
     options |= {"fmt": fmt, "quantize": quantize, "decisions": (*loaded.decisions, *_decisions(quantize))}
-    model = loaded.model.to("cpu")
+    model = loaded.model
     try:
         return Engine(model, tokenizer, adapters=folders, **options)
     except NotBeside:
@@ -551,6 +554,14 @@ def load_engine(
     engine = Engine(merged, tokenizer, **options)
     engine.name_merged(next(iter(folders)))
     return engine
+
+
+def _say(error: Exception) -> str:
+    """What a client is told of a failure of its own row; what was not foreseen goes to the log alone."""
+    if isinstance(error, ToolError):
+        return str(error)
+    LOGGER.error("a row's next token could not be chosen", exc_info=error)
+    return "the next token could not be chosen"
 
 
 def _decisions(quantize: str | None) -> tuple[str, ...]:

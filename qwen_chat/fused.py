@@ -157,11 +157,8 @@ class _Linear(torch.autograd.Function):
         product: Product,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y = product(flat, weight, bias)
-        low = None
-        if a is not None and b is not None:
-            low = ((flat if dropped is None else dropped.reshape(flat.shape)) @ a.t()).mul_(scaling)
-            y.addmm_(low, b.t())
+        lora_in = flat if dropped is None else dropped.reshape(flat.shape)
+        y, low = _adapted(product, flat, lora_in, weight, bias, a, b, scaling)
         needs_x = ctx.needs_input_grad[2] or (ctx.needs_input_grad[4] and dropped is None)
         ctx.save_for_backward(x if needs_x else None, dropped, weight, a, b, low)
         ctx.scaling, ctx.product = scaling, product
@@ -190,6 +187,24 @@ class _Linear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _adapted(
+    product: Product,
+    x: Tensor,
+    lora_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The product with what the adapter adds, and s x A^T [N, r], which backward needs."""
+    y = product(x, weight, bias)
+    if a is None or b is None:
+        return y, None
+    low = (lora_in @ a.t()).mul_(scaling)
+    return y.addmm_(low, b.t()), low
 
 
 def _weight_gradients(
@@ -269,11 +284,7 @@ class _GatedDown(torch.autograd.Function):
         product: Product,
     ) -> Tensor:
         hidden = _gate(gate, up).view(-1, gate.shape[-1])
-        y = product(hidden, weight, bias)
-        low = None
-        if a is not None and b is not None:
-            low = (hidden @ a.t()).mul_(scaling)
-            y.addmm_(low, b.t())
+        y, low = _adapted(product, hidden, hidden, weight, bias, a, b, scaling)
         ctx.save_for_backward(gate, up, weight, a, b, low)
         ctx.scaling, ctx.product = scaling, product
         return _shaped(y, gate)

@@ -10,7 +10,6 @@ measured peaks, docs/scale.md shows the table.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -130,18 +129,6 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.layers * self.block + self.hidden + self.embedding * (1 if self.tied else 2)
-
-
-def read_config(model: Path) -> dict[str, Any]:
-    """A model folder's config.json (or the file itself); ModelError where it cannot be read."""
-    file = model if model.is_file() else model / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({error}); expected a model's config.json") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: no JSON object; expected a model's config.json")
-    return config
 
 
 # -------------------------------------------------------------------------------------------------- the run

@@ -32,6 +32,7 @@ if not arguments.has_accelerator():
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 Quantize = Literal["nf4"]
+Device = Literal["auto", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder}: an adapter, not a model; give its base with -m and this with --adapter"
             )
         raise ModelError(f"{folder}: no config.json in it; expected a model as save_pretrained writes it")
-    config = _read_json(folder / "config.json")
+    config = read_config(folder)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'}: no model_type; expected a transformers model")
     index = folder / "model.safetensors.index.json"
@@ -91,6 +92,11 @@ def check_folder(folder: Path) -> None:
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ModelError(f"{folder}: no weights in it; expected model.safetensors")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json (or the file itself); ModelError where it cannot be read."""
+    return _read_json(folder if folder.is_file() else folder / "config.json")
 
 
 def adapter_base(adapter: Path) -> str:
@@ -126,14 +132,17 @@ def load_model(
     quantize: Quantize | None = None,
     adapter: Path | None = None,
     for_training: bool = False,
+    device: Device = "auto",
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load what a folder holds, and an adapter over it. For use (not training) it goes to the accelerator."""
+    """Load what a folder holds, and an adapter over it. For use (not training) it goes to the accelerator,
+    unless device is "cpu".
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     check_folder(path)
-    kind, reason = choose_dtype(dtype)
+    kind, reason = choose_dtype(dtype, device)
     decisions = [f"dtype {str(kind).removeprefix('torch.')} ({reason})"]
     options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust_remote_code}
     if attention is not None:
@@ -156,7 +165,7 @@ def load_model(
         decisions += _base_note(path, adapter)
     if not for_training:
         model.eval()
-        if torch.cuda.is_available() and quantize is None:
+        if device == "auto" and torch.cuda.is_available() and quantize is None:
             model.to("cuda")
     return Loaded(model, tokenizer, tuple(decisions))
 
@@ -174,8 +183,8 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
         ) from None
 
 
-def choose_dtype(dtype: str | torch.dtype = "auto") -> tuple[torch.dtype, str]:
-    """The number type and why. `auto`: bfloat16 where an accelerator has it, float32 on a CPU."""
+def choose_dtype(dtype: str | torch.dtype = "auto", device: Device = "auto") -> tuple[torch.dtype, str]:
+    """The number type and why. `auto`: bfloat16 where an accelerator is used and has it, float32 on a CPU."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -185,7 +194,7 @@ def choose_dtype(dtype: str | torch.dtype = "auto") -> tuple[torch.dtype, str]:
         if not isinstance(kind, torch.dtype):
             raise ModelError(f"dtype {dtype}: unknown; expected auto, float32, bfloat16 or float16")
         return kind, "as asked"
-    if torch.cuda.is_available():
+    if device == "auto" and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this accelerator has it, at half the memory"
         return torch.float16, "this accelerator has no bfloat16"

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import jsonschema
+import referencing
 import requests
 
 from qwen_chat.conversation import Json, ToolCall, read_tools
@@ -337,7 +338,9 @@ def _no_choice(schema: Json, path: str) -> str | None:
     """An enum or const must leave a value that the rest of the schema takes."""
     values = schema["enum"] if "enum" in schema else [schema["const"]]
     try:
-        if any(jsonschema.Draft202012Validator(schema).is_valid(value) for value in values):
+        # An empty registry of our own: a reference to another place is never downloaded.
+        validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+        if any(validator.is_valid(value) for value in values):
             return None
     except Exception:  # a $ref that does not resolve: not decided here
         return None

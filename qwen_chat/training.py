@@ -195,7 +195,7 @@ def plan(run: Run, model: Path, data: Data) -> memory.Verdict:
     """Hold the largest row (of the first 64 steps) against the memory; OptionError if it cannot fit."""
     windows = sampler(run, data.train, ranks=memory.ranks(), seed=seed_of(run))
     row = windows.longest_row(windows=64)
-    shape = memory.Shape.of(memory.read_config(model))
+    shape = memory.Shape.of(models.read_config(model))
     longest = min(data.summary.quantiles.get("max", row), run.data.model_max_length)
     verdict = memory.decide(run, shape, row=row, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:

@@ -18,7 +18,7 @@ from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.grammar import Grammar
 from qwen_chat.kv_cache import BLOCK, KVRow, KVShape, KVStore, PrefixCache
 from qwen_chat.lora import Lora, NotBeside
-from qwen_chat.sampling import GenerationRequest
+from qwen_chat.sampling import Choice, GenerationRequest, Sampler
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
 VOCABULARY = 512
@@ -341,9 +341,29 @@ def test_a_waiting_request_can_be_cancelled(tiny_tokenizer: Any) -> None:
 
 
 def test_a_deadline_ends_a_request(engine: Engine) -> None:
-    done = engine.submit(greedy([1, 2], max_tokens=500, deadline=time.monotonic() + 0.1)).result()
+    done = engine.submit(
+        greedy([1, 2], max_tokens=500, ignore_eos=True, deadline=time.monotonic() + 0.1)
+    ).result()
     assert done.finish_reason == "deadline"
     assert len(done.token_ids) < 500
+
+
+def test_a_sampler_that_breaks_fails_its_own_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pick = Sampler.pick
+
+    def breaks(self: Sampler, logits: torch.Tensor) -> Choice:
+        if self.request.seed == 666:
+            raise RuntimeError("/secret/path")
+        return pick(self, logits)
+
+    monkeypatch.setattr(Sampler, "pick", breaks)
+    bad = engine.submit(GenerationRequest([1, 2], max_tokens=8, temperature=1.0, seed=666))
+    good = engine.submit(GenerationRequest([1, 2], max_tokens=8, temperature=1.0, seed=1, ignore_eos=True))
+    last = list(bad)[-1]
+    assert (last.finish_reason, last.error) == ("error", "the next token could not be chosen")
+    assert len(good.result().token_ids) == 8
 
 
 def test_requests_that_cannot_be_served_are_refused(engine: Engine, tiny_tokenizer: Any) -> None:

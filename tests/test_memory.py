@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import arguments, memory
+from qwen_chat import arguments, memory, models
 from qwen_chat.errors import ModelError
 from qwen_chat.memory import GIB, Setup, Shape
 
@@ -200,4 +200,4 @@ def test_a_config_without_sizes_is_named() -> None:
     with pytest.raises(ModelError, match="hidden_size"):
         Shape.of({"model_type": "qwen2"})
     with pytest.raises(ModelError, match=r"config\.json"):
-        memory.read_config(ROOT / "nowhere")
+        models.read_config(ROOT / "nowhere")
