@@ -140,8 +140,10 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     check_folder(path)
+    disable_progress_bar()  # seconds of shards being read and written, across the bar of the training itself
     kind, reason = choose_dtype(dtype, device)
     decisions = [f"dtype {str(kind).removeprefix('torch.')} ({reason})"]
     options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust_remote_code}
