@@ -22,6 +22,7 @@ whole. A file lock lets the ranks of a run share one build.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -512,6 +513,7 @@ def _start_worker(records: Records, fmt: Format, options: _Options, parent: int)
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the thread pool does not survive a fork
     _job = records, fmt, options
+    gc.freeze()  # a collection would write into every object that is shared with the parent, and so copy it
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
