@@ -20,7 +20,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -35,6 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+
+from benchmarks.machine import where
 from qwen_chat import demo_model, errors
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ModelError, OptionError
@@ -142,9 +143,8 @@ def main() -> int:
             "conversations": options.conversations,
             "rows": compare(work, tokenizer, peer, options.conversations, options.repeats),
             "memory": [memory_row(work, tokenizer, lines) for lines in options.lines],
-            "machine": machine(),
-            "versions": versions(peer),
         }
+    result |= where(("torch", "transformers", "tokenizers"), PEER)
     rates = {row["method"]: row["conversations_per_s"] for row in result["rows"]}
     result["ratio_trl"] = round(rates["ours"] / rates["trl"], 2)
     result["ratio_map"] = round(rates["ours"] / rates["map"], 2)
@@ -391,26 +391,6 @@ def sentence(rng: random.Random, least: int, most: int) -> str:
 def memory_ratio(rows: Sequence[Json]) -> float:
     peaks = {row["method"]: row["peak_mb"] for row in rows}
     return round(float(peaks["ours"] / peaks["trl"]), 3)
-
-
-def machine() -> Json:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
-
-
-def versions(peer: Path) -> dict[str, str]:
-    names = ["torch", "transformers", "tokenizers", "trl", "datasets"]
-    code = "import json, sys; from importlib.metadata import version as v; "
-    code += "print(json.dumps({name: v(name) for name in sys.argv[1:]}))"
-    found: dict[str, str] = json.loads(run([str(peer), "-c", code, *names]))
-    return {"python": platform.python_version(), **found}
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -36,6 +36,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+
+from benchmarks.machine import where
 from qwen_chat import demo_model, errors, evaluation, models
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import ModelError, TrainingError
@@ -606,6 +608,7 @@ def main() -> int:
     items = load(folder)
     data, held = prepare(work, items, settings)
     result: Json = {"model": base.name, "settings": asdict(settings)}
+    result |= where(("torch", "transformers", "peft"), TRL)
     result["scorer"] = phase(work, "scorer", lambda: agreement(items, leaderboard_checker(folder)))
     if options.before == "True":
         result["before"] = {

@@ -7,10 +7,8 @@ row a configuration: what was planned, what was measured, the ratio. Memory does
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import socket
@@ -24,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+
+from benchmarks.machine import where
 from qwen_chat import demo_model
 
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
@@ -168,10 +168,8 @@ def main() -> int:
             rows.append(measure(case, models[case.model], folder))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     worst = max(abs(row["ratio"] - 1) for row in rows)
-    result = {"rows": rows, "worst": round(worst, 3), "machine": platform.processor() or platform.machine()}
-    result["versions"] = {
-        name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed")
-    }
+    used = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+    result = {"rows": rows, "worst": round(worst, 3), **where(used)}
     if not options.only:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

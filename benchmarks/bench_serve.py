@@ -16,7 +16,6 @@ import argparse
 import http.client
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -33,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+
+from benchmarks.machine import where
 from qwen_chat import demo_model, errors
 from qwen_chat.errors import OptionError, ServiceError
 
@@ -114,11 +115,7 @@ def main() -> int:
         "ratios": ratios(rows),
         "left_out": left_out,
         "settings": {key: value for key, value in vars(options).items() if key not in ("json", "output")},
-        "machine": {
-            "processor": platform.processor(),
-            "cpus": os.cpu_count(),
-            "time": time.strftime("%F %T"),
-        },
+        **where(("torch", "transformers"), (VLLM[0], "llama-cpp-python==" + LLAMA_CPP[0].partition("==")[2])),
     }
     write(report, options.output)
     table(rows, report)

@@ -17,7 +17,6 @@ prompt with ten tools, (d) ten-turn conversations under Qwen3's template, which 
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -30,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
+
+from benchmarks.machine import where
 
 PEERS = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "datasets==5.2.0", "peft==0.21.2")
 RESULT = ROOT / "benchmarks" / "results" / "train.json"
@@ -360,16 +361,6 @@ def scaling(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -383,8 +374,7 @@ def main() -> int:
     options = parser.parse_args()
     result: dict[str, Any] = {
         "rows": [],
-        "machine": machine(),
-        "versions": dict(p.split("==") for p in PEERS),
+        **where((), PEERS),
     }
     whole = options.data is None and options.model is None and options.steps is None and not options.scaling
     with tempfile.TemporaryDirectory(prefix="bench_train-") as name:

@@ -29,6 +29,11 @@ MIB = 2**20
 # Measured on a CPU: the interpreter with torch, transformers and peft; DeepSpeed and its process group.
 RUNTIME = {"cpu": 640 * MIB, "cuda": 900 * MIB}
 DEEPSPEED = 200 * MIB
+LIVE = 10**9  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters of ds_config_zero3.json)
+HOLES = (
+    560 * MIB,
+    0.16,
+)  # 4 bits on a CPU: holes that dequantised weights leave in the heap, and a share of activations
 CHUNK_BYTES = 256 * MIB  # of float32 logits at once (loss.py)
 ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
 # A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
@@ -309,7 +314,7 @@ def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int
     own = 4 if setup.method != "full" and setup.zero == 0 else size  # an adapter's weights stay float32
     weights += own * learnt
     if setup.zero == 3:
-        gathered = size * (shape.embedding + 2 * shape.block)
+        gathered = size * _gathered(shape)
         weights = weights // split + gathered
     gradients = (own * learnt) // split
     if setup.zero == 0 and setup.ranks > 1:
@@ -317,15 +322,22 @@ def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int
     optimizer = int(setup.moments * learnt) // split
     if setup.zero:
         optimizer += 4 * learnt // split  # DeepSpeed's own float32 copy
+        if setup.zero == 2 and setup.device == "cpu":
+            gradients += 2 * own * learnt // split  # flattened for the step; gloo's copy of what is gathered
     if not pure_half and setup.half:
         weights += 2 * shape.parameters  # autocast keeps half-precision copies for the step
     host = 0
     if setup.device == "cuda" and setup.offload_optimizer:
         host, optimizer = host + optimizer + gradients, 0
     if setup.device == "cuda" and setup.offload_weights and setup.zero == 3:
-        kept = size * (shape.embedding + 2 * shape.block)
+        kept = size * _gathered(shape)
         host, weights = host + weights - kept, kept
     return weights, gradients, optimizer, host
+
+
+def _gathered(shape: Shape) -> int:
+    """Weights that a rank holds whole under ZeRO-3: those in use, and as many of the others as may stay."""
+    return max(shape.embedding + 2 * shape.block, min(shape.parameters, LIVE))
 
 
 def layer_bytes(shape: Shape, setup: Setup) -> int:
@@ -356,14 +368,17 @@ def activations(shape: Shape, setup: Setup) -> int:
     layer = layer_bytes(shape, setup)
     walking = a * (3 * shape.inner + 2 * shape.hidden)
     kept = shape.layers * a * shape.hidden + layer if setup.checkpointing else shape.layers * layer
-    return setup.row * (kept + walking + a * shape.hidden)
+    total = setup.row * (kept + walking + a * shape.hidden)
+    if setup.method == "qlora" and setup.device == "cpu":
+        total += HOLES[0] + int(HOLES[1] * total)
+    return total
 
 
 def _loss(shape: Shape, setup: Setup) -> int:
     """Logits of one chunk, the hidden states' gradient, and the head's where it learns."""
     chunk = min(CHUNK_BYTES, 4 * setup.supervised * shape.words)
     logits = chunk * (1.5 if setup.half else 1.0)
-    head = 8 * shape.embedding if setup.method == "full" else 0
+    head = 4 * shape.embedding if setup.method == "full" else 0
     return int(logits) + 8 * setup.supervised * shape.hidden + head
 
 

@@ -1,0 +1,37 @@
+"""Where and with what a result was measured: every file in `benchmarks/results/` says so in the same words."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def where(packages: Iterable[str], pinned: Iterable[str] = ()) -> dict[str, Any]:
+    """Blocks `machine`, `versions`, `command`, `date`. `packages`: of this environment; `pinned`: a peer's."""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    theirs = dict(pin.split("==") for pin in pinned)
+    return {
+        "machine": {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": memory_gib()},
+        "versions": {"python": platform.python_version(), **versions, **theirs},
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%F"),
+    }
+
+
+def cpu() -> str:
+    """The processor, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine()
+    )
+
+
+def memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
