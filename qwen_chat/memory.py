@@ -30,10 +30,9 @@ MIB = 2**20
 RUNTIME = {"cpu": 640 * MIB, "cuda": 900 * MIB}
 DEEPSPEED = 200 * MIB
 LIVE = 10**9  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters of ds_config_zero3.json)
-HOLES = (
-    560 * MIB,
-    0.16,
-)  # 4 bits on a CPU: holes that dequantised weights leave in the heap, and a share of activations
+# On a CPU, where weights come and go a layer at a time (4 bits, ZeRO-3): the holes that they leave in the heap, and
+# a share of the activations for those between them.
+HOLES = (560 * MIB, 0.16)
 CHUNK_BYTES = 256 * MIB  # of float32 logits at once (loss.py)
 ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
 # A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
@@ -369,7 +368,7 @@ def activations(shape: Shape, setup: Setup) -> int:
     walking = a * (3 * shape.inner + 2 * shape.hidden)
     kept = shape.layers * a * shape.hidden + layer if setup.checkpointing else shape.layers * layer
     total = setup.row * (kept + walking + a * shape.hidden)
-    if setup.method == "qlora" and setup.device == "cpu":
+    if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
         total += HOLES[0] + int(HOLES[1] * total)
     return total
 
