@@ -262,7 +262,7 @@ def transformers_serve(folder: Path) -> Callable[[int], list[str]]:
 
 
 def vllm(folder: Path) -> Callable[[int], list[str]]:
-    python = environment("vllm", VLLM, remove=("torchvision", "torchaudio"))
+    python = environment("vllm", VLLM, remove=("torchvision", "torchaudio", "torchcodec"))
     return lambda port: [
         *(
             str(python),
