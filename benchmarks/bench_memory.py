@@ -153,7 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     parser.add_argument(
-        "--only", default="", help="only runs whose name holds this text; nothing is recorded"
+        "--only", default="", help="only runs whose name holds this text; they replace those of the record"
     )
     options = parser.parse_args()
     rows = []
@@ -167,12 +167,14 @@ def main() -> int:
         for case in chosen:
             rows.append(measure(case, models[case.model], folder))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    done = {row["run"] for row in rows}
+    kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if options.only and RESULT.exists() else []
+    rows = [row for row in kept if row["run"] not in done] + rows
     worst = max(abs(row["ratio"] - 1) for row in rows)
     used = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
     result = {"rows": rows, "worst": round(worst, 3), **where(used)}
-    if not options.only:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(result))
     return 0

@@ -373,9 +373,7 @@ def wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, timeou
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("GET", "/health")
-            if (
-                connection.getresponse().status < 500
-            ):  # llama.cpp has no /health: it answers 404 once it is up
+            if connection.getresponse().status < 500:  # llama.cpp has no /health: 404 once it is up
                 return
         except OSError:
             pass
