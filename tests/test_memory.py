@@ -1,5 +1,6 @@
 """The memory plan: sizes are exact, the rest follows the table that was measured; verdicts and cures."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,13 @@ def test_engines_share_what_they_share() -> None:
     on, off = (memory.need(HALF_BILLION, replace(eight, checkpointing=again)) for again in (True, False))
     assert on.activations < off.activations / 4
     assert on.total < off.total
+
+
+def test_the_recorded_table_is_within_fifteen_percent() -> None:
+    """What benchmarks/bench_memory.py measured: each plan against the peak of its run."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) >= 12
+    assert {row["run"]: row["ratio"] for row in rows if abs(row["ratio"] - 1) > 0.15} == {}
 
 
 def test_a_run_that_cannot_fit_is_told_the_same_step_in_smaller_rows(monkeypatch: pytest.MonkeyPatch) -> None:
