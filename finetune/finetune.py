@@ -70,6 +70,7 @@ def main() -> int:
         rank_zero(
             f"stopped after step {trainer.state.global_step}; the same command with -o {folder} goes on"
         )
+        training.leave()
         return checkpoints.STOPPED
     evaluation = trainer.evaluate() if data.held_out is not None else {}
     training.save(trainer, run, fmt, folder, models.name_of(run.model.model, path), initial)
@@ -80,6 +81,7 @@ def main() -> int:
         rank_zero(training.report(run, folder, outcome))
         if lock is not None:
             lock.release()
+    training.leave()
     return 0
 
 

@@ -217,6 +217,17 @@ def share(value: Any) -> Any:
     return box[0]
 
 
+def leave() -> None:
+    """Leave the process group once every rank is done, before the interpreter is torn down.
+
+    A group that is left standing until then can abort a rank after its work: "terminate called without an active
+    exception" (gloo's threads; pytorch/pytorch issue 190489), and a saved run would end as a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 # -------------------------------------------------------------------------------------------------- data
 
 
