@@ -34,7 +34,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors
 from qwen_chat.conversation import Json

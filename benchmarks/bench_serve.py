@@ -32,7 +32,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors
 from qwen_chat.errors import OptionError, ServiceError
@@ -115,7 +114,7 @@ def main() -> int:
         "ratios": ratios(rows),
         "left_out": left_out,
         "settings": {key: value for key, value in vars(options).items() if key not in ("json", "output")},
-        **where(("torch", "transformers"), (VLLM[0], "llama-cpp-python==" + LLAMA_CPP[0].partition("==")[2])),
+        **where(("torch", "transformers"), (VLLM[0], *LLAMA_CPP)),
     }
     write(report, options.output)
     table(rows, report)

@@ -13,7 +13,7 @@ from typing import Any
 def where(packages: Iterable[str], pinned: Iterable[str] = ()) -> dict[str, Any]:
     """Blocks `machine`, `versions`, `command`, `date`. `packages`: of this environment; `pinned`: a peer's."""
     versions = {name: importlib.metadata.version(name) for name in packages}
-    theirs = dict(pin.split("==") for pin in pinned)
+    theirs = {name.partition("[")[0]: version for name, version in (pin.split("==") for pin in pinned)}
     return {
         "machine": {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": memory_gib()},
         "versions": {"python": platform.python_version(), **versions, **theirs},

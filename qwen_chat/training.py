@@ -210,11 +210,15 @@ def seed_of(run: Run) -> int:
 
 def share(value: Any) -> Any:
     """Rank 0's value on every rank (the output folder's name holds a time)."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_joined():
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _is_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def leave() -> None:
@@ -223,7 +227,7 @@ def leave() -> None:
     A group that is left standing until then can abort a rank after its work: "terminate called without an active
     exception" (gloo's threads; pytorch/pytorch issue 190489), and a saved run would end as a failed one.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _is_joined():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -670,7 +674,7 @@ def train(trainer: ChatTrainer, log: StepLog, checkpoint: Path | None) -> bool:
 
 def _ranks_here() -> list[int]:
     """Process ids of the ranks on this machine."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_joined():
         return []
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (socket.gethostname(), os.getpid()))

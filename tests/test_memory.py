@@ -6,36 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shapes import QWEN2_5_HALF_BILLION as CONFIG
+from shapes import QWEN2_5_SEVEN_BILLION
 
 from qwen_chat import arguments, memory, models
 from qwen_chat.errors import ModelError
 from qwen_chat.memory import GIB, Setup, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
 HALF_BILLION = Shape.of(CONFIG)
-SEVEN_BILLION = Shape.of(
-    CONFIG
-    | {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    }
-)
+SEVEN_BILLION = Shape.of(QWEN2_5_SEVEN_BILLION)
 
 
 def run_of(*words: str) -> arguments.Run:

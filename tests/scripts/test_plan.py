@@ -8,27 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shapes import QWEN2_5_SEVEN_BILLION
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "finetune" / "plan.py"
-SEVEN = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 @pytest.fixture
 def seven(tmp_path: Path) -> Path:
     """Qwen2-7B's config.json, and nothing else."""
     (tmp_path / "seven").mkdir()
-    (tmp_path / "seven" / "config.json").write_text(json.dumps(SEVEN))
+    (tmp_path / "seven" / "config.json").write_text(json.dumps(QWEN2_5_SEVEN_BILLION))
     return tmp_path / "seven"
 
 
