@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks.machine import where
+from benchmarks.machine import merged, where
 from qwen_chat import demo_model
 
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
@@ -166,12 +166,11 @@ def main() -> int:
         for case in chosen:
             rows.append(measure(case, models[case.model], folder))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    done = {row["run"] for row in rows}
-    kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if options.only and RESULT.exists() else []
-    rows = [row for row in kept if row["run"] not in done] + rows
-    worst = max(abs(row["ratio"] - 1) for row in rows)
     used = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
-    result = {"rows": rows, "worst": round(worst, 3), **where(used)}
+    result: dict[str, Any] = {"rows": rows, **where(used)}
+    if options.only:
+        result = merged(RESULT, result, ("run",))
+    result["worst"] = round(max(abs(row["ratio"] - 1) for row in result["rows"]), 3)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.json:

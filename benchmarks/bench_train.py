@@ -1,14 +1,16 @@
 """The training engine against TRL's SFTTrainer and against the old padded recipe, in one run on this machine.
 
-    python benchmarks/bench_train.py --json                                # everything: an hour or more on 2
-    cores python benchmarks/bench_train.py --data c --model demo --steps 2       # a piece of it python
-    benchmarks/bench_train.py --scaling                             # tokens/s against the size of the data
+    python benchmarks/bench_train.py --json                    # everything: an hour or more on two cores
+    python benchmarks/bench_train.py --data c --model demo     # a piece of it
+    python benchmarks/bench_train.py --scaling                 # tokens/s against the size of the data
+    python benchmarks/bench_train.py --profile                 # where a step's time goes
 
 Every method trains the same weights with the same adapter and optimizer on the same token sequences and
 labels, all of them in each optimizer step, so that the losses must agree; each runs in a process of its own
 (train_worker.py), so that its peak memory is its own; methods alternate. The peers live in an environment
 that this script builds under the cache folder. With --json the last line on standard output is one JSON
-object; with everything run it also becomes benchmarks/results/train.json.
+object. What ran at its default steps and repeats takes its place in benchmarks/results/train.json as soon as
+it is measured, so that the hour may be spent in pieces.
 
 Data: (a) ordinary chat, (b) tool conversations each with its own tools, (c) 64 conversations under one system
 prompt with ten tools, (d) ten-turn conversations under Qwen3's template, which TRL is given turn by turn.
@@ -22,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks.machine import where
+from benchmarks.machine import merged, where
 
 PEERS = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "datasets==5.2.0", "peft==0.21.2")
 RESULT = ROOT / "benchmarks" / "results" / "train.json"
@@ -188,7 +190,7 @@ def find_model(name: str) -> Model:
         return Model(name, {"config": QWEN_HALF_B}, None, repeats=1, steps=1)
     if name == "demo":
         folder = demo_model.ensure()
-        return Model(name, str(folder), folder, repeats=3, steps=2)
+        return Model(name, str(folder), folder, repeats=3, steps=1)
     return Model(name, str(Path(name).resolve()), Path(name).resolve(), repeats=1, steps=1)
 
 
@@ -229,6 +231,7 @@ def write_data(task: Task, model: Model, folder: Path) -> tuple[Path, Path, dict
             labels += encoded.labels
             ends.append(len(ids))
             owners.append(owner)
+    lengths = sorted(np.diff(ends, prepend=0).tolist())
     path = folder / f"{task.name}-{model.name.replace('/', '_')}.npz"
     np.savez(path, ids=ids, labels=labels, ends=ends, owners=owners)
     counts = {
@@ -236,6 +239,7 @@ def write_data(task: Task, model: Model, folder: Path) -> tuple[Path, Path, dict
         "sequences": len(owners),
         "tokens": len(ids),
         "supervised": sum(label != -100 for label in labels),
+        "shortest_pair": sum(lengths[:2]),
     }
     return path, tokenizer_folder, counts
 
@@ -289,13 +293,15 @@ def compare(
         "trl_batch_size": 1,
         "output": str(folder / "output"),
     }
-    methods = ["ours", "trl_packed", "trl_plain", *(["old_recipe"] if "old_recipe" in task.against else [])]
+    # Where no two sequences fit in one row, packing leaves each alone: the same run as plain, and not done twice.
+    trls = ["trl_packed", "trl_plain"] if counts["shortest_pair"] <= task.max_length else ["trl_plain"]
+    methods = ["ours", *trls, *(["old_recipe"] if "old_recipe" in task.against else [])]
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for _ in range(repeats or model.repeats):
         for method in methods:
             runs[method].append(run_worker(method, spec, folder))
     seconds = {m: statistics.median(s for run in found for s in run["seconds"]) for m, found in runs.items()}
-    trl = min(("trl_packed", "trl_plain"), key=lambda method: seconds[method])
+    trl = min(trls, key=lambda method: seconds[method])
     ours = runs["ours"][0]
     peak = {m: statistics.median(run["peak_gib"] for run in found) for m, found in runs.items()}
     rate = 1e9 * max(run["matrix_gflops"] for run in runs["ours"])
@@ -361,32 +367,90 @@ def scaling(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
+def step_profile(folder: Path) -> dict[str, Any]:
+    """A step at the 0.5B shape over rows of 1,024 tokens: its share of torch's matrix rate, and its operators.
+
+    `share` counts the head for every token (4 x parameters x tokens), `share_done` only where it is computed.
+    """
+    import numpy as np
+
+    model = find_model("0.5b")
+    rng = np.random.default_rng(0)
+    rows, length, steps = 2, 1024, 3
+    ids = rng.integers(0, 150_000, rows * length)
+    labels = np.where(rng.random(len(ids)) < 0.3, ids, -100)
+    path = folder / "rows.npz"
+    np.savez(path, ids=ids, labels=labels, ends=[length, 2 * length], owners=[0, 1])
+    spec = COMMON | {
+        "data": str(path),
+        "model": model.spec,
+        "output": str(folder / "output"),
+        "steps": steps,
+        "max_length": length,
+        "batch_size": 1,
+    }
+    run = run_worker("ours", spec, folder)
+    seconds = min(run["seconds"][1:])  # the first step also meets new shapes
+    rate = 1e9 * run["matrix_gflops"]
+    whole, done = work(run, int((labels != -100).sum()))
+    return {
+        "rows": run["rows"],
+        "seconds": round(seconds, 2),
+        "torch_gflops": run["matrix_gflops"],
+        "route": run["route"],
+        "share": round(whole / seconds / rate, 3),
+        "share_done": round(done / seconds / rate, 3),
+        "operators": run_worker("ours", spec | {"steps": 1, "profile": True}, folder)["operators"],
+    }
+
+
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=sorted(TASKS), help="only this data set")
     parser.add_argument("--model", help="demo, 0.5b or a folder (default: demo and 0.5b)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 2 for demo, 1 else)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default 1)")
     parser.add_argument("--repeats", type=int, help="alternating repeats (default: 3 for demo, 1 else)")
     parser.add_argument("--scaling", action="store_true", help="only: tokens/s against the size of the data")
+    parser.add_argument("--profile", action="store_true", help="only: where the time of a step goes")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    options = parser.parse_args()
-    result: dict[str, Any] = {
-        "rows": [],
-        **where((), PEERS),
-    }
-    whole = options.data is None and options.model is None and options.steps is None and not options.scaling
+    return parser.parse_args()
+
+
+def chosen(options: argparse.Namespace) -> Iterator[tuple[Model, Task]]:
+    for name in [options.model] if options.model else ["demo", "0.5b"]:
+        model = find_model(name)
+        for task in [TASKS[options.data]] if options.data else TASKS.values():
+            yield model, task
+
+
+def record(result: dict[str, Any]) -> None:
+    whole = merged(RESULT, result, ("data", "model", "against"))
+    RESULT.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    options = read_options()
+    about = where((), PEERS)
+    result: dict[str, Any] = {"rows": [], **about}
+    at_defaults = options.steps is None and options.repeats is None
+    compared = not options.scaling and not options.profile
+    everything = compared and at_defaults and options.data is None and options.model is None
     with tempfile.TemporaryDirectory(prefix="bench_train-") as name:
         folder = Path(name)
-        if not options.scaling:
-            for model in [find_model(m) for m in ([options.model] if options.model else ["demo", "0.5b"])]:
-                for task in [TASKS[options.data]] if options.data else TASKS.values():
-                    result["rows"] += compare(task, model, options.steps, options.repeats, folder)
-        if options.scaling or whole:
-            result["scaling"] = scaling(folder)
-    if whole:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        for model, task in chosen(options) if compared else ():
+            rows = compare(task, model, options.steps, options.repeats, folder)
+            result["rows"] += rows
+            if at_defaults:
+                record({"rows": rows, **about})
+        for block, wanted, measure in (
+            ("scaling", options.scaling, scaling),
+            ("step", options.profile, step_profile),
+        ):
+            if wanted or everything:
+                result[block] = measure(folder)
+                record({"rows": [], block: result[block], **about})
     print(json.dumps(result) if options.json else json.dumps(result, indent=1))
     return 0
 

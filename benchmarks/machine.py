@@ -1,11 +1,12 @@
 """Where and with what a result was measured: every file in `benchmarks/results/` says so in the same words."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ def where(packages: Iterable[str], pinned: Iterable[str] = ()) -> dict[str, Any]
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": time.strftime("%F"),
     }
+
+
+def merged(path: Path, result: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The record at `path` with this result in it: a row takes the place of one that has the same `keys`.
+
+    A record is of one machine and one set of versions: made with others, the old one is left behind whole.
+    """
+    if not path.is_file():
+        return result
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if any(record.get(name) != result[name] for name in ("machine", "versions")):
+        return result
+    done = {tuple(row[key] for key in keys) for row in result["rows"]}
+    kept = [row for row in record["rows"] if tuple(row[key] for key in keys) not in done]
+    return {**record, **result, "rows": kept + result["rows"]}
 
 
 def cpu() -> str:

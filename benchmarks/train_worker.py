@@ -6,7 +6,8 @@ imports nothing of ours before it knows that it may. Every method trains the sam
 sequences and labels, all of them in each optimizer step, so that the losses must agree step by step.
 
 SPEC: method, data (.npz of benchmarks/bench_train.py), model (a folder, or {"config": {...}} for random
-weights), steps, max_length, batch_size (conversations in a row), checkpointing, root (the checkout).
+weights), steps, max_length, batch_size (conversations in a row), checkpointing, root (the checkout); profile:
+also the operators that took the time.
 """
 
 import json
@@ -218,6 +219,27 @@ def warm_up(model: Any) -> None:
     model.zero_grad()
 
 
+def train(trainer: Any, *, profiled: bool) -> dict[str, Any]:
+    """Train; with `profiled`, the operators by their own time (ms and share of all), children not counted."""
+    if not profiled:
+        trainer.train()
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.train()
+    found = sorted(profile.key_averages(), key=lambda op: -op.self_cpu_time_total)
+    total = sum(op.self_cpu_time_total for op in found)
+    shown = [
+        {
+            "operator": op.key,
+            "calls": op.count,
+            "ms": round(op.self_cpu_time_total / 1000, 1),
+            "share": round(op.self_cpu_time_total / total, 3),
+        }
+        for op in found[:20]
+    ]
+    return {"operators": shown}
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
@@ -231,7 +253,7 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = status_gib("VmRSS")
     faults = resource.getrusage(resource.RUSAGE_SELF)
-    trainer.train()
+    facts |= train(trainer, profiled=spec.get("profile", False))
     after = resource.getrusage(resource.RUSAGE_SELF)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = model.get_output_embeddings().weight.numel()
