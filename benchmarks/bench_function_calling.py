@@ -4,14 +4,15 @@
     python benchmarks/bench_function_calling.py -m MODEL --trl False
 
 In: the public Berkeley Function Calling Leaderboard (wheel bfcl-eval, Apache-2.0). Out:
-benchmarks/results/function_calling.json with the blocks `before`, `after` and `trl`, each on the same held-
-out
-questions: exact (share of calls right in name and every argument), name, false_calls (share of questions
-without a fitting function that were answered with a call), valid (share of written calls that fit their
-schema), n, seconds (of training). `required` inside a block: the same questions with a call required, and how
-many calls were valid.
+benchmarks/results/function_calling.json with the blocks `before`, `after` and `trl`, each on the same
+held-out questions: exact (share of calls right in name and every argument), name, false_calls (share of
+questions without a fitting function that were answered with a call), valid (share of written calls that fit
+their schema), n, seconds (of training). `required` inside a block: the same questions with a call required,
+and how many calls were valid.
 
-The split is by hash and by function: questions that share any function are on one side. Phases leave their
+The split is by hash and by function: questions that share any function are on one side. Each training
+question is taught several times, rewritten from the second time on (call_variants.py), and both trainers read
+the same file. Phases leave their
 result in a work folder and are not run twice: data, scorer (agreement with the leaderboard's own checker),
 before, train, after, trl.
 """
@@ -36,6 +37,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+from benchmarks.call_variants import passes
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors, evaluation, models
 from qwen_chat.conversation import Conversation, Json
@@ -62,7 +64,8 @@ REFUSALS = (
 class Settings:
     """What is trained, the same for both trainers."""
 
-    epochs: float = 2.0
+    epochs: float = 1.0
+    variants: int = 3  # copies of each question, all but the first rewritten
     rank: int = 32
     alpha: int = 64
     dropout: float = 0.0
@@ -571,11 +574,13 @@ def tune(
 def prepare(work: Path, items: Sequence[Item], settings: Settings) -> tuple[Path, list[Item]]:
     """Write train.jsonl and held_out.jsonl; return the first, and the held-out items."""
     train, held = split(items, settings)
-    for name, some, marked in (("train", train, False), ("held_out", held, True)):
-        lines = (json.dumps(conversation(item, with_accepted=marked), ensure_ascii=False) for item in some)
+    taught = passes([conversation(item) for item in train], settings.variants, REFUSALS, settings.seed)
+    asked = [conversation(item, with_accepted=True) for item in held]
+    for name, records in (("train", taught), ("held_out", asked)):
+        lines = (json.dumps(record, ensure_ascii=False) for record in records)
         (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    counts = Counter(item.name.rpartition("_")[0] for item in train)
-    rank_zero(f"train {dict(counts)}, held out {dict(Counter(i.name.rpartition('_')[0] for i in held))}")
+    counts = [dict(Counter(item.name.rpartition("_")[0] for item in part)) for part in (train, held)]
+    rank_zero(f"train {counts[0]} as {len(taught)} conversations, held out {counts[1]}")
     return work / "train.jsonl", held
 
 
