@@ -65,7 +65,7 @@ class Settings:
     """What is trained, the same for both trainers."""
 
     epochs: float = 1.0
-    variants: int = 3  # copies of each question, all but the first rewritten
+    variants: int = 2  # copies of each question, all but the first rewritten
     rank: int = 32
     alpha: int = 64
     dropout: float = 0.0
