@@ -43,6 +43,7 @@ from qwen_chat import demo_model, errors, evaluation, models
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import ModelError, TrainingError
 from qwen_chat.logs import rank_zero
+from qwen_chat.threads import apart
 
 WHEEL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
 TRL = ("trl==1.16.0", "datasets==5.2.0")
@@ -450,13 +451,12 @@ def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Seque
     from qwen_chat.chatml import ChatFormat
     from qwen_chat.engine import Engine
 
-    loaded = models.load_model(base, adapter=adapter)
-    model = loaded.model if adapter is None else loaded.model.merge_and_unload()
-    fmt = ChatFormat(loaded.tokenizer)
+    model, tokenizer = apart(load_merged)(base, adapter)
+    fmt = ChatFormat(tokenizer)
     cases = [case_of(item) for item in held]
     found: Json = {}
     started = time.perf_counter()
-    with Engine(model, loaded.tokenizer, max_batch=16, fmt=fmt) as engine:
+    with Engine(model, tokenizer, max_batch=16, fmt=fmt) as engine:
         for calls in ("strict", "free", "required"):
             chosen = [case for case in cases if case.wanted] if calls == "required" else cases
             kept = evaluation.Kept(work / f"replies-{name}-{calls}.jsonl")
@@ -469,6 +469,11 @@ def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Seque
                 {**block, "worst": evaluation.worst(judged)} if calls == "strict" else {**found, calls: block}
             )
     return {**found, "evaluation_seconds": round(time.perf_counter() - started, 1)}
+
+
+def load_merged(base: Path, adapter: Path | None) -> tuple[Any, Any]:
+    loaded = models.load_model(base, adapter=adapter)
+    return loaded.model if adapter is None else loaded.model.merge_and_unload(), loaded.tokenizer
 
 
 def progress(name: str, calls: str) -> Callable[[int], None]:

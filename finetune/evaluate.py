@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
@@ -22,6 +22,10 @@ from qwen_chat import arguments, demo_model, errors, evaluation, models, records
 from qwen_chat.arguments import ModelArguments, option
 from qwen_chat.errors import DataError, FormatError, OptionError
 from qwen_chat.logs import rank_zero
+from qwen_chat.threads import apart
+
+if TYPE_CHECKING:
+    from qwen_chat.chatml import ChatFormat
 
 RECIPE = 1  # raise it when the same model and data would give other replies
 
@@ -148,11 +152,40 @@ def run(
     """Fill in what is known of a model; what is not kept from an earlier run is computed."""
     from tqdm import tqdm
 
-    from qwen_chat import token_cache
-    from qwen_chat.chatml import ChatFormat
     from qwen_chat.engine import Engine
 
     kept = open_kept(side, data, options)
+    model, fmt = apart(load_and_score)(side, data, kept, chosen, options)
+    if not cases:
+        return
+    engine = Engine(model, fmt.tokenizer, max_batch=options.batch_size)
+    with tqdm(total=len(cases), desc=f"{side.name}: calls", file=sys.stderr) as bar:
+        texts = evaluation.write_replies(
+            engine,
+            fmt,
+            cases,
+            kept,
+            calls=options.calls,
+            max_tokens=options.max_new_tokens,
+            batch=options.batch_size,
+            tick=lambda done: move(bar, done),
+        )
+    side.judged = evaluation.judge(cases, texts, fmt)
+
+
+def load_and_score(
+    side: Side,
+    data: records.Records,
+    kept: evaluation.Kept,
+    chosen: ModelArguments,
+    options: EvaluateArguments,
+) -> "tuple[Any, ChatFormat]":
+    """The model and its chat format, when its losses on the data are known."""
+    from tqdm import tqdm
+
+    from qwen_chat import token_cache
+    from qwen_chat.chatml import ChatFormat
+
     loaded = models.load_model(
         side.model,
         adapter=side.adapter,
@@ -171,21 +204,7 @@ def run(
         side.losses = evaluation.sequence_losses(
             model, tokens, chosen_ones, kept, lambda done: move(bar, done)
         )
-    if not cases:
-        return
-    engine = Engine(model, loaded.tokenizer, max_batch=options.batch_size)
-    with tqdm(total=len(cases), desc=f"{side.name}: calls", file=sys.stderr) as bar:
-        texts = evaluation.write_replies(
-            engine,
-            fmt,
-            cases,
-            kept,
-            calls=options.calls,
-            max_tokens=options.max_new_tokens,
-            batch=options.batch_size,
-            tick=lambda done: move(bar, done),
-        )
-    side.judged = evaluation.judge(cases, texts, fmt)
+    return model, fmt
 
 
 def move(bar: Any, done: int) -> None:

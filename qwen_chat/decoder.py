@@ -165,10 +165,10 @@ class Decoder:
         rotated; returns (tokens, heads x head_dim)."""
         heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
         group = heads // kv_heads
-        out = qkv.new_empty(qkv.shape[0], heads, size)
+        found = []
         for span in spans:
             kv, new = span.bank.layers[index], qkv[span.tokens]
-            if span.is_decode:
+            if span.is_run:
                 kv[span.slot_ids, :, span.positions] = new[:, heads:]
                 queries = new[:, :heads].reshape(-1, kv_heads, group, size)
             else:
@@ -179,10 +179,10 @@ class Decoder:
             attended = functional.scaled_dot_product_attention(
                 queries, held[:, :kv_heads], held[:, kv_heads:], attn_mask=span.mask
             )
-            if not span.is_decode:
+            if not span.is_run:
                 attended = attended.view(kv_heads, -1, group, size).transpose(0, 1)
-            out[span.tokens] = attended.reshape(-1, heads, size)
-        return out.flatten(1)
+            found.append(attended.reshape(-1, heads * size))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,17 +191,18 @@ class _Span:
     one (rounded) length, or the tokens of one row within one TILE of positions.
 
     Both give a token the same bits: the kernel works on each row and head apart, over the same length.
+    `is_run` tells the first kind, of two rows and more.
     """
 
     tokens: slice  # of the step
     bank: Bank
     slots: slice
     length: int  # of keys attended to, a multiple of TILE
-    mask: torch.Tensor  # additive; (rows, 1, 1, length), or (tokens x query heads a kv head, length)
-    is_decode: bool
-    slot_ids: torch.Tensor  # decode: (rows,)
+    mask: torch.Tensor  # additive; of a run (rows, 1, 1, length), else (tokens x heads a kv head, length)
+    is_run: bool
+    slot_ids: torch.Tensor  # a run's: (rows,)
     positions: torch.Tensor  # (tokens,)
-    places: slice  # prefill: the positions as a range
+    places: slice  # else: the positions as a range
 
 
 def _laid_out(segment: Segment) -> tuple[int, bool, int, int, int]:
@@ -226,30 +227,30 @@ def _spans(
     begin = place = 0
     while place < len(segments):
         segment = segments[place]
-        if len(segment.ids) == 1:
-            run = 1
-            while place + run < len(segments) and _are_neighbours(
-                segments[place + run - 1], segments[place + run]
-            ):
-                run += 1
-            spans.append(_decode_span(segments[place : place + run], positions, begin, dtype))
+        run = 1
+        while place + run < len(segments) and _are_neighbours(
+            segments[place + run - 1], segments[place + run]
+        ):
+            run += 1
+        if run > 1:
+            spans.append(_run_span(segments[place : place + run], positions, begin, dtype))
             place, begin = place + run, begin + run
             continue
-        spans.extend(_prefill_spans(segment, positions, begin, group, dtype))
+        spans.extend(_lone_spans(segment, positions, begin, group, dtype))
         place, begin = place + 1, begin + len(segment.ids)
     return spans
 
 
 def _are_neighbours(one: Segment, other: Segment) -> bool:
     return (
-        len(other.ids) == 1
+        len(one.ids) == len(other.ids) == 1
         and one.row.bank is other.row.bank
         and one.row.slot + 1 == other.row.slot
         and one.start // TILE == other.start // TILE
     )
 
 
-def _decode_span(run: Sequence[Segment], positions: torch.Tensor, begin: int, dtype: torch.dtype) -> _Span:
+def _run_span(run: Sequence[Segment], positions: torch.Tensor, begin: int, dtype: torch.dtype) -> _Span:
     bank, slot = run[0].row.bank, run[0].row.slot
     assert bank is not None
     tokens, length = slice(begin, begin + len(run)), (run[0].start // TILE + 1) * TILE
@@ -260,14 +261,14 @@ def _decode_span(run: Sequence[Segment], positions: torch.Tensor, begin: int, dt
         slots=slice(slot, slot + len(run)),
         length=length,
         mask=_additive(hidden, dtype)[:, None, None],
-        is_decode=True,
+        is_run=True,
         slot_ids=torch.arange(slot, slot + len(run)),
         positions=positions[tokens],
         places=slice(0),
     )
 
 
-def _prefill_spans(
+def _lone_spans(
     segment: Segment, positions: torch.Tensor, begin: int, group: int, dtype: torch.dtype
 ) -> Iterator[_Span]:
     bank, slot = segment.row.bank, segment.row.slot
@@ -284,7 +285,7 @@ def _prefill_spans(
             slots=slice(slot, slot + 1),
             length=length,
             mask=_additive(hidden, dtype),
-            is_decode=False,
+            is_run=False,
             slot_ids=positions[:0],
             positions=positions[tokens],
             places=slice(first, last),

@@ -33,6 +33,7 @@ from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
 from qwen_chat.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.lora import Lora, NotBeside
 from qwen_chat.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
+from qwen_chat.threads import apart
 
 if TYPE_CHECKING:
     from qwen_chat.chatml import ChatFormat
@@ -511,6 +512,7 @@ class Engine:
         return (TokenLogprob(*name(choice.token_id), choice.logprob, top),)
 
 
+@apart
 def load_engine(
     model_path: str | Path | None,
     *,

@@ -1,0 +1,53 @@
+"""Functions that run in a thread which ends: results, errors, and what becomes of OpenMP's workers."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_chat.threads import apart
+
+
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_result_and_arguments() -> None:
+    seen = []
+
+    @apart
+    def add(a: int, *, b: int) -> int:
+        seen.append(threading.current_thread())
+        return a + b
+
+    assert add(1, b=2) == 3
+    assert add.__name__ == "add"
+    assert seen[0] is not threading.current_thread()
+    assert not seen[0].is_alive()
+
+
+def test_an_exception_is_the_callers() -> None:
+    @apart
+    def fail() -> None:
+        raise ValueError("as it was")
+
+    with pytest.raises(ValueError, match="as it was"):
+        fail()
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has no workers")
+def test_workers_end_with_the_thread() -> None:
+    def multiply() -> int:
+        torch.set_num_threads(2)
+        left = torch.randn(600, 600)
+        torch.mm(left, left)
+        return threads_of_this_process()
+
+    inside = apart(multiply)()
+    deadline = time.monotonic() + 10  # the workers end a moment after their thread
+    while threads_of_this_process() > inside - 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads_of_this_process() <= inside - 2  # the thread, and a worker of its own
