@@ -157,7 +157,7 @@ def many_turns(rng: random.Random) -> Made:
 TASKS = {
     task.name: task
     for task in (
-        Task("a", chat, "qwen2_5", 1024, 2, ("trl", "old_recipe")),
+        Task("a", chat, "qwen2_5", 1024, 2, ("trl",)),
         Task("b", own_tools, "qwen2_5", 1024, 2, ("trl", "old_recipe")),
         Task("c", shared_tools, "qwen2_5", 1280, 4, ("trl",)),
         Task("d", many_turns, "qwen3", 2048, 1, ("trl",)),
