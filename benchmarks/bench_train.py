@@ -6,7 +6,7 @@
     python benchmarks/bench_train.py --profile                 # where a step's time goes
 
 Every method trains the same weights with the same adapter and optimizer on the same token sequences and
-labels, all of them in each optimizer step, so that the losses must agree; each runs in a process of its own
+labels, all of them in each optimizer step, so that losses and gradients must agree; each runs in a process of its own
 (train_worker.py), so that its peak memory is its own; methods alternate. The peers live in an environment
 that this script builds under the cache folder. With --json the last line on standard output is one JSON
 object. What ran at its default steps and repeats takes its place in benchmarks/results/train.json as soon as
@@ -329,6 +329,8 @@ def compare(
                 "matmul_share_done": round(done / seconds["ours"] / rate, 3),
                 "loss": ours["losses"][-1],
                 "loss_theirs": runs[other][0]["losses"][-1],
+                "gradient_norm": ours["gradients"][-1],
+                "gradient_norm_theirs": runs[other][0]["gradients"][-1],
                 "setting": other,
                 "seconds": {method: round(value, 2) for method, value in seconds.items()},
                 "rows": ours["rows"],

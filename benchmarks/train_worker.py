@@ -3,7 +3,7 @@ line.
 
 Runs in our environment (method "ours") and in the peers' ("trl_packed", "trl_plain", "old_recipe"), so it
 imports nothing of ours before it knows that it may. Every method trains the same weights on the same token
-sequences and labels, all of them in each optimizer step, so that the losses must agree step by step.
+sequences and labels, all of them in each optimizer step, so that losses and gradients must agree step by step.
 
 SPEC: method, data (.npz of benchmarks/bench_train.py), model (a folder, or {"config": {...}} for random
 weights), steps, max_length, batch_size (conversations in a row), checkpointing, root (the checkout); profile:
@@ -81,11 +81,12 @@ def matrix_rate() -> float:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Wall time and loss of each optimizer step, fetching the data included."""
+    """Wall time, loss and gradient norm of each optimizer step, fetching the data included."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
         self.losses: list[float] = []
+        self.gradients: list[float] = []  # their norms, before clipping
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.marks.append(time.perf_counter())
@@ -96,6 +97,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
+            self.gradients.append(float(logs["grad_norm"]))
 
 
 def options(spec: dict[str, Any], batch_size: int, rows: int) -> dict[str, Any]:
@@ -266,6 +268,7 @@ def main() -> None:
         "method": spec["method"],
         "seconds": seconds,
         "losses": watch.losses,
+        "gradients": watch.gradients,
         "peak_gib": round(status_gib("VmHWM") - before - 2 * 4 * trainable / 2**30, 3),
         "before_gib": round(before, 3),
         "matrix_gflops": round(max(rate, matrix_rate()), 1),
