@@ -10,11 +10,9 @@ questions without a fitting function that were answered with a call), valid (sha
 their schema), n, seconds (of training). `required` inside a block: the same questions with a call required,
 and how many calls were valid.
 
-The split is by hash and by function: questions that share any function are on one side. Each training
-question is taught several times, rewritten from the second time on (call_variants.py), and both trainers read
-the same file. Phases leave their
-result in a work folder and are not run twice: data, scorer (agreement with the leaderboard's own checker),
-before, train, after, trl.
+The split is by hash and by function: questions that share any function are on one side. Phases leave their
+result in a work folder of the same model, settings and data, and are not run twice: scorer (agreement with
+the leaderboard's own checker), before, train, after, trl.
 """
 
 import argparse
@@ -23,6 +21,7 @@ import importlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,11 +36,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks.call_variants import passes
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors, evaluation, models
 from qwen_chat.conversation import Conversation, Json
-from qwen_chat.errors import ModelError, TrainingError
+from qwen_chat.errors import ModelError, OptionError, TrainingError
 from qwen_chat.logs import rank_zero
 from qwen_chat.threads import apart
 
@@ -65,8 +63,7 @@ REFUSALS = (
 class Settings:
     """What is trained, the same for both trainers."""
 
-    epochs: float = 1.0
-    variants: int = 2  # copies of each question, all but the first rewritten
+    epochs: float = 2.0
     rank: int = 32
     alpha: int = 64
     dropout: float = 0.0
@@ -559,6 +556,8 @@ def run(command: Sequence[str]) -> None:
 
 
 def timed(command: Sequence[str], adapter: Path) -> Json:
+    """Run a training into `adapter`, from nothing: what an earlier one left there would go on for free."""
+    shutil.rmtree(adapter, ignore_errors=True)
     started = time.perf_counter()
     run(command)
     return {
@@ -576,17 +575,38 @@ def tune(
     return {**measured, "seconds": trained["seconds"]}
 
 
-def prepare(work: Path, items: Sequence[Item], settings: Settings) -> tuple[Path, list[Item]]:
-    """Write train.jsonl and held_out.jsonl; return the first, and the held-out items."""
+def prepare(items: Sequence[Item], settings: Settings) -> tuple[dict[str, str], list[Item]]:
+    """The training and the held-out lines, each as the text of a file, and the held-out items."""
     train, held = split(items, settings)
-    taught = passes([conversation(item) for item in train], settings.variants, REFUSALS, settings.seed)
-    asked = [conversation(item, with_accepted=True) for item in held]
-    for name, records in (("train", taught), ("held_out", asked)):
-        lines = (json.dumps(record, ensure_ascii=False) for record in records)
-        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     counts = [dict(Counter(item.name.rpartition("_")[0] for item in part)) for part in (train, held)]
-    rank_zero(f"train {counts[0]} as {len(taught)} conversations, held out {counts[1]}")
-    return work / "train.jsonl", held
+    rank_zero(f"train {counts[0]}, held out {counts[1]}")
+    records = {
+        "train.jsonl": [conversation(item) for item in train],
+        "held_out.jsonl": [conversation(item, with_accepted=True) for item in held],
+    }
+    texts = {
+        name: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in some)
+        for name, some in records.items()
+    }
+    return texts, held
+
+
+def open_work(folder: Path | None, base: Path, settings: Settings, texts: Mapping[str, str]) -> Path:
+    """The work folder with the data in it. Raises OptionError where it is one of another model, other
+    settings or other data: its phases would be told as theirs."""
+    weights = [(file.name, file.stat().st_size) for file in sorted(base.glob("*.safetensors"))]
+    told = {"model": str(base), "weights": weights, "settings": asdict(settings)}
+    told |= {name: digest(text) for name, text in texts.items()}
+    identity = json.dumps(told, indent=1)
+    work = folder or demo_model.cache_dir() / "benchmarks" / "function_calling" / digest(identity)[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    known = work / "of.json"
+    if known.is_file() and known.read_text("utf-8") != identity:
+        raise OptionError(f"--work {work}: of another model, other settings or data; choose another folder")
+    known.write_text(identity, "utf-8")
+    for name, text in texts.items():
+        (work / name).write_text(text, "utf-8")
+    return work
 
 
 def read_options() -> tuple[argparse.Namespace, Settings]:
@@ -609,13 +629,12 @@ def read_options() -> tuple[argparse.Namespace, Settings]:
 def main() -> int:
     options, settings = read_options()
     base = models.resolve(options.model)
-    key = digest(json.dumps([str(base), asdict(settings)]))[:12]
-    work: Path = options.work or demo_model.cache_dir() / "benchmarks" / "function_calling" / key
-    work.mkdir(parents=True, exist_ok=True)
-    rank_zero(f"work folder {work}")
     folder = fetch()
     items = load(folder)
-    data, held = prepare(work, items, settings)
+    texts, held = prepare(items, settings)
+    work = open_work(options.work, base, settings, texts)
+    rank_zero(f"work folder {work}")
+    data = work / "train.jsonl"
     result: Json = {"model": base.name, "settings": asdict(settings)}
     result |= where(("torch", "transformers", "peft"), TRL)
     result["scorer"] = phase(work, "scorer", lambda: agreement(items, leaderboard_checker(folder)))
