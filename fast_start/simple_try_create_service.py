@@ -15,7 +15,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +89,10 @@ def main() -> int:
     groups = [ModelArguments, ServiceArguments, LimitArguments, VllmArguments]
     values = arguments.read(sys.argv[1:], groups, about=str(__doc__))
     model, service = values[ModelArguments], values[ServiceArguments]
+    check_engine(service, values[LimitArguments], values[VllmArguments])
     adapters = read_adapters(model.adapter)
+    if model.name in adapters:
+        raise OptionError(f"--name {model.name}: an adapter has this name; choose another")
     keys = read_keys(service)
     check_address(service, keys)
     base = find_base(model.model, list(adapters.values()))
@@ -203,6 +206,20 @@ def hand_over(
     if not vllm.dry_run:
         vllm_handover.replace_process(command)
     return 0
+
+
+OURS = ("cache_tokens", "max_body_mb", "request_seconds", "drain_seconds", "log_file", "log_prompts")
+VLLMS = ("tensor_parallel_size", "pipeline_parallel_size", "vllm_python", "vllm_args", "dry_run")
+
+
+def check_engine(service: ServiceArguments, limits: LimitArguments, vllm: VllmArguments) -> None:
+    """Refuse what the chosen engine would not look at."""
+    ours = vllm.engine == "transformers"
+    for group in (service, limits, vllm):
+        for one in fields(group):
+            changed = getattr(group, one.name) != one.default
+            if changed and one.name in (VLLMS if ours else OURS):
+                raise OptionError(f"--{one.name}: has no effect with --engine {vllm.engine}; leave it out")
 
 
 def read_adapters(words: Sequence[str]) -> dict[str, Path]:

@@ -100,7 +100,7 @@ def get_time(city: Annotated[str, "City name, for example London or 伦敦", CIT
     """Get the current local time of a city. 查询城市现在的当地时间。"""
     name, _, hours, _, _ = find_city(city)
     now = datetime.now(UTC).astimezone(timezone(timedelta(hours=hours)))
-    return {"city": name, "time": now.strftime("%Y-%m-%d %H:%M"), "zone": f"UTC{hours:+d}"}
+    return {"city": name, "time": now.strftime("%Y-%m-%d %H:%M"), "zone": f"UTC{hours:+d}, standard time"}
 
 
 def calculate(expression: Annotated[str, "For example 12 * (3 + 4) or sqrt(2)", ARITHMETIC]) -> str:

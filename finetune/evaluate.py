@@ -9,6 +9,7 @@ a confusion table, the worst cases in full. What has been computed is kept (by t
 so a run that was killed goes on, and the same question asked again is answered at once.
 """
 
+import gzip
 import hashlib
 import json
 import sys
@@ -62,7 +63,8 @@ class Side:
     adapter: Path | None
     losses: list[evaluation.SequenceLoss] = field(default_factory=list)
     judged: list[evaluation.Judged] = field(default_factory=list)
-    dropped: int = 0
+    dropped: int = 0  # conversations too long for the loss
+    unanswered: int = 0  # turns whose prompt fills the context
 
 
 def main() -> int:
@@ -123,20 +125,28 @@ def count(data: records.Records, options: EvaluateArguments) -> int:
 
 
 def accepted_answers(path: Path) -> dict[int, dict[int, Any]]:
-    """Line -> message -> its "accepted" list, from a plain jsonl file (other files have none)."""
-    if path.suffix != ".jsonl":
-        return {}
+    """Line -> message -> its "accepted" list, from a .jsonl or .jsonl.gz file. Raises DataError for marks in
+    another kind of file: they would be forgotten."""
+    lined = path.name.endswith((".jsonl", ".jsonl.gz"))
     found: dict[int, dict[int, Any]] = {}
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if '"accepted"' not in line:
                 continue
+            if not lined:
+                raise DataError(
+                    f'{path}: "accepted" is read from .jsonl files; write one conversation a line'
+                )
             try:
                 record = json.loads(line)
             except ValueError:  # a bad line that --on_error skip leaves out
                 continue
             messages = record.get("messages") if isinstance(record, dict) else None
-            marked = {k: m["accepted"] for k, m in enumerate(messages or ()) if "accepted" in m}
+            listed = messages if isinstance(messages, list) else []
+            marked = {
+                k: m["accepted"] for k, m in enumerate(listed) if isinstance(m, dict) and "accepted" in m
+            }
             if marked:
                 found[number] = marked
     return found
@@ -158,19 +168,21 @@ def run(
     model, fmt = apart(load_and_score)(side, data, kept, chosen, options)
     if not cases:
         return
-    engine = Engine(model, fmt.tokenizer, max_batch=options.batch_size)
-    with tqdm(total=len(cases), desc=f"{side.name}: calls", file=sys.stderr) as bar:
-        texts = evaluation.write_replies(
-            engine,
-            fmt,
-            cases,
-            kept,
-            calls=options.calls,
-            max_tokens=options.max_new_tokens,
-            batch=options.batch_size,
-            tick=lambda done: move(bar, done),
-        )
-    side.judged = evaluation.judge(cases, texts, fmt)
+    with Engine(model, fmt.tokenizer, max_batch=options.batch_size) as engine:
+        answered = evaluation.fitting(cases, fmt, min(engine.context_length, engine.kv_tokens))
+        side.unanswered = len(cases) - len(answered)
+        with tqdm(total=len(answered), desc=f"{side.name}: calls", file=sys.stderr) as bar:
+            texts = evaluation.write_replies(
+                engine,
+                fmt,
+                answered,
+                kept,
+                calls=options.calls,
+                max_tokens=options.max_new_tokens,
+                batch=options.batch_size,
+                tick=lambda done: move(bar, done),
+            )
+    side.judged = evaluation.judge(answered, texts, fmt)
 
 
 def load_and_score(
@@ -244,6 +256,7 @@ def write_report(sides: list[Side], data: records.Records, options: EvaluateArgu
             "name": side.name,
             **evaluation.loss_figures(side.losses),
             "too_long": side.dropped,
+            "prompt_too_long": side.unanswered,
             "tools": evaluation.summary(side.judged) if side.judged else None,
             "worst": evaluation.worst(side.judged),
         }
@@ -256,16 +269,14 @@ def compare(base: Side, side: Side) -> dict[str, Any]:
     """How much `side` is above `base`, on the conversations and turns that both have."""
     before = {one.where: one.loss / max(one.tokens, 1) for one in base.losses}
     both = [one for one in side.losses if one.where in before]
+    judged = {one.case.key: one for one in base.judged}
+    turns = [(judged[one.case.key], one) for one in side.judged if one.case.key in judged]
+    wanted = [(a.score, b.score) for a, b in turns if b.case.wanted]
+    others = [(a.score, b.score) for a, b in turns if not b.case.wanted]
     pairs = {
         "loss": ([before[o.where] for o in both], [o.loss / max(o.tokens, 1) for o in both]),
-        "exact": (
-            [float(j.score.exact) for j in base.judged if j.case.wanted],
-            [float(j.score.exact) for j in side.judged if j.case.wanted],
-        ),
-        "false_calls": (
-            [float(j.score.false_call) for j in base.judged if not j.case.wanted],
-            [float(j.score.false_call) for j in side.judged if not j.case.wanted],
-        ),
+        "exact": ([float(a.exact) for a, _ in wanted], [float(b.exact) for _, b in wanted]),
+        "false_calls": ([float(a.false_call) for a, _ in others], [float(b.false_call) for _, b in others]),
     }
     found = {name: evaluation.paired(a, b) for name, (a, b) in pairs.items()}
     return {name: None if value is None else asdict(value) for name, value in found.items()}

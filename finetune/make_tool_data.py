@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +176,7 @@ def public_functions(path: Path) -> list[Callable[..., Any]]:
     if spec is None or spec.loader is None or not path.is_file():
         raise ToolError(f"{path} cannot be read; name a Python file with functions")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["user_tools"] = module  # dataclasses with postponed annotations look there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -189,6 +191,10 @@ def read_table(path: Path, tools: Sequence[Json]) -> list[Row]:
         entries = list(csv_rows(path) if path.suffix == ".csv" else json_rows(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name a table of questions") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the table as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: not a readable CSV ({error}); save it again as CSV in UTF-8") from None
     rows, problems = [], []
     for where, entry in entries:
         try:
@@ -205,7 +211,7 @@ def read_table(path: Path, tools: Sequence[Json]) -> list[Row]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path.name}:{number}", json.loads(line)
@@ -324,7 +330,7 @@ class Writer:
         if len(row.calls) != 1:
             return
         values = json.loads(row.calls[0].arguments)
-        fitting = [k for k, v in values.items() if isinstance(v, str) and v and row.question.count(v) == 1]
+        fitting = [k for k, v in values.items() if isinstance(v, str) and stands_alone(v, row.question)]
         required = set(self._schema(row.calls[0].name).get("required", ()))
         fitting = [key for key in fitting if key in required]
         if not fitting:
@@ -343,7 +349,7 @@ class Writer:
         others = [
             other
             for other in rows
-            if other.question != row.question
+            if differ(other.calls, row.calls)
             and other.language == row.language
             and bool(other.results) == bool(row.results)
         ]
@@ -422,6 +428,18 @@ class Writer:
         head = described.split("，")[0].split("：")[0].split("。")[0].split(",")[0]
         chinese = any("\u4e00" <= letter <= "\u9fff" for letter in head)
         return head if row.language == "zh" and chinese else key.replace("_", " ")
+
+
+def stands_alone(value: str, question: str) -> bool:
+    """Whether the value is in the question once, and not as a part of a word."""
+    word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])")
+    return bool(value) and question.count(value) == 1 and word.search(question) is not None
+
+
+def differ(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
+    """Whether no call is in both: the same one twice is no lesson."""
+    known = [(call.name, json.loads(call.arguments)) for call in calls]
+    return not any((call.name, json.loads(call.arguments)) in known for call in others)
 
 
 def without(question: str, value: str) -> str:

@@ -39,7 +39,7 @@ from qwen_chat.tool_calls import Delta as ParsedDelta
 from qwen_chat.tool_calls import StreamParser
 
 CUT_OFF = ("length", "deadline")  # the engine's reasons for an answer that might have gone on
-CallMode = Literal["free", "named", "none"]  # none: what looks like a call is text
+CallMode = Literal["free", "strict", "named", "none"]  # strict: tagged calls alone; none: all is text
 
 
 class Assembly(Protocol):

@@ -339,8 +339,8 @@ def _joined(modules: Sequence[Any], quantize: str | None) -> Linear:
 
 
 def _places(body: Any, tied: bool, dtype: torch.dtype) -> Places:
-    outputs = {
-        name: module.out_features
+    modules = {
+        name: module
         for part in (body.layers[0].self_attn, body.layers[0].mlp)
         for name, module in part.named_children()
         if name.endswith("_proj")
@@ -349,7 +349,15 @@ def _places(body: Any, tied: bool, dtype: torch.dtype) -> Places:
     for layer in body.layers:
         parts = [getattr(layer.self_attn, name).bias for name in JOINED["qkv"]]
         biases.append(None if any(part is None for part in parts) else torch.cat(parts).detach())
-    return Places(len(body.layers), outputs, dtype, tuple(biases), tied)
+    return Places(
+        layers=len(body.layers),
+        inputs={name: module.in_features for name, module in modules.items()},
+        outputs={name: module.out_features for name, module in modules.items()},
+        width=body.embed_tokens.weight.shape[1],
+        dtype=dtype,
+        biases=tuple(biases),
+        tied=tied,
+    )
 
 
 def _context(config: Any) -> int:

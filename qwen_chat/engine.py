@@ -256,8 +256,11 @@ class Engine:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it finish with it."""
-        if self._adapters.pop(name, None) is None:  # what is merged cannot be unloaded either
+        if name not in self._adapters:
             raise ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
+        if self._adapters[name] is None:
+            raise ModelError(f"adapter {name!r} is merged into the base and cannot be unloaded")
+        del self._adapters[name]
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its
@@ -409,8 +412,8 @@ class Engine:
                 self._running.append(self._waiting.popleft())
 
     def _plan(self) -> tuple[list[Segment], list[_Row]]:
-        """This step's tokens: one of every row that decodes, then pieces of prompts, oldest first, within
-        the budget."""
+        """This step's tokens: one of every row that decodes, then pieces of prompts within the budget: those
+        with the least left first, so that a long prompt holds nobody up, but a quarter for the oldest."""
         decoding = [row for row in self._running if len(row.tokens) - row.computed == 1]
         filling = [row for row in self._running if len(row.tokens) - row.computed > 1]
         budget = self.prefill_tokens if decoding else 4 * self.prefill_tokens
@@ -419,17 +422,19 @@ class Engine:
             rows.append(row)
             segments.append(self._segment(row, 1))
         beginnings = set()
-        for row in filling:
-            if budget <= 0:
-                break
+        kept = budget // 4 if filling else 0  # for the oldest
+        for row in sorted(filling, key=lambda row: len(row.tokens) - row.computed):
+            is_oldest = row is filling[0]
+            room = budget if is_oldest else budget - kept
             beginning = (row.number, tuple(row.tokens[:BLOCK]))
+            if room <= 0 or (not row.started and beginning in beginnings):
+                continue  # no room; or another computes the same beginning now: in the next step it is cached
             if not row.started:
-                if beginning in beginnings:
-                    continue  # another row computes the same beginning now: in the next step it is cached
                 self._start(row)
             beginnings.add(beginning)
-            count = min(len(row.tokens) - row.computed, budget)
+            count = min(len(row.tokens) - row.computed, room)
             budget -= count
+            kept = 0 if is_oldest else kept
             rows.append(row)
             segments.append(self._segment(row, count))
         return segments, rows
@@ -563,7 +568,7 @@ def _say(error: Exception) -> str:
     if isinstance(error, ToolError):
         return str(error)
     LOGGER.error("a row's next token could not be chosen", exc_info=error)
-    return "the next token could not be chosen"
+    return "the engine failed to choose the next token"
 
 
 def _decisions(quantize: str | None) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from qwen_chat.conversation import Conversation, Json, Message, write_message
-from qwen_chat.errors import FormatError
+from qwen_chat.conversation import Conversation, Json, Message, ToolCall, write_message
+from qwen_chat.errors import FormatError, ServiceError, ToolError
 from qwen_chat.tool_calls import parse
 from qwen_chat.tool_schema import check_call
 
@@ -168,7 +168,7 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
     valid = 0
     written: list[tuple[str, Json]] = []
     for call in reply.tool_calls:
-        problem = check_call(call, case.tools)
+        problem = _problem(call, case.tools)
         valid += problem is None
         if problem is not None:
             problems.append(problem)
@@ -193,6 +193,13 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
         calls=tuple((call.name, call.arguments) for call in reply.tool_calls),
         problems=tuple(problems),
     )
+
+
+def _problem(call: ToolCall, tools: Sequence[Json]) -> str | None:
+    try:
+        return check_call(call, tools)
+    except ToolError as error:  # a schema that cannot be read to its end fits nothing
+        return str(error)
 
 
 def _arguments(text: str) -> Json:
@@ -523,24 +530,44 @@ def write_replies(
         some = waiting[start : start + 4 * batch]
         requests = [_request(fmt, case, calls, max_tokens, adapter) for case in some]
         for case, completion in zip(some, engine.generate(requests), strict=True):
+            if completion.finish_reason not in ("stop", "length") and _is_engines(completion.error):
+                raise ServiceError(
+                    f"{case.key}: no reply ({completion.error or completion.finish_reason}); "
+                    "what was written before is kept: run the same command again"
+                )
             kept.add(f"reply {case.key}", completion.text)
         done += len(some)
         tick(done)
     return [kept[f"reply {case.key}"] for case in cases]
 
 
+def _is_engines(error: str | None) -> bool:
+    """Whether it was not the reply itself that failed: a grammar that leads nowhere does so every time."""
+    return error is None or error.startswith("the engine failed")
+
+
+def fitting(cases: Sequence[Case], fmt: Any, room: int) -> list[Case]:
+    """The cases whose prompt leaves a place for a reply in `room` tokens."""
+    return [case for case in cases if len(_prompt_ids(fmt, case)) < room]
+
+
+def _prompt_ids(fmt: Any, case: Case) -> Sequence[int]:
+    ids: Sequence[int] = fmt.prompt_ids([write_message(message) for message in case.before], list(case.tools))
+    return ids
+
+
 def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | None) -> Any:
     from qwen_chat.grammar import Grammar
     from qwen_chat.sampling import GenerationRequest
 
-    messages, tools = [write_message(message) for message in case.before], list(case.tools)
+    tools = list(case.tools)
     grammar = None
     if calls == "required":
         grammar = Grammar.tool_call(tools, parallel=case.parallel_tool_calls)
     elif calls == "strict":
         grammar = Grammar.tools_in_text([_strict(tool) for tool in tools])
     return GenerationRequest(
-        prompt_ids=fmt.prompt_ids(messages, tools),
+        prompt_ids=_prompt_ids(fmt, case),
         max_tokens=max_tokens,
         temperature=0.0,
         stop=tuple(fmt.stop_strings),

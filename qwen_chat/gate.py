@@ -32,6 +32,8 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})  # nothing of any
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
 MOST_HEADERS = 100
 HEADER_BYTES = 32 * 1024  # of all headers together
+MOST_KEYS = 2048  # of one JSON object: each unknown one costs an error to find and to describe
+MOST_PARTS = 2**16  # lists and objects in one body
 DISCARD_BYTES = 64 * 2**20  # of a body that is too large, read so that the client gets to read its answer
 DISCARD_SECONDS = 5.0
 
@@ -215,10 +217,28 @@ async def read_json(request: Request, *, most_bytes: int, seconds: float) -> obj
     body = await read_body(request, most_bytes=most_bytes, seconds=seconds)
     try:
         if len(body) > 2**16:  # half a millisecond a megabyte and more: not on the event loop
-            return await asyncio.to_thread(from_json, body, allow_inf_nan=False)
-        return from_json(body, allow_inf_nan=False)
+            return await asyncio.to_thread(_parse, body)
+        return _parse(body)
     except ValueError as error:
         raise not_json(str(error)) from None
+
+
+def _parse(body: bytes) -> object:
+    """JSON of at most MOST_PARTS lists and objects, none of the latter larger than MOST_KEYS."""
+    value = from_json(body, allow_inf_nan=False)
+    waiting, parts = [value], 0
+    while waiting:
+        one = waiting.pop()
+        parts += 1
+        large = isinstance(one, dict) and len(one) > MOST_KEYS
+        if large or parts > MOST_PARTS:
+            bound = (
+                f"an object has more than {MOST_KEYS} keys" if large else f"it has over {MOST_PARTS} parts"
+            )
+            raise Refusal(400, f"The body of your request is too large: {bound}.", code="body_too_complex")
+        inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        waiting += [child for child in inside if isinstance(child, (dict, list))]
+    return value
 
 
 async def read_body(request: Request, *, most_bytes: int, seconds: float) -> bytes:

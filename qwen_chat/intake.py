@@ -28,7 +28,7 @@ from qwen_chat.protocol import (
 )
 from qwen_chat.refusal import Refusal, bad_value, too_long
 from qwen_chat.sampling import GenerationRequest
-from qwen_chat.tool_calls import StreamParser
+from qwen_chat.tool_calls import Marks, StreamParser
 
 Json = dict[str, Any]
 
@@ -97,7 +97,8 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
     grammar, mode = _chat_grammar(request, tools)
     try:
         prompt_ids = tuple(model.fmt.prompt_ids(messages, tools))
-        thinking = grammar is None and model.fmt.in_reasoning(model.fmt.prompt(messages, tools))
+        free = grammar is None or mode == "strict"
+        thinking = free and model.fmt.in_reasoning(model.fmt.prompt(messages, tools))
     except FormatError as error:
         raise _bad_messages(error) from None
     first = _generation(request, model, prompt_ids, deadline)
@@ -107,11 +108,13 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
         stop_token_ids=tuple(model.fmt.stop_token_ids),
         grammar=grammar,
     )
-    # Without tools nothing in a reply is a call, whatever it looks like; only thinking is told apart.
     plain = mode == "none" or (tools is None and "<think>" not in model.fmt.template)
+    # Without tools nothing in a reply is a call, whatever it looks like; only thinking is told apart. Under
+    # `strict` the tagged calls alone are: the grammar sees no others.
+    marks: Marks | None = "none" if tools is None else "tagged" if mode == "strict" else None
 
     def parser() -> StreamParser | None:
-        return None if plain else StreamParser(tools, in_reasoning=thinking)
+        return None if plain else StreamParser(tools, in_reasoning=thinking, marks=marks)
 
     assembly = ChatAssembly(
         model=model.name,
@@ -243,8 +246,11 @@ def _numbered(request: GenerationRequest, k: int) -> GenerationRequest:
 
 
 def _chat_grammar(request: ChatRequest, tools: list[Json] | None) -> tuple[Grammar | None, CallMode]:
+    forced = request.tool_choice == "required" or isinstance(request.tool_choice, NamedChoice)
     for k, tool in enumerate(tools or ()):
-        _check_schema(tool["function"].get("parameters") or {}, f"tools[{k}].function.parameters")
+        function = tool["function"]
+        bound = forced or bool(function.get("strict"))
+        _check_schema(function.get("parameters") or {}, f"tools[{k}].function.parameters", bound=bound)
     form = _format_grammar(request)
     if form is not None:
         if tools is not None:
@@ -270,7 +276,7 @@ def _tool_grammar(request: ChatRequest, tools: list[Json]) -> tuple[Grammar | No
     if choice == "required":
         return Grammar.tool_call(tools, parallel=request.parallel_tool_calls is not False), "free"
     if any(tool["function"].get("strict") for tool in tools):
-        return Grammar.tools_in_text([_loosened(tool) for tool in tools]), "free"
+        return Grammar.tools_in_text([_loosened(tool) for tool in tools]), "strict"
     return None, "free"
 
 
@@ -294,12 +300,13 @@ def _format_grammar(request: SamplingRequest) -> Grammar | None:
         raise bad_value("response_format", f"Invalid schema for 'response_format': {error}.") from None
 
 
-def _check_schema(schema: Json, param: str) -> None:
-    """Refuse schemas that are none, and those whose grammar would grow beyond reason."""
+def _check_schema(schema: Json, param: str, *, bound: bool = True) -> None:
+    """Refuse schemas that are none, and (where decoding is `bound` to them) those whose grammar would grow
+    beyond reason."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
 
-    _check_size(schema, param)
+    _check_size(schema, param, bound)
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
@@ -309,23 +316,24 @@ def _check_schema(schema: Json, param: str) -> None:
         ) from None
 
 
-def _check_size(schema: Json, param: str) -> None:
+def _check_size(schema: Json, param: str, bound: bool) -> None:
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     nodes = 0
     while waiting:
         value, depth = waiting.pop()
         nodes += 1
         if depth > SCHEMA_DEPTH or nodes > SCHEMA_NODES:
-            bound = (
+            size = (
                 f"nested more than {SCHEMA_DEPTH} deep"
                 if depth > SCHEMA_DEPTH
                 else f"of {SCHEMA_NODES} parts"
             )
             raise bad_value(
-                param, f"Invalid schema for '{param}': a schema {bound} is too large.", "schema_too_large"
+                param, f"Invalid schema for '{param}': a schema {size} is too large.", "schema_too_large"
             )
         if isinstance(value, dict):
-            _check_keywords(value, param)
+            if bound:
+                _check_keywords(value, param)
             waiting += [(child, depth + 1) for child in value.values()]
         elif isinstance(value, list):
             waiting += [(child, depth + 1) for child in value]

@@ -37,11 +37,14 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What an adapter must fit: layers, outputs of each projection, dtype, the joined bias of query, key
-    and value by layer (or None), and whether the head shares the embedding's rows."""
+    """What an adapter must fit: layers, inputs and outputs of each projection, width of the embedding, dtype,
+    the joined bias of query, key and value by layer (or None), and whether the head shares the embedding's
+    rows."""
 
     layers: int
+    inputs: Mapping[str, int]
     outputs: Mapping[str, int]
+    width: int
     dtype: torch.dtype
     biases: tuple[torch.Tensor | None, ...]
     tied: bool
@@ -64,7 +67,7 @@ class Lora:
         except Exception as error:  # safetensors raises its own kind, and OSError
             raise ModelError(f"{folder}: adapter_model.safetensors cannot be read ({error})") from None
         self._biases = _bias_changes(tensors, places)
-        self._token_ids, self._token_rows = _trained_rows(tensors, config, places)
+        self._token_ids, self._token_rows = _trained_rows(folder, tensors, config, places)
         self._token_head = FloatLinear(self._token_rows) if places.tied and len(self._token_ids) else None
         halves = _halves(folder, tensors, places)
         self._pairs: dict[tuple[int, str], tuple[FloatLinear, FloatLinear]] = {}
@@ -130,13 +133,15 @@ def _bias_changes(tensors: dict[str, torch.Tensor], places: Places) -> dict[int,
 
 
 def _trained_rows(
-    tensors: dict[str, torch.Tensor], config: Mapping[str, Any], places: Places
+    folder: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any], places: Places
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and rows of the embedding that were trained; taken out of `tensors`."""
     ids = config.get("trainable_token_indices") or []
     if isinstance(ids, Mapping):
         ids = ids.get("embed_tokens", [])
-    rows = tensors.pop(_ROWS, torch.empty(0, 0))
+    rows = tensors.pop(_ROWS, torch.empty(0, places.width))
+    if rows.shape != (len(ids), places.width):
+        raise _misfit(folder, "trained rows", f"the shape {tuple(rows.shape)}", places.width)
     return torch.tensor(ids, dtype=torch.long), rows.to(places.dtype)
 
 
@@ -152,12 +157,24 @@ def _halves(
             raise NotBeside(f"{folder}: tensor {name} has no place beside this base; {_MERGE}")
         half = (int(found[1]), found[2], found[3])
         if found[3] == "lora_B" and tensor.shape[0] != places.outputs[found[2]]:
-            raise ModelError(
-                f"{folder}: {name} has {tensor.shape[0]} outputs, this base {places.outputs[found[2]]}; "
-                "the adapter belongs to another model"
-            )
+            raise _misfit(folder, name, f"{tensor.shape[0]} outputs", places.outputs[found[2]])
+        if found[3] == "lora_A" and tensor.shape[1] != places.inputs[found[2]]:
+            raise _misfit(folder, name, f"{tensor.shape[1]} inputs", places.inputs[found[2]])
         halves[half] = tensor
+    for layer, name, half_name in halves:
+        down, up = halves.get((layer, name, "lora_A")), halves.get((layer, name, "lora_B"))
+        if down is None or up is None or down.shape[0] != up.shape[1]:
+            raise ModelError(
+                f"{folder}: {half_name} of {name} in layer {layer} has no other half of its rank; "
+                "the file is damaged"
+            )
     return halves
+
+
+def _misfit(folder: Path, name: str, found: str, wanted: int) -> ModelError:
+    return ModelError(
+        f"{folder}: {name} has {found}, this base {wanted}; the adapter belongs to another model"
+    )
 
 
 def _join(

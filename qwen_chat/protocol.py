@@ -26,6 +26,7 @@ Json = dict[str, Any]
 
 MOST_CHOICES = 16  # n; each choice takes a place in the batch
 MOST_MESSAGES = 4096
+MOST_CONTENT_PARTS = 4096
 MOST_TOOLS = 128  # OpenAI's limit
 MOST_STOPS = 4  # OpenAI's limit
 MOST_BIASES = 1024
@@ -121,7 +122,10 @@ class TextPart(Request):
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("list")],
+    Annotated[str, Tag("text")]
+    | Annotated[
+        list[TextPart], Field(min_length=1, max_length=MOST_CONTENT_PARTS, fail_fast=True), Tag("list")
+    ],
     Discriminator(_text_or_list),
 ]
 

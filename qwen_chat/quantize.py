@@ -79,6 +79,7 @@ class Int8Linear:
         self._few = _pack(whole, self._scale)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        kind, x = x.dtype, x.float()
         scale = torch.add(self._tiny, x.abs().amax(-1, keepdim=True), alpha=1 / self._levels)
         steps = x / scale
         if self._many is not None and x.shape[0] > 16:
@@ -90,7 +91,7 @@ class Int8Linear:
                 steps, 1.0, self._zero, self._few
             )
         y.mul_(scale)
-        return y if self._bias is None else y.add_(self._bias)
+        return (y if self._bias is None else y.add_(self._bias)).to(kind)
 
 
 def _pack(whole: torch.Tensor, scale: torch.Tensor) -> object:

@@ -25,6 +25,7 @@ from qwen_chat.grammar import Grammar, Matcher
 
 __all__ = ["Choice", "GenerationRequest", "Grammar", "Sampler", "StopText", "TokenText"]
 
+_COLDEST = 1e-5  # temperatures below it are greedy: divided by them, logits overflow
 _FIRST_CANDIDATES = (
     1024  # sorting 151,936 logits costs 10 ms; the nucleus is nearly always among the first thousand
 )
@@ -108,7 +109,7 @@ class Sampler:
         scores = self._biased(logits)
         if self.matcher is not None:
             scores = self.matcher.mask(scores)
-        token = int(scores.argmax()) if request.temperature == 0 else self._draw(scores)
+        token = int(scores.argmax()) if request.temperature < _COLDEST else self._draw(scores)
         self.note(token)
         if request.logprobs is None:
             return Choice(token)
@@ -147,9 +148,7 @@ class Sampler:
         request = self.request
         scores = scores.double() / request.temperature
         ids, probabilities = self._candidates(scores)
-        if not len(
-            ids
-        ):  # a temperature or penalty so near 0 that scores overflowed: its limit is the largest
+        if not len(ids):  # a penalty so near 0 that scores overflowed: its limit is the largest
             return int(scores.nan_to_num(nan=float("-inf")).argmax())
         order = ids.argsort()
         ids, cumulative = ids[order], probabilities[order].cumsum(0)
@@ -168,7 +167,8 @@ class Sampler:
             ids = keep.nonzero().squeeze(1)
             return ids, probabilities[ids]
         total = scores.logsumexp(0)
-        wanted = min(top_k, _FIRST_CANDIDATES)
+        # Under a top_k of its own the sum is over its candidates: all of them are needed at once.
+        wanted = top_k if top_k < size else min(size, _FIRST_CANDIDATES)
         while True:
             values, ids = scores.topk(wanted)
             probabilities = (values - (total if top_k == size else values[:top_k].logsumexp(0))).exp()

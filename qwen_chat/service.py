@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -118,7 +118,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client in a browser sends a dozen of its own
         )
     app.add_middleware(Journal, write=service.write_log, count=service.count_request, paths=PATHS)
     return app
@@ -197,6 +197,7 @@ class Service:
             wanted,
             lambda model, deadline: chat_job(wanted, body, model, deadline),
             prompt=body["messages"],
+            places=wanted.choices,
         )
 
     async def complete(self, request: Request) -> Response:
@@ -207,6 +208,7 @@ class Service:
             wanted,
             lambda model, deadline: completion_job(wanted, model, deadline),
             prompt=body["prompt"],
+            places=wanted.choices * len(wanted.prompts),
         )
 
     async def _answer(
@@ -216,6 +218,7 @@ class Service:
         prepare: Callable[[Served, float], Job],
         *,
         prompt: object,
+        places: int,
     ) -> Response:
         record = _record(request)
         model = self._model(wanted.model)
@@ -224,10 +227,10 @@ class Service:
             record.prompt = prompt
         self._check_ready()
         deadline = record.began + self.settings.request_seconds
-        job = await self._in_thread(lambda: prepare(model, deadline))
-        release = self.admission.take(len(job.requests))
+        release = self.admission.take(places)  # before anything is done: what is turned away costs nothing
         try:
-            generations = await self._in_thread(lambda: self._submit(job.requests))
+            job = await self._in_thread(lambda: prepare(model, deadline))
+            generations = await self._in_thread(lambda: self._submit(job.requests), undo=_cancel)
         except BaseException:
             release()
             raise
@@ -248,8 +251,7 @@ class Service:
             for one in requests:
                 generations.append(self.engine.submit(one))  # noqa: PERF401  the list is needed where one fails
         except BaseException as error:
-            for generation in generations:
-                generation.cancel()
+            _cancel(generations)
             raise _engine_refusal(error) from error
         return generations
 
@@ -288,7 +290,11 @@ class Service:
         _, wanted = await self._read(request, protocol.UnloadAdapterRequest)
         if wanted.lora_name not in self.engine.adapters:
             raise unknown_model(wanted.lora_name, param="lora_name")
-        self.engine.unload_adapter(wanted.lora_name)
+        try:
+            self.engine.unload_adapter(wanted.lora_name)
+        except ModelError:
+            text = f"Invalid 'lora_name': '{wanted.lora_name}' is part of the model; it cannot be unloaded."
+            raise bad_value("lora_name", text) from None
         self._formats.pop(wanted.lora_name, None)
         return _json(protocol.AdapterChange(lora_name=wanted.lora_name, status="unloaded"))
 
@@ -432,15 +438,34 @@ class Service:
         except ValidationError as error:
             raise from_validation(error, body) from None
 
-    async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
-        """Run `work` beside the event loop, on one of two threads so that prompts do not take all cores."""
-        running = asyncio.get_running_loop().run_in_executor(self._workers, work)
+    async def _in_thread(
+        self, work: Callable[[], ResultT], *, undo: Callable[[ResultT], None] | None = None
+    ) -> ResultT:
+        """Run `work` beside the event loop, on one of two threads so that prompts do not take all cores.
+
+        `undo` gets what `work` comes to when nobody waits for it any more.
+        """
+        running = self._workers.submit(work)
         try:
-            return await asyncio.wait_for(running, self.settings.prepare_seconds)
-        except TimeoutError:
-            raise Refusal(
-                503, "Preparing the request took too long; try again.", code="overloaded", retry_after=10
-            ) from None
+            return await asyncio.wait_for(asyncio.wrap_future(running), self.settings.prepare_seconds)
+        except BaseException as error:
+            if undo is not None:
+                running.add_done_callback(lambda done: _undo(done, undo))
+            if isinstance(error, TimeoutError):
+                raise Refusal(
+                    503, "Preparing the request took too long; try again.", code="overloaded", retry_after=10
+                ) from None
+            raise
+
+
+def _undo(done: Future[ResultT], undo: Callable[[ResultT], None]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        undo(done.result())
+
+
+def _cancel(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        generation.cancel()
 
 
 def adapter_format(folder: Path) -> ChatFormat | None:

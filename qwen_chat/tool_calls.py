@@ -48,6 +48,8 @@ __all__ = [
 ]
 
 Tools = Sequence[Mapping[str, Any]]
+# What makes a call of text: nothing; <tool_call>; also ✿FUNCTION✿; also JSON that stands alone or in a fence.
+Marks = Literal["none", "tagged", "marked", "any"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, END_THINK = "<think>", "</think>"
@@ -308,11 +310,11 @@ class _Shapes:
         return pattern
 
 
-def _openings(before: str, own_line: str, tools: bool) -> dict[str, list[str]]:
+def _openings(before: str, own_line: str, marks: Marks) -> dict[str, list[str]]:
     """The shapes that open a call, from the layout before them up to the first brace of its JSON."""
-    shapes = {
-        "tag": [before, *_letters(OPEN), _SPACE, _TICKS, _LIST, _PAYLOAD],
-        "flower": [
+    shapes = {"tag": [before, *_letters(OPEN), _SPACE, _TICKS, _LIST, _PAYLOAD]}
+    if marks != "tagged":
+        shapes["flower"] = [
             *[
                 before,
                 *_letters(FUNCTION),
@@ -323,9 +325,8 @@ def _openings(before: str, own_line: str, tools: bool) -> dict[str, list[str]]:
                 r"[^\n✿]{0,127}",
             ],
             *[rf"(?:\n{_SPACE})?", *_letters(ARGS), r"[ \t]{0,8}", "[:：]?", _SPACE, _PAYLOAD],
-        ],
-    }
-    if tools:
+        ]
+    if marks == "any":
         shapes["fence"] = [
             own_line,
             *_letters("```"),
@@ -342,19 +343,19 @@ def _openings(before: str, own_line: str, tools: bool) -> dict[str, list[str]]:
 
 
 @cache
-def _text_shapes(tools: bool) -> _Shapes:
+def _text_shapes(marks: Marks) -> _Shapes:
     """In running text: searched."""
-    return _Shapes(_openings(r"\n?", rf"\n{_INDENT}", tools))
+    return _Shapes(_openings(r"\n?", rf"\n{_INDENT}", marks))
 
 
 @cache
-def _first_shapes(tools: bool) -> _Shapes:
+def _first_shapes(marks: Marks) -> _Shapes:
     """Where the content begins: matched at the spot."""
-    return _Shapes(_openings(_SPACE, _SPACE, tools))
+    return _Shapes(_openings(_SPACE, _SPACE, marks))
 
 
 @cache
-def _after_shapes(tools: bool, owed: frozenset[str]) -> _Shapes:
+def _after_shapes(marks: Marks, owed: frozenset[str]) -> _Shapes:
     """Directly after a call, with what it left open: matched at the spot."""
     before = _STRAY if "brackets" in owed else _SPACE
     shapes: dict[str, list[str]] = {}
@@ -369,7 +370,7 @@ def _after_shapes(tools: bool, owed: frozenset[str]) -> _Shapes:
     stops = {
         f"stop{i}": [before, *_letters(mark), "[:：]?", _SPACE, _NEVER] for i, mark in enumerate(FLOWER_STOPS)
     }
-    return _Shapes(shapes | _openings(before, before, tools) | stops)
+    return _Shapes(shapes | _openings(before, before, marks) | stops)
 
 
 @cache
@@ -409,9 +410,14 @@ class StreamParser:
     an unknown name is a call too: who runs it answers with an error, from which a model recovers.
     """
 
-    def __init__(self, tools: Tools | None = None, *, in_reasoning: bool = False) -> None:
+    def __init__(
+        self, tools: Tools | None = None, *, in_reasoning: bool = False, marks: Marks | None = None
+    ) -> None:
+        """`marks`: what counts as a call; by default anything that may be one, JSON without a mark only where
+        it names one of `tools`."""
         self.calls = 0  # how many have come out
         self._names = frozenset(str(_function(tool).get("name")) for tool in tools or ())
+        self._marks: Marks = marks or ("any" if self._names else "marked")
         self._mode: _Mode = "beginning"
         self._in_reasoning = in_reasoning
         self._out: list[Delta] = []
@@ -503,10 +509,13 @@ class StreamParser:
         return at
 
     def _read_first(self, text: str, at: int, final: bool) -> int:
-        return self._read_spot(_first_shapes(bool(self._names)), text, at, final)
+        if self._marks == "none":
+            self._mode = "text"
+            return at
+        return self._read_spot(_first_shapes(self._marks), text, at, final)
 
     def _read_after(self, text: str, at: int, final: bool) -> int:
-        shapes = _after_shapes(bool(self._names), self._owed)
+        shapes = _after_shapes(self._marks, self._owed)
         match = shapes.full.match(text, at)
         closes = match.lastgroup if match else None
         if match and closes == "close":
@@ -536,7 +545,10 @@ class StreamParser:
         return at
 
     def _read_text(self, text: str, at: int, final: bool) -> int:
-        shapes = _text_shapes(bool(self._names))
+        if self._marks == "none":
+            self._say(text[at:])
+            return len(text)
+        shapes = _text_shapes(self._marks)
         match = shapes.full.search(text, at)
         until = match.start() if match else len(text)
         window = max(at, len(text) - _LONGEST)

@@ -125,7 +125,7 @@ def run_tools(
         calls = message.get("tool_calls") or []
         if last and calls:
             break
-        conversation.append(message)
+        conversation.append(_sendable(message))
         on_event(Event("message", number, message["content"], message))
         if not calls:
             return LoopResult(tuple(conversation), message["content"], number)
@@ -207,6 +207,28 @@ def _tidy(message: Json, number: int) -> Json:
     return plain
 
 
+def _sendable(message: Json) -> Json:
+    """The message with {} for arguments that are no JSON object: no service takes them back, and the result
+    says what was wrong."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {
+            **call,
+            "function": {**call["function"], "arguments": _object_or_empty(call["function"]["arguments"])},
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _object_or_empty(arguments: str) -> str:
+    try:
+        return arguments if isinstance(json.loads(arguments), dict) else "{}"
+    except ValueError:
+        return "{}"
+
+
 def _plain(answer: Any) -> Json:
     """A pydantic object of the openai package, or a dict already."""
     return cast(Json, answer if isinstance(answer, dict) else answer.model_dump())
@@ -237,7 +259,10 @@ def _start(function: Json, functions: Functions, tools: Sequence[Json]) -> queue
     """Begin one call in a thread of its own (a thread that hangs is left behind: Python cannot end it)."""
     box: queue.Queue[str] = queue.Queue()
     call = ToolCall(function["name"], function["arguments"] or "{}")
-    problem = check_call(call, tools)
+    try:
+        problem = check_call(call, tools)
+    except ToolError as error:  # its schema leads to a place that does not exist
+        problem = str(error)
     if problem is not None:
         box.put(_error(problem))
         return box
@@ -266,6 +291,7 @@ def _error(text: str) -> str:
 
 
 def _cut(text: str, characters: int) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half of a character, as file names may hold
     if len(text) <= characters:
         return text
     return f"{text[:characters]}\n[cut: {len(text)} characters came back, the first {characters} are shown]"

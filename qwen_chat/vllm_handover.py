@@ -109,15 +109,21 @@ def replace_process(command: Command) -> None:
         )
     earlier = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([command.environment["PYTHONPATH"], *([earlier] if earlier else [])])
-    os.execve(python, list(command.words), {**os.environ, **command.environment, "PYTHONPATH": path})
+    os.execvpe(python, list(command.words), {**os.environ, **command.environment, "PYTHONPATH": path})
 
 
 def write_template(folder: Path) -> Path:
-    """The chat template of what is in `folder`, tools included, as a file for vLLM."""
+    """The chat template of what is in `folder`, tools included, as a file for vLLM. Raises OptionError where
+    no template alone renders it."""
     from qwen_chat.chatml import ChatFormat
     from qwen_chat.models import load_tokenizer
 
-    template = ChatFormat(load_tokenizer(folder)).template
+    fmt = ChatFormat(load_tokenizer(folder))
+    if fmt.tool_style == "qwen_agent":
+        raise OptionError(
+            f"{folder}: tuned with --tool_style qwen_agent, which vLLM cannot render; use --engine transformers"
+        )
+    template = fmt.template
     file = cache_dir() / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

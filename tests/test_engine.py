@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen_chat.decoder import Decoder, Segment
 from qwen_chat.engine import Engine, EngineBusy, EngineStopped, PromptTooLong
@@ -237,6 +238,24 @@ def test_a_long_prompt_does_not_stall_the_others(tiny_tokenizer: Any) -> None:
         running.cancel()
 
 
+def test_a_long_prompt_does_not_stall_who_comes_after_it(tiny_tokenizer: Any) -> None:
+    with Engine(tiny_model(), tiny_tokenizer, prefill_tokens=8, cache_tokens=0) as one:
+        long = one.submit(greedy(list(range(250)) * 2, max_tokens=1))
+        late = [one.submit(greedy([7, 8, 9, k], max_tokens=1)) for k in range(5)]
+        for request in late:
+            assert request.result().finish_reason == "length"
+            assert long.first_token_at is None
+        assert long.result().finish_reason == "length"
+
+
+def test_short_prompts_that_keep_coming_do_not_starve_a_long_one(tiny_tokenizer: Any) -> None:
+    with Engine(tiny_model(), tiny_tokenizer, prefill_tokens=8, cache_tokens=0, max_batch=40) as one:
+        long = one.submit(greedy(list(range(100)), max_tokens=1))
+        short = [one.submit(greedy(list(range(k, k + 60)), max_tokens=1)) for k in range(39)]
+        long.result()
+        assert sum(request.first_token_at is None for request in short) > 10
+
+
 # --------------------------------------------------------------------------------------- streams and endings
 
 
@@ -362,7 +381,7 @@ def test_a_sampler_that_breaks_fails_its_own_request_alone(
     bad = engine.submit(GenerationRequest([1, 2], max_tokens=8, temperature=1.0, seed=666))
     good = engine.submit(GenerationRequest([1, 2], max_tokens=8, temperature=1.0, seed=1, ignore_eos=True))
     last = list(bad)[-1]
-    assert (last.finish_reason, last.error) == ("error", "the next token could not be chosen")
+    assert (last.finish_reason, last.error) == ("error", "the engine failed to choose the next token")
     assert len(good.result().token_ids) == 8
 
 
@@ -514,6 +533,14 @@ def test_adapters_come_and_go_and_a_new_one_of_the_old_name_is_new(
             one.unload_adapter("mine")
 
 
+def test_a_merged_adapter_stays(tiny_tokenizer: Any) -> None:
+    one = Engine(tiny_model(), tiny_tokenizer)
+    one.name_merged("mine")
+    with pytest.raises(ModelError, match="cannot be unloaded"):
+        one.unload_adapter("mine")
+    assert one.adapters == ("mine",)
+
+
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     places = Decoder(tiny_model()).places
     with pytest.raises(ModelError, match="no adapter there"):
@@ -524,6 +551,16 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path / "plain", 0)
     with pytest.raises(ModelError, match="the adapter belongs to another model"):
         Lora(tmp_path / "plain", Decoder(tiny_model("qwen3")).places)
+    tensors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    down = next(name for name in tensors if "down_proj.lora_A" in name)
+    for wrong, told in (
+        ({**tensors, down: torch.zeros(8, 200)}, "has 200 inputs"),
+        ({**tensors, down: torch.zeros(3, 96)}, "no other half of its rank"),
+        ({name: tensor for name, tensor in tensors.items() if name != down}, "no other half of its rank"),
+    ):
+        save_file(wrong, tmp_path / "plain" / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=told):
+            Lora(tmp_path / "plain", places)
     (tmp_path / "plain" / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
         Lora(tmp_path / "plain", places)

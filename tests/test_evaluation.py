@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_chat.conversation import Conversation
-from qwen_chat.errors import FormatError
+from qwen_chat.errors import FormatError, ServiceError
 from qwen_chat.evaluation import (
     NOTHING,
     Case,
@@ -21,6 +21,7 @@ from qwen_chat.evaluation import (
     call_figures,
     cases_of,
     estimate,
+    fitting,
     is_right,
     judge,
     loss_figures,
@@ -378,7 +379,10 @@ class Echo:
         if self.batches < 0:
             raise KeyboardInterrupt
         self.requests += requests
-        return [SimpleNamespace(text=str(request.prompt_ids[0])) for request in requests]
+        return [
+            SimpleNamespace(text=str(request.prompt_ids[0]), finish_reason="stop", error=None)
+            for request in requests
+        ]
 
 
 def many() -> list[Case]:
@@ -413,3 +417,45 @@ def test_replies_go_on_where_they_were_killed(tmp_path: Path) -> None:
     assert texts == [str(n) for n in range(1, 11)]
     assert [request.prompt_ids[0] for request in engine.requests] == [5, 6, 7, 8, 9, 10]
     assert seen == [8, 10]
+
+
+class Failing(Echo):
+    """The third reply of each batch fails."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__()
+        self.error = error
+
+    def generate(self, requests: list[Any]) -> list[Any]:
+        replies = super().generate(requests)
+        if len(replies) > 2:
+            replies[2] = SimpleNamespace(text="", finish_reason="error", error=self.error)
+        return replies
+
+
+def test_a_reply_that_the_engine_could_not_write_is_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    with pytest.raises(ServiceError, match=r"f:3#1: no reply \(the engine failed: MemoryError\)"):
+        write_replies(Failing("the engine failed: MemoryError"), Format(), many(), Kept(path))
+    assert write_replies(Echo(), Format(), many(), Kept(path)) == [str(n) for n in range(1, 11)]
+
+
+def test_a_grammar_that_leads_nowhere_is_the_replys_own_fault() -> None:
+    texts = write_replies(Failing("the grammar allows no token here"), Format(), many(), Kept(None))
+    assert (texts[1], texts[2]) == ("2", "")
+
+
+def test_prompts_that_fill_the_context_are_told_apart() -> None:
+    class Long(Format):
+        def prompt_ids(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+            return [0] * len(messages[-1]["content"])
+
+    assert [one.key for one in fitting(many(), Long(), 6)] == [f"f:{n}#1" for n in range(1, 6)]
+
+
+def test_a_schema_with_a_loose_end_fits_nothing() -> None:
+    tool = {"type": "function", "function": {"name": "w", "parameters": {"$ref": "#/$defs/none"}}}
+    judged = score(
+        replace(case(), tools=(tool,)), '<tool_call>\n{"name": "w", "arguments": {"a": 1}}\n</tool_call>'
+    )
+    assert (judged.written, judged.valid) == (1, 0)

@@ -43,6 +43,11 @@ def test_int8_is_near_the_float_result(inputs: int, outputs: int) -> None:
     assert error < 0.03  # 63 steps a side; where the processor has VNNI 127: about 0.011
 
 
+def test_int8_takes_bfloat16_and_gives_it_back() -> None:
+    linear, x = Int8Linear(*layer(64, 17)), rows(3, 64).bfloat16()
+    assert torch.equal(linear(x), linear(x.float()).bfloat16())
+
+
 def test_int8_of_whole_numbers_is_exact() -> None:
     """Weights and activations that the scales represent exactly: only the scales' own rounding is lost."""
     weight = torch.tensor([[127.0, -64.0, 1.0], [0.0, 0.0, 127.0]])

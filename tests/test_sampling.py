@@ -84,6 +84,21 @@ def test_a_wide_nucleus_is_found_in_a_large_vocabulary() -> None:
     assert len(drawn) > 250
 
 
+def test_a_nucleus_of_a_wide_top_k_is_not_cut_short() -> None:
+    logits = torch.zeros(5000)
+    one = Sampler(GenerationRequest([0], top_k=4000, top_p=0.9, seed=1))
+    drawn = {one.pick(logits).token_id for _ in range(300)}
+    assert len(drawn) > 250
+    few = Sampler(GenerationRequest([0], top_k=2000, seed=1))
+    assert len({few.pick(logits).token_id for _ in range(6000)}) > 1500
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-9])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float) -> None:
+    one = Sampler(GenerationRequest([0], temperature=temperature, seed=1))
+    assert [one.pick(torch.tensor([3.0, 5.0, 4.0, 5.0 - 1e-3])).token_id for _ in range(20)] == [1] * 20
+
+
 def test_a_seed_repeats_and_two_differ() -> None:
     def draw(seed: int) -> list[int]:
         one = sampler(seed=seed, temperature=2.0)

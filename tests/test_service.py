@@ -18,14 +18,15 @@ import pytest
 import requests
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from scripted import CONTEXT, END, VOCABULARY, LiveService, make_engine
+from scripted import CONTEXT, END, TEMPLATE, VOCABULARY, LiveService, make_engine
 from starlette.testclient import TestClient
 
 from qwen_chat.engine import Engine
 from qwen_chat.http_server import PatientProtocol
+from qwen_chat.intake import chat_job
 from qwen_chat.logs import RequestLog
 from qwen_chat.protocol import ErrorAnswer
-from qwen_chat.service import ServiceSettings, create_app
+from qwen_chat.service import Service, ServiceSettings, create_app
 
 CHAT = "/v1/chat/completions"
 WEATHER = {
@@ -217,6 +218,39 @@ def test_tool_choice_none_is_text(client: TestClient) -> None:
 
 def test_without_tools_a_call_is_text(client: TestClient) -> None:
     assert client.post(CHAT, json=ask(f"say {CALL}")).json()["choices"][0]["message"]["content"] == CALL
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[TestClient]:
+    """A model whose template knows thinking, as Qwen3's does."""
+    engine = make_engine()
+    engine.tokenizer.chat_template = TEMPLATE + "{# <think> #}"
+    with TestClient(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as client:
+        yield client
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": [WEATHER], "tool_choice": "none"}], ids=["no tools", "none"])
+@pytest.mark.parametrize("text", [CALL, "✿FUNCTION✿: get_weather\n✿ARGS✿: {}", "a < b, ✿, <tool_call>\n{"])
+def test_without_tools_only_thinking_is_told_apart(
+    thinker: TestClient, more: dict[str, Any], text: str
+) -> None:
+    body = ask(f"say <think>\nlet me see\n</think>\n\n{text}", **more)
+    choice = thinker.post(CHAT, json=body).json()["choices"][0]
+    assert choice["message"]["content"] == text
+    assert choice["message"]["reasoning_content"] == "let me see"
+    assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("stop", False)
+
+
+def test_a_strict_tool_is_called_under_its_schema_or_not_at_all(client: TestClient) -> None:
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+    bare = '{"name": "get_weather", "arguments": {"town": 1}}'
+    for text in (bare, f"```json\n{bare}\n```", '✿FUNCTION✿: get_weather\n✿ARGS✿: {"town": 1}'):
+        message = client.post(CHAT, json=ask(f"say {text}", tools=[strict])).json()["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": text, "refusal": None}
+    wrong = f"<tool_call>\n{bare}\n</tool_call>"
+    message = client.post(CHAT, json=ask(f"say {wrong}", tools=[strict])).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    assert list(json.loads(call["function"]["arguments"])) == ["city"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -756,6 +790,58 @@ def test_queue_is_bounded() -> None:
     assert all(after is not None and 1 <= int(after) <= 60 for status, after in statuses if status == 429)
 
 
+def test_who_is_turned_away_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+
+    def count(*args: Any) -> Any:
+        prepared.append(args)
+        return chat_job(*args)
+
+    monkeypatch.setattr("qwen_chat.service.chat_job", count)
+    engine = make_engine(max_batch=1)
+    with LiveService(create_app(engine, settings=ServiceSettings(max_queue=0))) as live:
+        first = threading.Thread(
+            target=lambda: requests.post(live.url + CHAT, json=ask("slow 20 " + "x" * 60), timeout=30)
+        )
+        first.start()
+        wait_until(lambda: engine.stats().running == 1)
+        assert requests.post(live.url + CHAT, json=ask("hi"), timeout=30).status_code == 429
+        first.join()
+    assert len(prepared) == 1
+
+
+def test_what_is_submitted_too_late_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = Service._submit
+
+    def late(self: Service, wanted: Any) -> Any:
+        time.sleep(0.6)
+        return submit(self, wanted)
+
+    monkeypatch.setattr(Service, "_submit", late)
+    engine = make_engine()
+    settings = ServiceSettings(prepare_seconds=0.2)
+    with LiveService(create_app(engine, settings=settings)) as live:
+        answer = requests.post(live.url + CHAT, json=ask("slow 100 " + "x" * 300), timeout=30)
+        assert answer.status_code == 503
+        wait_until(lambda: engine.stats().requests == 1)
+        wait_until(lambda: engine.stats().running + engine.stats().waiting == 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**ask("hi"), **{f"a{k}": 0 for k in range(3000)}},
+        {"messages": [{"role": "user", "content": "hi", **{f"a{k}": 0 for k in range(3000)}}]},
+        {**ask("hi"), "tools": [[] for _ in range(70_000)]},
+    ],
+    ids=["keys", "keys of a message", "parts"],
+)
+def test_a_body_of_too_many_pieces_is_refused(body: dict[str, Any]) -> None:
+    with TestClient(create_app(make_engine())) as client:
+        answer = client.post(CHAT, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_complex")
+
+
 def test_n_beyond_the_queue_is_bad() -> None:
     with TestClient(create_app(make_engine(max_batch=2), settings=ServiceSettings(max_queue=2))) as client:
         answer = client.post(CHAT, json=ask("say hi", n=5))
@@ -1003,6 +1089,7 @@ def test_health_while_many_generate(live: LiveService) -> None:
     for thread in threads:
         thread.join()
     assert sorted(times)[len(times) // 2] < 0.05
+    assert max(times) < 0.5
 
 
 # --- log, metrics, description -------------------------------------------------------------------

@@ -181,6 +181,30 @@ def test_what_goes_wrong_is_told_to_the_model(bad: dict[str, Any], told: str) ->
     assert json.loads(results[1])["temperature"] == 21, "the good call beside it survives"
 
 
+@pytest.mark.parametrize("arguments", ["{oops", "[1]", "", "null"])
+def test_arguments_that_no_service_takes_back_go_back_empty(arguments: str) -> None:
+    done = loop(says(None, call("get_weather", arguments)), says("好"))
+    assert done.messages[-3]["tool_calls"][0]["function"]["arguments"] == "{}"
+    assert "error" in done.messages[-2]["content"]
+
+
+def test_a_schema_with_a_loose_end_is_told_to_the_model() -> None:
+    loose = {"type": "object", "properties": {"city": {"$ref": "#/$defs/none"}}}
+    tools = [{"type": "function", "function": {"name": "fails", "parameters": loose}}]
+    answers = says(None, call("fails", {"city": "x"})), says("好")
+    done = run_tools(Scripted(*answers), QUESTION, {"fails": fails}, tools=tools)
+    assert "error" in json.loads(done.results[0]["content"])
+    assert done.answer == "好"
+
+
+def test_half_a_character_in_a_result_can_be_sent() -> None:
+    def listing() -> str:
+        return "caf\udce9"
+
+    done = run_tools(Scripted(says(None, call("listing", {})), says("ok")), QUESTION, {"listing": listing})
+    assert done.results[0]["content"] == "caf?"
+
+
 def test_an_async_function_is_a_tool() -> None:
     assert result_of(call("waits", {})) == ["async 好"]
 

@@ -122,8 +122,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
     record["messages"][1]["accepted"] = []
     marked = tmp_path / "marked.jsonl"
     marked.write_text(json.dumps(record) + "\n", "utf-8")
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps([record]), "utf-8")
     for words, told in (
         ((), "-d: no data"),
+        (("-d", str(whole)), 'whole.json: "accepted" is read from .jsonl files'),
         (("-d", str(tmp_path / "absent.jsonl")), "absent.jsonl"),
         (("-d", str(bad)), "bad.jsonl:1"),
         (("-d", str(marked)), "marked.jsonl:1: message 1: accepted; expected a list with one entry"),

@@ -126,6 +126,69 @@ def test_python_functions_and_csv(tmp_path: Path) -> None:
     assert (hello["type"], hello["messages"][-1]["content"]) == ("no_tool", "Hi.")
 
 
+def make_few(tmp_path: Path, rows: list[dict[str, Any]], *words: str) -> list[dict[str, Any]]:
+    (tmp_path / "tools.json").write_text(TRANSLATE, "utf-8")
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "table.jsonl").write_text(text, "utf-8")
+    named = ["--tools", str(tmp_path / "tools.json"), "--table", str(tmp_path / "table.jsonl")]
+    return make(tmp_path / "o.jsonl", *named, *words)
+
+
+TRANSLATE = json.dumps(
+    [
+        {
+            "type": "function",
+            "function": {
+                "name": "translate",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"text": {"type": "string"}, "target": {"type": "string"}},
+                    "required": ["text", "target"],
+                },
+            },
+        }
+    ]
+)
+
+
+def test_a_part_of_a_word_is_not_left_out(tmp_path: Path) -> None:
+    call = {"name": "translate", "arguments": {"text": "wooden door", "target": "de"}}
+    rows = [{"question": "Please\u2028translate 'wooden door' into German.", "calls": [call]}]
+    lines = make_few(tmp_path, rows, "--missing", "1", "--refusals", "0")
+    missing = next(line for line in lines if line["type"] == "missing")
+    assert missing["messages"][0]["content"] == "Please\u2028translate into German."
+    assert missing["messages"][2]["content"] == "wooden door"
+
+
+def test_two_wordings_of_one_call_are_not_asked_at_once(tmp_path: Path) -> None:
+    call = {"name": "translate", "arguments": {"text": "Tür", "target": "en"}}
+    rows = [{"question": f"{word} Tür in English?", "calls": [call]} for word in ("What is", "How is")]
+    lines = make_few(tmp_path, rows, "--parallel", "1", "--missing", "0", "--refusals", "0")
+    assert {line["type"] for line in lines} == {"call"}
+
+
+def test_a_module_with_postponed_annotations(tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Place:\n    name: str\n\n"
+        'def clock(city: str) -> str:\n    "Time in a city."\n    return Place(city).name\n',
+        "utf-8",
+    )
+    (tmp_path / "table.csv").write_text("question,answer\nHello,Hi.\n", "utf-8")
+    named = ["--tools", str(tmp_path / "tools.py"), "--table", str(tmp_path / "table.csv")]
+    assert [line["type"] for line in make(tmp_path / "o.jsonl", *named)] == ["no_tool"]
+
+
+def test_a_table_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(TRANSLATE, "utf-8")
+    (tmp_path / "table.csv").write_bytes("question,answer\n你好,好\n".encode("gbk"))
+    named = ["--tools", str(tmp_path / "tools.json"), "--table", str(tmp_path / "table.csv")]
+    done = run(*named, "-o", str(tmp_path / "o.jsonl"))
+    assert done.returncode == 2
+    assert "is not UTF-8; save the table as UTF-8" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 TOOL = '[{"type": "function", "function": {"name": "w", "parameters": {"type": "object", "properties": {"c": {"type": "string"}}, "required": ["c"]}}}]'  # noqa: E501
 
 
