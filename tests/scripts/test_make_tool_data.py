@@ -31,7 +31,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 def make(path: Path, *words: str) -> list[dict[str, Any]]:
     done = run(*words, "-o", str(path))
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").strip().split("\n")]
 
 
 def names(line: dict[str, Any]) -> list[str]:
