@@ -47,6 +47,11 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
         wrapped = models.load_adapter(model, Path(lora.lora_weight_path), trainable=True)
         return Wrapped(wrapped, (f"continues {lora.lora_weight_path}", _share(wrapped)), {})
     rows, reason = trainable_rows(model, tokenizer, lora.trainable_tokens)
+    if rows and _is_zero3() and not torch.cuda.is_available():
+        raise OptionError(
+            "--trainable_tokens with ZeRO-3 on a CPU: peft gathers the rows on a GPU only; give "
+            "--deepspeed finetune/ds_config_zero2.json, or --trainable_tokens none"
+        )
     try:
         wrapped = get_peft_model(model, lora_config(model, lora, rows))
     except ValueError as error:
@@ -75,8 +80,21 @@ def lora_config(model: Any, lora: LoraArguments, rows: Sequence[int] = ()) -> An
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=True if lora.lora_init == "default" else lora.lora_init,
-        trainable_token_indices=list(rows) or None,
+        trainable_token_indices=_token_rows(model, rows),
     )
+
+
+def _token_rows(model: Any, rows: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
+    """A head of its own has rows of its own: without them a new token would never be said."""
+    if not rows or model.config.tie_word_embeddings:
+        return list(rows) or None
+    return {"embed_tokens": list(rows), "lm_head": list(rows)}
+
+
+def _is_zero3() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
 
 
 def _targets(model: Any, given: Sequence[str]) -> str | list[str]:

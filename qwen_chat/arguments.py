@@ -169,6 +169,9 @@ UNSUPPORTED = {  # fields of TrainingArguments that would be ignored in silence,
     "label_smoothing_factor": "the loss here is plain cross-entropy; leave it out",
     "auto_find_batch_size": "would change what an optimizer step is; choose --per_device_train_batch_size",
     "activation_checkpointing": "is called --gradient_checkpointing here (auto, True or False)",
+    "average_tokens_across_devices": "is what a step's loss is divided by here; leave it on",
+    "bf16_full_eval": "held-out losses are computed as training computes them; leave it out",
+    "fp16_full_eval": "held-out losses are computed as training computes them; leave it out",
     "parallelism_config": "cannot be given on the command line; use --deepspeed",
 }
 OURS = frozenset(  # fields of TrainingArguments that the toolkit sets itself
@@ -579,7 +582,14 @@ def _range_problems(run: Run) -> list[str]:
             f"--data_weights has {len(data.data_weights)} numbers for {len(data.data_path)} data files; "
             "give one for each -d, in the same order"
         )
-    found += [f"--{name}: {reason}" for name, reason in UNSUPPORTED.items() if run.extra.get(name)]
+    found += [
+        f"--{name}: {reason}" for name, reason in UNSUPPORTED.items() if _does(name, run.extra.get(name))
+    ]
+    if run.model.attn_implementation not in (None, "qwen_chat") and train.layout == "shared_prefix":
+        found.append(
+            f"--attn_implementation {run.model.attn_implementation}: knows nothing of prefixes that conversations "
+            "share; add --layout packed, or leave it out"
+        )
     if any(weight < 0 for weight in data.data_weights):
         found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
     if not data.data_path:
@@ -600,6 +610,11 @@ def _range_problems(run: Run) -> list[str]:
     return found
 
 
+def _does(name: str, value: Any) -> bool:
+    """Whether an unsupported field was given a value that would do something."""
+    return value is not None and value != (name == "average_tokens_across_devices")
+
+
 def _lora_problems(run: Run) -> list[str]:
     lora, found = run.lora, []
     adapter_flags = {f.name for f in fields(LoraArguments)} - {"use_lora", "q_lora"}
@@ -617,7 +632,16 @@ def _lora_problems(run: Run) -> list[str]:
         found.append(
             "--lora_weight_path with --lora_init: an adapter that is continued is not initialised anew"
         )
-    shape = {"lora_r", "lora_alpha", "lora_target_modules", "lora_bias", "use_dora", "use_rslora"}
+    shape = {
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_bias",
+        "use_dora",
+        "use_rslora",
+    }
+    shape |= {"trainable_tokens"}
     if lora.lora_weight_path and shape & run.given:
         names = ", ".join(f"--{name}" for name in sorted(shape & run.given))
         found.append(f"{names} with --lora_weight_path: the adapter brings its own; leave them out")

@@ -248,7 +248,9 @@ def _flex(
             return (k <= q) & (q < ends[k])
 
         tokens = query.shape[2]
-        _flex_mask = segments, create_block_mask(sees, None, None, tokens, tokens, device=str(query.device))
+        # Compiled, or it would first write down the whole square of the row.
+        build = torch.compile(create_block_mask)
+        _flex_mask = segments, build(sees, None, None, tokens, tokens, device=str(query.device))
     out = _flex_compiled(query, key, value, block_mask=_flex_mask[1], scale=scale, enable_gqa=True)
     return cast(torch.Tensor, out).transpose(1, 2)
 

@@ -10,6 +10,7 @@ measured peaks, docs/scale.md shows the table.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_chat.arguments import Run, has_accelerator, read_deepspeed
+from qwen_chat.arguments import Run, cpu_has_bf16, has_accelerator, read_deepspeed
 from qwen_chat.errors import ModelError
 
 Method = Literal["full", "lora", "qlora"]
@@ -162,10 +163,23 @@ class Setup:
     moments: float = 8.0  # bytes of optimizer state for a trained parameter
 
 
+def _rank(run: Run) -> int:
+    """The adapter's: its own where one is continued."""
+    if run.lora.lora_weight_path is None:
+        return run.lora.lora_r
+    try:
+        config = json.loads((Path(run.lora.lora_weight_path) / "adapter_config.json").read_text("utf-8"))
+        return int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.lora.lora_r  # what is wrong with it is said when it is loaded
+
+
 def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False) -> Setup:
     """The Setup of a Run on this machine."""
     cuda = has_accelerator() and not run.extra.get("use_cpu")
     half = run.train.fp16 or bool(run.train.bf16) or (cuda and run.train.bf16 is None)
+    if not cuda and not cpu_has_bf16():
+        half = False
     if run.train.deepspeed is not None and not cuda:
         half = False
     zero, offload_optimizer, offload_weights = 0, False, False
@@ -188,7 +202,7 @@ def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False
         supervised=supervised,
         device="cuda" if cuda else "cpu",
         half=half,
-        lora_r=run.lora.lora_r,
+        lora_r=_rank(run),
         lora_dropout=run.lora.lora_dropout,
         lora_targets=run.lora.lora_target_modules,
         lora_bias=run.lora.lora_bias,
@@ -402,8 +416,10 @@ def room(ranks_here: int = 1) -> Room:
 
 
 def _nvidia_free() -> list[int]:
-    """Free bytes of each GPU, as nvidia-smi says; [] where it cannot be asked."""
+    """Free bytes of each GPU that this process sees, as nvidia-smi says; [] where it cannot be asked."""
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        command.append(f"--id={visible}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return [int(line) * MIB for line in done.stdout.split()]

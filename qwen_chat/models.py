@@ -197,7 +197,7 @@ def choose_dtype(dtype: str | torch.dtype = "auto", device: Device = "auto") -> 
             raise ModelError(f"dtype {dtype}: unknown; expected auto, float32, bfloat16 or float16")
         return kind, "as asked"
     if device == "auto" and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this accelerator has it, at half the memory"
         return torch.float16, "this accelerator has no bfloat16"
     if arguments.cpu_has_bf16():

@@ -82,6 +82,7 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
     if train.keep_best or train.save_strategy == "best":
         options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     args = TrainingArguments(**(options | device | dict(run.extra)))
+    args._n_gpu = min(args.n_gpu, 1)  # a process trains on one; finetune.sh starts one for each
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if args.world_size != wanted:  # else every rank would train alone, without a word
         raise TrainingError(
@@ -116,7 +117,7 @@ def _bf16(run: Run, accelerator: bool) -> tuple[bool, list[str]]:
     if run.train.fp16:
         return False, ["computes in float16 (as asked)"]
     if accelerator:
-        able = torch.cuda.is_bf16_supported()
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
         if asked and not able:
             return False, ["computes in float32 (bf16 was asked for; this accelerator has none)"]
         return able if asked is None else asked, []
@@ -185,6 +186,12 @@ def start(run: Run, folder: Path, data: Data, verdict: memory.Verdict, before: A
     if not torch.cuda.is_available() and int(chosen.get("threads", 0)) > 0:
         torch.set_num_threads(int(chosen["threads"]))  # the order of sums depends on it
     args, decisions = training_arguments(run, folder, checkpointing=on)
+    if not on and any_rank(
+        on
+    ):  # memory is free on one machine and not on another: all compute again, or none
+        on = True
+        args.activation_checkpointing = args.gradient_checkpointing = True
+        args.activation_checkpointing_kwargs = {"use_reentrant": False}
     folder = Path(share(str(folder)))
     args.output_dir = str(folder)
     chosen |= {"gradient_checkpointing": on, "threads": torch.get_num_threads(), "layout": run.train.layout}
@@ -192,11 +199,13 @@ def start(run: Run, folder: Path, data: Data, verdict: memory.Verdict, before: A
 
 
 def plan(run: Run, model: Path, data: Data) -> memory.Verdict:
-    """Hold the largest row (of the first 64 steps) against the memory; OptionError if it cannot fit."""
+    """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory;
+    OptionError if it cannot fit."""
     windows = sampler(run, data.train, ranks=memory.ranks(), seed=seed_of(run))
     row = windows.longest_row(windows=64)
     shape = memory.Shape.of(models.read_config(model))
     longest = min(data.summary.quantiles.get("max", row), run.data.model_max_length)
+    row = max(row, int(longest))
     verdict = memory.decide(run, shape, row=row, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:
         raise OptionError(verdict.refusal)
@@ -205,7 +214,8 @@ def plan(run: Run, model: Path, data: Data) -> memory.Verdict:
 
 def seed_of(run: Run) -> int:
     """The seed that orders the data: TrainingArguments' data_seed, else seed, else its default 42."""
-    return int(run.extra.get("data_seed") or run.extra.get("seed", 42))
+    given = run.extra.get("data_seed")
+    return int(run.extra.get("seed", 42) if given is None else given)
 
 
 def share(value: Any) -> Any:
@@ -215,6 +225,15 @@ def share(value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def any_rank(value: bool) -> bool:
+    """Whether it is so on any rank."""
+    if not _is_joined():
+        return value
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return any(values)
 
 
 def _is_joined() -> bool:
@@ -465,6 +484,8 @@ class ChatTrainer(Trainer):
             batch_sampler=windows,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)

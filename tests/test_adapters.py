@@ -168,6 +168,23 @@ def test_only_the_named_rows_change(tiny_model_path: Path) -> None:
     assert changed == [1, 2]
 
 
+def test_a_head_of_its_own_learns_the_named_rows_too(tiny_model_path: Path, tmp_path: Path) -> None:
+    loaded = load(tiny_model_path, PLAIN)
+    model = loaded.model
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    old = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.lm_head)]
+    wrap = adapters.wrap(model, KINDS["tokens"], loaded.tokenizer)
+    ids = torch.tensor([[1, 300, 301, 2, 1, 302, 2]])
+    optimizer = torch.optim.SGD([p for p in wrap.model.parameters() if p.requires_grad], lr=1.0)
+    wrap.model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    merged, _ = adapters.merge(wrap.model, IDS[0].tolist())
+    for layer, before in zip((merged.get_input_embeddings(), merged.lm_head), old, strict=True):
+        changed = (layer.weight.detach() != before).any(dim=1).nonzero().flatten().tolist()
+        assert changed == [1, 2]
+
+
 def test_an_adapter_is_continued(tiny_model_path: Path, tmp_path: Path) -> None:
     wrap = wrapped(tiny_model_path, PLAIN)
     losses = learn(wrap.model)

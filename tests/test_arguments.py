@@ -227,6 +227,9 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--label_smoothing_factor", "0.1"],
             "--label_smoothing_factor: the loss here is plain cross-entropy",
         ),
+        (["--average_tokens_across_devices", "False"], "what a step's loss is divided by here"),
+        (["--bf16_full_eval"], "computed as training computes them"),
+        (["--attn_implementation", "sdpa"], "knows nothing of prefixes that conversations share"),
         (["--auto_find_batch_size"], "--auto_find_batch_size: would change what an optimizer step is"),
     ],
 )

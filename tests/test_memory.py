@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,34 @@ SEVEN_BILLION = Shape.of(QWEN2_5_SEVEN_BILLION)
 
 def run_of(*words: str) -> arguments.Run:
     return arguments.read_run(["-d", "data.jsonl", *words])
+
+
+def test_only_the_gpus_that_are_seen_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        return SimpleNamespace(stdout="81000\n79000\n")
+
+    monkeypatch.setattr(memory.subprocess, "run", answer)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert memory._nvidia_free() == [81000 * 2**20, 79000 * 2**20]
+    assert asked[0][-1] == "--id=1,3"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    memory._nvidia_free()
+    assert not any(word.startswith("--id") for word in asked[1])
+
+
+def test_bfloat16_that_the_cpu_lacks_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able in (True, False):
+        monkeypatch.setattr(memory, "cpu_has_bf16", lambda able=able: able)
+        assert memory.setup_of(run_of("--bf16", "True"), 100, 50).half is able
+
+
+def test_the_rank_of_a_continued_adapter_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}', "utf-8")
+    run = run_of("--use_lora", "--lora_weight_path", str(tmp_path))
+    assert memory.setup_of(run, 100, 50).lora_r == 4
 
 
 def test_parameters_are_the_published_counts() -> None:

@@ -92,6 +92,19 @@ def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
         False,
     )
     assert training.seed_of(run) == 7
+    assert training.seed_of(read_run([*words, "--data_seed", "0"])) == 0
+
+
+def test_a_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 4))
+    args, _ = training.training_arguments(read_run(["-d", "x"]), tmp_path, checkpointing=False)
+    assert vars(args)["_n_gpu"] == 1
+
+
+def test_alone_every_rank_is_this_one() -> None:
+    assert (training.any_rank(True), training.any_rank(False)) == (True, False)
 
 
 def test_generation_stops_where_training_stopped() -> None:
