@@ -108,7 +108,6 @@ def options(spec: dict[str, Any], batch_size: int, rows: int) -> dict[str, Any]:
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": rows,
         "num_train_epochs": spec["steps"],
-        "max_steps": spec.get("max_steps", -1),
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
@@ -132,7 +131,7 @@ def ours(spec: dict[str, Any], data: list[Any], watch: Watch) -> tuple[Any, dict
     from qwen_chat.training import ChatTrainer
 
     conversations = [tuple(SimpleNamespace(**sequence) for sequence in members) for members in data]
-    accumulation = spec.get("accumulation") or -(-len(data) // spec["batch_size"])
+    accumulation = -(-len(data) // spec["batch_size"])
     windows = WindowSampler(
         conversations,
         batch_size=spec["batch_size"],
@@ -148,14 +147,9 @@ def ours(spec: dict[str, Any], data: list[Any], watch: Watch) -> tuple[Any, dict
         **options(spec, spec["batch_size"], accumulation), remove_unused_columns=False, label_names=["labels"]
     )
     trainer = ChatTrainer(windows=windows, model=model, args=args, callbacks=[watch])
-    step = windows.window
-    steps = [
-        windows.plan([int(i) for i in windows.order(0)[at : at + step]]) for at in range(0, 64 * step, step)
-    ]
-    rows = steps[0]
+    rows = windows.plan([int(i) for i in windows.order(0)])
     facts = {
         "rows": [row.tokens for row in rows],
-        "step_tokens": [sum(row.tokens for row in rows) for rows in steps if rows[0].sequences],
         "pairs": sum(
             (stop - start) * (stop - start + 1) // 2 + (end - stop) * (stop - start)
             for row in rows
