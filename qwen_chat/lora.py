@@ -28,7 +28,7 @@ JOINED = {
     "down": ("down_proj",),
 }
 _MERGE_FIRST = ("use_dora", "modules_to_save", "layer_replication", "lora_bias")
-_MERGE = "merge it (finetune/merge_adapter.py) and serve the result"
+_MERGE = "serve it alone: a lone adapter is merged into its base as it is loaded"
 _HALF = re.compile(r"\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_A|lora_B)\.weight$")
 _BIAS = re.compile(r"\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.base_layer\.bias$")
 _ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
