@@ -31,6 +31,10 @@ from qwen_chat.kv_cache import TILE, Bank, KVRow, KVShape
 from qwen_chat.lora import JOINED, Lora, Places
 from qwen_chat.quantize import Linear, make_linear
 
+# Queries of a key-value head come to the kernel in multiples of 8. It gives each thread a buffer sized by their
+# number, and the last bits of a product depend on where in memory the buffer begins: with 3, a row's depended on
+# which thread computed it.
+QUERIES = 8
 FAMILIES = ("qwen2", "qwen3", "llama")
 
 
@@ -175,12 +179,13 @@ class Decoder:
                 kv[span.slots.start, :, span.places] = new[:, heads:].transpose(0, 1)
                 queries = new[:, :heads].reshape(-1, kv_heads, group, size).transpose(0, 1)
                 queries = queries.reshape(1, kv_heads, -1, size)
-            held = kv[span.slots, :, : span.length]
+            held, count = kv[span.slots, :, : span.length], queries.shape[2]
+            queries = functional.pad(queries, (0, 0, 0, -count % QUERIES))
             attended = functional.scaled_dot_product_attention(
                 queries, held[:, :kv_heads], held[:, kv_heads:], attn_mask=span.mask
-            )
+            )[:, :, :count]
             if not span.is_run:
-                attended = attended.view(kv_heads, -1, group, size).transpose(0, 1)
+                attended = attended.reshape(kv_heads, -1, group, size).transpose(0, 1)
             found.append(attended.reshape(-1, heads * size))
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -198,7 +203,7 @@ class _Span:
     bank: Bank
     slots: slice
     length: int  # of keys attended to, a multiple of TILE
-    mask: torch.Tensor  # additive; of a run (rows, 1, 1, length), else (tokens x heads a kv head, length)
+    mask: torch.Tensor  # additive; of a run (rows, 1, 1, length), else (rows of QUERIES, length)
     is_run: bool
     slot_ids: torch.Tensor  # a run's: (rows,)
     positions: torch.Tensor  # (tokens,)
@@ -279,6 +284,7 @@ def _lone_spans(
         last = min(stop, length)
         tokens = slice(begin + first - segment.start, begin + last - segment.start)
         hidden = torch.arange(length) > positions[tokens].repeat_interleave(group)[:, None]
+        hidden = functional.pad(hidden, (0, 0, 0, -len(hidden) % QUERIES))
         yield _Span(
             tokens=tokens,
             bank=bank,

@@ -629,6 +629,28 @@ def test_a_call_cut_by_the_limit_says_so(demo_engine: Engine) -> None:
     assert (done.finish_reason, len(done.token_ids)) == ("length", 5)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="measured on processors with AVX-512 only")
+def test_a_row_of_the_real_model_has_the_same_bits_in_company(demo_engine: Engine) -> None:
+    """Three queries a key-value head, and more rows than threads: whoever computes a row."""
+    decoder, store = demo_engine.decoder, KVStore(demo_engine.decoder.kv_shape)
+    prompts = [ask(demo_engine, question).prompt_ids for question in ("Hi", "Who?", "Name a colour.", "你好")]
+
+    def step(rows: list[KVRow], tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
+        for row, ids, start in zip(rows, tokens, starts, strict=True):
+            row.reserve(start + len(ids))
+        return decoder.step([Segment(*one) for one in zip(tokens, starts, rows, strict=True)])
+
+    alone, together = ([store.row() for _ in prompts] for _ in range(2))
+    starts = [0] * len(prompts)
+    tokens = [list(ids) for ids in prompts]
+    for _ in range(12):
+        whole = step(together, tokens, starts)
+        apart = [step([r], [t], [s]) for r, t, s in zip(alone, tokens, starts, strict=True)]
+        assert torch.equal(whole, torch.cat(apart))
+        starts = [s + len(t) for s, t in zip(starts, tokens, strict=True)]
+        tokens = [[token] for token in whole.argmax(-1).tolist()]
+
+
 def test_the_real_model_answers_alike_alone_and_in_company(demo_engine: Engine) -> None:
     questions = ["What is the capital of France?", "Name a colour.", "Who wrote Hamlet?", "Count to five."]
     asked = [ask(demo_engine, q, temperature=0.0, max_tokens=16) for q in questions]
