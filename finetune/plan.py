@@ -95,13 +95,13 @@ def count_data(run: Run) -> dict[str, int]:
     tokenizer = models.load_tokenizer(models.resolve(run.model.model))
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
     data = training.read_data(run, fmt)
-    windows = training.sampler(run, data.train, ranks=memory.ranks(), seed=training.seed_of(run))
+    row, _ = training.longest_row(run, data)
     summary = data.summary
     return {
         "conversations": len(data.train),
         "tokens": summary.tokens,
         "supervised": summary.supervised,
-        "row": windows.longest_row(windows=64),
+        "row": row,
     }
 
 

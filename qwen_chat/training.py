@@ -186,30 +186,37 @@ def start(run: Run, folder: Path, data: Data, verdict: memory.Verdict, before: A
     if not torch.cuda.is_available() and int(chosen.get("threads", 0)) > 0:
         torch.set_num_threads(int(chosen["threads"]))  # the order of sums depends on it
     args, decisions = training_arguments(run, folder, checkpointing=on)
-    if not on and any_rank(
-        on
-    ):  # memory is free on one machine and not on another: all compute again, or none
-        on = True
+    agreed = any_rank(on)  # memory is free on one machine and not on another: all compute again, or none
+    if agreed and not on:
         args.activation_checkpointing = args.gradient_checkpointing = True
         args.activation_checkpointing_kwargs = {"use_reentrant": False}
     folder = Path(share(str(folder)))
     args.output_dir = str(folder)
-    chosen |= {"gradient_checkpointing": on, "threads": torch.get_num_threads(), "layout": run.train.layout}
+    chosen |= {
+        "gradient_checkpointing": agreed,
+        "threads": torch.get_num_threads(),
+        "layout": run.train.layout,
+    }
     return args, Session(folder, (*decisions, verdict.line), chosen)
 
 
 def plan(run: Run, model: Path, data: Data) -> memory.Verdict:
     """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory;
     OptionError if it cannot fit."""
-    windows = sampler(run, data.train, ranks=memory.ranks(), seed=seed_of(run))
-    row = windows.longest_row(windows=64)
+    row, longest = longest_row(run, data)
     shape = memory.Shape.of(models.read_config(model))
-    longest = min(data.summary.quantiles.get("max", row), run.data.model_max_length)
-    row = max(row, int(longest))
     verdict = memory.decide(run, shape, row=row, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:
         raise OptionError(verdict.refusal)
     return verdict
+
+
+def longest_row(run: Run, data: Data) -> tuple[int, int]:
+    """(tokens of the largest row that the run is known to meet, tokens of the longest conversation)."""
+    windows = sampler(run, data.train, ranks=memory.ranks(), seed=seed_of(run))
+    row = windows.longest_row(windows=64)
+    longest = min(int(data.summary.quantiles.get("max", row)), run.data.model_max_length)
+    return max(row, longest), longest
 
 
 def seed_of(run: Run) -> int:

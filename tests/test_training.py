@@ -103,6 +103,19 @@ def test_a_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: py
     assert vars(args)["_n_gpu"] == 1
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_every_rank_takes_part_in_the_choice_of_checkpointing(
+    here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(training, "any_rank", lambda value: asked.append(value) or True)
+    verdict: Any = SimpleNamespace(checkpointing=here, line="")
+    before = SimpleNamespace(choices={})
+    args, session = training.start(read_run(["-d", "x"]), tmp_path, None, verdict, before)  # type: ignore[arg-type]
+    assert asked == [here]  # a rank that left the question out would let the others wait for ever
+    assert (args.gradient_checkpointing, session.choices["gradient_checkpointing"]) == (True, True)
+
+
 def test_alone_every_rank_is_this_one() -> None:
     assert (training.any_rank(True), training.any_rank(False)) == (True, False)
 
