@@ -174,6 +174,7 @@ UNSUPPORTED = {  # fields of TrainingArguments that would be ignored in silence,
     "fp16_full_eval": "held-out losses are computed as training computes them; leave it out",
     "parallelism_config": "cannot be given on the command line; use --deepspeed",
 }
+HARMLESS = {"average_tokens_across_devices": True}  # of UNSUPPORTED: what does nothing; of the others False
 OURS = frozenset(  # fields of TrainingArguments that the toolkit sets itself
     {"remove_unused_columns", "label_names", "do_train", "do_eval", "do_predict", "train_sampling_strategy"}
     | {"length_column_name", "prediction_loss_only", "dataloader_drop_last", "logging_nan_inf_filter"}
@@ -583,7 +584,9 @@ def _range_problems(run: Run) -> list[str]:
             "give one for each -d, in the same order"
         )
     found += [
-        f"--{name}: {reason}" for name, reason in UNSUPPORTED.items() if _does(name, run.extra.get(name))
+        f"--{name}: {reason}"
+        for name, reason in UNSUPPORTED.items()
+        if run.extra.get(name) not in (None, HARMLESS.get(name, False))
     ]
     if run.model.attn_implementation not in (None, "qwen_chat") and train.layout == "shared_prefix":
         found.append(
@@ -610,11 +613,6 @@ def _range_problems(run: Run) -> list[str]:
     return found
 
 
-def _does(name: str, value: Any) -> bool:
-    """Whether an unsupported field was given a value that would do something."""
-    return value is not None and value != (name == "average_tokens_across_devices")
-
-
 def _lora_problems(run: Run) -> list[str]:
     lora, found = run.lora, []
     adapter_flags = {f.name for f in fields(LoraArguments)} - {"use_lora", "q_lora"}
@@ -632,16 +630,8 @@ def _lora_problems(run: Run) -> list[str]:
         found.append(
             "--lora_weight_path with --lora_init: an adapter that is continued is not initialised anew"
         )
-    shape = {
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-        "lora_bias",
-        "use_dora",
-        "use_rslora",
-    }
-    shape |= {"trainable_tokens"}
+    shape = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias"}
+    shape |= {"use_dora", "use_rslora", "trainable_tokens"}
     if lora.lora_weight_path and shape & run.given:
         names = ", ".join(f"--{name}" for name in sorted(shape & run.given))
         found.append(f"{names} with --lora_weight_path: the adapter brings its own; leave them out")

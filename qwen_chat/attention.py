@@ -230,7 +230,9 @@ def _varlen(
 _flex_mask: tuple[torch.Tensor, Any] | None = (
     None  # the last row's mask: all layers of a step ask for the same one
 )
-_flex_compiled: Any = None
+_flex_compiled: tuple[Any, Any] | None = (
+    None  # attention, and its mask (else the whole square is written down)
+)
 
 
 def _flex(
@@ -240,7 +242,8 @@ def _flex(
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if _flex_compiled is None:
-        _flex_compiled = torch.compile(flex_attention, dynamic=True)
+        _flex_compiled = torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask)
+    attend, build = _flex_compiled
     if _flex_mask is None or _flex_mask[0] is not segments:
         ends = _ends(segments)
 
@@ -248,10 +251,8 @@ def _flex(
             return (k <= q) & (q < ends[k])
 
         tokens = query.shape[2]
-        # Compiled, or it would first write down the whole square of the row.
-        build = torch.compile(create_block_mask)
         _flex_mask = segments, build(sees, None, None, tokens, tokens, device=str(query.device))
-    out = _flex_compiled(query, key, value, block_mask=_flex_mask[1], scale=scale, enable_gqa=True)
+    out = attend(query, key, value, block_mask=_flex_mask[1], scale=scale, enable_gqa=True)
     return cast(torch.Tensor, out).transpose(1, 2)
 
 

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from qwen_chat.chunks import usage_of
 from qwen_chat.engine import Generation, TokenEvent
 from qwen_chat.gate import Record
+from qwen_chat.generation import is_engines_fault
 from qwen_chat.intake import Job
 from qwen_chat.metrics import Metrics
 from qwen_chat.protocol import Answer, Usage
@@ -193,7 +194,7 @@ class Delivery(Response):
 
 def _failure(event: TokenEvent) -> Refusal:
     """Why a generation ended with an error: the engine's fault, or a grammar that led nowhere."""
-    if event.error and not event.error.startswith("the engine failed"):
+    if not is_engines_fault(event.error):
         return Refusal(400, f"Invalid schema: {event.error}.", code="invalid_value")
     return Refusal(500, "The server had an error while processing your request.", code="engine_error")
 

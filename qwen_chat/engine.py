@@ -28,7 +28,7 @@ import torch
 
 from qwen_chat.decoder import Decoder, Segment
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
-from qwen_chat.generation import Completion, FinishReason, Generation, TokenEvent, TokenLogprob
+from qwen_chat.generation import ENGINE_FAILED, Completion, FinishReason, Generation, TokenEvent, TokenLogprob
 from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
 from qwen_chat.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.lora import Lora, NotBeside
@@ -356,7 +356,7 @@ class Engine:
             self._kv.clear()
         for row in rows:
             row.generation.put(
-                TokenEvent(finish_reason="error", error=f"the engine failed: {type(error).__name__}")
+                TokenEvent(finish_reason="error", error=f"{ENGINE_FAILED}: {type(error).__name__}")
             )
         if self.on_failure is not None:
             self.on_failure(error)
@@ -422,7 +422,7 @@ class Engine:
             rows.append(row)
             segments.append(self._segment(row, 1))
         beginnings = set()
-        kept = budget // 4 if filling else 0  # for the oldest
+        kept = budget // 4  # for the oldest
         for row in sorted(filling, key=lambda row: len(row.tokens) - row.computed):
             is_oldest = row is filling[0]
             room = budget if is_oldest else budget - kept
@@ -568,7 +568,7 @@ def _say(error: Exception) -> str:
     if isinstance(error, ToolError):
         return str(error)
     LOGGER.error("a row's next token could not be chosen", exc_info=error)
-    return "the engine failed to choose the next token"
+    return f"{ENGINE_FAILED} to choose the next token"
 
 
 def _decisions(quantize: str | None) -> tuple[str, ...]:

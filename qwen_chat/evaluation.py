@@ -29,10 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from qwen_chat.conversation import Conversation, Json, Message, ToolCall, write_message
-from qwen_chat.errors import FormatError, ServiceError, ToolError
+from qwen_chat.conversation import Conversation, Json, Message, write_message
+from qwen_chat.errors import FormatError, ServiceError
 from qwen_chat.tool_calls import parse
-from qwen_chat.tool_schema import check_call
+from qwen_chat.tool_schema import call_problem
 
 NOTHING = "(no call)"
 Same = Callable[[Any, Any], bool]
@@ -168,7 +168,7 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
     valid = 0
     written: list[tuple[str, Json]] = []
     for call in reply.tool_calls:
-        problem = _problem(call, case.tools)
+        problem = call_problem(call, case.tools)
         valid += problem is None
         if problem is not None:
             problems.append(problem)
@@ -193,13 +193,6 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
         calls=tuple((call.name, call.arguments) for call in reply.tool_calls),
         problems=tuple(problems),
     )
-
-
-def _problem(call: ToolCall, tools: Sequence[Json]) -> str | None:
-    try:
-        return check_call(call, tools)
-    except ToolError as error:  # a schema that cannot be read to its end fits nothing
-        return str(error)
 
 
 def _arguments(text: str) -> Json:
@@ -524,13 +517,15 @@ def write_replies(
     calls: free, as the model likes; strict, a call that it opens is decoded under its tool's schema;
     required, every reply is such a call (several where the case allows them), whatever the reference does.
     """
+    from qwen_chat.generation import is_engines_fault
+
     waiting = [case for case in cases if f"reply {case.key}" not in kept]
     done = len(cases) - len(waiting)
     for start in range(0, len(waiting), 4 * batch):
         some = waiting[start : start + 4 * batch]
         requests = [_request(fmt, case, calls, max_tokens, adapter) for case in some]
         for case, completion in zip(some, engine.generate(requests), strict=True):
-            if completion.finish_reason not in ("stop", "length") and _is_engines(completion.error):
+            if completion.finish_reason not in ("stop", "length") and is_engines_fault(completion.error):
                 raise ServiceError(
                     f"{case.key}: no reply ({completion.error or completion.finish_reason}); "
                     "what was written before is kept: run the same command again"
@@ -539,11 +534,6 @@ def write_replies(
         done += len(some)
         tick(done)
     return [kept[f"reply {case.key}"] for case in cases]
-
-
-def _is_engines(error: str | None) -> bool:
-    """Whether it was not the reply itself that failed: a grammar that leads nowhere does so every time."""
-    return error is None or error.startswith("the engine failed")
 
 
 def fitting(cases: Sequence[Case], fmt: Any, room: int) -> list[Case]:

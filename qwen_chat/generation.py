@@ -16,7 +16,13 @@ from typing import Literal
 
 from qwen_chat.sampling import GenerationRequest
 
+ENGINE_FAILED = "the engine failed"  # how an error begins that is not the request's own fault
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+def is_engines_fault(error: str | None) -> bool:
+    """Whether a generation's error is not its own (a grammar that leads nowhere is)."""
+    return error is None or error.startswith(ENGINE_FAILED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,12 +188,12 @@ def _join(
     joined layer."""
     ups, downs = [], []
     for name in names:
-        down, up = halves.get((layer, name, "lora_A")), halves.get((layer, name, "lora_B"))
-        if down is None or up is None:
+        down = halves.get((layer, name, "lora_A"))
+        if down is None:  # neither half: this projection is not adapted
             ups.append(torch.zeros(places.outputs[name], 0))
             continue
         downs.append(down.float())
-        ups.append(up.float() * _scale(config, name, down.shape[0]))
+        ups.append(halves[layer, name, "lora_B"].float() * _scale(config, name, down.shape[0]))
     if not downs:
         return None
     return FloatLinear(torch.cat(downs).to(places.dtype)), FloatLinear(_block_diagonal(ups).to(places.dtype))

@@ -178,9 +178,7 @@ def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False
     """The Setup of a Run on this machine."""
     cuda = has_accelerator() and not run.extra.get("use_cpu")
     half = run.train.fp16 or bool(run.train.bf16) or (cuda and run.train.bf16 is None)
-    if not cuda and not cpu_has_bf16():
-        half = False
-    if run.train.deepspeed is not None and not cuda:
+    if not cuda and (run.train.deepspeed is not None or not cpu_has_bf16()):
         half = False
     zero, offload_optimizer, offload_weights = 0, False, False
     if run.train.deepspeed is not None:

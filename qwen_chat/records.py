@@ -37,8 +37,8 @@ from typing import IO, Any, Literal, NoReturn, cast, overload
 import numpy as np
 
 from qwen_chat.conversation import Conversation, Json, Message, ToolCall
-from qwen_chat.errors import DataError, FormatError, Problem, ToolError
-from qwen_chat.tool_schema import check_call
+from qwen_chat.errors import DataError, FormatError, Problem
+from qwen_chat.tool_schema import call_problem
 
 OnError = Literal["stop", "skip"]
 LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would not fit in memory as objects
@@ -416,9 +416,7 @@ def _check_call(call: ToolCall, tools: Sequence[Json]) -> str | None:
     if _depth_beyond(json.loads(call.arguments), DEEPEST):
         return f"arguments nested more than {DEEPEST} levels deep; expected a flatter object"
     try:
-        return check_call(call, tools)
-    except ToolError as error:
-        return str(error)
+        return call_problem(call, tools)
     except Exception as error:  # a schema is a program: a broken pattern or "multipleOf": 0 raises anything
         return f"the schema of {call.name!r} cannot be used ({type(error).__name__}: {error}); correct it"
 

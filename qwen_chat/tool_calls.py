@@ -299,8 +299,9 @@ class _Shapes:
 
     def __init__(self, shapes: Mapping[str, Sequence[str]]) -> None:
         whole = [f"(?P<{name}>{''.join(atoms)})" for name, atoms in shapes.items()]
-        self.full = re.compile("|".join(whole))
-        self.partial = re.compile("|".join(rf"(?:{self._beginning(atoms)}\Z)" for atoms in shapes.values()))
+        self.full = re.compile("|".join(whole) or _NEVER)
+        begun = [rf"(?:{self._beginning(atoms)}\Z)" for atoms in shapes.values()]
+        self.partial = re.compile("|".join(begun) or _NEVER)
 
     @staticmethod
     def _beginning(atoms: Sequence[str]) -> str:
@@ -312,6 +313,8 @@ class _Shapes:
 
 def _openings(before: str, own_line: str, marks: Marks) -> dict[str, list[str]]:
     """The shapes that open a call, from the layout before them up to the first brace of its JSON."""
+    if marks == "none":
+        return {}
     shapes = {"tag": [before, *_letters(OPEN), _SPACE, _TICKS, _LIST, _PAYLOAD]}
     if marks != "tagged":
         shapes["flower"] = [
@@ -509,9 +512,6 @@ class StreamParser:
         return at
 
     def _read_first(self, text: str, at: int, final: bool) -> int:
-        if self._marks == "none":
-            self._mode = "text"
-            return at
         return self._read_spot(_first_shapes(self._marks), text, at, final)
 
     def _read_after(self, text: str, at: int, final: bool) -> int:
@@ -545,9 +545,6 @@ class StreamParser:
         return at
 
     def _read_text(self, text: str, at: int, final: bool) -> int:
-        if self._marks == "none":
-            self._say(text[at:])
-            return len(text)
         shapes = _text_shapes(self._marks)
         match = shapes.full.search(text, at)
         until = match.start() if match else len(text)

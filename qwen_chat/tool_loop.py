@@ -40,7 +40,7 @@ import requests
 
 from qwen_chat.conversation import Json, ToolCall, read_tools
 from qwen_chat.errors import FormatError, ServiceError, ToolError
-from qwen_chat.tool_schema import check_call, check_tool
+from qwen_chat.tool_schema import call_problem, check_tool
 
 ToolChoice = str | Json
 Functions = Mapping[str, Callable[..., Any]]
@@ -259,10 +259,7 @@ def _start(function: Json, functions: Functions, tools: Sequence[Json]) -> queue
     """Begin one call in a thread of its own (a thread that hangs is left behind: Python cannot end it)."""
     box: queue.Queue[str] = queue.Queue()
     call = ToolCall(function["name"], function["arguments"] or "{}")
-    try:
-        problem = check_call(call, tools)
-    except ToolError as error:  # its schema leads to a place that does not exist
-        problem = str(error)
+    problem = call_problem(call, tools)
     if problem is not None:
         box.put(_error(problem))
         return box

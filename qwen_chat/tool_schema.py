@@ -62,6 +62,14 @@ def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None
     return check_arguments(arguments, function)
 
 
+def call_problem(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """check_call for those who only tell what is wrong: a schema that cannot be used is told too."""
+    try:
+        return check_call(call, tools)
+    except ToolError as error:
+        return str(error)
+
+
 def check_arguments(arguments: Mapping[str, Any], tool: Mapping[str, Any]) -> str | None:
     """One line on what is wrong with the arguments under the tool's `parameters`, or None.
 

@@ -771,6 +771,15 @@ def wait_until(condition: Any, seconds: float = 5.0) -> None:
         time.sleep(0.005)
 
 
+def keep_busy(live: LiveService, engine: Engine, tokens: int) -> threading.Thread:
+    """Somebody's request of `tokens` slow tokens, which runs when this returns; join it."""
+    body = ask("slow 20 " + "x" * tokens)
+    first = threading.Thread(target=lambda: requests.post(live.url + CHAT, json=body, timeout=30))
+    first.start()
+    wait_until(lambda: engine.stats().running == 1)
+    return first
+
+
 def test_queue_is_bounded() -> None:
     engine = make_engine(max_batch=1)
     settings = ServiceSettings(max_queue=1)
@@ -800,11 +809,7 @@ def test_who_is_turned_away_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("qwen_chat.service.chat_job", count)
     engine = make_engine(max_batch=1)
     with LiveService(create_app(engine, settings=ServiceSettings(max_queue=0))) as live:
-        first = threading.Thread(
-            target=lambda: requests.post(live.url + CHAT, json=ask("slow 20 " + "x" * 60), timeout=30)
-        )
-        first.start()
-        wait_until(lambda: engine.stats().running == 1)
+        first = keep_busy(live, engine, 60)
         assert requests.post(live.url + CHAT, json=ask("hi"), timeout=30).status_code == 429
         first.join()
     assert len(prepared) == 1
@@ -873,11 +878,7 @@ def test_a_client_that_leaves_stops_its_work(stream: bool) -> None:
 def test_a_queued_client_that_leaves_is_forgotten() -> None:
     engine = make_engine(max_batch=1)
     with LiveService(create_app(engine)) as live:
-        first = threading.Thread(
-            target=lambda: requests.post(live.url + CHAT, json=ask("slow 20 " + "x" * 60), timeout=30)
-        )
-        first.start()
-        wait_until(lambda: engine.stats().running == 1)
+        first = keep_busy(live, engine, 60)
         with pytest.raises(requests.Timeout):
             requests.post(live.url + CHAT, json=ask("say never"), timeout=0.2)
         wait_until(lambda: engine.stats().waiting == 0, 1.0)
@@ -897,11 +898,7 @@ def test_deadline() -> None:
 def test_deadline_while_waiting() -> None:
     engine = make_engine(max_batch=1)
     with LiveService(create_app(engine, settings=ServiceSettings(request_seconds=0.4))) as live:
-        first = threading.Thread(
-            target=lambda: requests.post(live.url + CHAT, json=ask("slow 20 " + "x" * 100), timeout=30)
-        )
-        first.start()
-        wait_until(lambda: engine.stats().running == 1)
+        first = keep_busy(live, engine, 100)
         answer = requests.post(live.url + CHAT, json=ask("slow 20 " + "y" * 100), timeout=5)
         first.join()
     assert answer.status_code in (
