@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import sys
 import threading
@@ -132,8 +133,9 @@ class Admission:
         self.taken = 0
         self._seconds = 1.0  # that a request lately took, smoothed
 
-    def take(self, count: int) -> Callable[[], None]:
-        """Take `count` places; returns what gives them back. Raise Refusal 429 where there are too few."""
+    def take(self, count: int) -> Callable[[bool], None]:
+        """Take `count` places; returns what gives them back, told whether the request was served. Raise
+        Refusal 429 where there are too few."""
         if count > self.places:
             raise bad_value("n", f"Invalid 'n': {count} choices never fit the queue of {self.places}.")
         if self.taken + count > self.places:
@@ -146,9 +148,10 @@ class Admission:
         self.taken += count
         began = time.monotonic()
 
-        def give_back() -> None:
+        def give_back(served: bool) -> None:
             self.taken -= count
-            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+            if served:  # one that was refused took no time: it says nothing of how long a place stays taken
+                self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
 
         return give_back
 
@@ -232,14 +235,14 @@ class Service:
             job = await self._in_thread(lambda: prepare(model, deadline))
             generations = await self._in_thread(lambda: self._submit(job.requests), undo=_cancel)
         except BaseException:
-            release()
+            release(False)
             raise
         work = Work(
             job,
             generations,
             record=record,
             metrics=self.metrics,
-            release=release,
+            release=functools.partial(release, True),
             log_reply=self.settings.log_prompts,
         )
         return Delivery(work, write_seconds=self.settings.write_seconds)

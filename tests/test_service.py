@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from qwen_chat.http_server import PatientProtocol
 from qwen_chat.intake import chat_job
 from qwen_chat.logs import RequestLog
 from qwen_chat.protocol import ErrorAnswer
-from qwen_chat.service import Service, ServiceSettings, create_app
+from qwen_chat.refusal import Refusal
+from qwen_chat.service import Admission, Service, ServiceSettings, create_app
 
 CHAT = "/v1/chat/completions"
 WEATHER = {
@@ -797,6 +799,21 @@ def test_queue_is_bounded() -> None:
             thread.join()
     assert sorted(status for status, _ in statuses) == [200, 200, 429, 429, 429]
     assert all(after is not None and 1 <= int(after) <= 60 for status, after in statuses if status == 429)
+
+
+def test_retry_after_follows_what_was_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad requests are over at once; that is no sign that a place becomes free soon."""
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("qwen_chat.service.time", clock)
+    admission, now = Admission(1), [0.0]
+    for served, seconds in ((True, 100.0), *[(False, 0.0)] * 50):
+        give_back = admission.take(1)
+        now[0] += seconds
+        give_back(served)
+    admission.take(1)
+    with pytest.raises(Refusal) as refused:
+        admission.take(1)
+    assert refused.value.retry_after == 21  # a fifth of the way from 1 s to 100 s
 
 
 def test_who_is_turned_away_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
