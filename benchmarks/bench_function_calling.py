@@ -1,14 +1,14 @@
 """Does tuning teach a small model to call functions that it has never seen?
 
     python benchmarks/bench_function_calling.py                  # the demo model, about an hour on two cores
-    python benchmarks/bench_function_calling.py -m MODEL --trl False
+    python benchmarks/bench_function_calling.py -m MODEL --trl False --curve 75,150
 
 In: the public Berkeley Function Calling Leaderboard (wheel bfcl-eval, Apache-2.0). Out:
 benchmarks/results/function_calling.json with the blocks `before`, `after` and `trl`, each on the same
 held-out questions: exact (share of calls right in name and every argument), name, false_calls (share of
 questions without a fitting function that were answered with a call), valid (share of written calls that fit
 their schema), n, seconds (of training). `required` inside a block: the same questions with a call required,
-and how many calls were valid.
+and how many calls were valid. `curve`: blocks like `after` with fewer training lines.
 
 The split is by hash and by function: questions that share any function are on one side. Phases leave their
 result in a work folder of the same model, settings and data, and are not run twice: scorer (agreement with
@@ -29,7 +29,7 @@ import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -575,6 +575,18 @@ def tune(
     return {**measured, "seconds": trained["seconds"]}
 
 
+def at_size(
+    calls: int, work: Path | None, base: Path, items: Sequence[Item], settings: Settings
+) -> dict[str, Any]:
+    """The block `after` with `calls` training calls and as many others in proportion: a point of the curve."""
+    others = round(calls * settings.train_others / settings.train_calls)
+    fewer = replace(settings, train_calls=calls, train_others=others)
+    texts, held = prepare(items, fewer)
+    work = open_work(work and work / f"calls-{calls}", base, fewer, texts)
+    block = tune(work, "after", train_ours, base, work / "train.jsonl", held, fewer)
+    return {"train_calls": calls, "train_others": others, **block}
+
+
 def prepare(items: Sequence[Item], settings: Settings) -> tuple[dict[str, str], list[Item]]:
     """The training and the held-out lines, each as the text of a file, and the held-out items."""
     train, held = split(items, settings)
@@ -609,6 +621,14 @@ def open_work(folder: Path | None, base: Path, settings: Settings, texts: Mappin
     return work
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """Positive numbers with commas between them. Raises ValueError, which argparse tells as a usage error."""
+    found = tuple(int(word) for word in text.split(","))
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
 def read_options() -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -617,6 +637,7 @@ def read_options() -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("-m", "--model", help="model to tune; without it the demo model")
     parser.add_argument("--trl", **yes_or_no, help="also run TRL's SFTTrainer")
     parser.add_argument("--before", **yes_or_no, help="also measure the untuned model")
+    parser.add_argument("--curve", type=sizes, default=(), help="also tune with fewer training calls: 75,150")
     parser.add_argument("--work", type=Path, help="work folder; without it one in the cache")
     parser.add_argument("-o", "--output", type=Path, default=RESULT, help="where the result goes")
     parser.add_argument("--json", action="store_true", help="print the result on standard output")
@@ -648,6 +669,10 @@ def main() -> int:
     if options.trl == "True":
         result["trl"] = tune(work, "trl", train_trl, base, data, held, settings)
         write(options.output, result)
+    for calls in options.curve:
+        point = at_size(calls, options.work, base, items, settings)
+        result["curve"] = [*result.get("curve", ()), point]
+        write(options.output, result)
     if options.json:
         print(json.dumps(result, ensure_ascii=False))
     return 0
@@ -655,14 +680,21 @@ def main() -> int:
 
 def write(path: Path, result: Json) -> None:
     """The record, without the long lists."""
-    lists = ("worst", "adapter", "command")
-    short = {
-        key: {n: v for n, v in block.items() if n not in lists} if isinstance(block, dict) else block
-        for key, block in result.items()
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(short, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(shortened(result), ensure_ascii=False, indent=2) + "\n", "utf-8")
     rank_zero(f"wrote {path}")
+
+
+def shortened(value: Any) -> Any:
+    """Without the replies in full, and without this machine's paths."""
+    if isinstance(value, list):
+        return [shortened(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    long = {"worst", "adapter"} | {
+        key for key, entry in value.items() if isinstance(entry, list) and key == "command"
+    }
+    return {key: shortened(entry) for key, entry in value.items() if key not in long}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,8 +144,23 @@ def test_phases_of_something_else_are_refused(
     assert bench.open_work(None, base, settings, texts).is_relative_to(tmp_path / "cache")  # one of its own
 
 
+def test_a_point_of_the_curve_has_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def tune(work: Path, name: str, train: Any, base: Path, data: Path, held: Any, settings: Any) -> Any:
+        lines = data.read_text("utf-8").splitlines()
+        asked.append((name, len(lines), len(held), settings.train_others))
+        return {"exact": 0.5}
+
+    monkeypatch.setattr(bench, "tune", tune)
+    found = bench.at_size(75, tmp_path / "work", tmp_path, many(), bench.Settings())
+    assert found == {"train_calls": 75, "train_others": 30, "exact": 0.5}
+    assert asked == [("after", 105, 160, 30)]
+
+
 def test_the_record_has_no_long_lists(tmp_path: Path) -> None:
-    bench.write(
-        tmp_path / "r.json", {"model": "m", "after": {"exact": 0.5, "worst": [1] * 99, "command": ["x"]}}
-    )
-    assert json.loads((tmp_path / "r.json").read_text("utf-8")) == {"model": "m", "after": {"exact": 0.5}}
+    block = {"exact": 0.5, "worst": [1] * 99, "command": ["x"], "adapter": "a", "free": {"exact": 0.4}}
+    bench.write(tmp_path / "r.json", {"command": "python x.py", "after": block, "curve": [block]})
+    kept = {"exact": 0.5, "free": {"exact": 0.4}}
+    written = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert written == {"command": "python x.py", "after": kept, "curve": [kept]}
