@@ -578,12 +578,14 @@ def tune(
 def at_size(
     calls: int, work: Path | None, base: Path, items: Sequence[Item], settings: Settings
 ) -> dict[str, Any]:
-    """The block `after` with `calls` training calls and as many others in proportion: a point of the curve."""
+    """The block `after` with `calls` training calls and as many others in proportion: a point of the curve,
+    which is of what was learnt, not of time."""
     others = round(calls * settings.train_others / settings.train_calls)
     fewer = replace(settings, train_calls=calls, train_others=others)
     texts, held = prepare(items, fewer)
     work = open_work(work and work / f"calls-{calls}", base, fewer, texts)
     block = tune(work, "after", train_ours, base, work / "train.jsonl", held, fewer)
+    del block["seconds"]
     return {"train_calls": calls, "train_others": others, **block}
 
 
