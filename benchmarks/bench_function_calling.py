@@ -688,15 +688,12 @@ def write(path: Path, result: Json) -> None:
 
 
 def shortened(value: Any) -> Any:
-    """Without the replies in full, and without this machine's paths."""
+    """Without the worst replies in full."""
     if isinstance(value, list):
         return [shortened(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    long = {"worst", "adapter"} | {
-        key for key, entry in value.items() if isinstance(entry, list) and key == "command"
-    }
-    return {key: shortened(entry) for key, entry in value.items() if key not in long}
+    if isinstance(value, dict):
+        return {key: shortened(entry) for key, entry in value.items() if key != "worst"}
+    return value
 
 
 if __name__ == "__main__":

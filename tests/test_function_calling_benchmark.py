@@ -159,7 +159,7 @@ def test_a_point_of_the_curve_has_its_own_data(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_record_has_no_long_lists(tmp_path: Path) -> None:
-    block = {"exact": 0.5, "worst": [1] * 99, "command": ["x"], "adapter": "a", "free": {"exact": 0.4}}
+    block = {"exact": 0.5, "worst": [{"written": "x"}] * 99, "free": {"exact": 0.4}}
     bench.write(tmp_path / "r.json", {"command": "python x.py", "after": block, "curve": [block]})
     kept = {"exact": 0.5, "free": {"exact": 0.4}}
     written = json.loads((tmp_path / "r.json").read_text("utf-8"))
