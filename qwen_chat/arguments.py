@@ -141,7 +141,7 @@ class TrainArguments:
     save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "when to write a checkpoint")
     save_steps: float = option(500, "steps between checkpoints, with --save_strategy steps")
     save_total_limit: int | None = option(2, "checkpoints that are kept")
-    logging_steps: float = option(1, "steps between two lines of the log")
+    logging_steps: float = option(1, "steps between two points of the reporters; train_log.jsonl has all")
     report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb ...")
     keep_best: bool = option(False, "the checkpoint with the lowest held-out loss is never removed")
     resume: str = option(

@@ -29,22 +29,30 @@ _RESULT = re.compile(
 
 # What may change when a run goes on: it does not touch the weights.
 _FREE = frozenset(
-    {
-        "output_dir",
-        "check",
-        "plan_anyway",
-        "resume",
-        "resume_anyway",
-        "keep_best",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "report_to",
-    }
-    | {"eval_data_path", "eval_strategy", "per_device_eval_batch_size", "model", "data_path"}
-    | {"lazy_preprocess", "gradient_checkpointing", "on_error", "trust_remote_code"}
+    {"output_dir", "check", "plan_anyway", "resume", "resume_anyway", "model", "data_path", "lazy_preprocess"}
+    | {"keep_best", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"}
+    | {"gradient_checkpointing", "on_error", "trust_remote_code", "ddp_timeout", "skip_memory_metrics"}
+    | {"logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "project"}
+    | {"log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen"}
+    | {"dataloader_num_workers", "dataloader_prefetch_factor"}
+    | {"dataloader_persistent_workers", "dataloader_pin_memory"}
 )
+_EVALUATION = frozenset(
+    {"eval_data_path", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"}
+    | {"per_device_eval_batch_size"}
+)
+_LENGTH = frozenset({"max_steps", "num_train_epochs"})
+
+
+def free(options: Mapping[str, Any]) -> frozenset[str]:
+    """The options (by flag) that may change when a run with these goes on: none of them touches the weights.
+
+    Evaluation does where the rate or the model that is kept follows from it. The run's length does, unless the
+    rate is constant: every other schedule is stretched over it.
+    """
+    schedule = str(options.get("lr_scheduler_type"))
+    decided = schedule in ("reduce_lr_on_plateau", "greedy") or options.get("load_best_model_at_end")
+    return _FREE | (frozenset() if decided else _EVALUATION) | (_LENGTH if schedule == "constant" else set())
 
 
 def choose(run: Run, now: datetime | None = None) -> Path:
@@ -140,7 +148,7 @@ def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
         raise CheckpointError(
             f"--resume {source}: no checkpoint; expected .../checkpoint-N or a run's folder"
         )
-    found = checkpoints.differences(record.get("shaped_by", {}), shape, _FREE)
+    found = checkpoints.differences(record.get("shaped_by", {}), shape, free(shape["options"]))
     notes = checkpoints.check_unchanged(found, source, anyway=run.train.resume_anyway)
     return Resume(source, record.get("choices", {}), tuple(notes))
 
@@ -153,10 +161,22 @@ def checkpoint(found: Resume) -> tuple[Path | None, list[str]]:
         problem = checkpoints.damage(found.source)
         if problem is not None:
             raise CheckpointError(f"{found.source}: {problem}; give another checkpoint, or --resume auto")
-        return found.source, [f"resumed from {found.source.name} ({found.source})"]
+        return _whole(found.source), [f"resumed from {found.source.name} ({found.source})"]
     path, notes = checkpoints.newest_sound(found.source)
-    said = "no sound checkpoint: begins at step 0" if path is None else f"resumed from {path.name}"
-    return path, [*notes, said]
+    if path is None:
+        return None, [*notes, "no sound checkpoint: begins at step 0"]
+    return _whole(path), [*notes, f"resumed from {path.name}"]
+
+
+def _whole(path: Path) -> Path:
+    """The checkpoint, unless it holds weights alone: optimizer and schedule would begin anew without a word."""
+    sharded = any(path.glob("global_step*"))  # DeepSpeed's folder holds all of it
+    if sharded or (any(path.glob("optimizer*")) and (path / "scheduler.pt").is_file()):
+        return path
+    raise CheckpointError(
+        f"{path}: holds no optimizer and scheduler state (--save_only_model?), so nothing can go on from it;"
+        " begin a new run over its weights: --lora_weight_path for an adapter, else -m, and a new -o"
+    )
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_ch
 # DeepSpeed calls collectives by names that torch has renamed: two lines of warning each time.
 warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
 
+BY_HEART = 0.1  # a loss from which single precision may reach exactly 0; damage falls to 0 from any height
 VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
 
 
@@ -474,10 +475,17 @@ class ChatTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """TensorBoard and the others get the names of train_log.jsonl."""
-        names = ("tokens", "supervised_tokens", "tokens_per_s", "memory_gib")
+        names = ("learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "memory_gib")
         if "loss" in logs:
             logs = logs | {name: self.line[name] for name in names if name in self.line}
         super().log(logs, *args, **kwargs)
+
+    def _run_epoch(self, **options: Any) -> None:
+        """transformers looks at max_steps only after a step: a checkpoint of the last one would get one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
 
     def get_train_dataloader(self) -> Any:
         return self._rows(self.train_dataset, self.windows)
@@ -489,6 +497,8 @@ class ChatTrainer(Trainer):
         loader: Any = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=windows,
+            # Each start of a loader draws a number: from a stream of its own, or held-out data would move dropout's.
+            generator=torch.Generator(),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -576,6 +586,7 @@ class StepLog(TrainerCallback):
         self.trainer: Any = None  # set by train(), before the first callback
         self.bar: Any = None
         self.now = (0.0, 0, 0)  # loss, tokens, supervised tokens of the running step, over all ranks
+        self.rate = self.highest_rate = 0.0
         self.stop: Any = None  # StopSignal: whether this rank was asked to end
         self.stopping = False  # whether any rank was
         self.recent: deque[float] = deque(maxlen=50)
@@ -594,6 +605,11 @@ class StepLog(TrainerCallback):
         windows = self.trainer.windows
         windows.set_epoch(state.global_step // windows.windows)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # When a step ends the schedule has moved on to the next one's rate (under DeepSpeed, inside backward).
+        self.rate = self.trainer._get_learning_rate()
+        self.highest_rate = max(self.highest_rate, self.rate)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, totals = self.trainer, self.trainer.totals
         trainer.totals = StepTotals()
@@ -605,7 +621,7 @@ class StepLog(TrainerCallback):
         self.stopping = self.stopping or stops > 0  # every rank knows at the same step
         if not math.isfinite(loss):
             raise trainer.failure(f"the loss is {loss}")
-        if loss == 0 and supervised:
+        if loss == 0 and supervised and not self._learnt_by_heart(state.global_step):
             raise trainer.failure("the loss is exactly 0")
         self.now = (loss, int(tokens), int(supervised))
 
@@ -620,7 +636,7 @@ class StepLog(TrainerCallback):
             "step": state.global_step,
             "epoch": round(state.epoch, 4),
             "loss": loss,
-            "learning_rate": self.trainer._get_learning_rate(),
+            "learning_rate": self.rate,
             "tokens": tokens,
             "supervised_tokens": supervised,
             "seconds": round(seconds, 4),
@@ -637,6 +653,10 @@ class StepLog(TrainerCallback):
             rate = self.tokens / max(now - self.started, 1e-9)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
             self.bar.update(1)
+
+    def _learnt_by_heart(self, step: int) -> bool:
+        """Whether a loss of 0 is the end of a descent: after a small one, or (nothing is known) a resume."""
+        return self.losses[-1] < BY_HEART if self.losses else step > 0
 
     def _note_spike(self, step: int, loss: float) -> None:
         """Name the conversations of a step whose loss stands out from the last fifty."""

@@ -181,7 +181,39 @@ def test_the_status_that_a_launcher_would_hide(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "3").read_text() == "2\n"
 
 
+def test_what_may_change_when_a_run_goes_on() -> None:
+    plain = run_folder.free({"lr_scheduler_type": "cosine"})
+    harmless = {"dataloader_num_workers", "run_name", "eval_steps", "eval_delay", "disable_tqdm", "log_level"}
+    assert harmless | {"ddp_timeout", "eval_data_path", "save_steps", "logging_steps"} <= plain
+    assert not plain & {"max_steps", "num_train_epochs", "learning_rate", "seed", "layout", "lora_dropout"}
+    assert run_folder.free({"lr_scheduler_type": "constant"}) - plain == {"max_steps", "num_train_epochs"}
+    for decides in (
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"lr_scheduler_type": "greedy"},
+        {"lr_scheduler_type": "cosine", "load_best_model_at_end": True},
+    ):  # held-out losses set the rate, or which model is kept
+        assert not run_folder.free(decides) & {"eval_data_path", "eval_strategy", "eval_steps", "eval_delay"}
+
+
+def test_every_option_that_may_change_is_an_option() -> None:
+    known = {*RUN.as_dict(), *(option.name for option in arguments.trainer_options())}
+    assert run_folder.free({"lr_scheduler_type": "constant"}) <= known
+
+
 # ------------------------------------------------------------------------------------------------------ the log
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "allowed"),
+    [([2.0, 0.02], 2, True), ([2.0], 1, False), ([], 0, False), ([], 7, True), ([0.0], 9, True)],
+    ids=["after a descent", "from any height", "at once", "after a resume", "again"],
+)
+def test_a_loss_of_zero_may_be_learnt_by_heart(
+    before: list[float], step: int, allowed: bool, tmp_path: Path
+) -> None:
+    log = training.StepLog(tmp_path)
+    log.losses = before
+    assert log._learnt_by_heart(step) is allowed
 
 
 def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import errors, models, run_folder
+from qwen_chat import checkpoints, errors, models, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
@@ -65,9 +65,13 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def losses(folder: Path) -> list[float]:
+def steps(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / run_folder.LOG_FILE).read_text().splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in steps(folder)]
 
 
 def answer(model: Path | None, adapter: Path | None) -> Any:
@@ -78,6 +82,16 @@ def answer(model: Path | None, adapter: Path | None) -> Any:
     engine = load_engine(model, adapters={"a": adapter} if adapter else {})
     ids = engine.fmt.prompt_ids([{"role": "user", "content": "Who are you?"}])
     return engine.generate([GenerationRequest(ids, max_tokens=4, temperature=0, adapter=adapter and "a")])[0]
+
+
+def weights(folder: Path) -> bytes:
+    return next(folder.glob("*model.safetensors")).read_bytes()
+
+
+def as_killed_before_the_end(folder: Path) -> None:
+    """The folder of a finished run as it lies when the run is killed while it saves its result."""
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"state": "running"}))
 
 
 METHODS = {"full": [], "lora": ["--use_lora", "True"], "qlora": ["--q_lora", "True"]}
@@ -244,6 +258,95 @@ def test_a_finished_run_is_never_overwritten(
         f"error: {out}: holds a finished run; nothing is overwritten: give a new folder with -o\n",
     )
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+
+def test_nothing_is_trained_after_the_last_step(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora", *RATE]
+    words += ["--lr_scheduler_type", "constant", "--per_device_train_batch_size", "1"]
+    words += ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]  # an epoch has 4
+    assert finetune(*words)[0] == 0
+    before, log = weights(out), (out / "train_log.jsonl").read_text()
+    as_killed_before_the_end(out)
+    status, said = finetune(*words)
+    assert status == 0 and "resumed from checkpoint-3" in said
+    assert (weights(out), (out / "train_log.jsonl").read_text()) == (before, log)
+    assert json.loads((out / "run.json").read_text())["steps"] == 3
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-3"}
+
+    # A constant rate does not know how long the run is: it may be made longer.
+    longer = tmp_path / "longer"
+    words[words.index(str(out))], words[words.index("3")] = str(longer), "5"
+    status, said = finetune(*words, "--resume", str(out), "--eval_data_path", str(short), "--eval_steps", "9")
+    assert status == 0, said
+    assert [line["step"] for line in steps(longer)] == [4, 5]
+
+
+def test_evaluation_leaves_the_weights_alone(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", *RATE, "--lora_dropout", "0.3"]
+    words += ["--per_device_train_batch_size", "1", "--num_train_epochs", "1", "--save_strategy", "no"]
+    held_out = ["--eval_data_path", str(short), "--eval_strategy", "steps", "--eval_steps", "1"]
+    found = []
+    for number, more in enumerate(([], held_out)):
+        out = tmp_path / str(number)
+        assert finetune(*words, *more, "-o", str(out))[0] == 0
+        found.append((losses(out), weights(out)))
+    assert found[0] == found[1]
+
+
+def test_weights_alone_are_no_checkpoint(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [
+        "-m",
+        str(tiny_model_path),
+        "-d",
+        str(short),
+        "-o",
+        str(out),
+        "--use_lora",
+        "--num_train_epochs",
+        "1",
+    ]
+    assert finetune(*words)[0] == 0
+    as_killed_before_the_end(out)
+    (out / "checkpoint-1" / "optimizer.pt").unlink()
+    checkpoints.seal(out / "checkpoint-1")
+    status, said = finetune(*words)
+    assert status == 2 and said.splitlines()[-1].startswith(
+        f"error: {out}/checkpoint-1: holds no optimizer and scheduler state (--save_only_model?)"
+    )
+
+
+def test_the_log_tells_the_rate_that_a_step_ran_at(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [
+        "-m",
+        str(tiny_model_path),
+        "-d",
+        str(short),
+        "-o",
+        str(out),
+        "--use_lora",
+        "--save_strategy",
+        "epoch",
+    ]
+    words += ["--lr_scheduler_type", "linear", "--warmup_steps", "1", "--per_device_train_batch_size", "1"]
+    assert finetune(*words, "--num_train_epochs", "1", "--learning_rate", "3e-4")[0] == 0
+    rates = [0, 3e-4, 2e-4, 1e-4]
+    assert [line["learning_rate"] for line in steps(out)] == pytest.approx(rates)
+    state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [line["learning_rate"] for line in state["log_history"] if "loss" in line] == pytest.approx(rates)
 
 
 def test_weights_that_are_no_numbers_stop_the_run(
