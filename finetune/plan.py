@@ -46,6 +46,7 @@ def main() -> int:
     shape = memory.Shape.of(read_config(run.model.model))
     counted = count_data(run) if run.data.data_path else {}
     setup, have = situation(run, options, counted)
+    assert have.free is not None, "situation ends where it is not known"
     rows = memory.table(shape, setup, have.free)
     best = memory.recommend(rows, run.method)
     answer: dict[str, Any] = {
@@ -115,14 +116,16 @@ def situation(run: Run, options: PlanArguments, counted: dict[str, int]) -> tupl
     here = min(processes, setup.ranks_here if named else max(1, setup.ranks_here))
     if options.ranks is not None and not named and setup.device == "cpu":
         here = options.ranks  # they would share this machine's memory
-    have = memory.room(here)
+    setup = replace(setup, ranks=processes, ranks_here=here)
     if options.gpu_gib is not None:
-        have = memory.Room(
-            int(memory.ROOM * options.gpu_gib * memory.GIB), f"a device of {options.gpu_gib:g} GiB"
-        )
-        half = run.train.bf16 is not False
+        free = int(memory.ROOM * options.gpu_gib * memory.GIB)
+        half = run.train.bf16 is not False or run.train.fp16
         setup = replace(setup, device="cuda", half=half, lean=False)
-    return replace(setup, ranks=processes, ranks_here=here), have
+        return setup, memory.Room(free, f"a device of {options.gpu_gib:g} GiB")
+    have = memory.room(setup)
+    if have.free is None:
+        raise OptionError(f"what the accelerator has free is not known ({have.where}); give it: --gpu_gib 24")
+    return setup, have
 
 
 def flags(run: Run, row: dict[str, Any]) -> str:
@@ -154,7 +157,7 @@ def describe(answer: dict[str, Any], have: memory.Room) -> str:
     """The plan for a person."""
     lines = [
         f"{answer['model']}: {answer['parameters']:,} parameters; a row of {answer['row_tokens']:,} tokens,"
-        f" {answer['ranks']} process(es); {memory.gib(have.free)} can be used of {have.where}",
+        f" {answer['ranks']} process(es); {have}",
         f"{'method':7}{'engine':15}{'again':6}{'trained':>15}{'weights':>9}{'grads':>8}{'optim':>8}"
         f"{'activ':>8}{'loss':>7}{'total':>8}  GiB a process",
     ]

@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.metadata
 import importlib.util
 import json
-import os
-import sys
 import textwrap
 import types
 import typing
@@ -30,6 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from qwen_chat import hardware
 from qwen_chat.errors import OptionError
 
 T = TypeVar("T")
@@ -653,7 +651,7 @@ def _device_problems(run: Run) -> list[str]:
     train, found = run.train, []
     if train.bf16 and train.fp16:
         found.append("--bf16 and --fp16: give one of them")
-    if has_accelerator():
+    if hardware.has_accelerator():
         return found
     if run.extra.get("fsdp"):
         found.append(
@@ -702,28 +700,3 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str | None]:
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         return {}, f"--deepspeed {path}: not DeepSpeed's shape; {shape}"
     return config, None
-
-
-def has_accelerator() -> bool:
-    """Whether an accelerator may be there, without importing torch. A CPU build of torch settles it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    try:
-        if importlib.metadata.version("torch").endswith("+cpu"):
-            return False
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    if sys.platform == "darwin":
-        return True
-    return any(
-        Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/davinci0")
-    )
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX), without importing torch."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -14,18 +14,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_chat.arguments import Run, cpu_has_bf16, has_accelerator, read_deepspeed
+from qwen_chat import hardware
+from qwen_chat.arguments import Run, read_deepspeed
 from qwen_chat.errors import ModelError
 
 Method = Literal["full", "lora", "qlora"]
+NumberType = Literal["float32", "bfloat16", "float16"]
 GIB = 2**30
-MIB = 2**20
+MIB = hardware.MIB
 
 # Measured on a CPU: the interpreter with torch, transformers and peft; DeepSpeed and its process group.
 RUNTIME = {"cpu": 640 * MIB, "cuda": 900 * MIB}
@@ -163,6 +164,38 @@ class Setup:
     moments: float = 8.0  # bytes of optimizer state for a trained parameter
 
 
+def on_accelerator(run: Run) -> bool:
+    """Whether the run computes on an accelerator of this machine."""
+    return hardware.has_accelerator() and not run.extra.get("use_cpu")
+
+
+def number_type(run: Run) -> tuple[NumberType, list[str]]:
+    """What matrix products are computed in, for the plan and for the run; and the decision where there was one."""
+    asked = run.train.bf16
+    if run.train.fp16:
+        return "float16", ["computes in float16 (as asked)"]
+    if on_accelerator(run):
+        if hardware.gpu_has_bf16():
+            return ("float32" if asked is False else "bfloat16"), []
+        if run.method != "full" and asked is not False:
+            # Its base is read only, its own weights stay float32, and a loss scale keeps small gradients.
+            return "float16", [
+                "computes in float16 (this accelerator has no bfloat16); --bf16 False computes in float32"
+            ]
+        if asked:
+            return "float32", ["computes in float32 (bf16 was asked for; this accelerator has none)"]
+        return "float32", [
+            "computes in float32 (this accelerator has no bfloat16); --fp16 True takes less memory and time"
+        ]
+    if not asked:
+        return "float32", []
+    if not hardware.cpu_has_bf16():
+        return "float32", ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"]
+    if run.train.deepspeed is not None:
+        return "float32", ["computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"]
+    return "bfloat16", ["computes in bfloat16, weights stay float32 (as asked)"]
+
+
 def _rank(run: Run) -> int:
     """The adapter's: its own where one is continued."""
     if run.lora.lora_weight_path is None:
@@ -176,10 +209,8 @@ def _rank(run: Run) -> int:
 
 def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False) -> Setup:
     """The Setup of a Run on this machine."""
-    cuda = has_accelerator() and not run.extra.get("use_cpu")
-    half = run.train.fp16 or bool(run.train.bf16) or (cuda and run.train.bf16 is None)
-    if not cuda and (run.train.deepspeed is not None or not cpu_has_bf16()):
-        half = False
+    cuda = on_accelerator(run)
+    half = number_type(run)[0] != "float32"
     zero, offload_optimizer, offload_weights = 0, False, False
     if run.train.deepspeed is not None:
         block = read_deepspeed(run.train.deepspeed)[0].get("zero_optimization", {})
@@ -398,53 +429,29 @@ def _loss(shape: Shape, setup: Setup) -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank may fill, in bytes, and where that was seen."""
+    """What a rank may fill, in bytes, and where that was seen; None, and why it is not known."""
 
-    free: int
+    free: int | None
     where: str
 
+    def __str__(self) -> str:
+        if self.free is None:
+            return f"what is free is not known ({self.where})"
+        return f"{gib(self.free)} can be had of {self.where}"
 
-def room(ranks_here: int = 1) -> Room:
+
+def room(setup: Setup) -> Room:
     """The memory of one rank's device that is free now."""
-    if has_accelerator():
-        found = _nvidia_free()
-        if found:
-            return Room(int(ROOM * min(found)), f"the fullest of {len(found)} GPUs")
-    return Room(int(ROOM * free_memory() / ranks_here), f"this machine's memory for {ranks_here} process(es)")
+    if setup.device == "cuda":
+        free, where = hardware.gpu_free(setup.ranks_here)
+        return Room(None if free is None else int(ROOM * free), where)
+    return main_memory(setup.ranks_here)
 
 
-def _nvidia_free() -> list[int]:
-    """Free bytes of each GPU that this process sees, as nvidia-smi says; [] where it cannot be asked."""
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-        command.append(f"--id={visible}")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return [int(line) * MIB for line in done.stdout.split()]
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
-
-
-def free_memory() -> int:
-    """Bytes of main memory that can be had: what the page cache holds too, within the container's limit."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max": no limit
-            continue
-    return max(0, free)
+def main_memory(processes: int) -> Room:
+    """The share of each of so many processes of what main memory has free."""
+    free = int(ROOM * hardware.free_memory() / processes)
+    return Room(free, f"this machine's memory for {processes} process(es)")
 
 
 # -------------------------------------------------------------------------------------------------- verdict
@@ -465,19 +472,20 @@ def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -
     """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation."""
     asked = run.train.gradient_checkpointing
     setup = setup_of(run, row, supervised)
-    have = room(setup.ranks_here)
+    have = room(setup)
     plain, again = need(shape, setup), need(shape, replace(setup, checkpointing=True))
-    on = plain.total > have.free and again.total < plain.total if asked == "auto" else asked
+    tight = have.free is None or plain.total > have.free  # not known: the way that takes less
+    on = tight and again.total < plain.total if asked == "auto" else asked
     wanted = again if on else plain
     why = "as asked" if asked != "auto" else f"a row of {row:,} tokens keeps {gib(plain.activations)} without"
     line = (
-        f"plan: {gib(wanted.total)} a process of {gib(have.free)} in {have.where}"
+        f"plan: {gib(wanted.total)} a process; {have}"
         f" (weights {gib(wanted.weights)}, gradients {gib(wanted.gradients)}, optimizer"
         f" {gib(wanted.optimizer)}, activations {gib(wanted.activations)}, loss {gib(wanted.loss)});"
         f" gradient checkpointing {'on' if on else 'off'} ({why})"
     )
     refusal = None
-    if wanted.total > have.free:
+    if have.free is not None and wanted.total > have.free:
         refusal = (
             f"the run needs about {gib(wanted.total)} a process, {gib(have.free)} can be had"
             f" ({have.where}); {_cure(run, shape, setup, have.free, longest)}, or --plan_anyway True to try"

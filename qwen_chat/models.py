@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen_chat import arguments, demo_model
+from qwen_chat import demo_model, hardware
 from qwen_chat.errors import MissingDependency, ModelError
 from qwen_chat.logs import rank_zero
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # peft and accelerate import DeepSpeed where it is installed; asked for a CPU it does not warn on standard output.
-if not arguments.has_accelerator():
+if not hardware.has_accelerator():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -197,10 +197,10 @@ def choose_dtype(dtype: str | torch.dtype = "auto", device: Device = "auto") -> 
             raise ModelError(f"dtype {dtype}: unknown; expected auto, float32, bfloat16 or float16")
         return kind, "as asked"
     if device == "auto" and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if hardware.gpu_has_bf16():
             return torch.bfloat16, "this accelerator has it, at half the memory"
         return torch.float16, "this accelerator has no bfloat16"
-    if arguments.cpu_has_bf16():
+    if hardware.cpu_has_bf16():
         return torch.float32, "a CPU run is exact; bfloat16 would lose updates below 1/256 of a weight"
     return torch.float32, "this CPU has no bfloat16 instructions"
 

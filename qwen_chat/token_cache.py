@@ -45,6 +45,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from qwen_chat import hardware
 from qwen_chat.conversation import Conversation, Message
 from qwen_chat.demo_model import build_once
 from qwen_chat.demo_model import cache_dir as default_cache_dir
@@ -477,7 +478,7 @@ def _blocks(
 ) -> Iterator[_Block]:
     """The blocks of these records, in order; at most a few wait in memory."""
     chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
-    count = workers or (1 if len(indices) < IN_PROCESS else len(os.sched_getaffinity(0)))
+    count = workers or (1 if len(indices) < IN_PROCESS else hardware.cores())
     if min(count, len(chunks)) <= 1:
         for chunk in chunks:
             yield _encode_block(records, fmt, options, chunk)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from qwen_chat import adapters, arguments, checkpoints, fused, matmul, memory, models, run_folder
+from qwen_chat import adapters, checkpoints, fused, hardware, matmul, memory, models, run_folder
 from qwen_chat.arguments import Run
 from qwen_chat.dataset import Collator, Rows, WindowSampler
 from qwen_chat.errors import DataError, OptionError, TrainingError
@@ -95,9 +95,10 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
 def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
     """What depends on the device: number type, process group, DeepSpeed."""
     train = run.train
-    accelerator = torch.cuda.is_available() and not run.extra.get("use_cpu")
-    bf16, decisions = _bf16(run, accelerator)
-    chosen: dict[str, Any] = {"bf16": bf16, "fp16": train.fp16, "deepspeed": train.deepspeed}
+    accelerator = memory.on_accelerator(run)
+    numbers, decisions = memory.number_type(run)
+    chosen: dict[str, Any] = {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
+    chosen["deepspeed"] = train.deepspeed
     if train.deepspeed is not None:
         _start_deepspeed(accelerator)
         chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
@@ -110,25 +111,6 @@ def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
     if not accelerator:
         chosen["dataloader_pin_memory"] = False
     return chosen, decisions
-
-
-def _bf16(run: Run, accelerator: bool) -> tuple[bool, list[str]]:
-    """Whether matrix products run in bfloat16."""
-    asked = run.train.bf16
-    if run.train.fp16:
-        return False, ["computes in float16 (as asked)"]
-    if accelerator:
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-        if asked and not able:
-            return False, ["computes in float32 (bf16 was asked for; this accelerator has none)"]
-        return able if asked is None else asked, []
-    if not asked:
-        return False, []
-    if not arguments.cpu_has_bf16():
-        return False, ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"]
-    if run.train.deepspeed is not None:
-        return False, ["computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"]
-    return True, ["computes in bfloat16, weights stay float32 (as asked)"]
 
 
 def _start_deepspeed(accelerator: bool) -> None:
@@ -184,7 +166,7 @@ def start(run: Run, folder: Path, data: Data, verdict: memory.Verdict, before: A
     on = bool(chosen.get("gradient_checkpointing", verdict.checkpointing))
     if run.train.gradient_checkpointing != "auto":
         on = verdict.checkpointing
-    if not torch.cuda.is_available() and int(chosen.get("threads", 0)) > 0:
+    if not memory.on_accelerator(run) and int(chosen.get("threads", 0)) > 0:
         torch.set_num_threads(int(chosen["threads"]))  # the order of sums depends on it
     args, decisions = training_arguments(run, folder, checkpointing=on)
     agreed = any_rank(on)  # memory is free on one machine and not on another: all compute again, or none
@@ -360,6 +342,7 @@ def load(run: Run, path: Path, args: Any) -> models.Loaded:
         attention=name,
         quantize="nf4" if run.lora.q_lora else None,
         for_training=True,
+        device="cpu" if args.device.type == "cpu" else "auto",  # --use_cpu True on a machine with a GPU
         trust_remote_code=run.model.trust_remote_code,
     )
     loaded.model.config.use_cache = False
@@ -642,7 +625,7 @@ class StepLog(TrainerCallback):
             "seconds": round(seconds, 4),
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             "grad_norm": self.trainer.grad_norm,
-            "memory_gib": round(peak_memory() / memory.GIB, 3),
+            "memory_gib": round(hardware.peak_memory() / memory.GIB, 3),
         }
         self._note_spike(state.global_step, loss)
         self.trainer.line = line
@@ -727,17 +710,6 @@ def _ranks_here() -> list[int]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (socket.gethostname(), os.getpid()))
     return [pid for host, pid in found if host == socket.gethostname()]
-
-
-def peak_memory() -> int:
-    """The most bytes this process has held: on its accelerator, else in main memory (VmHWM)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------ result
@@ -838,7 +810,7 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -
         "supervised_tokens": log.supervised,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
-        "peak_memory_gib": round(peak_memory() / memory.GIB, 3),
+        "peak_memory_gib": round(hardware.peak_memory() / memory.GIB, 3),
         "evaluation": dict(evaluation),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

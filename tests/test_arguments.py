@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_chat import arguments
+from qwen_chat import arguments, hardware
 from qwen_chat.arguments import DataArguments, ModelArguments, Run, option, read, read_run
 from qwen_chat.errors import OptionError
 
@@ -201,12 +201,12 @@ def test_deepspeed_paths_that_are_wrong(tmp_path: Path) -> None:
 
 
 def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "has_accelerator", lambda: False)
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: False)
     assert problems_of(*DATA, "--fsdp", "full_shard", "--fp16") == [
         "--fsdp without an accelerator would silently be plain DDP; leave it out or use --deepspeed",
         "--fp16 needs an accelerator; leave it out here",
     ]
-    monkeypatch.setattr(arguments, "has_accelerator", lambda: True)
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
     assert read_run([*DATA, "--fp16"]).train.fp16
 
 
@@ -234,7 +234,7 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_combination_that_cannot_work(words: list[str], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "has_accelerator", lambda: True)
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
     (line,) = problems_of(*DATA, *words)
     assert part in line
 

@@ -19,7 +19,7 @@ HEAVY = {
     "vllm",
     "gradio",
 }
-STANDARD = ["errors", "conversation", "records", "tool_calls", "packing", "arguments", "memory"]
+STANDARD = ["errors", "hardware", "conversation", "records", "tool_calls", "packing", "arguments", "memory"]
 NO_TORCH = [*STANDARD, "chatml", "token_cache", "demo_model", "tool_loop", "protocol", "logs"]
 TRAINING = ["dataset", "attention", "loss", "matmul", "adapters", "checkpoints", "training"]
 SERVING = ["sampling", "engine", "service"]

@@ -3,14 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from shapes import QWEN2_5_HALF_BILLION as CONFIG
 from shapes import QWEN2_5_SEVEN_BILLION
 
-from qwen_chat import arguments, memory, models
+from qwen_chat import arguments, hardware, memory, models
 from qwen_chat.errors import ModelError
 from qwen_chat.memory import GIB, Setup, Shape
 
@@ -23,26 +22,74 @@ def run_of(*words: str) -> arguments.Run:
     return arguments.read_run(["-d", "data.jsonl", *words])
 
 
-def test_only_the_gpus_that_are_seen_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def answer(command: list[str], **options: Any) -> Any:
-        asked.append(command)
-        return SimpleNamespace(stdout="81000\n79000\n")
-
-    monkeypatch.setattr(memory.subprocess, "run", answer)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    assert memory._nvidia_free() == [81000 * 2**20, 79000 * 2**20]
-    assert asked[0][-1] == "--id=1,3"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    memory._nvidia_free()
-    assert not any(word.startswith("--id") for word in asked[1])
-
-
 def test_bfloat16_that_the_cpu_lacks_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for able in (True, False):
-        monkeypatch.setattr(memory, "cpu_has_bf16", lambda able=able: able)
+        monkeypatch.setattr(hardware, "cpu_has_bf16", lambda able=able: able)
         assert memory.setup_of(run_of("--bf16", "True"), 100, 50).half is able
+
+
+@pytest.mark.parametrize(
+    ("words", "able", "kind", "said"),
+    [
+        ([], False, "float32", []),
+        ([], True, "float32", []),
+        (
+            ["--bf16"],
+            False,
+            "float32",
+            ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"],
+        ),
+        (["--bf16"], True, "bfloat16", ["computes in bfloat16, weights stay float32 (as asked)"]),
+        (["--bf16", "False"], True, "float32", []),
+        (
+            ["--bf16", "--deepspeed", str(ROOT / "finetune" / "ds_config_zero2.json")],
+            True,
+            "float32",
+            ["computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"],
+        ),
+    ],
+)
+def test_the_number_type_on_a_cpu(
+    words: list[str], able: bool, kind: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: able)
+    assert memory.number_type(run_of(*words)) == (kind, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "able", "kind", "said"),
+    [
+        ([], True, "bfloat16", ""),
+        (["--bf16", "False"], True, "float32", ""),
+        (["--fp16", "True"], True, "float16", "as asked"),
+        (["--use_lora"], False, "float16", "this accelerator has no bfloat16"),
+        (["--q_lora", "--bf16"], False, "float16", "this accelerator has no bfloat16"),
+        (["--use_lora", "--bf16", "False"], False, "float32", "--fp16 True takes less memory and time"),
+        ([], False, "float32", "--fp16 True takes less memory and time"),
+        (["--bf16"], False, "float32", "bf16 was asked for; this accelerator has none"),
+        (["--use_cpu", "True", "--use_lora"], True, "float32", ""),
+    ],
+)
+def test_the_number_type_on_a_gpu_is_the_plan_s(
+    words: list[str], able: bool, kind: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
+    monkeypatch.setattr(hardware, "gpu_has_bf16", lambda: able)
+    run = run_of(*words)
+    found, decisions = memory.number_type(run)
+    assert found == kind
+    assert said in "".join(decisions) and bool(said) == bool(decisions)
+    assert memory.setup_of(run, 100, 50).half == (kind != "float32")
+
+
+def test_what_a_gpu_has_free_may_not_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No guess from main memory, no refusal; the way that takes less."""
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
+    monkeypatch.setattr(hardware, "gpu_free", lambda ranks: (None, "a test"))
+    verdict = memory.decide(run_of("--use_lora"), SEVEN_BILLION, row=8192, supervised=8192, longest=2048)
+    assert verdict.refusal is None
+    assert verdict.checkpointing
+    assert "what is free is not known (a test)" in verdict.line
 
 
 def test_the_rank_of_a_continued_adapter_is_its_own(tmp_path: Path) -> None:

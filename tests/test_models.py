@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_chat import arguments, models
+from qwen_chat import hardware, models
 from qwen_chat.errors import MissingDependency, ModelError
 
 
@@ -101,7 +101,7 @@ def test_a_tokenizer_without_padding_gets_one(tiny_model_path: Path, tmp_path: P
     ],
 )
 def test_float32_on_a_cpu_and_why(able: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "cpu_has_bf16", lambda: able)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: able)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert models.choose_dtype("auto") == (torch.float32, reason)
     assert models.choose_dtype("bfloat16") == (torch.bfloat16, "as asked")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_chat import arguments, run_folder, training
+from qwen_chat import run_folder, training
 from qwen_chat.arguments import read_run
 from qwen_chat.errors import OutputError
 
@@ -48,35 +48,6 @@ def test_a_mixture_is_the_seeds() -> None:
     assert picked[0] == picked[1] != picked[2]
     assert len(picked[0]) == 2 + 6 + 2
     assert len(training.Mixture(Numbers(), [0, 0], seed=1)) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "able", "result"),
-    [
-        ([], False, (False, [])),
-        ([], True, (False, [])),
-        (
-            ["--bf16"],
-            False,
-            (False, ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"]),
-        ),
-        (["--bf16"], True, (True, ["computes in bfloat16, weights stay float32 (as asked)"])),
-        (["--bf16", "False"], True, (False, [])),
-    ],
-)
-def test_bf16_on_a_cpu(
-    words: list[str], able: bool, result: tuple[bool, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arguments, "cpu_has_bf16", lambda: able)
-    assert training._bf16(read_run(["-d", "x", *words]), accelerator=False) == result
-
-
-def test_bf16_under_deepspeed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "cpu_has_bf16", lambda: True)
-    config = str(run_folder.OUTPUTS.parents[1] / "ds_config_zero2.json")
-    run = read_run(["-d", "x", "--bf16", "--deepspeed", config])
-    reason = "computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"
-    assert training._bf16(run, accelerator=False) == (False, [reason])
 
 
 def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
@@ -254,3 +225,15 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert time.strptime(found["started"][:19], "%Y-%m-%dT%H:%M:%S")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_keeps_float32(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--use_cpu True: bfloat16 weights would lose updates below 1/256."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    run = read_run(["-d", "x", "--use_cpu", "True"])
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
+    loaded = training.load(run, tiny_model_path, args)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}

@@ -1,0 +1,228 @@
+"""What this machine has: cores, free memory, accelerators and what those can. Standard library only.
+
+In: what the system tells (/proc, /sys, nvidia-smi) and the variables that a container or a launcher sets. Out: plain
+numbers; None where nobody can say. torch is not imported: before it is loaded device files answer, and once it
+is loaded its own word counts, so what was planned is what runs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+ROOT = Path("/")  # a test puts a machine of its own here
+GPU_FILES = ("dev/nvidiactl", "dev/nvidia0", "dev/kfd", "dev/davinci0")
+WSL_FILES = (
+    "dev/dxg",
+    "usr/lib/wsl/lib/libcuda.so.1",
+)  # Windows' own driver, seen from WSL2: both must be there
+
+
+def _torch() -> Any:
+    """torch, where it is loaded already."""
+    torch = sys.modules.get("torch")
+    return torch if hasattr(torch, "cuda") else None  # without: it is being imported just now
+
+
+def cores() -> int:
+    """Cores that this process may use. macOS cannot say which, only how many there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    flags = _read("proc/cpuinfo") or ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def _read(path: str) -> str | None:
+    try:
+        return (ROOT / path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _number(path: str) -> int | None:
+    text = (_read(path) or "").strip()
+    return int(text) if text.isdecimal() else None  # "max": no limit
+
+
+# -------------------------------------------------------------------------------------------- accelerators
+
+
+def has_accelerator() -> bool:
+    """Whether an accelerator may be there that training would use. A CPU build of torch settles it.
+
+    Never on macOS: training goes to the CPU there.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or sys.platform == "darwin":
+        return False
+    if torch := _torch():
+        return bool(torch.cuda.is_available())
+    try:
+        if importlib.metadata.version("torch").endswith("+cpu"):
+            return False
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any((ROOT / file).exists() for file in GPU_FILES) or all(
+        (ROOT / file).exists() for file in WSL_FILES
+    )
+
+
+def gpu_has_bf16() -> bool:
+    """Whether the accelerator multiplies bfloat16: compute capability 8.0 or more. Yes where nobody can say."""
+    torch = _torch()
+    if torch and torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = [float(cells[0]) for cells in _nvidia_smi("compute_cap") or [] if _is_number(cells[0])]
+    return min(capabilities, default=8.0) >= 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    number: str
+    uuid: str
+    kind: str
+    free: int | None  # bytes
+
+
+def gpu_free(ranks_here: int) -> tuple[int | None, str]:
+    """Free bytes of the fullest GPU that this machine's ranks use, and which that is.
+
+    None where nobody can say, with the reason. Ranks use the GPUs that CUDA shows them in CUDA's order, one each.
+    """
+    gpus = _nvidia_gpus()
+    if not gpus:
+        return _amd_free(ranks_here)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    words = [gpu.number for gpu in gpus] if seen is None else [word.strip() for word in seen.split(",")]
+    kinds = {gpu.kind for gpu in gpus}
+    # nvidia-smi counts by PCI bus, CUDA by speed unless it is told: the same for GPUs of one kind.
+    sure = len(kinds) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    if not sure and any(word.isdecimal() for word in words):
+        chosen = gpus
+        where = (
+            f"the fullest of {len(gpus)} GPUs (of several kinds: which of them are the run's, only"
+            " CUDA_DEVICE_ORDER=PCI_BUS_ID would say)"
+        )
+    else:
+        chosen = _named(gpus, words)[:ranks_here]
+        where = f"GPU {chosen[0].number}" if len(chosen) == 1 else f"the fullest of {len(chosen)} GPUs"
+    if not chosen:
+        return None, f"nvidia-smi does not list CUDA_VISIBLE_DEVICES={seen}"
+    free = [gpu.free for gpu in chosen if gpu.free is not None]
+    if len(free) < len(chosen):
+        return None, "nvidia-smi does not say what is free (a part of a GPU?)"
+    return min(free), where
+
+
+def _named(gpus: list[_Gpu], words: list[str]) -> list[_Gpu]:
+    """The GPUs of CUDA_VISIBLE_DEVICES, in its order; CUDA too stops at the first word that it does not know."""
+    found: list[_Gpu] = []
+    for word in words:
+        match = [gpu for gpu in gpus if gpu.number == word or (len(word) > 4 and gpu.uuid.startswith(word))]
+        if len(match) != 1:
+            break
+        found += match
+    return found
+
+
+def _nvidia_gpus() -> list[_Gpu]:
+    """All GPUs of the machine as nvidia-smi counts them, by PCI bus; [] where it cannot be asked."""
+    gpus = []
+    for number, uuid, kind, free, parts in _nvidia_smi("index,uuid,name,memory.free,mig.mode.current") or []:
+        known = _is_number(free) and parts != "Enabled"  # of a GPU cut into parts it tells the whole
+        gpus.append(_Gpu(number, uuid, kind, int(float(free)) * MIB if known else None))
+    return gpus
+
+
+def _nvidia_smi(fields: str) -> list[list[str]] | None:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return rows if all(len(row) == fields.count(",") + 1 for row in rows) else None
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d+)?", text) is not None
+
+
+def _amd_free(ranks_here: int) -> tuple[int | None, str]:
+    """The same from the amdgpu driver's files."""
+    cards = [path for path in (ROOT / "sys/class/drm").glob("card*") if path.name[4:].isdecimal()]
+    found: list[tuple[int, int]] = []
+    for card in sorted(cards, key=lambda path: int(path.name[4:])):
+        folder = str(card.relative_to(ROOT) / "device")
+        total, used = (_number(f"{folder}/mem_info_vram_{name}") for name in ("total", "used"))
+        if total is not None and used is not None:
+            found.append((total, total - used))
+    if not found:
+        return None, "neither nvidia-smi nor the amdgpu driver tells the accelerator's memory"
+    names = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    seen = [os.environ[name] for name in names if name in os.environ]
+    if len({total for total, _ in found}) > 1 or len(seen) > 1:
+        return None, "GPUs of several kinds, or hidden ones: which are the run's is not known"
+    try:
+        chosen = [found[int(word)] for word in seen[0].split(",")] if seen else found
+    except (ValueError, IndexError):
+        return None, f"the GPUs that the variable names ({seen[0]}) are not known by number"
+    chosen = chosen[:ranks_here]
+    where = "an AMD GPU" if len(chosen) == 1 else f"the fullest of {len(chosen)} AMD GPUs"
+    return min(free for _, free in chosen), where
+
+
+# -------------------------------------------------------------------------------------------- main memory
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be had: what the page cache holds too, within the container's limit."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if found := re.search(r"^MemAvailable:\s+(\d+) kB", _read("proc/meminfo") or "", re.MULTILINE):
+        free = int(found[1]) * 1024
+    return max(0, min([free, *_cgroup_free()]))
+
+
+def _cgroup_free() -> list[int]:
+    """What each limit above this process leaves (cgroup v2 and v1); file pages that can be dropped count as free.
+
+    In a container the groups begin at the container's own; a scheduler such as Slurm gives a group deep in the
+    machine's tree, and each group above it may have a limit too.
+    """
+    left = []
+    for line in (_read("proc/self/cgroup") or "").splitlines() or ["0::/", "0:memory:/"]:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        one = bool(controllers)
+        base = "sys/fs/cgroup/memory" if one else "sys/fs/cgroup"
+        names = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+        limit_file, used_file, cache = names if one else ("max", "current", "inactive_file")
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            folder = "/".join([base, *parts[:depth]])
+            limit, used = (_number(f"{folder}/memory.{name}") for name in (limit_file, used_file))
+            if limit is not None and used is not None:
+                dropped = re.search(rf"^{cache} (\d+)", _read(f"{folder}/memory.stat") or "", re.MULTILINE)
+                left.append(limit - used + (int(dropped[1]) if dropped else 0))
+    return left
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held: on its accelerator, else in main memory."""
+    torch = _torch()
+    if torch and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", _read("proc/self/status") or "", re.MULTILINE):
+        return int(found[1]) * 1024
+    return 0
