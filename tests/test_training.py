@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_chat import run_folder, training
+from qwen_chat import arguments, run_folder, training
 from qwen_chat.arguments import read_run
 from qwen_chat.errors import OutputError
 
