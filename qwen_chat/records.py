@@ -42,6 +42,7 @@ from qwen_chat.tool_schema import call_problem
 
 OnError = Literal["stop", "skip"]
 LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would not fit in memory as objects
+_SAID = ("system", "user", "tool")  # a message of these is nothing without its content
 DEEPEST = 64  # levels of nesting in tools and arguments: beyond it, templates and schemas run out of stack
 _TOO_DEEP = f"nested too deeply to be read; expected at most {DEEPEST} levels"
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
@@ -186,8 +187,7 @@ def open_records(
         raise DataError("no data file was given; name at least one .jsonl, .json or .jsonl.gz file")
     sources = [_Source(Path(path), name) for path, name in zip(given, _names(given), strict=True)]
     scan = _Scan(limit=limit)
-    for source in sources:
-        scan.file(source)
+    empty = [source.name for source in sources if not scan.file(source)]
     report = scan.report([source.name for source in sources])
     if report.problem_total and (on_error == "stop" or not report.conversations):
         found = _count(report.problem_total, "problem")
@@ -197,8 +197,8 @@ def open_records(
             report.problems,
             report.problem_total,
         )
-    if not report.conversations:
-        raise DataError(f"{', '.join(report.files)}: empty; expected at least one conversation")
+    if empty:
+        raise DataError(f"{', '.join(empty)}: empty; expected at least one conversation")
     return Records(sources, scan.index, report, on_error)
 
 
@@ -238,6 +238,10 @@ def check(conversation: Conversation) -> list[str]:
 
 
 def _conversation(record: Mapping[str, Any], messages: object) -> Conversation:
+    for k, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, Mapping) and "content" not in message and message.get("role") in _SAID:
+            keys = ", ".join(repr(key) for key in list(message)[:8]) or "no keys"
+            raise FormatError(f"message {k}: no 'content' among {keys}; expected text")
     tools = record.get("tools")
     return Conversation.from_openai(
         {
@@ -252,7 +256,7 @@ def _tools(tools: object) -> object:
     """OpenAI's list; also its JSON text (ShareGPT files), and functions without their wrapper."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = _strict(tools)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"tools: text that is no JSON ({error}); expected a list of tools") from None
     if not isinstance(tools, list):
@@ -296,7 +300,7 @@ def _sharegpt_message(turn: object, k: int) -> Json:
 def _sharegpt_calls(value: object, where: str) -> list[Json]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = _strict(value)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{where}: function_call is no JSON ({error}); expected a call") from None
     calls = value if isinstance(value, list) else [value]
@@ -413,7 +417,11 @@ def _check_calls(conversation: Conversation) -> list[str]:
 
 
 def _check_call(call: ToolCall, tools: Sequence[Json]) -> str | None:
-    if _depth_beyond(json.loads(call.arguments), DEEPEST):
+    try:
+        arguments = _strict(call.arguments)
+    except ValueError as error:
+        return f"arguments: {error}"
+    if _depth_beyond(arguments, DEEPEST):
         return f"arguments nested more than {DEEPEST} levels deep; expected a flatter object"
     try:
         return call_problem(call, tools)
@@ -459,12 +467,15 @@ class _Scan:
         self._names: list[str] = []
         self._problem_total = self._lines = self._skipped = self._control = 0
 
-    def file(self, source: _Source) -> None:
+    def file(self, source: _Source) -> int:
+        """Read one file; how many records it has, good or bad."""
+        before = self._lines
         self._names.append(source.name)
         for offset, line, raw in source.records():
             self._lines += 1
             self._record(source, offset, line, raw)
         self.index.starts.append(len(self.index.offsets))
+        return self._lines - before
 
     def _record(self, source: _Source, offset: int, line: int, raw: bytes | _Defect) -> None:
         try:
@@ -639,7 +650,21 @@ def _finite(digits: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite)
+_SHAPE = json.JSONDecoder(parse_int=len, parse_float=len)  # where a value ends; any number will do
 _SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _after_space(text: str, at: int) -> int:
+    """Where the white space of JSON that begins at `at` ends."""
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _strict(text: str) -> Any:
+    """JSON that stands as text inside a record, under the rules of the record itself: ValueError says why not."""
+    try:
+        return _DECODER.decode(text)
+    except _Defect as defect:
+        raise ValueError(str(defect)) from None
 
 
 class _Source:
@@ -689,12 +714,12 @@ class _Source:
     def parse(self, text: str) -> Any:
         """The one JSON value in `text`; anything else than JSON's own rules allow is a FormatError."""
         try:
-            value, end = _DECODER.raw_decode(text, _SPACE.match(text).end())  # type: ignore[union-attr]
+            value, end = _DECODER.raw_decode(text, _after_space(text, 0))
         except json.JSONDecodeError as error:
             raise _Defect(_no_json(text, error)) from None
         except ValueError as error:  # an integer of more than 4,300 digits
             raise _Defect(f"no JSON that can be read ({error}); expected ordinary numbers") from None
-        if not self._document and (extra := text[_SPACE.match(text, end).end() :]):  # type: ignore[union-attr]
+        if not self._document and (extra := text[_after_space(text, end) :]):
             raise _Defect(f"{extra[:20]!r} after the end of the object; expected one JSON object a line")
         return value
 
@@ -738,35 +763,54 @@ class _Source:
                 yield start, number, raw.rstrip(b"\r\n")
 
     def _elements(self) -> Iterator[tuple[int, int, bytes | _Defect]]:
-        """The objects of a JSON document: one object, a list of them, or several one after another."""
+        """The objects of a JSON document: one object, a list of them, or several one after another.
+
+        Where the document itself is broken nobody can tell where the next object begins: reading ends there,
+        and the defect says that the rest is left out.
+        """
         self._stream.seek(0)
         raw = self._stream.read()
         try:
             text = self.decode(raw)
         except _Defect as defect:
-            yield 0, raw.count(b"\n", 0, _bad_byte(raw)) + 1, defect
+            line = raw.count(b"\n", 0, _bad_byte(raw)) + 1
+            yield 0, line, _Defect(f"{defect}; the whole file is left out")
             return
-        position = _SPACE.match(text, 1 if text.startswith("\ufeff") else 0).end()  # type: ignore[union-attr]
-        is_list = text.startswith("[", position)
+        at = _after_space(text, int(text.startswith("\ufeff")))
+        is_list = text.startswith("[", at)
+        at = _after_space(text, at + is_list)
         offset, line, done = 0, 1, 0
-        position += is_list
-        while True:
-            position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
-            offset += len(text[done:position].encode())
-            line += text.count("\n", done, position)
-            done = position
-            if position == len(text) or (is_list and text[position] == "]"):
-                break
+        more = at < len(text) and not (is_list and text[at] == "]")
+        while more:
+            offset += len(text[done:at].encode())
+            line += text.count("\n", done, at)
+            done = at
             try:
-                end = json.JSONDecoder().raw_decode(text, position)[1]
-            except (ValueError, RecursionError) as error:
-                where = line + text.count("\n", position, getattr(error, "pos", position))
+                end = _SHAPE.raw_decode(text, at)[1]
+            except (json.JSONDecodeError, RecursionError) as error:
+                stop = getattr(error, "pos", at)
                 reason = _no_json(text, error) if isinstance(error, json.JSONDecodeError) else _TOO_DEEP
-                yield offset, where, _Defect(reason)
+                yield offset, line + text.count("\n", at, stop), _Defect(reason + _rest(text, stop))
                 return
-            yield offset, line, text[position:end].encode()
-            position = _SPACE.match(text, end).end()  # type: ignore[union-attr]
-            position += is_list and text.startswith(",", position)
+            yield offset, line, text[at:end].encode()
+            at = _after_space(text, end)
+            more = at < len(text) if not is_list else text.startswith(",", at)
+            at = _after_space(text, at + (is_list and more))
+        if not is_list:
+            return
+        closed = text.startswith("]", at)
+        at = _after_space(text, at + closed)
+        cut = at == len(text)
+        found = "the end" if cut else repr(text[at : at + 20])
+        cure = "; the file was cut short, copy it again" if cut else ""
+        reason = f"{found} within the list; expected ',' or ']'{cure}"
+        if closed:
+            reason = (
+                f"{found} after the end of the list; expected one list a file; name each file by its own -d"
+            )
+        if not closed or not cut:
+            where = line + text.count("\n", done, at)
+            yield offset + len(text[done:at].encode()), where, _Defect(reason + _rest(text, at))
 
 
 def _open(path: Path, name: str) -> IO[bytes]:
@@ -822,6 +866,11 @@ def _bad_byte(raw: bytes) -> int:
     except UnicodeDecodeError as error:
         return error.start
     return len(raw)
+
+
+def _rest(text: str, at: int) -> str:
+    """What a defect of a document adds where a conversation may stand after it."""
+    return "; what stands after it is left out" if "{" in text[at:] else ""
 
 
 def _no_json(text: str, error: json.JSONDecodeError) -> str:

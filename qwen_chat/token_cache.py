@@ -62,6 +62,7 @@ CHUNK = 128  # records a worker takes at once
 IN_PROCESS = 256  # fewer records than this are tokenised here: starting workers would take longer
 REMEMBERED = 4_096  # conversations that lazy data keeps in memory
 LISTED = 20  # problems that an error lists
+NAMED = 5  # conversations of each sort left out that a summary names
 PREFIX_SAMPLE = 2_000  # conversations that the share of common prefixes is estimated from
 _FILES: dict[str, type[np.generic]] = {
     "ids.i32": np.int32,
@@ -145,6 +146,10 @@ class TokenSummary:
     quantiles: Mapping[str, int]  # lengths before the policy: min, p50, p90, p95, p99, max
     common_prefix_share: float  # share of all tokens that lie in a prefix some other sequence has too
     complete: bool = True  # False under lazy: counted so far
+    skipped: int = 0  # lines left out by on_error="skip", beside the records
+    skipped_at: tuple[str, ...] = ()  # file:line of the first NAMED of them
+    dropped_at: tuple[str, ...] = ()
+    failed_at: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """A few lines for a person."""
@@ -156,14 +161,16 @@ class TokenSummary:
             "tokens a conversation: " + ", ".join(f"{name} {n:,}" for name, n in self.quantiles.items()),
             f"tokens in a prefix that others have too: {self.common_prefix_share:.1%}",
         ]
-        for count, what in (
-            (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}"),
-            (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out"),
-            (self.failed, "left out, the chat template cannot write them"),
-            (self.unsupervised, "kept, with nothing in them to learn"),
+        for count, what, where in (
+            (self.skipped, f"bad lines left out, of {self.records + self.skipped:,}", self.skipped_at),
+            (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}", self.dropped_at),
+            (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out", ()),
+            (self.failed, "left out, the chat template cannot write them", self.failed_at),
+            (self.unsupervised, "kept, with nothing in them to learn", ()),
         ):
             if count:
-                lines.append(f"{what}: {count:,}")
+                names = f" ({', '.join(where)}{', ...' if count > len(where) else ''})" if where else ""
+                lines.append(f"{what}: {count:,}{names}")
         if self.dropped or self.truncated:
             lines.append(f"--model_max_length {self.lossless_max_length} would lose nothing")
         return "\n".join(lines)
@@ -177,12 +184,13 @@ class TokenisedData(ABC):
     """The kept conversations as training sequences, in the records' order."""
 
     fingerprint: str  # the key: the same data, format, options and code give the same
+    _kept: npt.NDArray[np.uint64]  # which record each kept conversation is
 
     def __init__(self, records: Records) -> None:
         self.records = records
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._kept)
 
     @abstractmethod
     def __getitem__(self, i: int) -> tuple[Sequence32, ...]:
@@ -192,13 +200,30 @@ class TokenisedData(ABC):
     def lengths(self, i: int) -> tuple[int, ...]:
         """How many tokens each of them has."""
 
-    @abstractmethod
     def record_of(self, i: int) -> int:
         """Which record kept conversation `i` is."""
+        return int(self._kept[i])
 
     @property
+    def summary(self) -> TokenSummary:
+        """The token budget, and everything of the files that is not in it."""
+        report, lengths = self.records.report, self.full_lengths
+        gone = np.ones(len(self.records), dtype=bool)
+        gone[self._kept.astype(np.int64)] = False
+        return replace(
+            self._budget(),
+            skipped=report.skipped,
+            skipped_at=tuple(dict.fromkeys(problem.where for problem in report.problems))[:NAMED],
+            dropped_at=self._named(gone & (lengths > 0)),
+            failed_at=self._named(gone & (lengths == 0)),
+        )
+
+    def _named(self, which: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+        return tuple(self.records.where(int(i)) for i in np.flatnonzero(which)[:NAMED])
+
     @abstractmethod
-    def summary(self) -> TokenSummary: ...
+    def _budget(self) -> TokenSummary:
+        """The summary, as far as the tokens tell it."""
 
     @property
     @abstractmethod
@@ -298,9 +323,6 @@ class CachedData(TokenisedData):
     def __reduce__(self) -> tuple[type[CachedData], tuple[Records, Path]]:
         return CachedData, (self.records, self.folder)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def __getitem__(self, i: int) -> tuple[Sequence32, ...]:
         return tuple(self._sequence(s) for s in self._range(i))
 
@@ -315,11 +337,7 @@ class CachedData(TokenisedData):
     def lengths(self, i: int) -> tuple[int, ...]:
         return tuple(int(self._sequences[s + 1]) - int(self._sequences[s]) for s in self._range(i))
 
-    def record_of(self, i: int) -> int:
-        return int(self._kept[i])
-
-    @property
-    def summary(self) -> TokenSummary:
+    def _budget(self) -> TokenSummary:
         return self._summary
 
     @property
@@ -733,9 +751,6 @@ class LazyData(TokenisedData):
         if not any(sequence.supervised for sequences in self for sequence in sequences):
             _judge(replace(self._counts, kept=len(self)), self._full, self.records, self._options)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def __getitem__(self, i: int) -> tuple[Sequence32, ...]:
         record = self.record_of(i)
         if record not in self._remembered:
@@ -762,11 +777,7 @@ class LazyData(TokenisedData):
     def lengths(self, i: int) -> tuple[int, ...]:
         return tuple(len(sequence.input_ids) for sequence in self[i])
 
-    def record_of(self, i: int) -> int:
-        return int(self._kept[i])
-
-    @property
-    def summary(self) -> TokenSummary:
+    def _budget(self) -> TokenSummary:
         """Counted over what was tokenised so far."""
         counts = replace(self._counts, kept=len(self))
         summary = _summarise(counts, self._full, self.records, self._options)

@@ -199,6 +199,54 @@ def test_a_broken_list_names_the_place(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{0},\n{1}", "data.json:2: the end within the list; expected ',' or ']'; the file was cut short, copy it again"),
+        ("[{0},\n{1},", "data.json:2: no JSON: Expecting value at column 237, found the end; expected one JSON object"),
+        ("[{0},\n{1},]", "data.json:2: no JSON: Expecting value at column 237, found ']'; expected one JSON object"),
+        ("[{0}\n{1}]", """data.json:2: '{{"messages": [{{"role' within the list; expected ',' or ']'; what stands after it is left out"""),
+        ("[{0},\n{1}]\n[{2}]\n", """data.json:3: '[{{"messages": [{{"rol' after the end of the list; expected one list a file; name each file by its own -d; what stands after it is left out"""),
+        ("[{0},\n{1}]\n{2}\n", """data.json:3: '{{"messages": [{{"role' after the end of the list; expected one list a file; name each file by its own -d; what stands after it is left out"""),
+        ("[{0},\n{1}]\n\n]", "data.json:4: ']' after the end of the list; expected one list a file; name each file by its own -d"),
+        ("[{0},\n{1},,{2}]", "data.json:2: no JSON: Expecting value at column 237, found ',{{\"messages\": [{{\"rol'; expected one JSON object; what stands after it is left out"),
+        ("{0}\n{1}\n[{2}]", "data.json:3: [{{'messages': [{{'role': 'user', 'content...; expected one JSON object, a conversation"),
+        ("[{0},\n{1},\n[{2}]]", "data.json:3: [{{'messages': [{{'role': 'user', 'content...; expected one JSON object, a conversation"),
+        ("[", "data.json:1: the end within the list; expected ',' or ']'; the file was cut short, copy it again"),
+    ],
+)  # fmt: skip
+def test_a_list_that_is_cut_or_goes_on_is_told(tmp_path: Path, text: str, message: str) -> None:
+    """What can be read is, under skip; that something cannot is a problem in any case."""
+    path = tmp_path / "data.json"
+    conversations = [{"messages": [USER, {**REPLY, "content": f"{n}" * 123}]} for n in range(3)]
+    path.write_text(text.format(*map(json.dumps, conversations)))
+    assert problems_of(path) == [message.format()]
+    if text == "[":
+        return
+    data = open_records(path, on_error="skip")
+    read = 1 if text.startswith("[{0}\n") else 2
+    assert [found.to_openai() for found in data] == conversations[:read]
+    assert data.report.skipped == 1
+
+
+def test_a_list_of_numbers_too_long_for_python_is_read_on(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    good = json.dumps({"messages": [USER, REPLY]})
+    path.write_text(f'[{good},\n{{"n": {"9" * 5000}, "messages": []}},\n{good}]')
+    data = open_records(path, on_error="skip")
+    assert [data.where(i) for i in range(len(data))] == ["data.json:1", "data.json:3"]
+    assert str(data.report.problems[0]).startswith("data.json:2: no JSON that can be read (Exceeds the limit")
+
+
+def test_a_byte_that_is_no_utf8_costs_a_whole_document_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    good = json.dumps({"messages": [USER, REPLY]}).encode()
+    path.write_bytes(b"[" + good + b",\n" + good.replace(b"hi", b"h\xff") + b"]")
+    (message,) = problems_of(path)
+    assert message.startswith("data.json:2: byte 0xff at position ")
+    assert message.endswith(" is no UTF-8; expected UTF-8; the whole file is left out")
+
+
 def test_several_files_keep_their_order_and_names(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
@@ -231,6 +279,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     )
     assert (
         message(write(tmp_path / "list.json", [])) == "list.json: empty; expected at least one conversation"
+    )
+    full = write(tmp_path / "full.jsonl", {"messages": [USER, REPLY]})
+    assert message([full, tmp_path / "empty.jsonl", tmp_path / "list.json"]) == (
+        "empty.jsonl, list.json: empty; expected at least one conversation"
     )
     assert message(write(tmp_path / "text.jsonl.gz", b"plain text")) == (
         "text.jsonl.gz: no gzip data in it; expected what gzip writes, or a name without .gz"
@@ -366,6 +418,23 @@ DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
             "tools: nested more than 64 levels deep; expected a flatter schema",
         ),
         ({"messages": [USER, REPLY], "tools": [TOOL, TOOL]}, "tools: 2 tools are called 'add'; expected one"),
+        ({"messages": [{"role": "user", "contnt": "hi"}, REPLY]}, "message 0: no 'content' among 'role', 'contnt'; expected text"),
+        (
+            {"messages": [USER, asks(call(arguments='{"a": 1e999}'))], "tools": [TOOL]},
+            "message 1: tool_calls[0]: arguments: 1e999 is no JSON number; expected a number, text or null",
+        ),
+        (
+            {"messages": [USER, asks(call(arguments='{"a": 1, "b": {"c": 1, "c": 2}}'))], "tools": [TOOL]},
+            "message 1: tool_calls[0]: arguments: key 'c' appears twice in one object; expected once",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "name": "add"}'}]},
+            "conversations[1]: function_call is no JSON (key 'name' appears twice in one object; expected once); expected a call",
+        ),
+        (
+            {"messages": [USER, REPLY], "tools": '[{"name": "f", "parameters": {"maximum": 1e999}}]'},
+            "tools: text that is no JSON (1e999 is no JSON number; expected a number, text or null); expected a list of tools",
+        ),
         ({"messages": [USER, REPLY], "tools": 3}, "tools: a number; expected a list of tools"),
         (
             {"messages": [USER, REPLY], "tools": "["},
@@ -561,6 +630,105 @@ def test_any_bytes_give_problems_or_a_good_result(
             assert Conversation.from_openai(json.loads(json.dumps(conversation.to_openai()))) == conversation
             json.dumps(conversation.to_openai(), ensure_ascii=False).encode()
     assert path.read_bytes() == before
+
+
+def lines_of(numbers: range) -> list[str]:
+    """Conversations of three kinds, each with a mark of its own in the question."""
+    records = []
+    for n in numbers:
+        mark = f"«{n:02}» 你好\u2028👋 \\ ] }} [ {{ ,"
+        turns = [{"from": "human", "value": mark}, {"from": "gpt", "value": "\u2029ok"}]
+        kinds: list[dict[str, Any]] = [
+            {"messages": [{"role": "user", "content": mark}, REPLY], "source": "x"},
+            {"conversations": turns},
+            {"instruction": mark, "output": "ok"},
+        ]
+        records.append(json.dumps(kinds[n % 3], ensure_ascii=False, indent=None if n % 4 else 1))
+    return records
+
+
+def file_of(form: str, numbers: range) -> bytes:
+    texts = lines_of(numbers)
+    match form:
+        case "lines":
+            return "".join(text.replace("\n", " ") + "\n" for text in texts).encode()
+        case "windows":
+            return ("\ufeff" + "".join(text.replace("\n", " ") + "\r\n" for text in texts)).encode()
+        case "list":
+            return ("[" + ",".join(texts) + "]").encode()
+        case "lines of a list":
+            return ("[\n" + ",\r\n".join(texts) + "\n]\n").encode()
+        case _:
+            return "\n".join(texts).encode()
+
+
+FORMS = {
+    "lines": ("jsonl", "json", "jsonl.gz"),
+    "windows": ("jsonl", "json", "jsonl.gz"),
+    "list": ("json", "jsonl", "json.gz"),
+    "lines of a list": ("json", "jsonl", "json.gz"),
+    "objects": ("json", "json.gz"),
+}
+STUFF = [
+    *(b"\xff", b"\xe4\xbd", b"\xef\xbb\xbf", "\u2028".encode(), b"\0", b"\r", b"\n", b"\r\n", b"\x1f\x8b"),
+    *(b"]", b"[", b"}", b"{", b",", b'"', b"\\", b"}{", b"][", b"{}", b"null", b"x"),
+]
+DAMAGE = st.one_of(
+    st.tuples(st.just("cut"), st.floats(0, 1), st.just(b"")),
+    st.tuples(st.just("insert"), st.floats(0, 1), st.sampled_from(STUFF)),
+    st.tuples(st.just("overwrite"), st.floats(0, 1), st.sampled_from(STUFF)),
+    st.tuples(st.just("delete"), st.floats(0, 1), st.sampled_from([b"1", b"22", b"333"])),
+)
+
+
+def damaged(content: bytes, how: str, share: float, stuff: bytes) -> bytes:
+    at = round(share * len(content))
+    rest = {"cut": len(content), "insert": at, "overwrite": at + len(stuff), "delete": at + len(stuff)}[how]
+    return content[:at] + (stuff if how in ("insert", "overwrite") else b"") + content[rest:]
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_conversation_of_a_damaged_file_is_lost_in_silence(tmp_path_factory: Any, data: Any) -> None:
+    """Each one whose mark is still in the bytes is read, or a problem stands where it would have been."""
+    form = data.draw(st.sampled_from(list(FORMS)))
+    name = f"d.{data.draw(st.sampled_from(FORMS[form]))}"
+    first = data.draw(st.integers(1, 4))
+    parts = [file_of(form, range(first))]
+    if data.draw(st.booleans()):  # two files, one after the other
+        parts.append(file_of(data.draw(st.sampled_from(list(FORMS))), range(first, first + 2)))
+    damages = data.draw(st.lists(st.tuples(st.integers(0, len(parts) - 1), DAMAGE), max_size=3))
+    packed = name.endswith("gz")
+    if packed and data.draw(st.booleans()):  # damaged after it was packed
+        raw = [gzip.compress(part, mtime=0) for part in parts]
+        for part, damage in damages:
+            raw[part] = damaged(raw[part], *damage)
+        content = b"".join(part for part, left in zip(parts, raw, strict=True) if left)
+    else:
+        for part, damage in damages:
+            parts[part] = damaged(parts[part], *damage)
+        content = b"".join(parts)
+        raw = [gzip.compress(part, mtime=0) if packed else part for part in parts]
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(b"".join(raw))
+    try:
+        found = open_records(path, on_error="skip", limit=1000)
+    except DataError as error:
+        assert str(error)
+        return
+    read = {
+        int(found.where(i).rpartition(":")[2]): json.dumps(found[i].to_openai()) for i in range(len(found))
+    }
+    told = [int(problem.where.rpartition(":")[2]) for problem in found.report.problems]
+    texts = " ".join(json.dumps(one.to_openai(), ensure_ascii=False) for one in found)
+    by_lines = b"\n" in content and path.suffixes[0] == ".jsonl"
+    for number in range(first + 2):
+        mark = f"«{number:02}»"
+        if mark.encode() not in content or mark in texts:
+            continue
+        line = content[: content.index(mark.encode())].count(b"\n") + 1
+        between = [{*range(min(line, at) + 1, max(line, at) + 1)} & read.keys() for at in told]
+        assert line in told if by_lines else any(not reads for reads in between), (line, told, [*read])
 
 
 @settings(max_examples=300, deadline=None)

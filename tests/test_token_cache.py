@@ -240,6 +240,28 @@ def test_too_long_drop_and_error(tmp_path: Path) -> None:
     assert len(tokenise(records, Letters(), max_length=9, too_long="error", cache_dir=tmp_path)) == 3
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_summary_counts_and_names_all_that_was_left_out(tmp_path: Path, lazy: bool) -> None:
+    """Bad lines, what is too long, what the template refuses: each by file and line, in every run."""
+    good, long, refused = chat("a", "b"), chat("a", "b" * 200), chat("bad", "b" * 200)
+    path = write(tmp_path / "data.jsonl", [good, {"x": 1}, long, refused, *[{}] * 6, *[long] * 5])
+    for _ in range(2):  # built, then opened again
+        records = open_records(path, on_error="skip")
+        summary = tokenise(records, Letters(), max_length=50, cache_dir=tmp_path, lazy=lazy).summary
+        assert (summary.records, summary.conversations) == (8, 1)
+        assert (summary.skipped, summary.dropped, summary.failed) == (7, 6, 1)
+        assert [line for line in summary.describe().splitlines() if "data.jsonl" in line] == [
+            "bad lines left out, of 15: 7 "
+            "(data.jsonl:2, data.jsonl:5, data.jsonl:6, data.jsonl:7, data.jsonl:8, ...)",
+            "dropped, longer than --model_max_length 50: 6 "
+            "(data.jsonl:3, data.jsonl:11, data.jsonl:12, data.jsonl:13, data.jsonl:14, ...)",
+            "left out, the chat template cannot write them: 1 (data.jsonl:4)",
+        ]
+        plain = json.loads(json.dumps(summary.to_json()))
+        assert plain["skipped_at"][0] == "data.jsonl:2"
+        assert (plain["dropped_at"][0], plain["failed_at"]) == ("data.jsonl:3", ["data.jsonl:4"])
+
+
 # ---------------------------------------------------------------- nothing to learn, nothing to write
 
 
