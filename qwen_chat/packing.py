@@ -16,9 +16,10 @@ and attends to it too. Key k is therefore visible to query q exactly when `k <= 
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import cast
 
@@ -106,16 +107,23 @@ def branches(keys: Sequence[bytes]) -> list[int]:
     The whole common prefix, unless a branch of its own there would save fewer than MIN_SHARED tokens over a
     branch point that exists already.
     """
+    commons = [_common(left, right) for left, right in pairwise(keys)]
+    return _branches([len(key) // TOKEN_BYTES for key in keys], [0, *commons])
+
+
+def _branches(lengths: Sequence[int], commons: Sequence[int]) -> list[int]:
+    """The same from each sequence's length and what it has in common with the one before it."""
     shared: list[int] = []
     points = [0]  # depths at which the path of the last sequence may be left at no cost
-    for index, key in enumerate(keys):
-        common = _common(keys[index - 1], key) if index else 0
+    for index, length in enumerate(lengths):
+        common = commons[index] if index else 0
         while points[-1] > common:
             points.pop()
         if common - points[-1] >= MIN_SHARED:
             points.append(common)
         shared.append(points[-1])
-        points += [len(key) // TOKEN_BYTES] if len(key) // TOKEN_BYTES > points[-1] else []
+        if length > points[-1]:
+            points.append(length)
     return shared
 
 
@@ -170,32 +178,39 @@ def _cut(
     members = piece.members
     if len(members) == 1:
         return [piece]
-    prefix = sum(_common(keys[a], keys[b]) for a, b in pairwise(members)) // (len(members) - 1)
+    lengths = [len(keys[member]) // TOKEN_BYTES for member in members]
+    commons = [0, *(_common(keys[a], keys[b]) for a, b in pairwise(members))]
+    prefix = sum(commons) // (len(members) - 1)
     target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / REPEAT_SHARE))))
     count = ceil((piece.tokens - prefix) / max(1, target - prefix))
     if count <= 1:
         return [piece]
+    new = [length - kept for length, kept in zip(lengths, _branches(lengths, commons), strict=True)]
+    new[0] -= prefix
+    stored = [0, *accumulate(new)]
+    middles = [at + tokens / 2 for at, tokens in zip(stored, new, strict=False)]  # of each member's tokens
+
+    def too_long(run: slice) -> bool:
+        return sum(lengths[run]) - sum(_branches(lengths[run], commons[run])) > budget
+
     while True:
         count = min(len(members), ceil(count / ranks) * ranks)  # every rank gets as many pieces
-        pieces = [_piece(run, keys, "shared_prefix") for run in _runs(members, keys, prefix, count)]
-        if count == len(members) or all(run.tokens <= budget for run in pieces):
-            return pieces
+        # any() ends at the first that is too long: laying all of them out for each count was quadratic.
+        if count == len(members) or not any(map(too_long, _runs(middles, stored[-1], count))):
+            return [_piece(members[run], keys, "shared_prefix") for run in _runs(middles, stored[-1], count)]
         count += 1
 
 
-def _runs(members: Sequence[int], keys: Sequence[bytes], prefix: int, count: int) -> list[list[int]]:
-    """`count` runs of the sorted members that store about as many tokens each, the prefix left aside."""
-    new = [len(keys[members[0]]) // TOKEN_BYTES - prefix]
-    shared = branches([keys[member] for member in members])
-    new += [len(keys[m]) // TOKEN_BYTES - s for m, s in zip(members[1:], shared[1:], strict=True)]
-    runs: list[list[int]] = [[]]
-    stored, whole = 0, sum(new)
-    for member, tokens in zip(members, new, strict=True):
-        if runs[-1] and len(runs) < count and stored + tokens / 2 > whole * len(runs) / count:
-            runs.append([])
-        runs[-1].append(member)
-        stored += tokens
-    return runs
+def _runs(middles: Sequence[float], whole: int, count: int) -> Iterator[slice]:
+    """At most `count` runs of members that store about as many tokens each, of `whole` in all."""
+    start = 0
+    for number in range(1, count):
+        stop = bisect_right(middles, whole * number / count, lo=start + 1)
+        if stop >= len(middles):
+            break
+        yield slice(start, stop)
+        start = stop
+    yield slice(start, len(middles))
 
 
 def _fill(

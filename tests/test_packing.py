@@ -3,11 +3,14 @@
 import random
 import time
 from array import array
+from itertools import pairwise
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_chat import packing
 from qwen_chat.packing import MIN_SHARED, Row, branches, plan_rows, segments
 
 
@@ -145,3 +148,59 @@ def test_plan_is_linear():
         return (time.perf_counter() - begin) / count
 
     assert min(seconds(1600) for _ in range(3)) < 2 * min(seconds(160) for _ in range(5)) + 5e-5
+
+
+def one_count_more_at_a_time(piece, keys, row_share, rank_share, ranks, budget):
+    """How a group is cut, as it was first written: every count of runs laid out whole. Right, and quadratic."""
+    members = piece.members
+    if len(members) == 1:
+        return [piece]
+    prefix = sum(packing._common(keys[a], keys[b]) for a, b in pairwise(members)) // (len(members) - 1)
+    target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / packing.REPEAT_SHARE))))
+    count = ceil((piece.tokens - prefix) / max(1, target - prefix))
+    if count <= 1:
+        return [piece]
+    shared = branches([keys[member] for member in members])
+    new = [len(keys[m]) // 4 - common for m, common in zip(members, shared, strict=True)]
+    new[0] -= prefix
+    while True:
+        count = min(len(members), ceil(count / ranks) * ranks)
+        runs, stored = [[]], 0
+        for member, tokens in zip(members, new, strict=True):
+            if runs[-1] and len(runs) < count and stored + tokens / 2 > sum(new) * len(runs) / count:
+                runs.append([])
+            runs[-1].append(member)
+            stored += tokens
+        pieces = [packing._piece(run, keys, "shared_prefix") for run in runs]
+        if count == len(members) or all(run.tokens <= budget for run in pieces):
+            return pieces
+        count += 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(trees, st.sampled_from([0, 20, 60]), st.integers(1, 4), st.integers(1, 3))
+def test_a_group_is_cut_as_if_every_count_were_laid_out(sequences, common, batch_size, ranks):
+    keys = [key([9] * common + sequence) for sequence in sequences]
+    rows = -(-len(keys) // batch_size)
+    plan = {"batch_size": batch_size, "accumulation": -(-rows // ranks), "ranks": ranks}
+    plan["budget"] = batch_size * max(len(k) // 4 for k in keys)
+    found = plan_rows(keys, range(len(keys)), **plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_cut", one_count_more_at_a_time)
+        assert found == plan_rows(keys, range(len(keys)), **plan)
+
+
+def test_batch_1_under_a_long_prompt_is_not_quadratic(monkeypatch):
+    """A row holds few conversations, so many counts are tried; looked at are a few sequences of each, not all."""
+    rng = random.Random(0)
+    system, count, looked = [7] * 900, 512, []
+    keys = [
+        key([*system, *(rng.randrange(10**6) for _ in range(rng.randint(50, 1000)))]) for _ in range(count)
+    ]
+    slow = packing._branches
+    monkeypatch.setattr(
+        packing, "_branches", lambda lengths, commons: looked.append(len(lengths)) or slow(lengths, commons)
+    )
+    plans = plan_rows(keys, range(count), batch_size=1, accumulation=count, budget=2048)
+    assert max(len(row) for row in rows_of(keys, plans)) <= 2048
+    assert sum(looked) < 40 * count  # with each count laid out whole it is over 100 x count
