@@ -45,6 +45,7 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
         model.enable_input_require_grads()
     if lora.lora_weight_path is not None:
         wrapped = models.load_adapter(model, Path(lora.lora_weight_path), trainable=True)
+        _learn_in_float32(wrapped)
         return Wrapped(wrapped, (f"continues {lora.lora_weight_path}", _share(wrapped)), {})
     rows, reason = trainable_rows(model, tokenizer, lora.trainable_tokens)
     if rows and _is_zero3() and not torch.cuda.is_available():
@@ -54,8 +55,19 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
         )
     try:
         wrapped = get_peft_model(model, lora_config(model, lora, rows))
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
+        if "lora_dropout" in str(error):  # a layer's experts are one tensor here
+            raise OptionError(
+                f"--lora_dropout {lora.lora_dropout}: peft has no dropout before an adapter over experts; give"
+                " --lora_dropout 0"
+            ) from None
+        if isinstance(error, AttributeError):
+            raise OptionError(
+                f"--lora_init {lora.lora_init}: peft cannot take apart one of this model's layers ({error});"
+                " leave --lora_init out, or name plain layers with --lora_target_modules"
+            ) from None
         raise OptionError(f"--lora_target_modules {' '.join(lora.lora_target_modules)}: {error}") from None
+    _learn_in_float32(wrapped)
     initial = _adapter_tensors(wrapped) if lora.lora_init.startswith("pissa") else {}
     ranks = [tensor.shape[0] for name, tensor in initial.items() if ".lora_A." in name]
     if ranks and min(ranks) < lora.lora_r:
@@ -63,7 +75,31 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
             f"--lora_r {lora.lora_r} with --lora_init {lora.lora_init}: a layer here has only {min(ranks)} singular "
             f"vectors; give --lora_r {min(ranks)} or less"
         )
-    return Wrapped(wrapped, (*([reason] if reason else []), _share(wrapped)), initial)
+    notes = [note for note in (reason, _experts_left_out(wrapped)) if note]
+    return Wrapped(wrapped, (*notes, _share(wrapped)), initial)
+
+
+def _learn_in_float32(model: Any) -> None:
+    """peft keeps what it adds in float32, but biases and whole layers that are trained as the base has them.
+
+    In bfloat16 an update below 1/256 of a value is lost, and fp16's scaler refuses such gradients. ZeRO keeps
+    float32 masters of its own.
+    """
+    for parameter in model.parameters():
+        half = parameter.dtype in (torch.bfloat16, torch.float16)
+        if parameter.requires_grad and half and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
+def _experts_left_out(model: Any) -> str:
+    """A line where a layer's experts are one tensor that no adapter reaches: `all-linear` means linear layers."""
+    sizes = [
+        getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and ".base_layer." not in name and ".lora_" not in name
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+    ]
+    return f"no adapter over the experts ({sum(sizes):,} parameters stay as they are)" if sizes else ""
 
 
 def lora_config(model: Any, lora: LoraArguments, rows: Sequence[int] = ()) -> Any:
@@ -190,9 +226,9 @@ def _write_plain_lora(folder: Path, config: dict[str, Any], initial: Mapping[str
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     for name, first in initial.items():
-        if ".lora_A." in name:
+        if ".lora_A." in name or name.endswith(".lora_embedding_A"):
             tensors[name] = torch.cat([tensors[name], first], dim=0)
-        elif ".lora_B." in name:
+        elif ".lora_B." in name or name.endswith(".lora_embedding_B"):
             tensors[name] = torch.cat([tensors[name], -first], dim=1)
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}

@@ -61,7 +61,7 @@ def install(model: torch.nn.Module, product: Product) -> dict[str, int]:
 def remove(model: torch.nn.Module) -> None:
     """Give every layer its own forward back."""
     for module in model.modules():
-        if hasattr(module, "_own_forward"):
+        if "_own_forward" in vars(module):  # hasattr would ask through peft's wrappers, which pass names on
             cast(Any, module).forward = module._own_forward
             del module._own_forward
 
@@ -85,7 +85,8 @@ def _replace(module: Any, forward: Callable[..., Tensor], product: Product) -> N
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    parts = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
+    parts = all(name in own for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     return parts and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU")
 
 

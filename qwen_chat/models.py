@@ -177,6 +177,12 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
     from peft import PeftModel
 
     base = adapter_base(adapter)
+    start = str(_read_json(adapter / "adapter_config.json").get("init_lora_weights"))
+    if start.startswith("pissa_niter"):
+        raise ModelError(
+            f"{adapter}: a checkpoint of a run with --lora_init {start}, whose base a random decomposition changed:"
+            " over another one it is another model; give the finished run's folder, or go on with finetune.py"
+        )
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -84,6 +84,14 @@ def test_each_kind_learns_and_survives_a_save(kind: str, tiny_model_path: Path, 
     assert not (tmp_path / "adapter" / "README.md").exists()
 
 
+def test_pissa_beside_an_adapter_over_the_embeddings(tiny_model_path: Path, tmp_path: Path) -> None:
+    lora = replace(PLAIN, lora_init="pissa", lora_target_modules=("q_proj", "embed_tokens"))
+    wrap = wrapped(tiny_model_path, lora)
+    learn(wrap.model, steps=3)
+    loaded = saved_and_loaded(tiny_model_path, wrap, lora, tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(wrap.model), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qlora"])
 def test_merged_is_the_same_model(kind: str, tiny_model_path: Path) -> None:
     wrap = wrapped(tiny_model_path, KINDS[kind])
@@ -108,6 +116,48 @@ def test_which_biases_are_trained(tiny_model_path: Path) -> None:
         return sum(p.requires_grad for name, p in named if name.endswith("bias"))
 
     assert (biases("plain"), biases("bias_all"), biases("bias_lora_only")) == (0, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_that_is_trained_over_a_half_precision_base_is_float32(
+    dtype: torch.dtype, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    loaded = models.load_model(tiny_model_path, dtype=dtype, for_training=True)
+    model = adapters.wrap(loaded.model, KINDS["bias_all"], loaded.tokenizer).model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+    (name, bias), *_ = ((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.base_layer.bias"))
+    torch.nn.init.constant_(bias, 10.0)
+    optimizer = torch.optim.AdamW([bias], lr=2e-4, weight_decay=0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    optimizer.step()
+    moved = 10.0 - bias.detach()[bias.grad != 0]
+    assert len(moved) and torch.allclose(moved.abs(), torch.full_like(moved, 2e-4), atol=2e-6), name
+
+
+def mixture(kind: str) -> Any:
+    """One layer, four experts, of which each token takes two."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 16}
+    if kind == "qwen2":
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=8))
+
+
+def test_experts_and_what_peft_can_do_with_them() -> None:
+    plain = replace(PLAIN, trainable_tokens=())
+    said = adapters.wrap(mixture("qwen2"), plain, None).decisions
+    assert said[0] == f"no adapter over the experts ({4 * (32 * 32 + 32 * 16):,} parameters stay as they are)"
+    assert len(adapters.wrap(mixture("qwen3"), plain, None).decisions) == 1
+    with pytest.raises(OptionError, match=r"^--lora_dropout 0\.05: .* give --lora_dropout 0$"):
+        adapters.wrap(mixture("qwen3"), replace(plain, lora_dropout=0.05), None)
+    with pytest.raises(OptionError, match=r"^--lora_init pissa: peft cannot take apart"):
+        adapters.wrap(mixture("qwen3"), replace(plain, lora_init="pissa"), None)
 
 
 def test_bias_of_the_adapted_layers_only(tiny_model_path: Path) -> None:
@@ -194,6 +244,37 @@ def test_an_adapter_is_continued(tiny_model_path: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again.model), after, atol=1e-6, rtol=1e-5)
     assert again.decisions[0] == f"continues {tmp_path / 'first'}"
     assert learn(again.model, steps=1)[0] < losses[-1]
+
+
+def test_layers_of_an_adapter_go_on_learning_and_are_saved(tiny_model_path: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from qwen_chat import fused, loss, matmul
+
+    names = ["lm_head", "mlp"]
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=names, task_type="CAUSAL_LM")
+    get_peft_model(load(tiny_model_path, PLAIN).model, config).save_pretrained(tmp_path / "first")
+    again = wrapped(tiny_model_path, LoraArguments(use_lora=True, lora_weight_path=str(tmp_path / "first")))
+    before = logits(again.model)
+    fused.install(again.model, matmul.Choice("torch", "test").product)
+    head = loss.ModelLoss(again.model)
+    torch.testing.assert_close(logits(again.model), before, atol=1e-5, rtol=1e-4)
+    learn(again.model, steps=3)
+    head.remove()
+    fused.remove(again.model)
+    after = logits(again.model)
+    assert float((after - before).abs().max()) > 1e-2
+    loaded = saved_and_loaded(tiny_model_path, again, PLAIN, tmp_path / "second")
+    torch.testing.assert_close(logits(loaded), after, atol=2e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_over_a_base_that_chance_changed_is_refused(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    wrap = wrapped(tiny_model_path, KINDS["pissa_fast"])
+    wrap.model.save_pretrained(tmp_path)  # as the Trainer writes a checkpoint, for going on only
+    with pytest.raises(ModelError, match=r"a checkpoint of a run with --lora_init pissa_niter_4, whose base"):
+        models.load_adapter(load(tiny_model_path, PLAIN).model, tmp_path)
 
 
 def test_an_adapter_over_the_wrong_base(tiny_model_path: Path, demo_model_path: Path, tmp_path: Path) -> None:
