@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen_chat import hardware
 from qwen_chat.decoder import Decoder, Segment
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.generation import ENGINE_FAILED, Completion, FinishReason, Generation, TokenEvent, TokenLogprob
@@ -120,8 +120,8 @@ class Engine:
         model: a transformers causal model (qwen2, qwen3, llama), or a Decoder that was made of one.
         max_batch: requests that run at once; further ones wait.
         max_queue: requests that may wait; beyond it `submit` raises EngineBusy. None = no bound.
-        kv_tokens: tokens that running requests may hold together; None = what fits the memory.
-        cache_tokens: tokens that the prefix cache may hold; 0 = off.
+        kv_tokens: tokens that running requests may hold together; None = what fits the free memory.
+        cache_tokens: tokens that the prefix cache may hold, at most an eighth of the free memory; 0 = off.
         prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
         adapters: name -> folder of a LoRA adapter.
         stop_token_ids, stop_strings: end every reply, beside a request's own; None = the model's.
@@ -158,7 +158,8 @@ class Engine:
         )
         self.stop_strings = tuple(stop_strings)
         self._fmt = fmt
-        self.kv_tokens = kv_tokens or _memory_tokens(self.decoder)
+        fits, cache_tokens = _memory_tokens(self.decoder.kv_shape.token_bytes, cache_tokens)
+        self.kv_tokens = kv_tokens or fits
         self._token_text = TokenText(tokenizer)
         self._cache = PrefixCache(cache_tokens)
         self._kv = KVStore(self.decoder.kv_shape)
@@ -585,7 +586,10 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
-def _memory_tokens(decoder: Decoder) -> int:
-    """Tokens that fit a fifth of the machine's memory (a row's capacity may be twice its length)."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(memory // 5 // decoder.kv_shape.token_bytes, 1024)
+def _memory_tokens(token_bytes: int, cache_tokens: int) -> tuple[int, int]:
+    """Tokens for running requests and for the prefix cache: half of the memory that is free, a container's limit
+    included. The cache gets at most a quarter of it; a row's capacity may be twice its length.
+    """
+    budget = hardware.free_memory() // 2 // token_bytes
+    cache = min(cache_tokens, budget // 4)
+    return max((budget - cache) // 2, 1024), cache

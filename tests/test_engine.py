@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_chat import hardware
 from qwen_chat.decoder import Decoder, Segment
 from qwen_chat.engine import Engine, EngineBusy, EngineStopped, PromptTooLong
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
@@ -224,6 +225,21 @@ def test_too_little_memory_makes_requests_wait_and_changes_no_token(tiny_tokeniz
     with Engine(tiny_model(), tiny_tokenizer, kv_tokens=150) as narrow:
         assert [done.token_ids for done in narrow.generate(asked)] == expected
         assert narrow.stats().kv_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "kv_tokens", "cache_tokens"),
+    [(1024, 98_304, 65_536), (64, 6 * 1024, 4 * 1024), (1, 1024, 64)],
+)
+def test_the_memory_that_is_free_bounds_rows_and_prefix_cache(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, free: int, kv_tokens: int, cache_tokens: int
+) -> None:
+    """A row's capacity, at most twice its length, and the cache fit half of what is free in a container."""
+    decoder = Decoder(tiny_model())
+    token = decoder.kv_shape.token_bytes
+    monkeypatch.setattr(hardware, "free_memory", lambda: free * 512 * token)
+    one = Engine(decoder, tiny_tokenizer, stop_token_ids=[], cache_tokens=65_536)
+    assert (one.kv_tokens, one._cache._max_blocks * BLOCK) == (kv_tokens, cache_tokens)
 
 
 def test_a_long_prompt_does_not_stall_the_others(tiny_tokenizer: Any) -> None:
