@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_chat.refusal import Refusal, not_json
+from qwen_chat.refusal import Refusal, echo, not_json, shutting_down
 
 LEFT = 499  # nginx's status for a client that closed the connection before it was answered
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})  # nothing of anybody's is told there
 UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
+LONGEST_PATH = 200  # characters of a path in the log
 MOST_HEADERS = 100
 HEADER_BYTES = 32 * 1024  # of all headers together
 MOST_KEYS = 2048  # of one JSON object: each unknown one costs an error to find and to describe
@@ -56,6 +57,7 @@ class Record:
     user: str | None = None
     prompt: object = None
     reply: str | None = None
+    admitted: bool = False  # it passed the gate, with a key where there are keys
 
     def line(self, status: int) -> dict[str, object]:
         """The log's line. Times in milliseconds; fields that do not apply are left out."""
@@ -88,11 +90,12 @@ class Journal:
         self,
         app: ASGIApp,
         *,
-        write: Callable[[dict[str, object]], None],
+        write: Callable[[dict[str, object], bool], None],
         count: Callable[[str, int], None],
         paths: Collection[str],
     ) -> None:
-        """`write` takes the log's line, `count` (endpoint, status); `paths` are those counted by name."""
+        """`write` takes the log's line and whether its request was admitted, `count` (endpoint, status);
+        `paths` are those counted by name."""
         self.app = app
         self.write = write
         self.count = count
@@ -102,20 +105,30 @@ class Journal:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = Record(id=f"req-{uuid.uuid4().hex}", path=scope["path"])
-        scope.setdefault("state", {})["record"] = record
+        path = scope["path"].rstrip("/") or "/"
+        record = Record(id=f"req-{uuid.uuid4().hex}", path=path[:LONGEST_PATH])
+        # A client's HEAD is a GET whose body the server leaves out (RFC 9110, 9.3.2).
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {
+            **scope,
+            "path": path,
+            "method": method,
+            "state": {**scope.get("state", {}), "record": record},
+        }
         answer = _Sender(send, record.id)
         try:
             await self.app(scope, receive, answer)
         except ClientDisconnect:
             answer.status = LEFT
+        except asyncio.CancelledError:  # by the server, which waited long enough: it ends here
+            await self._fail(shutting_down(), record, answer, scope, receive)
         except Exception as error:
             await self._fail(error, record, answer, scope, receive)
         finally:
             status = answer.status or LEFT
             self.count(record.path if record.path in self.paths else "other", status)
             if record.path not in UNLOGGED_PATHS:
-                self.write(record.line(status))
+                self.write(record.line(status), record.admitted)
 
     async def _fail(
         self, error: Exception, record: Record, answer: _Sender, scope: Scope, receive: Receive
@@ -146,17 +159,27 @@ class _Sender:
 
 
 class Gate:
-    """Lets in whoever may ask: the right host, one of the keys, no flood of headers."""
+    """Lets in whoever may ask: the right host and origin, one of the keys, no flood of headers."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], hosts: Collection[str] | None) -> None:
-        """Without keys everybody may ask. `hosts`: names that the Host header may give; None allows all."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        hosts: Collection[str] | None,
+        origins: Collection[str] = (),
+    ) -> None:
+        """Without keys everybody may ask. `hosts`: names that the Host header may give; None allows all.
+        `origins`: of web pages that may ask, beside the service's own; "*" allows all."""
         self.app = app
         self.digests = tuple(_digest(key) for key in api_keys)
         self.hosts = hosts
+        self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             self._check(scope)
+            scope["state"]["record"].admitted = not self.digests or scope["path"] not in OPEN_PATHS
         await self.app(scope, receive, send)
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
@@ -171,8 +194,26 @@ class Gate:
         if self.hosts is not None and _host(named.get(b"host", b"")) not in self.hosts:
             # Stops a page in the user's own browser whose name was made to point here (DNS rebinding).
             raise Refusal(403, "This service is only for its own machine.", code="host_not_allowed")
-        if self.digests and scope["path"] not in OPEN_PATHS:
-            self._check_key(named.get(b"authorization", b""))
+        if scope["path"] not in OPEN_PATHS:
+            self._check_origin(named)
+            if self.digests:
+                self._check_key(named.get(b"authorization", b""))
+
+    def _check_origin(self, named: Mapping[bytes, bytes]) -> None:
+        """A page elsewhere must not make a user's browser ask: what it sends needs no leave of ours to arrive."""
+        origin, site = named.get(b"origin"), named.get(b"sec-fetch-site", b"")
+        if origin is None and site != b"cross-site":
+            return  # no browser, or a page of our own
+        text = (origin or b"").decode("latin-1")
+        host = named.get(b"host", b"").decode("latin-1")
+        ours = site == b"same-origin" or (host != "" and text.partition("://")[2] == host)
+        if not ours and text not in self.origins and "*" not in self.origins:
+            raise Refusal(
+                403,
+                f"Web pages of '{echo(text or 'another site')}' may not ask here; start the service with "
+                "--cors_origin to let them.",
+                code="origin_not_allowed",
+            )
 
     def _check_key(self, header: bytes) -> None:
         scheme, _, key = header.partition(b" ")
@@ -207,7 +248,7 @@ async def read_json(request: Request, *, most_bytes: int, seconds: float) -> obj
 
     Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(
             415,

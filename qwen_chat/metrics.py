@@ -37,6 +37,10 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "engine_restarts": ("counter", "Times that the engine was started again after a failure."),
     "engine_ready": ("gauge", "1 where the engine takes requests."),
     "log_lines_lost": ("counter", "Lines of the service log that could not be written."),
+    "log_lines_withheld": (
+        "counter",
+        "Lines of requests without a key beyond their share of the service log.",
+    ),
 }
 
 

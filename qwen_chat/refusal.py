@@ -57,7 +57,7 @@ class Refusal(Exception):
             headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status in (408, 413, 431):  # the rest of the body is not read
+        if self.status == 431:  # where the body was not read the server says so itself
             headers["Connection"] = "close"
         return headers
 
@@ -70,6 +70,11 @@ def bad_value(param: str, message: str, code: str | None = "invalid_value") -> R
 def not_json(reason: str) -> Refusal:
     """400: a body that is no JSON. `reason` may hold a position, never the body itself."""
     return Refusal(400, f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
+
+
+def shutting_down() -> Refusal:
+    """503: what runs is cut off, for the service ends."""
+    return Refusal(503, "The service is shutting down.", code="shutting_down", retry_after=10)
 
 
 def unknown_model(name: str, *, param: str = "model") -> Refusal:

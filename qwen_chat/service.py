@@ -113,15 +113,16 @@ def create_app(
     _add_routes(app, service)
     app.add_exception_handler(Refusal, _on_refusal)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(Gate, api_keys=api_keys, hosts=hosts)
-    if cors_origins:
+    app.add_middleware(Gate, api_keys=api_keys, hosts=hosts, origins=cors_origins)
+    app.add_middleware(Journal, write=service.write_log, count=service.count_request, paths=PATHS)
+    if cors_origins:  # outermost: a page may read refusals too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "HEAD"],
             allow_headers=["*"],  # OpenAI's client in a browser sends a dozen of its own
+            expose_headers=["Retry-After", "x-request-id", "x-ignored"],
         )
-    app.add_middleware(Journal, write=service.write_log, count=service.count_request, paths=PATHS)
     return app
 
 
@@ -388,10 +389,10 @@ class Service:
         """GET /metrics."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
-    def write_log(self, line: Mapping[str, object]) -> None:
+    def write_log(self, line: Mapping[str, object], admitted: bool) -> None:
         """One line of the service log."""
         if self.log is not None:
-            self.log.write(line)
+            self.log.write(line, stranger=not admitted)
 
     def count_request(self, endpoint: str, status: int) -> None:
         """One request that was answered."""
@@ -427,6 +428,7 @@ class Service:
             "engine_restarts": self.restarts,
             "engine_ready": float(self.engine.is_running),
             "log_lines_lost": self.log.lost if self.log else 0,
+            "log_lines_withheld": self.log.withheld if self.log else 0,
         }
 
     # --- reading ---

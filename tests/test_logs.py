@@ -95,3 +95,51 @@ def test_rank_zero(
     rank_zero("loss", 0.5)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", printed)
+
+
+def test_only_the_owner_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "log").touch(mode=0o644)
+    log = RequestLog(tmp_path / "log", max_bytes=1000, kept_files=2)
+    for _ in range(50):
+        log.write({"prompt": "x" * 50})
+    log.close()
+    assert [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()] == [0o600] * 3
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "log", max_bytes=1000)
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"log: another service is writing it; .*--log_file$"):
+            RequestLog(tmp_path / "log")
+        for number in range(50):  # it rotates: the new file is locked too
+            log.write({"number": number, "text": "x" * 50})
+    assert log.lost == 0
+    log.close()
+    RequestLog(tmp_path / "log").close()
+
+
+def test_devices_are_let_be() -> None:
+    mode = Path("/dev/null").stat().st_mode
+    logs = [RequestLog(Path("/dev/null")) for _ in range(2)]
+    for log in logs:
+        log.write({"id": "a"})
+        log.close()
+    assert [log.lost for log in logs] == [0, 0]
+    assert Path("/dev/null").stat().st_mode == mode
+
+
+def test_strangers_cannot_push_the_others_out(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "log", max_bytes=10_000, kept_files=2)
+    log.write({"id": "ours"})
+    for number in range(5000):
+        log.write({"number": number}, stranger=True)
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert lines[0] == {"id": "ours"}
+    assert [line["number"] for line in lines[1:]] == list(range(len(lines) - 1))
+    assert log.withheld == 5000 - len(lines) + 1
+    assert 900 < sum(len(json.dumps(line)) + 1 for line in lines[1:]) <= 1000  # a tenth of a file
+    for _ in range(300):  # the file is full of others' lines: the next one has room for strangers again
+        log.write({"text": "x" * 50})
+    log.write({"id": "late"}, stranger=True)
+    log.close()
+    assert json.loads(log.path.read_text().splitlines()[-1]) == {"id": "late"}
