@@ -28,7 +28,7 @@ def main() -> int:
         models,
         training,
     )  # torch comes in here: --help and a wrong flag are answered at once
-    from qwen_chat.chatml import ChatFormat, show
+    from qwen_chat.chatml import ChatFormat
 
     path = models.resolve(run.model.model)
     run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(models.read_config(path)), run))
@@ -38,13 +38,13 @@ def main() -> int:
     data = training.read_data(run, fmt)
     shaped_by = run_folder.shaped_by(run, data.fingerprint, path)
     before = run_folder.resume(run, folder, shaped_by)
-    rank_zero(data.summary.describe())
+    rank_zero(data.describe())
     verdict = training.plan(run, path, data)
     if run.train.check:
         rank_zero("everything is in order, short of loading the model")
         return 0
     rank_zero("the first example (what is learnt is marked):")
-    rank_zero(show(tokenizer, data.train[0][0], colour=sys.stderr.isatty()))
+    rank_zero(training.first_example(tokenizer, data, colour=sys.stderr.isatty()))
 
     args, session = training.start(run, folder, data, verdict, before)
     folder = session.folder

@@ -43,8 +43,11 @@ def main() -> int:
     found = [line for line in arguments.problems(run) if not line.startswith("no data")]
     if found:
         raise OptionError("\n".join(found))
-    shape = memory.Shape.of(read_config(run.model.model))
+    config = read_config(run.model.model)
+    shape = memory.Shape.of(config)
     counted = count_data(run) if run.data.data_path else {}
+    for note in models.positions_note(config, counted.get("longest", run.data.model_max_length)):
+        print(f"note: {note}", file=sys.stderr)
     setup, have = situation(run, options, counted)
     assert have.free is not None, "situation ends where it is not known"
     rows = memory.table(shape, setup, have.free)
@@ -96,13 +99,14 @@ def count_data(run: Run) -> dict[str, int]:
     tokenizer = models.load_tokenizer(models.resolve(run.model.model))
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
     data = training.read_data(run, fmt)
-    row, _ = training.longest_row(run, data)
-    summary = data.summary
+    row, longest = training.longest_row(run, data)
+    tokens, supervised = data.budget()
     return {
         "conversations": len(data.train),
-        "tokens": summary.tokens,
-        "supervised": summary.supervised,
+        "tokens": tokens,
+        "supervised": supervised,
         "row": row,
+        "longest": longest,
     }
 
 

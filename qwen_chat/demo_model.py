@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -26,7 +27,9 @@ from typing import Any, Literal
 
 from qwen_chat import errors
 from qwen_chat.errors import ModelError
+from qwen_chat.logs import rank_zero
 
+SILENT_WAIT = 1.0  # seconds that a process waits for another's build without a word
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_RECIPE = "demo-2"  # raise it when _convert changes what it writes: an older folder is then not used
 VOCABULARY_RECIPE = "qwen-2"  # the same for _build_qwen
@@ -164,7 +167,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock")):
+        with _lock(folder.with_name(f".{folder.name}.lock"), folder):
             if not folder.is_dir():  # another process may have built it while this one waited
                 _build_aside(folder, build)
     except OSError as error:
@@ -193,9 +196,16 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, made: Path) -> Iterator[None]:
     with path.open("w") as handle:  # the kernel releases it with the process, however that ends
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = threading.Timer(SILENT_WAIT, rank_zero, [f"waiting for another process that makes {made}"])
+            said.daemon = True
+            said.start()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            said.cancel()
         yield
 
 

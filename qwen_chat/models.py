@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,6 +98,21 @@ def check_folder(folder: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json (or the file itself); ModelError where it cannot be read."""
     return _read_json(folder if folder.is_file() else folder / "config.json")
+
+
+def positions_note(config: Mapping[str, Any], longest: int) -> tuple[str, ...]:
+    """A line where conversations have more tokens (`longest`) than a config.json has positions, else nothing."""
+    text = config.get("text_config") or config
+    known = int(text.get("max_position_embeddings") or 0)
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if "original_max_position_embeddings" in rope:  # YaRN: what was trained, times the factor
+        known = max(known, int(rope["original_max_position_embeddings"] * float(rope.get("factor") or 1)))
+    if not 0 < known < longest:
+        return ()
+    return (
+        f"conversations of up to {longest:,} tokens for a model of {known:,} positions (max_position_embeddings):"
+        f" it never saw the ones beyond, and no prompt that long is served; --model_max_length {known} leaves them out",
+    )
 
 
 def adapter_base(adapter: Path) -> str:

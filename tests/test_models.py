@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +132,35 @@ def test_code_of_a_model_does_not_run_unless_asked(tiny_model_path: Path, tmp_pa
     with pytest.raises(ModelError, match="cannot be loaded"):
         models.load_model(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "longest", "known"),
+    [
+        ({"max_position_embeddings": 4096}, 4096, None),
+        ({"max_position_embeddings": 4096}, 9718, "4,096"),
+        ({"text_config": {"max_position_embeddings": 4096}}, 9718, "4,096"),
+        (
+            {"max_position_embeddings": 1024, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            1025,
+            "1,024",
+        ),
+        ({}, 9718, None),
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131_072,
+            None,
+        ),
+    ],
+)
+def test_conversations_longer_than_the_model_has_positions(
+    config: dict[str, Any], longest: int, known: str | None
+) -> None:
+    note = models.positions_note(config, longest)
+    assert len(note) == (known is not None)
+    if known is not None:
+        start = f"conversations of up to {longest:,} tokens for a model of {known} positions "
+        assert note[0].startswith(start) and note[0].endswith("leaves them out")

@@ -43,6 +43,25 @@ def test_weights_say_how_often_an_epoch_sees_a_conversation() -> None:
     assert all(mixed.where(i) == f"file:{mixed[i] + 1}" for i in range(len(mixed)))
 
 
+def test_weights_count_in_an_epochs_tokens() -> None:
+    def one(i: int) -> tuple[Any, ...]:  # conversation i: sequences of i + 1 and 10 tokens
+        return tuple(SimpleNamespace(input_ids=[0] * n, supervised=n // 2) for n in (i + 1, 10))
+
+    numbers = Numbers()
+    data = SimpleNamespace(file_of=numbers.file_of, __len__=lambda: 10)
+    summary = SimpleNamespace(tokens=155, supervised=75)
+
+    class Texts(Numbers):
+        __getitem__ = staticmethod(one)  # type: ignore[assignment]
+
+    mixed = training.Mixture(Texts(), [2.0, 0], seed=1)
+    assert training.Data(mixed, None, "", summary).budget() == (
+        2 * (1 + 2 + 3 + 4 + 40),
+        2 * (0 + 1 + 1 + 2 + 20),
+    )
+    assert training.Data(data, None, "", summary).budget() == (155, 75)
+
+
 def test_a_mixture_is_the_seeds() -> None:
     picked = [list(training.Mixture(Numbers(), [0.5, 1.25], seed=seed).index) for seed in (1, 1, 2)]
     assert picked[0] == picked[1] != picked[2]
@@ -210,6 +229,36 @@ def test_a_report_says_what_came_of_it_and_what_to_type() -> None:
         "saved in out; now talk to it:",
         "  python fast_start/simple_try_0.py -m out",
     ]
+
+
+def test_a_report_names_the_best_checkpoint_and_a_run_that_learnt_nothing() -> None:
+    outcome: dict[str, Any] = {"steps": 16, "tokens": 1, "seconds": 1.0, "tokens_per_s": 1.0}
+    outcome |= {"losses": {}, "evaluation": {}, "best_checkpoint": "out/checkpoint-12"}
+    outcome["best"] = {"step": 12, "metric": "eval_loss", "value": 4.765, "saved_step": 16}
+    said = training.report(RUN, Path("out"), outcome).splitlines()
+    assert said[1] == "best on held-out data: checkpoint-12 (loss 4.7650); what is saved is step 16"
+    outcome["best"] |= {"metric": "token_accuracy", "value": 0.5, "saved_step": 12}
+    said = training.report(RUN, Path("out"), outcome | {"highest_learning_rate": 0.0}).splitlines()
+    assert said[1] == "nothing was learnt: every step ran at a rate of 0 (warming up); give --warmup_steps 0"
+    assert said[2] == "best on held-out data: checkpoint-12 (token_accuracy 0.5000); that is what is saved"
+
+
+def test_a_long_first_example_is_shown_by_its_ends() -> None:
+    class Words:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "".join(f"{i}," for i in ids)
+
+    def shown(length: int) -> str:
+        first = SimpleNamespace(
+            input_ids=range(length), labels=[-100] * (length - 2) + [length - 2, length - 1]
+        )
+        data: Any = SimpleNamespace(train=[(first,)])
+        return training.first_example(Words(), data, colour=False)
+
+    assert shown(1000) == "".join(f"{i}," for i in range(998)) + "⟦998,999,⟧"
+    head, middle, tail = shown(10_000).split("\n")
+    assert (head[-8:], middle) == ("498,499,", "... 9,000 tokens are not shown ...")
+    assert tail.startswith("9500,9501,") and tail.endswith("⟦9998,9999,⟧")
 
 
 def test_a_run_is_recorded_whole(tmp_path: Path) -> None:

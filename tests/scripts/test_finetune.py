@@ -260,6 +260,28 @@ def test_a_finished_run_is_never_overwritten(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_what_is_left_out_of_either_file_is_told_and_stored(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    data, held_out, out = tmp_path / "data.jsonl", tmp_path / "held out.jsonl", tmp_path / "out"
+    lines = short.read_text(encoding="utf-8").splitlines(keepends=True)
+    long = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "word " * 600}]}
+    data.write_text("".join([*lines[:2], "broken\n", lines[2]]), encoding="utf-8")
+    held_out.write_text("".join([lines[3], json.dumps(long) + "\n"]), encoding="utf-8")
+    words = ["-m", str(tiny_model_path), "-d", str(data), "--eval_data_path", str(held_out), "-o", str(out)]
+    words += ["--use_lora", "--on_error", "skip", "--model_max_length", "512", "--num_train_epochs", "1"]
+    status, said = finetune(*words, "--keep_best", "True")
+    assert status == 0, said
+    assert "bad lines left out, of 4: 1 (data.jsonl:3)" in said
+    assert "held out: conversations 1 of 2, " in said
+    assert "dropped, longer than --model_max_length 512: 1 (held out.jsonl:2)" in said
+    assert "best on held-out data: checkpoint-1 (loss " in said and "that is what is saved" in said
+    run = json.loads((out / "run.json").read_text())
+    assert (run["data"]["skipped"], run["data"]["skipped_at"]) == (1, ["data.jsonl:3"])
+    assert (run["held_out"]["dropped"], run["held_out"]["dropped_at"]) == (1, ["held out.jsonl:2"])
+    assert run["best"]["step"] == run["best"]["saved_step"] == 1
+
+
 # ------------------------------------------------------------------------------------------------- going on
 
 

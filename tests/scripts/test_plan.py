@@ -1,5 +1,6 @@
 """plan.py as a person runs it: from config.json alone, and with data."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -75,6 +76,36 @@ def test_with_data_it_counts_the_run(demo_model_path: Path) -> None:
     assert found["steps"] == 2 * -(-conversations // 8)
     assert 0 < found["supervised_tokens"] < found["tokens"]
     assert 0 < found["row_tokens"] <= 4 * 2048
+
+
+def test_weights_and_positions_count(
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spec = importlib.util.spec_from_file_location("plan_script", SCRIPT)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "plan_script", script)  # its dataclass looks itself up
+    spec.loader.exec_module(script)
+    for name, length in (("a", 9), ("b", 3000)):
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "!" + " word" * length},
+        ]
+        (tmp_path / name).write_text(json.dumps({"messages": messages}) + "\n")
+    words = ["-m", str(tiny_model_path), "-d", str(tmp_path / "a"), "-d", str(tmp_path / "b"), "--json"]
+    words += ["--model_max_length", "4000", "--num_train_epochs", "1"]
+    tokens = []
+    for more in ([], ["--data_weights", "3", "0"]):
+        monkeypatch.setattr(sys, "argv", ["plan.py", *words, *more])
+        script.main()
+        out, err = capsys.readouterr()
+        assert "for a model of 2,048 positions (max_position_embeddings)" in err
+        tokens.append(json.loads(out)["tokens"])
+    assert tokens[0] > 3000
+    assert 3 * 10 < tokens[1] < 3 * 100 and tokens[1] % 3 == 0
 
 
 @pytest.mark.parametrize(
