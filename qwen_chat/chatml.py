@@ -48,6 +48,15 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model is given, as token ids; `in_reasoning`: it ends inside `<think>`, so the reply begins with
+    a thought."""
+
+    ids: list[int]
+    in_reasoning: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Piece:
     """A part of a sequence, tokenised by itself. `reply`: the index of the message it is; None: context."""
 
@@ -110,6 +119,17 @@ class ChatFormat:
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """The tokens of `prompt`. A control token that is spelled out in a message stays text."""
         return self._tokens.encode([self._marked(_read(messages, tools), generation=True)])[0]
+
+    def prompt_within(self, messages: Messages, tools: Tools = None, *, most: int | None = None) -> Prompt:
+        """`prompt_ids`, rendered once, and where the reply begins. Raises TooManyTokens where a long prompt has
+        more than `most` tokens; a short one is tokenised whatever it has."""
+        marked = self._marked(_read(messages, tools), generation=True)
+        opened = self._tokens.text(marked[max(marked.rfind(self._tokens.mark(START)), 0) :])
+        return Prompt(self._tokens.encode_within(marked, most), self.in_reasoning(opened))
+
+    def text_ids(self, text: str, *, most: int | None = None) -> list[int]:
+        """The tokens of a text as it is, control tokens in it included. TooManyTokens as in `prompt_within`."""
+        return self._tokens.raw_ids(self.tokenizer, text, most)
 
     def rendered(self, messages: Messages, tools: Tools = None) -> list[Json]:
         """The messages that the template is given: under qwen_agent plain ones, with everything about tools

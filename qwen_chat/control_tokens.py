@@ -10,8 +10,11 @@ A control token is an added token of the vocabulary that is special or looks lik
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -24,9 +27,31 @@ _ANCHOR = "\ufdd2"
 _REMEMBERED = 500_000  # token ids kept for texts that come again; 18 MB
 _SEEN = 50_000  # hashes of texts that came once; 5 MB
 
+_PIECE = 2**15  # characters of a long text that are tokenised at once
+_LETTER = "A-Za-z\u4e00-\u9fa5"
+_AFTER_LETTERS = " \n，。" + "".join(
+    c for c in map(chr, range(33, 127)) if not c.isalpha()
+)  # where a text may be cut
+_CUTS = " \n，。"  # those that no added token holds
+
+# A byte-level vocabulary writes each byte as one character: GPT-2's table.
+_PLAIN_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHER_BYTES = tuple(byte for byte in range(256) if byte not in _PLAIN_BYTES)
+_BYTE_SIGNS = "".join(
+    chr(byte if byte in _PLAIN_BYTES else 256 + _OTHER_BYTES.index(byte)) for byte in range(256)
+)
+
 # Tokenised whole and in parts when a format is made. If they differ, the tokenizer treats the start of a text
 # specially.
 _PROBE = "{end}user\n Hello  there\n\n你好，世界 🙂 12 a_b{end}\n  x{end}Hi{end}\n\n{end} ..."
+
+
+class TooManyTokens(FormatError):
+    """A text has more tokens than it may; `least` of them are certain."""
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least = least
+        super().__init__(f"the text has at least {least} tokens; expected at most {most}")
 
 
 class ControlTokens:
@@ -136,6 +161,103 @@ class ControlTokens:
         self._remember(new, ids)
         return joined
 
+    def encode_within(self, marked: str, most: int | None) -> list[int]:
+        """`encode` of one marked string. Raise TooManyTokens where a long one is found to have more than
+        `most` tokens, before all of it was tokenised."""
+        if len(marked) <= _PIECE:
+            return self.encode([marked])[0]
+        ids: list[int] = []
+        for piece in self._pieces(marked, most, self._border):
+            ids += self.encode([piece])[0]
+            if most is not None and len(ids) > most:
+                raise TooManyTokens(len(ids), most)
+        return ids
+
+    def raw_ids(self, tokenizer: Any, text: str, most: int | None) -> list[int]:
+        """Token ids of a text in which control tokens count as such. TooManyTokens as in `encode_within`."""
+        if len(text) <= _PIECE:
+            return list(tokenizer.encode(text, add_special_tokens=False))
+        border = None if self.swallow or self._anchor else self._raw_border
+        ids: list[int] = []
+        for piece in self._pieces(text, most, border):
+            ids += tokenizer.encode(piece, add_special_tokens=False)
+            if most is not None and len(ids) > most:
+                raise TooManyTokens(len(ids), most)
+        return ids
+
+    def _pieces(self, text: str, most: int | None, border: re.Pattern[str] | None) -> Iterator[str]:
+        """A text cut where the tokenizer cuts it anyway, so that the pieces' ids are the whole's: the ids of
+        4 MB take seconds, in which nobody else would get the interpreter's lock."""
+        if most is not None and (least := self._least(text)) > most:
+            raise TooManyTokens(least, most)
+        begin = 0
+        while begin < len(text):
+            found = border.search(text, begin + _PIECE) if border is not None else None
+            end = len(text) if found is None else found.start()
+            yield text[begin:end]
+            begin = end
+
+    def _least(self, text: str) -> int:
+        """Tokens that a text has at least. No token that holds a byte is longer than that byte's longest
+        token, so a byte is worth at least one through its length."""
+        if not self._longest:
+            return 0
+        text = self._at_marks.sub("", text)
+        if not text.isascii() and self._plain.normalizer is not None:
+            text = unicodedata.normalize("NFC", text)
+        data = text.encode(errors="replace")
+        shares = (
+            (len(data) - len(data.translate(None, some))) / most for most, some in self._longest.items()
+        )
+        return int(sum(shares))
+
+    @cached_property
+    def _longest(self) -> dict[int, bytes]:
+        """Length in bytes, a power of two -> the bytes whose longest token is no longer. Empty where the
+        vocabulary is not one of bytes."""
+        vocabulary = self._plain.get_vocab(with_added_tokens=False)
+        added_tokens = self._plain.get_added_tokens_decoder().values()
+        swallow = any(token.lstrip or token.rstrip for token in added_tokens)
+        normal, cut = _state(self._plain.normalizer), _state(self._plain.pre_tokenizer)
+        drops = normal not in ("", '{"type":"NFC"}') or "Whitespace" in cut or "Removed" in cut
+        if drops or swallow or "ByteLevel" not in cut:
+            return {}
+        longest = {sign: 1 for sign in _BYTE_SIGNS if sign in vocabulary}  # a byte that is not may vanish
+        for token in vocabulary:
+            if all(sign in longest for sign in token):
+                for sign in set(token):
+                    longest[sign] = max(longest[sign], len(token))
+        added = max((len(token.content.encode()) for token in added_tokens), default=1)
+        groups: dict[int, list[int]] = {}
+        for sign, length in longest.items():
+            groups.setdefault(1 << (max(length, added) - 1).bit_length(), []).append(_BYTE_SIGNS.index(sign))
+        return {most: bytes(some) for most, some in groups.items()}
+
+    @cached_property
+    def _border(self) -> re.Pattern[str] | None:
+        """Where a marked string may be cut: at a mark, and between a letter and what never is part of its
+        word."""
+        marks = self._at_marks.pattern.strip("()")
+        ends = self._word_ends(_AFTER_LETTERS)
+        return re.compile(f"(?={marks})" + (f"|(?<=[{_LETTER}])(?=[{re.escape(ends)}])" if ends else ""))
+
+    @cached_property
+    def _raw_border(self) -> re.Pattern[str] | None:
+        ends = self._word_ends(_CUTS)
+        return re.compile(f"(?<=[{_LETTER}])(?=[{re.escape(ends)}])") if ends else None
+
+    def _word_ends(self, candidates: str) -> str:
+        """Those characters at which the tokenizer ends a word of letters, whatever follows."""
+        return "".join(
+            end
+            for end in candidates
+            if all(
+                self.splits(word, end + more)
+                for word in ("ab", "x", "中文", "-a", " Ab")
+                for more in ("", "a", "中", "1", " ", "\n", ".", "s x", "ll")
+            )
+        )
+
     def _joined(self, parts: list[str], new: dict[str, int], ids: list[list[int]]) -> list[int]:
         joined: list[int] = []
         for text, mark in zip_longest(parts[::2], parts[1::2]):
@@ -200,6 +322,11 @@ class ControlTokens:
             f"{type(tokenizer).__name__} tokenises parts of a text otherwise than the whole, so prompts and "
             "replies cannot be tokenised apart; expected a byte-level vocabulary such as Qwen's"
         )
+
+
+def _state(part: Any) -> str:
+    """The configuration of a part of a tokenizer, as JSON without spaces; empty where it has none."""
+    return "" if part is None else json.dumps(json.loads(part.__getstate__()), separators=(",", ":"))
 
 
 def _without_control(backend: Any, control: dict[str, int]) -> Any:

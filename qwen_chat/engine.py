@@ -196,6 +196,8 @@ class Engine:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
         with self._wakeup:
             for row in (*self._running, *self._waiting):
                 row.generation.put(TokenEvent(finish_reason="cancelled"))
@@ -328,7 +330,8 @@ class Engine:
                 self._grammars = GrammarTokenizer(
                     self.tokenizer, self.decoder.vocabulary, sorted(self.stop_token_ids)
                 )
-            return self._grammars.matcher(grammar)
+            grammars = self._grammars
+        return grammars.matcher(grammar)  # outside the lock: a large schema holds up no other
 
     def _notify(self) -> None:
         with self._wakeup:

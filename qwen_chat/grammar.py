@@ -3,15 +3,17 @@
 In: a schema or tools. Out: a `Grammar` (text, hashable, no tokenizer); with a tokenizer, a `Matcher` that
 masks logits.
 
-llguidance rather than xgrammar: it walks the grammar lazily (no compilation that explodes; limits end in an
-error), mixes text, tokens and JSON schemas in one grammar, and brings no dependency of its own. JSON is
-written as the model was taught to write it (", " and ": ", one line): an untuned model cannot run away in
-white space.
+llguidance rather than xgrammar: it walks the grammar lazily, mixes text, tokens and JSON schemas in one
+grammar, and brings no dependency of its own. Its limits do not cover all that a schema can cost, so each new
+grammar is compiled in another process first (grammar_trial.py). JSON is written as the model was taught to
+write it (", " and ": ", one line): an untuned model cannot run away in white space.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +24,20 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
-from qwen_chat.errors import ToolError
+from qwen_chat.errors import ServiceError, ToolError
+from qwen_chat.grammar_trial import LATE, LIMITS, GrammarTrial
 
 Json = Mapping[str, Any]
 
 _LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _LIMIT_SCHEMA = 65_536  # characters of one schema
 _KEPT = 64  # grammars
+_REFUSED = 1024  # grammars whose problem is remembered
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class GrammarLate(ServiceError):
+    """The machine was too busy to try a grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,30 +142,60 @@ class GrammarTokenizer:
         self._tags = _tag_rules(tokenizer)
         self._lock = threading.Lock()
         self._known: dict[Grammar, LLMatcher] = {}
-        self._limits = LLParserLimits(
-            initial_lexer_fuel=2_000_000, step_lexer_fuel=400_000, max_items_in_row=2_000
-        )
+        self._refused: dict[bytes, str] = {}  # by the hash of the grammar: a text of megabytes is not kept
+        self._trial = GrammarTrial()
+        self._limits = LLParserLimits(**LIMITS)
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """Raises ToolError where the schema cannot be satisfied, is not understood, or is too complex."""
-        matcher = self._matcher(grammar)
-        if matcher.is_error():
-            raise ToolError(f"the schema cannot be used: {_reason(matcher)}")
+        """Raises ToolError where the schema cannot be satisfied, is not understood, or is too complex;
+        GrammarLate where the machine is too busy to find out."""
+        matcher = self._copy(grammar)
+        if matcher is None:
+            self._check(grammar)
+            fresh = LLMatcher(self._tokenizer, grammar.source + self._tags, log_level=0, limits=self._limits)
+            fresh.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
+            if fresh.is_error():
+                raise ToolError(_problem(fresh.get_error()))
+            with self._lock:
+                self._known[grammar] = fresh
+                while len(self._known) > _KEPT:
+                    self._known.pop(next(iter(self._known)))
+                matcher = fresh.deep_copy()
         return Matcher(matcher, self._vocabulary)
 
-    def _matcher(self, grammar: Grammar) -> LLMatcher:
+    def close(self) -> None:
+        """End the process that tries grammars; the next new grammar starts it again."""
+        self._trial.close()
+
+    def _copy(self, grammar: Grammar) -> LLMatcher | None:
         """A grammar that was met lately is copied, with all that its automaton has learnt."""
         with self._lock:
             known = self._known.pop(grammar, None)
             if known is None:
-                known = LLMatcher(
-                    self._tokenizer, grammar.source + self._tags, log_level=0, limits=self._limits
-                )
-                known.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
+                return None
             self._known[grammar] = known
-            while len(self._known) > _KEPT:
-                self._known.pop(next(iter(self._known)))
             return known.deep_copy()
+
+    def _check(self, grammar: Grammar) -> None:
+        """Raise ToolError where the trial refuses the grammar, or has refused it before."""
+        key = hashlib.sha256(grammar.source.encode(errors="surrogatepass")).digest()
+        problem = self._refused.get(key) or self._trial.problem(grammar.source + _TRIAL_TAGS)
+        if problem is None:
+            return
+        if problem == LATE:
+            raise GrammarLate(f"the schema is not known to be usable: {LATE}")
+        with self._lock:
+            self._refused[key] = problem
+            while len(self._refused) > _REFUSED:
+                self._refused.pop(next(iter(self._refused)))
+        raise ToolError(_problem(problem))
+
+
+_TEXT = "TEXT: /(.|\\n)*/\n"
+# The trial's vocabulary has no tags; what they are there makes no difference to what a schema costs.
+_TRIAL_TAGS = (
+    f"open: {json.dumps(OPEN)}\nclose: {json.dumps(CLOSE)}\nhead[lazy]: TEXT {json.dumps(OPEN)}\n{_TEXT}"
+)
 
 
 def _tag_rules(tokenizer: Any) -> str:
@@ -165,12 +203,17 @@ def _tag_rules(tokenizer: Any) -> str:
     is_token = OPEN in known and CLOSE in known
     opening, closing = (f"<[{known[tag]}]>" if is_token else json.dumps(tag) for tag in (OPEN, CLOSE))
     head = "head" if is_token else "head[lazy]"
-    return f"open: {opening}\nclose: {closing}\n{head}: TEXT {opening}\nTEXT: /(.|\\n)*/\n"
+    return f"open: {opening}\nclose: {closing}\n{head}: TEXT {opening}\n{_TEXT}"
 
 
-def _reason(matcher: LLMatcher) -> str:
-    """What went wrong, without the listing of the grammar that follows it."""
-    return " ".join(matcher.get_error().partition("\n1 |")[0].split())[:300]
+def _problem(error: str) -> str:
+    return f"the schema cannot be used: {_reason(error)}"
+
+
+def _reason(error: str) -> str:
+    """What llguidance says is wrong, without the place in our grammar and the listing that follows."""
+    said = re.split(r"\n *1 \||\n<state>", error, maxsplit=1)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", said).split())[:300]
 
 
 class Matcher:
@@ -185,7 +228,7 @@ class Matcher:
         """Scores, minus infinity where the grammar forbids. Raises ToolError where nothing is left."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.numel() * 4)
         if self._matcher.is_error():
-            raise ToolError(f"the schema led nowhere: {_reason(self._matcher)}")
+            raise ToolError(f"the schema led nowhere: {_reason(self._matcher.get_error())}")
         bits = np.unpackbits(self._bits.numpy().view(np.uint8), bitorder="little")[: scores.shape[0]]
         return scores.masked_fill(torch.from_numpy(bits) == 0, float("-inf"))
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from qwen_chat.chatml import ChatFormat
 from qwen_chat.chunks import Assembly, CallMode, ChatAssembly, TextAssembly
+from qwen_chat.control_tokens import TooManyTokens
 from qwen_chat.errors import FormatError, ToolError
 from qwen_chat.grammar import Grammar
 from qwen_chat.protocol import (
@@ -96,12 +97,13 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
     messages = _messages(body["messages"])
     grammar, mode = _chat_grammar(request, tools)
     try:
-        prompt_ids = tuple(model.fmt.prompt_ids(messages, tools))
-        free = grammar is None or mode == "strict"
-        thinking = free and model.fmt.in_reasoning(model.fmt.prompt(messages, tools))
+        prompt = model.fmt.prompt_within(messages, tools, most=model.context)
+    except TooManyTokens as error:
+        raise too_long(model.context, error.least, None, at_least=True) from None
     except FormatError as error:
         raise _bad_messages(error) from None
-    first = _generation(request, model, prompt_ids, deadline)
+    thinking = prompt.in_reasoning and (grammar is None or mode == "strict")
+    first = _generation(request, model, tuple(prompt.ids), deadline)
     first = replace(
         first,
         stop=(*first.stop, *model.fmt.stop_strings),
@@ -127,7 +129,7 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
         counts_usage=request.include_usage,
     )
     requests = tuple(_numbered(first, k) for k in range(request.choices))
-    return Job(requests, assembly, len(prompt_ids), bool(request.stream), request.include_usage)
+    return Job(requests, assembly, len(prompt.ids), bool(request.stream), request.include_usage)
 
 
 def completion_job(request: CompletionRequest, model: Served, deadline: float) -> Job:
@@ -187,7 +189,10 @@ def _bad_messages(error: FormatError) -> Refusal:
 
 def _prompt_ids(prompt: str | list[int], model: Served) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return tuple(model.fmt.tokenizer.encode(prompt, add_special_tokens=False))
+        try:
+            return tuple(model.fmt.text_ids(prompt, most=model.context))
+        except TooManyTokens as error:
+            raise too_long(model.context, error.least, None, param="prompt", at_least=True) from None
     worst = max(prompt)
     if worst >= model.vocabulary:
         raise bad_value(

@@ -87,10 +87,13 @@ def unknown_model(name: str, *, param: str = "model") -> Refusal:
     )
 
 
-def too_long(limit: int, prompt: int, completion: int | None, *, param: str = "messages") -> Refusal:
-    """400: more tokens than the model can see. All numbers are tokens; `param` holds the prompt."""
+def too_long(
+    limit: int, prompt: int, completion: int | None, *, param: str = "messages", at_least: bool = False
+) -> Refusal:
+    """400: more tokens than the model can see. All numbers are tokens; `param` holds the prompt, which was not
+    counted to its end where it has `at_least` so many."""
     if completion is None:
-        found = f"your {param} resulted in {prompt} tokens"
+        found = f"your {param} resulted in {'at least ' if at_least else ''}{prompt} tokens"
     else:
         found = (
             f"you requested {prompt + completion} tokens "

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -40,18 +40,21 @@ from qwen_chat.engine import (
 )
 from qwen_chat.errors import ChatError, ModelError, ToolError
 from qwen_chat.gate import Gate, Journal, Record, read_json, refusal_response
+from qwen_chat.grammar import GrammarLate
 from qwen_chat.intake import Job, SamplingDefaults, Served, chat_job, chat_prompt_ids, completion_job
 from qwen_chat.logs import RequestLog
 from qwen_chat.metrics import CONTENT_TYPE, Metrics
 from qwen_chat.models import load_tokenizer
 from qwen_chat.refusal import Refusal, bad_value, from_validation, too_long, unknown_model
 from qwen_chat.sampling import GenerationRequest
+from qwen_chat.workers import Workers
 
 Json = dict[str, Any]
 BodyT = TypeVar("BodyT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
 
 ANY_MODEL = "default"  # the base model whatever its name is
+MOST_TOKENIZING = 8  # requests for /tokenize and /detokenize at once
 FIRST_RESTART, LAST_RESTART = 0.5, 30.0  # seconds from an engine's failure to its next start
 FAILURE_WINDOW = 120.0  # seconds in which failures count as following each other
 PATHS = (
@@ -179,7 +182,13 @@ class Service:
         self.metrics = Metrics(self._figures)
         self.restarts = 0
         self._formats: dict[str, ChatFormat] = dict(adapter_formats)
-        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="intake")
+        # Each kind of work has threads of its own: what one stranger's schema, text or adapter costs delays the
+        # like of it, and no chat. Two: prompts do not take all cores.
+        self._intake = Workers("intake", 2)
+        self._grammars = Workers("grammars", 2)
+        self._tokens = Workers("tokens", 1)
+        self._loading = Workers("adapters", 1)
+        self._tokenizing = Admission(MOST_TOKENIZING)
         self._context = min(engine.context_length, engine.kv_tokens)
         self._failures: list[float] = []
         engine.on_failure = self._restart
@@ -233,8 +242,11 @@ class Service:
         deadline = record.began + self.settings.request_seconds
         release = self.admission.take(places)  # before anything is done: what is turned away costs nothing
         try:
-            job = await self._in_thread(lambda: prepare(model, deadline))
-            generations = await self._in_thread(lambda: self._submit(job.requests), undo=_cancel)
+            job = await self._in_thread(self._intake, lambda: prepare(model, deadline))
+            bound = any(one.grammar is not None for one in job.requests)
+            generations = await self._in_thread(
+                self._grammars if bound else self._intake, lambda: self._submit(job.requests), undo=_cancel
+            )
         except BaseException:
             release(False)
             raise
@@ -278,7 +290,7 @@ class Service:
         if name in (self.settings.model_name, ANY_MODEL, *self.engine.adapters):
             raise bad_value("lora_name", f"Invalid 'lora_name': '{name}' is loaded already; unload it first.")
         try:
-            await self._in_thread(lambda: self._load(name, Path(wanted.lora_path)))
+            await self._in_thread(self._loading, lambda: self._load(name, Path(wanted.lora_path)))
         except (ChatError, OSError) as error:
             print(
                 f"{_record(request).id}: {error}", file=sys.stderr, flush=True
@@ -354,9 +366,9 @@ class Service:
         def tokens() -> list[int]:
             if wanted.messages is not None:
                 return chat_prompt_ids(body["messages"], body.get("tools"), model.fmt)
-            return list(model.fmt.tokenizer.encode(wanted.prompt, add_special_tokens=False))
+            return model.fmt.text_ids(wanted.prompt or "")
 
-        ids = await self._in_thread(tokens)
+        ids = await self._in_token_thread(tokens)
         words: Json = {}
         if wanted.return_token_strs:
             words["token_strs"] = model.fmt.tokenizer.convert_ids_to_tokens(ids)
@@ -371,8 +383,19 @@ class Service:
                 f"Invalid 'tokens': token {max(wanted.tokens)} is beyond the vocabulary ({model.vocabulary})."
             )
             raise bad_value("tokens", text)
-        text = await self._in_thread(lambda: model.fmt.tokenizer.decode(wanted.tokens))
+        text = await self._in_token_thread(lambda: model.fmt.tokenizer.decode(wanted.tokens))
         return _json(protocol.Detokenized(prompt=text))
+
+    async def _in_token_thread(self, work: Callable[[], ResultT]) -> ResultT:
+        """`work` in the one thread for tokens, for which few may wait."""
+        release = self._tokenizing.take(1)
+        try:
+            found = await self._in_thread(self._tokens, work)
+        except BaseException:
+            release(False)
+            raise
+        release(True)
+        return found
 
     # --- state ---
 
@@ -381,8 +404,11 @@ class Service:
         return _json(protocol.Health(status="ok"))
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: the engine takes requests."""
+        """GET /ready: the engine takes requests, and prompts are read."""
         self._check_ready()
+        if self._intake.stuck_seconds() > self.settings.prepare_seconds:
+            text = "Requests have not been prepared for too long; try again."
+            raise Refusal(503, text, code="intake_stuck", retry_after=10)
         return _json(protocol.Health(status="ok"))
 
     async def scrape(self, request: Request) -> Response:
@@ -444,13 +470,17 @@ class Service:
             raise from_validation(error, body) from None
 
     async def _in_thread(
-        self, work: Callable[[], ResultT], *, undo: Callable[[ResultT], None] | None = None
+        self,
+        workers: Workers,
+        work: Callable[[], ResultT],
+        *,
+        undo: Callable[[ResultT], None] | None = None,
     ) -> ResultT:
-        """Run `work` beside the event loop, on one of two threads so that prompts do not take all cores.
+        """Run `work` beside the event loop, in one of the threads for its kind.
 
         `undo` gets what `work` comes to when nobody waits for it any more.
         """
-        running = self._workers.submit(work)
+        running = workers.submit(work)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(running), self.settings.prepare_seconds)
         except BaseException as error:
@@ -489,6 +519,8 @@ def _engine_refusal(error: BaseException) -> BaseException:
         return Refusal(404, "The model does not exist any more.", param="model", code="model_not_found")
     if isinstance(error, EngineStopped | EngineBusy):
         return Refusal(503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1)
+    if isinstance(error, GrammarLate):
+        return Refusal(503, f"The request was not prepared: {error}.", code="overloaded", retry_after=10)
     return error
 
 

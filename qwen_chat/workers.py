@@ -1,0 +1,65 @@
+"""Threads that work beside the event loop, a few for each kind of work, and never hold up the end of the process.
+
+In: functions without arguments. Out: a `Future` for each. `concurrent.futures` joins its threads when the
+interpreter ends, so one that hangs keeps the process alive after SIGTERM; these are daemons.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
+
+
+class Workers:
+    """`threads` threads that take work in order; started with the first piece."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self._threads = threads
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._since: dict[int, float] = {}  # thread -> when it began what it does now
+        self._lock = threading.Lock()
+        self._started = False
+
+    def submit(self, work: Callable[[], ResultT]) -> Future[ResultT]:
+        """Queue a piece of work. Cancelling the future before a thread takes it leaves it undone."""
+        future: Future[ResultT] = Future()
+        with self._lock:
+            if not self._started:
+                self._started = True
+                for k in range(self._threads):
+                    threading.Thread(
+                        target=self._work, args=(k,), name=f"{self.name}-{k}", daemon=True
+                    ).start()
+        self._queue.put((future, work))
+        return future
+
+    def stuck_seconds(self) -> float:
+        """For how long no thread could take anything new: 0 where one is free."""
+        began = list(self._since.copy().values())
+        return time.monotonic() - max(began) if len(began) == self._threads else 0.0
+
+    def _work(self, number: int) -> None:
+        while True:
+            future, work = self._queue.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            self._since[number] = time.monotonic()
+            result: Any = None
+            failure: BaseException | None = None
+            try:
+                result = work()
+            except BaseException as error:
+                failure = error
+            del self._since[number]  # before anybody hears of it
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
+            del future, work, result, failure  # what is waited for next must not keep them
