@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any, Literal
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -23,8 +24,11 @@ from qwen_chat.generation import is_engines_fault
 from qwen_chat.intake import Job
 from qwen_chat.metrics import Metrics
 from qwen_chat.protocol import Answer, Usage
-from qwen_chat.refusal import Refusal
+from qwen_chat.refusal import Refusal, shutting_down
 
+# Characters that JSON leaves as they are and at which Python's splitlines ends a line (httpx reads streams with it).
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_ENDING_SECONDS = 1.0  # to say why a stream breaks off, where the service ends
 TIMED_OUT = "deadline"  # the engine's finish reason where a request's time is over
 
 
@@ -49,7 +53,7 @@ class Work:
         self._release = release
         self._log_reply = log_reply
         self._completion_tokens = 0
-        self._last_token = record.began
+        self._last_token: dict[int, float] = {}  # of each choice
         self._closed = False
 
     async def chunks(self) -> AsyncGenerator[Answer, None]:
@@ -94,7 +98,7 @@ class Work:
         if event.finish_reason == "error":
             raise _failure(event)
         if event.finish_reason == "cancelled" and not self.job.assembly.is_done(choice):
-            raise Refusal(503, "The service is shutting down.", code="shutting_down", retry_after=10)
+            raise shutting_down()
         if event.finish_reason == TIMED_OUT and self._completion_tokens == 0 and not event.token_ids:
             raise Refusal(
                 503, "No place in the batch became free in time.", code="overloaded", retry_after=10
@@ -102,16 +106,21 @@ class Work:
         if event.token_ids and self.record.first_token is None:
             self.record.first_token = now - self.record.began
             self._metrics.first_token.labels(model).observe(self.record.first_token)
-        elif event.token_ids:
-            self._metrics.per_token.labels(model).observe((now - self._last_token) / len(event.token_ids))
-        self._last_token = now
+        if event.token_ids:
+            last = self._last_token.get(choice)
+            if last is not None:
+                self._metrics.per_token.labels(model).observe((now - last) / len(event.token_ids))
+            self._last_token[choice] = now
         self._completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
             self.record.finish_reason = event.finish_reason
             self._metrics.finished.labels(model, event.finish_reason).inc()
 
     def _cached_tokens(self) -> int:
-        return max((generation.cached_tokens for generation in self._generations), default=0)
+        """Each prompt counts once, as in `prompt_tokens`, however many choices it has."""
+        choices = len(self._generations) // self.job.prompts
+        cached = [generation.cached_tokens for generation in self._generations]
+        return sum(max(cached[k : k + choices]) for k in range(0, len(cached), choices))
 
     def _count(self) -> None:
         record, model = self.record, self.record.model or ""
@@ -129,11 +138,14 @@ class Work:
 class Delivery(Response):
     """Sends a Work's answer while watching whether the client is still there."""
 
-    def __init__(self, work: Work, *, write_seconds: float) -> None:
-        """`write_seconds`: how long one piece may stay unread before the client counts as gone."""
+    def __init__(self, work: Work, *, write_seconds: float, quiet_seconds: float) -> None:
+        """`write_seconds`: how long one piece may stay unread before the client counts as gone. `quiet_seconds`:
+        after so long without a byte a stream carries a comment, for what stands between would cut it."""
         super().__init__()
         self._work = work
         self._write_seconds = write_seconds
+        self._quiet_seconds = quiet_seconds
+        self._state: Literal["unsent", "streaming", "ended"] = "unsent"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         write = self._stream if self._work.job.stream else self._plain
@@ -147,11 +159,17 @@ class Delivery(Response):
         except (ClientDisconnect, TimeoutError):
             self._work.record.finish_reason = "cancelled"
             raise ClientDisconnect from None
+        except asyncio.CancelledError:  # the service ends and has waited long enough
+            self._work.record.finish_reason = "cancelled"
+            await _stop(writer)
+            if self._state != "streaming":
+                raise  # still time for a status, or nothing left to say
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ENDING_SECONDS):
+                    await self._break_off(send, shutting_down())
         finally:
-            for task in (writer, watcher):
-                task.cancel()
             self._work.close()
-            await asyncio.gather(writer, watcher, return_exceptions=True)
+            await _stop(writer, watcher)
 
     async def _plain(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._work.whole()
@@ -160,22 +178,41 @@ class Delivery(Response):
             await body(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
         async with contextlib.aclosing(self._work.chunks()) as chunks:
+            coming = asyncio.ensure_future(anext(chunks, None))
             try:
-                async for chunk in chunks:
-                    if not started:
-                        await self._start(send)
-                        started = True
-                    await self._send(send, chunk.json_text())
+                while True:
+                    await asyncio.wait((coming,), timeout=self._quiet_seconds)
+                    if not coming.done():
+                        await self._send(send, ": keep-alive\n\n")
+                        continue
+                    chunk = coming.result()
+                    if chunk is None:
+                        break
+                    coming = asyncio.ensure_future(anext(chunks, None))
+                    await self._send(send, _event(chunk.json_text()))
             except Refusal as refusal:
-                if not started:
+                if self._state == "unsent":
                     raise  # still time for a status of its own
-                self._work.record.error = refusal.code or refusal.type
-                await self._send(send, json.dumps(refusal.body()))
-            else:
-                await self._send(send, "[DONE]")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._break_off(send, refusal)
+                return
+            finally:
+                await _stop(coming)
+        await self._send(send, _event("[DONE]"))
+        await self._end(send)
+
+    async def _break_off(self, send: Send, refusal: Refusal) -> None:
+        """The status is sent: what went wrong is the last event, and no [DONE] follows."""
+        self._work.record.error = refusal.code or refusal.type
+        await self._send(send, _event(json.dumps(refusal.body())))
+        await self._end(send)
+
+    async def _send(self, send: Send, text: str) -> None:
+        async with asyncio.timeout(self._write_seconds):
+            if self._state == "unsent":
+                await self._start(send)
+                self._state = "streaming"
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
     async def _start(self, send: Send) -> None:
         headers = [
@@ -185,11 +222,19 @@ class Delivery(Response):
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def _send(self, send: Send, data: str) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await send(
-                {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
-            )
+    async def _end(self, send: Send) -> None:
+        self._state = "ended"
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(data: str) -> str:
+    return f"data: {data.translate(_LINE_ENDS)}\n\n"
+
+
+async def _stop(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _failure(event: TokenEvent) -> Refusal:

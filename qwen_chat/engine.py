@@ -86,6 +86,7 @@ class EngineStats:
     generated_tokens: int = 0
     cache_size: int = 0  # tokens held by the prefix cache
     kv_tokens: int = 0  # tokens held by running requests
+    batch: int = 0  # requests that the last forward pass advanced; 0 where none runs
 
 
 @dataclass(slots=True, eq=False)
@@ -172,6 +173,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._numbers = itertools.count()
+        self._batch = 0
         self._counts = dict.fromkeys(
             ("steps", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
         )
@@ -235,12 +237,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """What is there now and was done since the start."""
         with self._wakeup:
-            held = sum(row.kv.capacity for row in self._running)
+            held = sum(row.computed for row in self._running)
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
                 cache_size=self._cache.tokens,
                 kv_tokens=held,
+                batch=self._batch if self._running else 0,
                 **self._counts,
             )
 
@@ -373,6 +376,7 @@ class Engine:
             return
         logits = self.decoder.step(segments)
         self._counts["steps"] += 1
+        self._batch = len(segments)
         ready = []
         for row, segment in zip(rows, segments, strict=True):
             row.computed += len(segment.ids)

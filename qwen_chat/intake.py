@@ -42,13 +42,15 @@ _REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the engine is to do for one request. `prompt_tokens` counts each prompt once, as OpenAI does."""
+    """What the engine is to do for one request: the choices of the first prompt, of the second, and so on.
+    `prompt_tokens` counts each prompt once, as OpenAI does."""
 
     requests: tuple[GenerationRequest, ...]
     assembly: Assembly
     prompt_tokens: int
     stream: bool
     include_usage: bool
+    prompts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
         counts_usage=request.include_usage,
     )
     tokens = sum(len(ids) for ids in prompts)
-    return Job(tuple(requests), assembly, tokens, bool(request.stream), request.include_usage)
+    return Job(tuple(requests), assembly, tokens, bool(request.stream), request.include_usage, len(prompts))
 
 
 def chat_prompt_ids(messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat) -> list[int]:

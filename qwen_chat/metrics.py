@@ -29,9 +29,9 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "num_requests_running": ("gauge", "Sequences in the batch."),
     "num_requests_waiting": ("gauge", "Sequences that wait for a place in the batch."),
-    "batch_size": ("gauge", "Sequences that the last decoding step advanced."),
-    "cache_usage_ratio": ("gauge", "Share of the key-value cache in use, 0 to 1."),
-    "prefix_cache_queries": ("counter", "Prompt tokens looked up in the prefix cache."),
+    "batch_size": ("gauge", "Sequences that the last forward pass advanced; 0 where none runs."),
+    "cache_usage_ratio": ("gauge", "Tokens that running requests hold, as a share of what fits, 0 to 1."),
+    "prefix_cache_queries": ("counter", "Prompt tokens of requests that began."),
     "prefix_cache_hits": ("counter", "Prompt tokens found in the prefix cache."),
     "engine_steps": ("counter", "Forward passes."),
     "engine_restarts": ("counter", "Times that the engine was started again after a failure."),
@@ -54,7 +54,7 @@ class Metrics:
         self.registry.register(_EngineFigures(figures))
         self.requests = Counter(
             "qwen_chat_requests",
-            "Requests answered.",
+            "Requests that ended, by status; 499: the client left.",
             ("endpoint", "status"),
             registry=self.registry,
         )
@@ -68,8 +68,12 @@ class Metrics:
         self.cached_tokens = self._counter("cached_prompt_tokens", "Tokens of prompts not computed again.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.first_token = self._seconds("time_to_first_token", "Arrival to first token.", _FIRST_TOKEN)
-        self.per_token = self._seconds("time_per_output_token", "From one token to the next.", _PER_TOKEN)
-        self.whole = self._seconds("e2e_request_latency", "Arrival to last token.", _WHOLE)
+        self.per_token = self._seconds(
+            "time_per_output_token", "From one token to the next of the same choice.", _PER_TOKEN
+        )
+        self.whole = self._seconds(
+            "e2e_request_latency", "Arrival to the end of the answer, those broken off too.", _WHOLE
+        )
 
     def text(self) -> bytes:
         """Prometheus' text format, version 0.0.4."""

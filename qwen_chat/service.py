@@ -82,6 +82,7 @@ class ServiceSettings:
     body_seconds: float = 20.0
     request_seconds: float = 600.0
     write_seconds: float = 60.0  # that a reader may leave one piece of its answer unread
+    quiet_seconds: float = 10.0  # without a byte, after which a stream carries a comment; balancers cut at 60
     prepare_seconds: float = 20.0  # to tokenise a prompt and read its schemas
     log_prompts: bool = False
 
@@ -258,7 +259,9 @@ class Service:
             release=functools.partial(release, True),
             log_reply=self.settings.log_prompts,
         )
-        return Delivery(work, write_seconds=self.settings.write_seconds)
+        return Delivery(
+            work, write_seconds=self.settings.write_seconds, quiet_seconds=self.settings.quiet_seconds
+        )
 
     def _submit(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Hand all to the engine, or none."""
@@ -446,8 +449,8 @@ class Service:
         return {
             "num_requests_running": stats.running,
             "num_requests_waiting": stats.waiting,
-            "batch_size": stats.running,
-            "cache_usage_ratio": stats.kv_tokens / self.engine.kv_tokens,
+            "batch_size": stats.batch,
+            "cache_usage_ratio": min(stats.kv_tokens / self.engine.kv_tokens, 1.0),
             "prefix_cache_queries": stats.prompt_tokens,
             "prefix_cache_hits": stats.cached_tokens,
             "engine_steps": stats.steps,
