@@ -850,6 +850,7 @@ def _versions() -> dict[str, str]:
 def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What run.json gets at the end: losses, token counts, times (of this start, where it was resumed)."""
     seconds = time.perf_counter() - log.started
+    whole = len(log.losses) == trainer.state.global_step  # else this start saw the end of it alone
     return {
         "state": "finished",
         "steps": trainer.state.global_step,
@@ -859,7 +860,7 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, Any]) -
         "seconds": round(seconds, 2),
         "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
         "peak_memory_gib": round(hardware.peak_memory() / memory.GIB, 3),
-        "highest_learning_rate": log.highest_rate,
+        "highest_learning_rate": log.highest_rate if whole else None,
         "evaluation": dict(evaluation),
         **_best(trainer),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
