@@ -45,6 +45,11 @@ def main() -> int:
         raise OptionError("\n".join(found))
     config = read_config(run.model.model)
     shape = memory.Shape.of(config)
+    if not shape.counted:
+        raise ModelError(
+            f"config.json: model_type {shape.kind!r}, whose parameters are not counted; expected one of"
+            f" {', '.join(memory.COUNTED)}; finetune.py tunes it without a plan"
+        )
     counted = count_data(run) if run.data.data_path else {}
     for note in models.positions_note(config, counted.get("longest", run.data.model_max_length)):
         print(f"note: {note}", file=sys.stderr)
@@ -55,6 +60,7 @@ def main() -> int:
     answer: dict[str, Any] = {
         "model": run.model.model or "the demo model",
         "parameters": shape.parameters,
+        "active_parameters": shape.active,
         "method": run.method,
         "row_tokens": setup.row,
         "ranks": setup.ranks,
@@ -159,8 +165,10 @@ def length(run: Run, counted: dict[str, int], ranks: int) -> dict[str, int]:
 
 def describe(answer: dict[str, Any], have: memory.Room) -> str:
     """The plan for a person."""
+    active = answer["active_parameters"]
+    mixture = f" ({active:,} of them for one token)" if active < answer["parameters"] else ""
     lines = [
-        f"{answer['model']}: {answer['parameters']:,} parameters; a row of {answer['row_tokens']:,} tokens,"
+        f"{answer['model']}: {answer['parameters']:,} parameters{mixture}; a row of {answer['row_tokens']:,} tokens,"
         f" {answer['ranks']} process(es); {have}",
         f"{'method':7}{'engine':15}{'again':6}{'trained':>15}{'weights':>9}{'grads':>8}{'optim':>8}"
         f"{'activ':>8}{'loss':>7}{'total':>8}  GiB a process",

@@ -46,41 +46,54 @@ MOMENTS = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 4.0, "lomo": 0.0}
 # ------------------------------------------------------------------------------------------------ the model
 
 
+# Model types whose parameters are counted; of any other nothing is guessed.
+COUNTED = ("qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "mixtral")
+MIXTURES = COUNTED[4:]
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What config.json says of a Qwen2-, Qwen3- or Llama-like model."""
+    """What config.json says of a Qwen2-, Qwen3-, Llama- or Mistral-like model, dense or a mixture of experts."""
 
     kind: str
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head: int  # width of one head
-    words: int
-    tied: bool
-    biases: int  # in one layer
-    norms: int  # weights of norms in one layer
-    stored: int  # bytes of a weight in the file
+    hidden: int = 0
+    inner: int = 0  # width of a dense layer's MLP
+    layers: int = 0
+    heads: int = 1
+    kv_heads: int = 1
+    head: int = 0  # width of one head
+    words: int = 0
+    tied: bool = False
+    biases: int = 0  # in one layer
+    norms: int = 0  # weights of norms in one layer
+    stored: int = 4  # bytes of a weight in the file
+    experts: int = 0  # in each sparse layer
+    chosen: int = 0  # of them for a token
+    expert: int = 0  # width of one
+    shared: int = 0  # width of the one that every token passes
+    sparse: frozenset[int] = frozenset()  # the layers that have experts
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """Raises ModelError where a field that decides the size is missing."""
         config = config.get("text_config") or config
+        kind = str(config.get("model_type", "?"))
+        if kind not in COUNTED:
+            return cls(kind)
         try:
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             inner, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
             words = int(config["vocab_size"])
+            mixture = _mixture(kind, config, layers) if kind in MIXTURES else {}
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"config.json: {error} is missing or no number; expected a Qwen2-like model"
             ) from None
-        kind = str(config.get("model_type", "?"))
         kv_heads = int(config.get("num_key_value_heads") or heads)
-        head = int(config.get("head_dim") or hidden // heads)
+        # What transformers takes where the file says nothing.
+        head = int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        bias = bool(config.get("attention_bias", kind == "qwen2"))
-        o_bias = bias and kind != "qwen2"  # Llama's attention_bias covers the output projection too
+        qkv, out, mlp = _biases(kind, config)
         return cls(
             kind=kind,
             hidden=hidden,
@@ -90,11 +103,17 @@ class Shape:
             kv_heads=kv_heads,
             head=head,
             words=words,
-            tied=bool(config.get("tie_word_embeddings", kind in ("qwen2", "qwen3") and hidden < 2048)),
-            biases=((heads + 2 * kv_heads) * head if bias else 0) + (hidden if o_bias else 0),
-            norms=2 * hidden + (2 * head if kind == "qwen3" else 0),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            biases=qkv * (heads + 2 * kv_heads) * head + out * hidden + mlp * (2 * inner + hidden),
+            norms=2 * hidden + (2 * head if kind in ("qwen3", "qwen3_moe") else 0),
             stored=2 if dtype in ("bfloat16", "float16") else 4,
+            **mixture,
         )
+
+    @property
+    def counted(self) -> bool:
+        """Whether this type's parameters are counted; else every size here is 0."""
+        return self.kind in COUNTED
 
     @property
     def query(self) -> int:
@@ -105,28 +124,46 @@ class Shape:
         return self.kv_heads * self.head
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each linear layer of a block, by its name in the model."""
-        hidden, inner = self.hidden, self.inner
-        return {
+    def widest(self) -> int:
+        """Of the MLPs: how many values a token has between their matrices, its experts side by side."""
+        sparse = self.chosen * self.expert + self.shared if self.sparse else 0
+        return max(sparse, self.inner if len(self.sparse) < self.layers else 0)
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(in, out) of each linear layer of a block, by its name in the model; experts are not linear layers."""
+        hidden = self.hidden
+        found = {
             "self_attn.q_proj": (hidden, self.query),
             "self_attn.k_proj": (hidden, self.key),
             "self_attn.v_proj": (hidden, self.key),
             "self_attn.o_proj": (self.query, hidden),
-            "mlp.gate_proj": (hidden, inner),
-            "mlp.up_proj": (hidden, inner),
-            "mlp.down_proj": (inner, hidden),
+        }
+        prefix, inner = "mlp", self.inner
+        if layer in self.sparse:
+            prefix, inner = "mlp.shared_expert", self.shared
+            if not inner:
+                return found
+            found["mlp.shared_expert_gate"] = (hidden, 1)
+        return found | {
+            f"{prefix}.gate_proj": (hidden, inner),
+            f"{prefix}.up_proj": (hidden, inner),
+            f"{prefix}.down_proj": (inner, hidden),
         }
 
-    @property
-    def block(self) -> int:
+    def block(self, layer: int) -> int:
         """Parameters of one layer."""
-        return sum(a * b for a, b in self.linears.values()) + self.biases + self.norms
+        experts = self.experts * (3 * self.hidden * self.expert + self.hidden) if layer in self.sparse else 0
+        return experts + sum(a * b for a, b in self.linears(layer).values()) + self.biases + self.norms
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest layer."""
+        return max(self.block(layer) for layer in range(self.layers))
 
     @property
     def in_linears(self) -> int:
         """Parameters that 4 bits hold in Q-LoRA: the linear layers' weights."""
-        return self.layers * sum(a * b for a, b in self.linears.values())
+        return sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
 
     @property
     def embedding(self) -> int:
@@ -134,7 +171,39 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.block + self.hidden + self.embedding * (1 if self.tied else 2)
+        blocks = sum(self.block(layer) for layer in range(self.layers))
+        return blocks + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token passes: of the experts only those chosen for it."""
+        return (
+            self.parameters - len(self.sparse) * (self.experts - self.chosen) * 3 * self.hidden * self.expert
+        )
+
+
+def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts, with what transformers takes where the file says nothing."""
+    if kind == "mixtral":
+        width, experts = int(config["intermediate_size"]), int(config.get("num_local_experts", 8))
+        every, dense, chosen = 1, frozenset[int](), int(config.get("num_experts_per_tok", 2))
+    else:
+        width = int(config["moe_intermediate_size"])
+        experts = int(config["num_experts" if "num_experts" in config else "num_local_experts"])
+        every, chosen = int(config.get("decoder_sparse_step", 1)), int(config["num_experts_per_tok"])
+        dense = frozenset(config.get("mlp_only_layers") or ())
+    shared = int(config["shared_expert_intermediate_size"]) if kind == "qwen2_moe" else 0
+    sparse = frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0)
+    found = {"experts": experts, "chosen": chosen, "expert": width, "shared": shared}
+    return {**found, "sparse": sparse if experts else frozenset()}
+
+
+def _biases(kind: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """Whether queries, keys and values, the attention's output, and the MLP have biases."""
+    if kind in ("qwen2", "qwen2_moe"):
+        return kind == "qwen2" or bool(config.get("qkv_bias", True)), False, False
+    attention = bool(config.get("attention_bias", False)) and kind not in ("mistral", "mixtral")
+    return attention, attention, kind == "llama" and bool(config.get("mlp_bias", False))
 
 
 # -------------------------------------------------------------------------------------------------- the run
@@ -260,12 +329,32 @@ def trainable(shape: Shape, setup: Setup) -> int:
     if setup.method == "full":
         return shape.parameters
     total = 0
-    for name, (width_in, width_out) in shape.linears.items():
-        for layer in range(shape.layers):
-            if _targeted(f"model.layers.{layer}.{name}", setup.lora_targets):
+    for layer in range(shape.layers):
+        where = f"model.layers.{layer}"
+        for name, (width_in, width_out) in shape.linears(layer).items():
+            if _targeted(f"{where}.{name}", setup.lora_targets):
                 total += setup.lora_r * (width_in + width_out) + (width_out if setup.dora else 0)
+        if layer in shape.sparse:
+            total += setup.lora_r * _in_experts(shape, where, setup.lora_targets)
     if setup.lora_bias != "none":
         total += shape.layers * shape.biases
+    return total
+
+
+def _in_experts(shape: Shape, where: str, targets: tuple[str, ...]) -> int:
+    """Parameters of an adapter over a layer's experts for each of its ranks, as peft 0.21 makes it.
+
+    Its all-linear reaches the router and the experts of Qwen3's and Mixtral's mixtures, not Qwen2's; gate and up
+    are one tensor there, so both get an adapter over both.
+    """
+    if shape.kind == "qwen2_moe":
+        return 0
+    hidden, width, experts = shape.hidden, shape.expert, shape.experts
+    total = hidden + experts if targets == ("all-linear",) else 0
+    gate, up, down = ("w1", "w3", "w2") if shape.kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    for name, widths in ((gate, hidden + 2 * width), (up, hidden + 2 * width), (down, width + hidden)):
+        if _targeted(f"{where}.mlp.experts.{name}", targets):
+            total += experts * widths
     return total
 
 
@@ -349,6 +438,7 @@ def _four_bit_weights(shape: Shape) -> int:
 def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer, of them on the host where they are offloaded)."""
     split = setup.ranks if setup.zero >= 2 else 1
+    split_states = setup.ranks if setup.zero >= 1 else 1  # ZeRO-1 splits the optimizer alone
     pure_half = setup.half and setup.device == "cuda" and (setup.zero > 0 or setup.method != "full")
     size = 2 if pure_half else 4
     frozen = shape.parameters if setup.method != "full" else 0
@@ -361,9 +451,9 @@ def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int
     gradients = (own * learnt) // split
     if setup.zero == 0 and setup.ranks > 1:
         gradients *= 2  # DDP's buckets hold them once more
-    optimizer = int(setup.moments * learnt) // split
+    optimizer = int(setup.moments * learnt) // split_states
     if setup.zero:
-        optimizer += 4 * learnt // split  # DeepSpeed's own float32 copy
+        optimizer += 4 * learnt // split_states  # DeepSpeed's own float32 copy
         if setup.zero == 2 and setup.device == "cpu":
             gradients += 2 * own * learnt // split  # flattened for the step; gloo's copy of what is gathered
     if not pure_half and setup.half:
@@ -379,38 +469,67 @@ def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int
 
 def _gathered(shape: Shape) -> int:
     """Weights that a rank holds whole under ZeRO-3: those in use, and as many of the others as may stay."""
-    return max(shape.embedding + 2 * shape.block, min(shape.parameters, LIVE))
+    return max(shape.embedding + 2 * shape.largest, min(shape.parameters, LIVE))
 
 
-def layer_bytes(shape: Shape, setup: Setup) -> int:
+def layer_bytes(shape: Shape, setup: Setup, *, sparse: bool = False) -> int:
     """What one layer keeps of one token until backward, counted tensor by tensor."""
     a = 2 if setup.half else 4
-    hidden, inner, query, key = shape.hidden, shape.inner, shape.query, shape.key
+    hidden, query, key = shape.hidden, shape.query, shape.key
+    inner = shape.shared if sparse else shape.inner
     attention = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
     # A norm keeps its float32 input and its output (what the linears read), where it learns the normalised
     # input too. The MLP keeps gate, silu(gate), up and their product; fused it keeps gate and up.
     norms = 2 * hidden * (4 + a)
+    normed = query + key if shape.kind in ("qwen3", "qwen3_moe") else 0  # queries and keys have norms too
+    attention += 4 * normed + (a * normed if setup.method == "full" and not setup.lean else 0)
     mlp = (2 if setup.lean else 4) * a * inner
+    experts = _expert_bytes(shape, setup, a) if sparse else 0
     if setup.method == "full":
-        return attention + norms + (0 if setup.lean else 2 * hidden * a) + mlp + 8
+        return attention + norms + (0 if setup.lean else 2 * hidden * a) + mlp + experts + 8
     lora = 7 * setup.lora_r * a
     if setup.lora_dropout == 0:
-        return attention + norms + mlp + lora + 8
+        return attention + norms + mlp + experts + lora + 8
     # With dropout each adapted layer keeps its own input (after dropout) and the noise instead: of q, k, v,
     # gate, up over `hidden`, of o over `query`, of down over `inner`.
     noise = 1 if setup.device == "cuda" else a
     dropped = (a + noise) * (5 * hidden + query + inner)
     mlp -= 0 if setup.lean else a * inner
-    return attention + 2 * hidden * 4 + mlp + dropped + lora + 8
+    return attention + 2 * hidden * 4 + mlp + experts + dropped + lora + 8
+
+
+def _expert_bytes(shape: Shape, setup: Setup, a: int) -> int:
+    """What the experts chosen for one token keep: gate, silu(gate), up, the output; their input and product too
+    where they learn; the router's float32 shares, and which token went where.
+    """
+    learns = setup.method == "full" or _remade(shape, setup) > 0
+    each = a * (2 * shape.hidden + 4 * shape.expert if learns else shape.hidden + 3 * shape.expert) + 32
+    return shape.chosen * each + 8 * shape.experts + (a * (shape.hidden + 1) if shape.shared else 0)
+
+
+def _remade(shape: Shape, setup: Setup) -> int:
+    """Bytes of one layer's experts with their adapter: peft adds the two up and keeps the sum for backward."""
+    if setup.method == "full" or not shape.sparse:
+        return 0
+    if not _in_experts(shape, f"model.layers.{min(shape.sparse)}", setup.lora_targets):
+        return 0
+    return (2 if setup.half else 4) * 3 * shape.experts * shape.hidden * shape.expert
 
 
 def activations(shape: Shape, setup: Setup) -> int:
     """What a row's forward keeps, and what backward adds while it walks through one layer."""
     a = 2 if setup.half else 4
-    layer = layer_bytes(shape, setup)
-    walking = a * (3 * shape.inner + 2 * shape.hidden)
-    kept = shape.layers * a * shape.hidden + layer if setup.checkpointing else shape.layers * layer
+    dense, sparse = layer_bytes(shape, setup), layer_bytes(shape, setup, sparse=True)
+    wide = len(shape.sparse)
+    walking = a * (3 * shape.widest + 2 * shape.hidden)
+    kept = wide * sparse + (shape.layers - wide) * dense
+    if setup.checkpointing:
+        kept = shape.layers * a * shape.hidden + max(
+            sparse if wide else 0, dense if wide < shape.layers else 0
+        )
     total = setup.row * (kept + walking + a * shape.hidden)
+    # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).
+    total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else wide))
     if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
         total += HOLES[0] + int(HOLES[1] * total)
     return total
@@ -471,6 +590,13 @@ class Verdict:
 def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -> Verdict:
     """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation."""
     asked = run.train.gradient_checkpointing
+    if not shape.counted:
+        line = (
+            f"plan: none for a model of type {shape.kind!r}, whose parameters are not counted"
+            f" (counted: {', '.join(COUNTED)}); gradient checkpointing {'on' if asked else 'off'}"
+            f" ({'takes less memory' if asked == 'auto' else 'as asked'})"
+        )
+        return Verdict(bool(asked), Need(*[0] * 10), row, line, None)
     setup = setup_of(run, row, supervised)
     have = room(setup)
     plain, again = need(shape, setup), need(shape, replace(setup, checkpointing=True))
@@ -579,6 +705,8 @@ def result_bytes(shape: Shape, setup: Setup) -> int:
 
 def disk_needed(shape: Shape, run: Run) -> int:
     """Bytes at the worst moment: a checkpoint is written before the oldest one is removed."""
+    if not shape.counted:
+        return 0  # not known; a full disk is told when it happens
     setup = setup_of(run, 1, 1)
     kept = 0 if run.train.save_strategy == "no" else (run.train.save_total_limit or 3) + 1
     return result_bytes(shape, setup) + kept * checkpoint_bytes(shape, setup)

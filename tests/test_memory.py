@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION
 from shapes import QWEN2_5_HALF_BILLION as CONFIG
-from shapes import QWEN2_5_SEVEN_BILLION
 
 from qwen_chat import arguments, hardware, memory, models
 from qwen_chat.errors import ModelError
@@ -119,6 +119,111 @@ def test_parameters_are_the_published_counts() -> None:
     assert Shape.of(smol).parameters == 134_515_008  # SmolLM2-135M
 
 
+def model_of(config: dict[str, Any]) -> Any:
+    """What transformers makes of a config.json, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_shape_is_counted_exactly(name: str) -> None:
+    config, published = PUBLISHED[name]
+    assert Shape.of(config).parameters == published
+    assert sum(p.numel() for p in model_of(config).parameters()) == published
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
+        {"attention_bias": True, "qkv_bias": False},
+        {"num_experts": 0, "mlp_only_layers": None},
+    ],
+)
+def test_which_layers_have_experts(kind: str, more: dict[str, Any]) -> None:
+    if kind == "mixtral" and "num_experts" in more:
+        return  # it has no dense layers
+    small = MIXTURE | {"model_type": kind} | more
+    if "num_experts" in more:
+        del small["num_local_experts"]  # the same field for Qwen3's mixture
+    shape = Shape.of(small)
+    assert shape.parameters == sum(p.numel() for p in model_of(small).parameters())
+    passed = [n for n in range(4) if n in shape.sparse]
+    assert shape.active == shape.parameters - len(passed) * (4 - 2) * 3 * 64 * shape.expert
+
+
+MIXTURE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("qwen2_moe", "all-linear"),
+        ("qwen2_moe", "q_proj gate_proj"),
+        ("qwen2_moe", r".*mlp\..*_proj"),
+        ("qwen3_moe", "all-linear"),
+        ("qwen3_moe", "q_proj v_proj"),
+        ("qwen3_moe", "gate_proj up_proj down_proj"),
+        ("mixtral", "all-linear"),
+    ],
+)
+def test_an_adapter_over_experts_is_counted_as_peft_makes_it(kind: str, targets: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = MIXTURE | {"model_type": kind}
+    chosen: Any = targets.split() if " " in targets else targets
+    wrapped = get_peft_model(
+        model_of(config), LoraConfig(r=8, target_modules=chosen, lora_dropout=0, task_type="CAUSAL_LM")
+    )
+    learnt = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    setup = Setup(method="lora", lora_r=8, lora_targets=tuple(targets.split()))
+    assert memory.trainable(Shape.of(config), setup) == learnt
+
+
+def test_a_mixture_needs_memory_and_disk_for_all_its_experts() -> None:
+    """Of Qwen3-30B-A3B 3.35 in 30.5 thousand million weights are used for one token; all of them lie in memory."""
+    shape = Shape.of(PUBLISHED["Qwen3-30B-A3B"][0])
+    attention = 2 * 2048 * 4096 + 2 * 2048 * 512 + 2 * 128
+    layer = attention + 2 * 2048 + 128 * 2048 + 8 * 3 * 2048 * 768
+    assert shape.active == 48 * layer + 2 * 151936 * 2048 + 2048
+    lora = Setup(method="lora", device="cuda", half=True, row=2048, checkpointing=True)
+    assert memory.need(shape, lora).weights > 2 * shape.parameters
+    four_bits = memory.need(shape, replace(lora, method="qlora"))
+    assert four_bits.weights > 4 * 0.9 * shape.parameters  # no linear layers: experts stay float32 in 4 bits
+    assert memory.disk_needed(shape, run_of()) > 4 * shape.parameters
+
+
+def test_of_a_type_that_is_not_counted_nothing_is_guessed(tmp_path: Path) -> None:
+    shape = Shape.of({"model_type": "phi3", "hidden_size": 64})
+    assert not shape.counted
+    verdict = memory.decide(run_of(), shape, row=512, supervised=512, longest=512)
+    assert verdict.refusal is None
+    assert verdict.checkpointing
+    assert "plan: none for a model of type 'phi3'" in verdict.line
+    off = memory.decide(run_of("--gradient_checkpointing", "False"), shape, row=1, supervised=1, longest=1)
+    assert not off.checkpointing
+    assert memory.disk_needed(shape, run_of()) == 0
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_agree_with_transformers_and_peft(kind: str, tied: bool) -> None:
@@ -157,24 +262,48 @@ def test_a_layer_keeps_what_autograd_saves(method: str, dropout: float, lean: bo
     assert sizes[1] - sizes[0] == 64 * memory.layer_bytes(shape, setup)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_layer_of_experts_keeps_about_what_is_planned(kind: str, method: str) -> None:
+    """Within 2 % for each token (the loop over the experts is transformers'), and the experts made anew once."""
+    config = MIXTURE | {"model_type": kind}
+    shape = Shape.of(config)
+    setup = Setup(method=method, lora_r=8, lora_dropout=0)  # type: ignore[arg-type]
+    few, many = (
+        _saved(3, method, 0.0, False, config, tokens) - _saved(2, method, 0.0, False, config, tokens)
+        for tokens in (64, 96)
+    )
+    token = (many - few) / 32
+    assert token == pytest.approx(memory.layer_bytes(shape, setup, sparse=True), rel=0.02)
+    assert few - 64 * token == pytest.approx(memory._remade(shape, setup), rel=0.02, abs=16)
+
+
 def _tiny(layers: int) -> dict[str, Any]:
     small = CONFIG | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": layers}
     return small | {"num_attention_heads": 4, "vocab_size": 100}
 
 
-def _saved(layers: int, method: str, dropout: float, lean: bool) -> int:
-    """Bytes that autograd keeps of a row of 64 tokens, weights left out."""
+def _saved(
+    layers: int,
+    method: str,
+    dropout: float,
+    lean: bool,
+    config: dict[str, Any] | None = None,
+    tokens: int = 64,
+) -> int:
+    """Bytes that autograd keeps of one row, weights left out."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from qwen_chat import attention, fused, matmul
     from qwen_chat.loss import ModelLoss
 
-    config = {k: v for k, v in _tiny(layers).items() if k not in ("model_type", "torch_dtype")}
+    config = (config or _tiny(layers)) | {"num_hidden_layers": layers}
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")}
     name = attention.register()
     model: Any = AutoModelForCausalLM.from_config(
-        Qwen2Config(**config), attn_implementation=name, dtype=torch.float32
+        AutoConfig.for_model(config["model_type"], **fields), attn_implementation=name, dtype=torch.float32
     )
     if method == "lora":
         lora = LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -183,8 +312,8 @@ def _saved(layers: int, method: str, dropout: float, lean: bool) -> int:
         fused.install(model, matmul.Choice("torch", "").product)
     model.train()
     loss = ModelLoss(model)
-    ids = torch.arange(64)[None]
-    batch = {"input_ids": ids, "position_ids": ids, "segments": torch.tensor([[0, 64, 64]])}
+    ids = torch.arange(tokens)[None] % 100
+    batch = {"input_ids": ids, "position_ids": ids, "segments": torch.tensor([[0, tokens, tokens]])}
     batch |= {"logits_to_keep": torch.arange(4), "labels": ids[:, :4], "shift_labels": ids[:, :4]}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import QWEN2_5_SEVEN_BILLION
+from shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "finetune" / "plan.py"
@@ -62,6 +62,25 @@ def test_seven_billion_on_one_small_gpu(seven: Path) -> None:
     done = plan(*words, "--gpu_gib", "4")
     assert done.returncode == 2
     assert answer(done)["recommended"] is None
+
+
+def test_a_mixture_of_experts_is_counted_whole(tmp_path: Path) -> None:
+    """57 GiB of weights in bfloat16: no adapter over it fits one small GPU unless the weights lie in main memory."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-30B-A3B"][0]))
+    words = ["-m", str(tmp_path), "--use_lora", "True", "--gpu_gib", "24", "--json"]
+    done = plan(*words)
+    found = answer(done)
+    assert (found["parameters"], found["active_parameters"]) == (30_532_122_624, 3_353_032_704)
+    assert {one["engine"] for one in found["rows"] if one["fits"]} <= {"zero3", "zero3+offload"}
+    assert not row(found, "lora", "none", True)["fits"]
+    assert "parameters (3,353,032,704 of them for one token)" in done.stderr
+
+
+def test_a_type_that_is_not_counted_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "hidden_size": 64}))
+    done = plan("-m", str(tmp_path))
+    assert done.returncode == 2
+    assert "model_type 'phi3', whose parameters are not counted; expected one of qwen2" in done.stderr
 
 
 def test_with_data_it_counts_the_run(demo_model_path: Path) -> None:
