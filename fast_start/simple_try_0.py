@@ -82,12 +82,13 @@ def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> str:
     """Stream one answer to standard output; returns it whole."""
     from qwen_chat.sampling import GenerationRequest
 
+    adapter = "adapter" if chosen.adapter else None
     request = GenerationRequest(
-        engine.fmt.prompt_ids(messages),
+        engine.format_of(adapter).prompt_ids(messages),
         max_tokens=chosen.max_new_tokens,
         temperature=chosen.temperature,
         seed=chosen.seed,
-        adapter="adapter" if chosen.adapter else None,
+        adapter=adapter,
     )
     generation = engine.submit(request)
     pieces: list[str] = []

@@ -38,7 +38,9 @@ class ModelArguments:
         "-m",
         "--model_name_or_path",
     )
-    adapter: tuple[str, ...] = option((), "a LoRA adapter as NAME=DIR, asked for by NAME; several: repeat it")
+    adapter: tuple[str, ...] = option(
+        (), "a LoRA adapter: NAME=DIR, asked for by NAME, or DIR, named after the folder; several: repeat it"
+    )
     name: str | None = option(None, "what clients call the model; the folder's or hub's name without it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type; float32 on a CPU")
     quantize: Literal["int8"] | None = option(None, "int8: smaller and faster on a CPU, a little less exact")
@@ -119,10 +121,14 @@ def serve(
     from qwen_chat.engine import load_engine
     from qwen_chat.gate import LOOPBACK_HOSTS
     from qwen_chat.intake import SamplingDefaults, recommended_sampling
-    from qwen_chat.service import ServiceSettings, adapter_format, create_app
+    from qwen_chat.service import ServiceSettings, create_app
 
     folder = models.resolve(base)
-    formats = {name: fmt for name, where in adapters.items() if (fmt := adapter_format(where)) is not None}
+    name = model.name or served_name(base, folder)
+    if name in adapters:
+        raise OptionError(
+            f"--adapter {name}: the model has this name; choose another (NAME=DIR), or give --name"
+        )
     engine = load_engine(
         folder,
         adapters=adapters,
@@ -132,7 +138,8 @@ def serve(
         max_batch=limits.max_batch,
         cache_tokens=limits.cache_tokens,
     )
-    name = model.name or served_name(base, folder)
+    if not engine.serves_base and model.name is not None:
+        raise OptionError(f"--name {name}: the base is not served beside {', '.join(adapters)}; leave it out")
     settings = ServiceSettings(
         model_name=name,
         sampling=recommended_sampling(folder),
@@ -148,10 +155,9 @@ def serve(
         log=log,
         hosts=None if keys or service.allow_without_key else {*LOOPBACK_HOSTS, service.host},
         cors_origins=service.cors_origin,
-        adapter_formats=formats,
     )
     port = listener.getsockname()[1]
-    say(f"model {name} ({folder})")
+    say(f"model {name} ({folder})" + ("" if engine.serves_base else ": not served itself"))
     for line in (*engine.decisions, *(f"adapter {known} ({adapters[known]})" for known in adapters)):
         say(line)
     if model.quantize:
@@ -160,7 +166,8 @@ def serve(
         say(f"sampling {settings.sampling} (the model's generation_config.json; a request's own values win)")
     say(f"log {log.path}")
     say(f"listening on http://{shown_host(service.host)}:{port} (Ctrl-C ends it); try:")
-    say(example_curl(shown_host(service.host), port, name, bool(keys)))
+    asked = name if engine.serves_base else next(iter(adapters))
+    say(example_curl(shown_host(service.host), port, asked, bool(keys)))
     http_server.serve(app, listener, drain_seconds=limits.drain_seconds)
     log.close()
     return 0
@@ -223,13 +230,17 @@ def check_engine(service: ServiceArguments, limits: LimitArguments, vllm: VllmAr
 
 
 def read_adapters(words: Sequence[str]) -> dict[str, Path]:
-    """`NAME=DIR` each; NAME is what clients ask for."""
+    """`NAME=DIR`, or `DIR` alone, which is asked for by the folder's name."""
     found: dict[str, Path] = {}
     for word in words:
+        whole = Path(word).expanduser()
         name, equals, folder = word.partition("=")
-        if not equals or not name or not folder:
+        if whole.is_dir():
+            name, folder = whole.resolve().name, word
+        elif not equals or not name or not folder:
             raise OptionError(
-                f"--adapter {word}: expected NAME=DIR, such as mine=finetune/io_file/output_data/run"
+                f"--adapter {word}: expected NAME=DIR or a folder that is there, such as "
+                "mine=finetune/io_file/output_data/run"
             )
         if name in found or name == "default":
             raise OptionError(f"--adapter {name}: the name is taken; choose another")

@@ -205,8 +205,11 @@ def load_and_score(
         trust_remote_code=chosen.trust_remote_code,
     )
     rank_zero(f"{side.name}: {'; '.join(loaded.decisions)}")
-    # Merged, an adapter costs nothing while decoding; in float32 the logits agree to about 1e-5.
-    model = loaded.model if side.adapter is None else loaded.model.merge_and_unload()
+    model = loaded.model
+    if side.adapter is not None:  # merged, an adapter costs nothing while decoding
+        model, _ = models.merge(
+            model, loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
+        )
     fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style)
     tokens = token_cache.tokenise(data, fmt, max_length=options.model_max_length, too_long="drop")
     wanted = {data.where(i) for i in range(count(data, options))}

@@ -1,4 +1,4 @@
-"""LoRA and Q-LoRA: wrap a model, save what was learnt, merge it back (verified).
+"""LoRA and Q-LoRA: wrap a model, save what was learnt. (Loading and merging: models.py.)
 
 In: a loaded model and the adapter's flags. Out: the same model, in which only the adapter learns; a folder
 that peft, vLLM and llama.cpp read over the untouched base. Loading one is `models.load_adapter`.
@@ -17,7 +17,19 @@ import torch
 
 from qwen_chat import models
 from qwen_chat.arguments import LoraArguments
-from qwen_chat.errors import ModelError, OptionError
+from qwen_chat.errors import OptionError
+from qwen_chat.models import merge
+
+__all__ = [
+    "CHAT_MARKS",
+    "Wrapped",
+    "lora_config",
+    "merge",
+    "optimizer_groups",
+    "save",
+    "trainable_rows",
+    "wrap",
+]
 
 CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 Tensors = dict[str, torch.Tensor]
@@ -193,7 +205,7 @@ def optimizer_groups(model: Any, rate: float, ratio: float, weight_decay: float)
     return [group for group in groups if group["params"]]
 
 
-# -------------------------------------------------------------------------------------------- save and merge
+# ---------------------------------------------------------------------------------------------------- save
 
 
 def save(
@@ -243,24 +255,3 @@ def _adapter_tensors(model: Any) -> Tensors:
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def merge(model: Any, probe: Sequence[int], *, tolerance: float = 1e-4) -> tuple[Any, float]:
-    """The base with the adapter added into its weights, and how far its logits moved.
-
-    `probe`: token ids. The largest difference of a logit, divided by the largest logit, must stay below
-    `tolerance` (float32); ModelError otherwise.
-    """
-    ids = torch.tensor([list(probe)], device=model.device)
-    model.eval()
-    with torch.no_grad():
-        before = model(input_ids=ids).logits.float()
-        merged = model.merge_and_unload(safe_merge=True)
-        after = merged(input_ids=ids).logits.float()
-    difference = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-    if not difference <= tolerance:
-        raise ModelError(
-            f"the merged model's logits differ by {difference:.2e} of the largest; expected at most "
-            f"{tolerance:.0e}: merge over the base in float32"
-        )
-    return merged, difference

@@ -359,6 +359,7 @@ def _places(body: Any, tied: bool, dtype: torch.dtype) -> Places:
         layers=len(body.layers),
         inputs={name: module.in_features for name, module in modules.items()},
         outputs={name: module.out_features for name, module in modules.items()},
+        vocabulary=body.embed_tokens.weight.shape[0],
         width=body.embed_tokens.weight.shape[1],
         dtype=dtype,
         biases=tuple(biases),

@@ -27,11 +27,12 @@ import torch
 
 from qwen_chat import hardware
 from qwen_chat.decoder import Decoder, Segment
-from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.generation import ENGINE_FAILED, Completion, FinishReason, Generation, TokenEvent, TokenLogprob
 from qwen_chat.grammar import Grammar, GrammarTokenizer, Matcher
 from qwen_chat.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
-from qwen_chat.lora import Lora, NotBeside
+from qwen_chat.lora import Lora, why_merged
+from qwen_chat.quantize import check_dtype
 from qwen_chat.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
 from qwen_chat.threads import apart
 
@@ -96,6 +97,7 @@ class _Row:
     generation: Generation
     sampler: Sampler
     text: StopText
+    token_text: TokenText
     tokens: list[int]
     end: int  # length of `tokens` at which max_tokens or the context is reached
     stop_ids: frozenset[int]
@@ -114,6 +116,26 @@ class _Row:
         return self.lora.number if self.lora else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What answers under an adapter's name, and its own way between text and tokens (None: the base's)."""
+
+    lora: Lora | None  # None: merged into the base
+    fmt: ChatFormat | None = None
+    token_text: TokenText | None = None
+
+    @staticmethod
+    def read(folder: Path, lora: Lora | None) -> _Adapter:
+        """With the format that it was saved with. Raises ModelError, FormatError where that cannot be used."""
+        if not (folder / "tokenizer_config.json").is_file():
+            return _Adapter(lora)
+        from qwen_chat.chatml import ChatFormat
+        from qwen_chat.models import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+        return _Adapter(lora, ChatFormat(tokenizer), TokenText(tokenizer))
+
+
 class Engine:
     """Serves requests over one model.
 
@@ -125,7 +147,9 @@ class Engine:
         cache_tokens: tokens that the prefix cache may hold, at most an eighth of the free memory; 0 = off.
         prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
         adapters: name -> folder of a LoRA adapter.
-        stop_token_ids, stop_strings: end every reply, beside a request's own; None = the model's.
+        serves_base: False: only adapters may be asked for (the base has no chat format of its own).
+        fmt: the base's chat format; None = made of `tokenizer` when it is asked for.
+        stop_token_ids, stop_strings: end every reply, beside a request's own and its format's; None = the model's.
         on_failure: called in the engine's thread, after a step raised; it may call `start()`.
     """
 
@@ -142,6 +166,7 @@ class Engine:
         cache_tokens: int = 16_384,
         prefill_tokens: int = 128,
         adapters: Mapping[str, Path] | None = None,
+        serves_base: bool = True,
         stop_token_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         on_failure: Callable[[BaseException], None] | None = None,
@@ -159,6 +184,7 @@ class Engine:
         )
         self.stop_strings = tuple(stop_strings)
         self._fmt = fmt
+        self._base_stops = () if fmt is None else fmt.stop_strings
         fits, cache_tokens = _memory_tokens(self.decoder.kv_shape.token_bytes, cache_tokens)
         self.kv_tokens = kv_tokens or fits
         self._token_text = TokenText(tokenizer)
@@ -166,7 +192,9 @@ class Engine:
         self._kv = KVStore(self.decoder.kv_shape)
         self._grammars: GrammarTokenizer | None = None
         self._grammar_lock = threading.Lock()
-        self._adapters: dict[str, Lora | None] = {}  # None: merged into the base
+        self._adapters: dict[str, _Adapter] = {}
+        self._merged: str | None = None  # the adapter that is part of the model
+        self._serves_base = serves_base
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._wakeup = threading.Condition()
@@ -222,12 +250,22 @@ class Engine:
 
     @property
     def fmt(self) -> ChatFormat:
-        """The chat format of this engine's tokenizer."""
+        """The base's chat format, whatever adapters there are. Raises FormatError where it has none."""
         if self._fmt is None:
             from qwen_chat.chatml import ChatFormat
 
             self._fmt = ChatFormat(self.tokenizer)
         return self._fmt
+
+    def format_of(self, adapter: str | None) -> ChatFormat:
+        """The chat format under which an adapter was trained; the base's for one saved without, and for None."""
+        known = None if adapter is None else self._adapters.get(adapter)
+        return self.fmt if known is None or known.fmt is None else known.fmt
+
+    @property
+    def serves_base(self) -> bool:
+        """Whether the base answers beside the adapters; False where one is merged into it."""
+        return self._serves_base and self._merged is None
 
     @property
     def context_length(self) -> int:
@@ -253,20 +291,30 @@ class Engine:
         return tuple(self._adapters)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load (or replace) an adapter while others are served. Raises ModelError where it does not fit."""
-        self._adapters[name] = Lora(Path(folder), self.decoder.places)
+        """Load (or replace) an adapter, with its format, while others are served. Raises ModelError where it does
+        not fit."""
+        if self._merged is not None:
+            raise ModelError(
+                f"{folder}: {self._merged} is merged into this engine's base, which serves no other"
+            )
+        folder = Path(folder)
+        self._adapters[name] = _Adapter.read(folder, Lora(folder, self.decoder.places))
 
-    def name_merged(self, name: str) -> None:
-        """Let requests ask for `name`: an adapter that is part of the base already."""
-        self._adapters[name] = None
+    def name_merged(self, name: str, folder: Path | None = None) -> None:
+        """The model is the base with this adapter merged in: it answers under `name` alone, in the format that
+        lies in `folder`."""
+        self._adapters[name] = _Adapter(None) if folder is None else _Adapter.read(folder, None)
+        self._merged = name
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it finish with it."""
-        if name not in self._adapters:
-            raise ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
-        if self._adapters[name] is None:
+        if name == self._merged:
             raise ModelError(f"adapter {name!r} is merged into the base and cannot be unloaded")
-        del self._adapters[name]
+        if self._adapters.pop(name, None) is None:
+            raise self._no_adapter(name)
+
+    def _no_adapter(self, name: str) -> ModelError:
+        return ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its
@@ -304,9 +352,15 @@ class Engine:
                 if count
                 else ServiceError("the prompt is empty; expected at least one token")
             )
-        if request.adapter is not None and request.adapter not in self._adapters:
+        adapter = _Adapter(None)
+        if request.adapter is not None:
+            found = self._adapters.get(request.adapter)
+            if found is None:
+                raise self._no_adapter(request.adapter)
+            adapter = found
+        elif not self.serves_base:
             raise ModelError(
-                f"no adapter is called {request.adapter!r}; loaded: {', '.join(self._adapters) or 'none'}"
+                f"the base is not served here; ask for {' or '.join(self._adapters) or 'an adapter'}"
             )
         if not all(
             0 <= token < self.decoder.vocabulary for token in (*request.prompt_ids, *request.logit_bias)
@@ -315,15 +369,18 @@ class Engine:
         if request.max_tokens is not None and request.max_tokens < 1:
             raise OptionError(f"max_tokens is {request.max_tokens}; expected at least 1")
         matcher = None if request.grammar is None else self._matcher(request.grammar)
-        ends = frozenset() if request.ignore_eos else self.stop_token_ids
+        own = () if adapter.fmt is None else adapter.fmt.stop_token_ids
+        ends = frozenset() if request.ignore_eos else self.stop_token_ids.union(own)
+        stops = self._base_stops if adapter.fmt is None else adapter.fmt.stop_strings
         return _Row(
             generation=generation,
             sampler=Sampler(request, matcher),
-            text=StopText((*request.stop, *self.stop_strings)),
+            text=StopText((*request.stop, *stops, *self.stop_strings)),
+            token_text=adapter.token_text or self._token_text,
             tokens=list(request.prompt_ids),
             end=min(room, count + request.max_tokens) if request.max_tokens else room,
             stop_ids=ends | frozenset(request.stop_token_ids),
-            lora=None if request.adapter is None else self._adapters[request.adapter],
+            lora=adapter.lora,
             kv=self._kv.row(),
         )
 
@@ -489,7 +546,7 @@ class Engine:
         if token in row.stop_ids:
             reason = "stop"
         else:
-            text, stopped = row.text.feed(self._token_text.bytes_of(token))
+            text, stopped = row.text.feed(row.token_text.bytes_of(token))
             row.tokens.append(token)
             matcher = row.sampler.matcher
             if stopped or (matcher is not None and matcher.is_complete):
@@ -500,7 +557,7 @@ class Engine:
                 text += row.text.finish()
         if reason == "stop" and token in row.stop_ids:
             text = row.text.finish()
-        event = TokenEvent(text, (token,), self._logprobs(choice), reason)
+        event = TokenEvent(text, (token,), _logprobs(row, choice), reason)
         if reason is None:
             row.generation.put(event)
         else:
@@ -517,13 +574,6 @@ class Engine:
                 self._waiting.remove(row)
         row.generation.put(event)
 
-    def _logprobs(self, choice: Choice) -> tuple[TokenLogprob, ...]:
-        if choice.logprob is None:
-            return ()
-        name = self._token_text.name_of
-        top = tuple(TokenLogprob(*name(token), logprob) for token, logprob in choice.top)
-        return (TokenLogprob(*name(choice.token_id), choice.logprob, top),)
-
 
 @apart
 def load_engine(
@@ -537,38 +587,71 @@ def load_engine(
 ) -> Engine:
     """Load a model (as `models.resolve` finds it) and make an engine of it, not yet started.
 
-    Without a path, the base that a lone adapter names, else the demo model. A lone adapter's chat template is
-    the engine's; one that cannot run beside its base (DoRA, whole modules) is merged into it, if it is alone.
+    Without a path, the base that a lone adapter names, else the demo model. The base speaks in its own format,
+    each adapter in the one that it was saved with (`Engine.format_of`). An adapter that cannot run beside its
+    base (DoRA, whole modules, ...) is merged into it, if it is alone: then the base itself is not served.
 
     Args:
         dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.
+
+    Raises ModelError, and OptionError for a dtype that this CPU does not multiply.
     """
     from qwen_chat import models
     from qwen_chat.chatml import ChatFormat
 
+    kind, _ = models.choose_dtype(dtype, "cpu")
+    check_dtype(kind)
     folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
     lone = next(iter(folders.values())) if len(folders) == 1 else None
     if model_path is None and lone is not None:
         model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
-    loaded = models.load_model(path, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
-    own = lone is not None and (lone / "tokenizer_config.json").is_file()
-    tokenizer = models.load_tokenizer(lone) if lone is not None and own else loaded.tokenizer
-    fmt = ChatFormat(tokenizer)
-    options.setdefault("stop_strings", fmt.stop_strings)
-    options.setdefault("stop_token_ids", {*fmt.stop_token_ids, *_end_tokens(loaded.model, tokenizer)})
-    options |= {"fmt": fmt, "quantize": quantize, "decisions": (*loaded.decisions, *_decisions(quantize))}
-    model = loaded.model
+    reason = None if lone is None else why_merged(lone)
+    # A merge is exact in float32 alone.
+    loaded = models.load_model(
+        path,
+        dtype=dtype if reason is None else "float32",
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+    )
     try:
-        return Engine(model, tokenizer, adapters=folders, **options)
-    except NotBeside:
-        if lone is None:
+        fmt = ChatFormat(loaded.tokenizer)
+    except FormatError:
+        if not folders:
             raise
-    merged = models.load_adapter(model, lone).merge_and_unload()
-    options["decisions"] += (f"adapter {lone} is merged into its base (it cannot run beside it)",)
-    engine = Engine(merged, tokenizer, **options)
-    engine.name_merged(next(iter(folders)))
+        fmt = None  # a base model, whose adapters bring their format along
+    ends = {*(() if fmt is None else fmt.stop_token_ids), *_end_tokens(loaded.model, loaded.tokenizer)}
+    decisions = (*loaded.decisions, *_decisions(quantize))
+    options = {
+        "stop_token_ids": ends,
+        **options,
+        "fmt": fmt,
+        "quantize": quantize,
+        "serves_base": fmt is not None,
+    }
+    if lone is None or reason is None:
+        engine = Engine(loaded.model, loaded.tokenizer, adapters=folders, decisions=decisions, **options)
+        for name in folders:
+            engine.format_of(name)  # FormatError for one that has no format, like its base
+        return engine
+    probe = loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
+    merged, difference = models.merge(models.load_adapter(loaded.model, lone), probe)
+    decisions += (
+        f"adapter merged into its base, which is not served itself; logits moved by {difference:.0e} of the largest "
+        f"({reason.partition('; ')[0]})",
+    )
+    engine = Engine(merged.to(kind), loaded.tokenizer, decisions=decisions, **options)
+    engine.name_merged(next(iter(folders)), lone)
+    engine.format_of(next(iter(folders)))
     return engine
+
+
+def _logprobs(row: _Row, choice: Choice) -> tuple[TokenLogprob, ...]:
+    if choice.logprob is None:
+        return ()
+    name = row.token_text.name_of
+    top = tuple(TokenLogprob(*name(token), logprob) for token, logprob in choice.top)
+    return (TokenLogprob(*name(choice.token_id), choice.logprob, top),)
 
 
 def _say(error: Exception) -> str:

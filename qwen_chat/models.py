@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -189,7 +189,8 @@ def load_model(
 
 
 def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
-    """The model with an adapter over it; ModelError where the adapter belongs to another base."""
+    """The model with an adapter over it, all of it: ModelError where the adapter belongs to another base, or where
+    peft would pass over a part of it."""
     from peft import PeftModel
 
     base = adapter_base(adapter)
@@ -199,12 +200,80 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
             f"{adapter}: a checkpoint of a run with --lora_init {start}, whose base a random decomposition changed:"
             " over another one it is another model; give the finished run's folder, or go on with finetune.py"
         )
+    _check_keys(adapter)
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
+        loaded = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except Exception as error:  # peft, safetensors and what an initialisation needs: a dozen kinds
         raise ModelError(
             f"{adapter}: does not fit this model ({_line(error)}); its base is {base}: give that with -m"
         ) from None
+    _check_tensors(loaded, adapter)
+    return loaded
+
+
+def _check_keys(adapter: Path) -> None:
+    """peft passes over keys of a config that it does not know; ModelError where one of them is in use."""
+    from dataclasses import fields
+
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    file = adapter / "adapter_config.json"
+    config = _read_json(file)
+    kind = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(
+        str(config.get("peft_type"))
+    )
+    if kind is None:
+        raise ModelError(f"{file}: peft_type {config.get('peft_type')!r} is unknown; expected LORA")
+    known = {field.name for field in fields(kind)} | {"runtime_config"}
+    used = [key for key, value in config.items() if key not in known and value not in (None, False, {}, [])]
+    if used:
+        raise ModelError(
+            f"{file}: peft here does not know {', '.join(used)}; expected an adapter that it can load; "
+            "a newer peft saved it: install that one"
+        )
+
+
+def _check_tensors(loaded: Any, adapter: Path) -> None:
+    """peft passes over tensors that have no place, and leaves places without one as they began: ModelError."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as tensors:
+        saved = set(tensors.keys())
+    own = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    odd = sorted(own - saved) or sorted(saved - own - set(loaded.state_dict()))
+    if odd:
+        what = "is missing" if odd[0] in own else "has no place in this model"
+        raise ModelError(f"{file}: {odd[0]} {what} ({len(odd)} such); the adapter belongs to another model")
+
+
+def merge(model: Any, probe: Sequence[int], *, tolerance: float = 1e-4) -> tuple[Any, float]:
+    """The base with the adapter added into its weights, and how far its logits moved.
+
+    `probe`: token ids. The largest difference of a logit, divided by the largest logit, must stay below
+    `tolerance` (float32); ModelError otherwise, and where the adapter cannot be merged.
+    """
+    import torch
+
+    ids = torch.tensor([list(probe)], device=model.device)
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.float()
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except Exception as error:  # each kind of adapter has its own
+            raise ModelError(f"the adapter cannot be merged into its base ({_line(error)})") from None
+        after = merged(input_ids=ids).logits.float()
+    difference = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    if not difference <= tolerance:
+        raise ModelError(
+            f"the merged model's logits differ by {difference:.2e} of the largest; expected at most "
+            f"{tolerance:.0e}: merge over the base in float32"
+        )
+    return merged, difference
 
 
 def choose_dtype(dtype: str | torch.dtype = "auto", device: Device = "auto") -> tuple[torch.dtype, str]:

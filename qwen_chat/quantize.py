@@ -26,6 +26,16 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """OptionError for a number type that this processor's packed multiplication does not have."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    if dtype in names and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported")():
+        raise OptionError(
+            f"--dtype {str(dtype).removeprefix('torch.')}: this CPU does not multiply in it; give float32 (on a GPU: "
+            "--engine vllm)"
+        )
+
+
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None = None, quantize: str | None = None
 ) -> Linear:

@@ -77,11 +77,13 @@ def shutting_down() -> Refusal:
     return Refusal(503, "The service is shutting down.", code="shutting_down", retry_after=10)
 
 
-def unknown_model(name: str, *, param: str = "model") -> Refusal:
-    """404: neither the model nor one of the adapters."""
+def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> Refusal:
+    """404: neither the model nor one of the adapters, which are `known`."""
+    names = ", ".join(f"`{echo(one)}`" for one in known[:8]) or "none"
+    more = f" and {len(known) - 8} more (GET /v1/models)" if len(known) > 8 else ""
     return Refusal(
         404,
-        f"The model `{echo(name)}` does not exist; GET /v1/models lists those that do.",
+        f"The model `{echo(name)}` does not exist; there are {names}{more}.",
         param=param,
         code="model_not_found",
     )

@@ -29,7 +29,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from qwen_chat import protocol
-from qwen_chat.chatml import ChatFormat
 from qwen_chat.delivery import Delivery, Work
 from qwen_chat.engine import (
     Engine,
@@ -44,7 +43,6 @@ from qwen_chat.grammar import GrammarLate
 from qwen_chat.intake import Job, SamplingDefaults, Served, chat_job, chat_prompt_ids, completion_job
 from qwen_chat.logs import RequestLog
 from qwen_chat.metrics import CONTENT_TYPE, Metrics
-from qwen_chat.models import load_tokenizer
 from qwen_chat.refusal import Refusal, bad_value, from_validation, too_long, unknown_model
 from qwen_chat.sampling import GenerationRequest
 from qwen_chat.workers import Workers
@@ -95,7 +93,6 @@ def create_app(
     log: RequestLog | None = None,
     hosts: Collection[str] | None = None,
     cors_origins: Sequence[str] = (),
-    adapter_formats: Mapping[str, ChatFormat] | None = None,
 ) -> FastAPI:
     """The service as an ASGI app. Its lifespan starts and stops the engine.
 
@@ -104,15 +101,8 @@ def create_app(
         log: takes one line a request; None writes none.
         hosts: names that the Host header may give; None allows all.
         cors_origins: web pages of these origins may ask from a browser.
-        adapter_formats: the chat format of each adapter saved with one; the others take the engine's.
     """
-    service = Service(
-        engine,
-        settings or ServiceSettings(),
-        log,
-        manage_adapters=bool(api_keys),
-        adapter_formats=adapter_formats or {},
-    )
+    service = Service(engine, settings or ServiceSettings(), log, manage_adapters=bool(api_keys))
     app = FastAPI(title="qwen_chat", version="1", docs_url=None, redoc_url=None, lifespan=service.lifespan)
     _add_routes(app, service)
     app.add_exception_handler(Refusal, _on_refusal)
@@ -171,7 +161,6 @@ class Service:
         log: RequestLog | None,
         *,
         manage_adapters: bool,
-        adapter_formats: Mapping[str, ChatFormat],
     ) -> None:
         """`manage_adapters`: adapters may be loaded through the API (only where a key protects it)."""
         self.engine = engine
@@ -182,13 +171,13 @@ class Service:
         self.admission = Admission(settings.max_queue + engine.max_batch)
         self.metrics = Metrics(self._figures)
         self.restarts = 0
-        self._formats: dict[str, ChatFormat] = dict(adapter_formats)
         # Each kind of work has threads of its own: what one stranger's schema, text or adapter costs delays the
         # like of it, and no chat. Two: prompts do not take all cores.
         self._intake = Workers("intake", 2)
         self._grammars = Workers("grammars", 2)
         self._tokens = Workers("tokens", 1)
-        self._loading = Workers("adapters", 1)
+        self._adapters = Workers("adapters", 1)
+        self._loading: set[str] = set()  # adapters that are being loaded
         self._tokenizing = Admission(MOST_TOKENIZING)
         self._context = min(engine.context_length, engine.kv_tokens)
         self._failures: list[float] = []
@@ -278,8 +267,7 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        names = [self.settings.model_name, *self.engine.adapters]
-        return _json(protocol.ModelList(object="list", data=[self._card(name) for name in names]))
+        return _json(protocol.ModelList(object="list", data=[self._card(name) for name in self._names()]))
 
     async def model(self, model: str) -> Response:
         """GET /v1/models/{model}."""
@@ -292,8 +280,20 @@ class Service:
         name = wanted.lora_name
         if name in (self.settings.model_name, ANY_MODEL, *self.engine.adapters):
             raise bad_value("lora_name", f"Invalid 'lora_name': '{name}' is loaded already; unload it first.")
+        if name in self._loading:
+            raise Refusal(
+                409,
+                f"The adapter '{name}' is being loaded by another request; GET /v1/models shows when it is there.",
+                param="lora_name",
+                code="adapter_loading",
+                retry_after=1,
+            )
+        self._loading.add(name)
+        running = self._adapters.submit(lambda: self.engine.load_adapter(name, Path(wanted.lora_path)))
+        running.add_done_callback(lambda _: self._loading.discard(name))
         try:
-            await self._in_thread(self._loading, lambda: self._load(name, Path(wanted.lora_path)))
+            # For as long as it takes: it ends loaded or refused, never in between.
+            await asyncio.wrap_future(running)
         except (ChatError, OSError) as error:
             print(
                 f"{_record(request).id}: {error}", file=sys.stderr, flush=True
@@ -308,20 +308,13 @@ class Service:
         self._check_manager()
         _, wanted = await self._read(request, protocol.UnloadAdapterRequest)
         if wanted.lora_name not in self.engine.adapters:
-            raise unknown_model(wanted.lora_name, param="lora_name")
+            raise unknown_model(wanted.lora_name, self.engine.adapters, param="lora_name")
         try:
             self.engine.unload_adapter(wanted.lora_name)
         except ModelError:
             text = f"Invalid 'lora_name': '{wanted.lora_name}' is part of the model; it cannot be unloaded."
             raise bad_value("lora_name", text) from None
-        self._formats.pop(wanted.lora_name, None)
         return _json(protocol.AdapterChange(lora_name=wanted.lora_name, status="unloaded"))
-
-    def _load(self, name: str, folder: Path) -> None:
-        fmt = adapter_format(folder)
-        self.engine.load_adapter(name, folder)
-        if fmt is not None:
-            self._formats[name] = fmt
 
     def _check_manager(self) -> None:
         if not self.manage_adapters:
@@ -331,8 +324,14 @@ class Service:
                 code="adapters_not_managed",
             )
 
+    def _names(self) -> list[str]:
+        """What may be asked for: the base, where it is served, and the adapters."""
+        return [*([self.settings.model_name] if self.engine.serves_base else []), *self.engine.adapters]
+
     def _card(self, name: str) -> protocol.ModelCard:
-        parent = {} if name == self.settings.model_name else {"parent": self.settings.model_name}
+        """An adapter's parent is the base beside which it runs; one that is merged into it has none here."""
+        is_child = name != self.settings.model_name and self.engine.serves_base
+        parent = {"parent": self.settings.model_name} if is_child else {}
         return protocol.ModelCard(
             id=name,
             object="model",
@@ -343,12 +342,14 @@ class Service:
         )
 
     def _model(self, name: str | None) -> Served:
-        """The model that a request names; none named is the base."""
-        base = name in (None, ANY_MODEL, self.settings.model_name)
-        if not base and name not in self.engine.adapters:
-            raise unknown_model(name or "")
-        adapter = None if base else name
-        fmt = self.engine.fmt if adapter is None else self._formats.get(adapter, self.engine.fmt)
+        """The model that a request names; none named is the base, or the only one that there is."""
+        names = self._names()
+        if name in (None, ANY_MODEL) and (self.engine.serves_base or len(names) == 1):
+            name = names[0]
+        if name not in names:
+            raise unknown_model(name or ANY_MODEL, names)
+        adapter = None if name == self.settings.model_name else name
+        fmt = self.engine.format_of(adapter)
         return Served(
             name=adapter or self.settings.model_name,
             adapter=adapter,
@@ -506,13 +507,6 @@ def _cancel(generations: Sequence[Generation]) -> None:
         generation.cancel()
 
 
-def adapter_format(folder: Path) -> ChatFormat | None:
-    """The chat format that an adapter was trained under, where it was saved with one."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return ChatFormat(load_tokenizer(folder))
-
-
 def _engine_refusal(error: BaseException) -> BaseException:
     if isinstance(error, ToolError):
         return Refusal(400, f"Invalid schema: {error}.", code="invalid_value")
@@ -563,6 +557,7 @@ _STATUSES = {
     403: "Not allowed here.",
     404: "No such model.",
     405: "No such method.",
+    409: "The adapter is being loaded already.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
@@ -644,7 +639,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         service.load_adapter,
         protocol.AdapterChange,
         body=protocol.LoadAdapterRequest,
-        statuses=_WRITING,
+        statuses=(*_WRITING, 409),
     )
     add(
         "POST",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scripted import TEMPLATE
 
-from qwen_chat import hardware
+from qwen_chat import hardware, models
 from qwen_chat.decoder import Decoder, Segment
-from qwen_chat.engine import Engine, EngineBusy, EngineStopped, PromptTooLong
-from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.engine import Engine, EngineBusy, EngineStopped, Generation, PromptTooLong, load_engine
+from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.grammar import Grammar
 from qwen_chat.kv_cache import BLOCK, KVRow, KVShape, KVStore, PrefixCache
-from qwen_chat.lora import Lora, NotBeside
+from qwen_chat.lora import Lora, NotBeside, _is_harmless, why_merged
 from qwen_chat.sampling import Choice, GenerationRequest, Sampler
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
@@ -580,6 +582,275 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain" / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
         Lora(tmp_path / "plain", places)
+
+
+BESIDE = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "alpha by layer name": {"alpha_pattern": {"q_proj": 24}},
+    "alpha by path": {"alpha_pattern": {"layers.0.self_attn.q_proj": 24}},
+    "alpha by part of path": {"alpha_pattern": {"self_attn.q_proj": 24}},
+    "alpha by expression": {"alpha_pattern": {r".*mlp\..*": 24}},
+    "alpha by anchored expression": {"alpha_pattern": {r"^model\.layers\.1\..*": 24}},
+    "alpha, first of two": {"alpha_pattern": {"down_proj": 24, "mlp.down_proj": 2}},
+    "alpha by half a name": {"alpha_pattern": {"proj": 24}},
+    "rank by path": {"rank_pattern": {"layers.1.mlp.down_proj": 2, "q_proj": 7}, "use_rslora": True},
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "trained tokens": {"trainable_token_indices": [3, 300]},
+    "one layer": {"layers_to_transform": [1], "target_modules": ["v_proj", "up_proj"]},
+}
+MERGED = {
+    "dora": {"use_dora": True},
+    "dora by path": {"use_dora": True, "alpha_pattern": {"layers.0.self_attn.q_proj": 24}},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "whole module": {"modules_to_save": ["norm"], "target_modules": ["q_proj"]},
+    "bias of other layers": {"bias": "all", "target_modules": ["up_proj"]},
+    "lora_bias": {"lora_bias": True, "target_modules": ["v_proj"]},
+}
+SHOWN = [3, 9, 5, 300, 3, 77, 4000]
+
+
+def foreign_adapter(
+    base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, **kind: Any
+) -> torch.Tensor:
+    """What PEFT itself saves after a training; the last logits of its own reload over the base."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            last: torch.Tensor = model.eval()(torch.tensor([SHOWN])).logits[0, -1]
+        return last
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    before = logits(model)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kind}
+    model = get_peft_model(model, LoraConfig(**config))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * 0.15
+    model.save_pretrained(folder)
+    reloaded = logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder)
+    )
+    assert float((logits(model) - reloaded).abs().max()) < 1e-5
+    assert float((reloaded - before).abs().max()) > 0.03
+    return reloaded
+
+
+def served_logits(decoder: Decoder, lora: Lora | None) -> torch.Tensor:
+    row = KVStore(decoder.kv_shape).row()
+    row.reserve(len(SHOWN))
+    return decoder.step([Segment(SHOWN, 0, row, lora)])[0]
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tiny_model_path: Path) -> Decoder:
+    from transformers import AutoModelForCausalLM
+
+    return Decoder(AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_adapter_that_is_accepted_is_served_as_peft_serves_it(
+    name: str, tiny_model_path: Path, tiny_decoder: Decoder, tmp_path: Path
+) -> None:
+    expected = foreign_adapter(tiny_model_path, tmp_path, **BESIDE[name])
+    assert why_merged(tmp_path) is None
+    served = served_logits(tiny_decoder, Lora(tmp_path, tiny_decoder.places))
+    assert float((served - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_an_adapter_that_has_no_place_beside_its_base_is_merged_by_peft(
+    name: str, tiny_model_path: Path, tiny_decoder: Decoder, tmp_path: Path
+) -> None:
+    expected = foreign_adapter(tiny_model_path, tmp_path, **MERGED[name])
+    engine = load_engine(tiny_model_path, adapters={"mine": tmp_path})
+    assert not engine.serves_base
+    assert float((served_logits(engine.decoder, None) - expected).abs().max()) < 1e-4
+    with pytest.raises(NotBeside, match=r"cannot run beside a shared base|has no place beside this base"):
+        Lora(tmp_path, tiny_decoder.places)
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"alora_invocation_tokens": [3, 9]}, "begins to work in the middle of a prompt"),
+        ({"scaling_of_tomorrow": 2}, "peft here does not know scaling_of_tomorrow"),
+        ({"peft_type": "TOMORROW"}, "peft_type 'TOMORROW' is unknown"),
+        ({"peft_type": ["LORA"]}, "peft_type .* is unknown"),
+        ({"lora_alpha": ...}, "lora_alpha is 'None'; expected a number above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number above 0"),
+        ({"r": 0}, "r is '0'; expected a number above 0"),
+        ({"r": 5}, "has rank 4; adapter_config.json gives it 5"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern is '.'; expected regular expressions"),
+        ({"alpha_pattern": [3]}, "alpha_pattern is .*; expected an object of names and numbers"),
+        ({"rank_pattern": {"q_proj": None}}, "rank_pattern is .*; expected an object of names and numbers"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'; expected true or false"),
+        ({"bias": 3}, "bias is '3'; expected none, all or lora_only"),
+        ({"trainable_token_indices": "3"}, "trainable_token_indices is '3'; expected lists of token ids"),
+        ({"trainable_token_indices": [10**6]}, "the adapter belongs to another model"),
+        ({"init_lora_weights": "tomorrow"}, "does not fit this model"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_damaged_or_unknown_is_refused_in_one_line(
+    values: dict[str, Any],
+    said: str,
+    tiny_model_path: Path,
+    tiny_decoder: Decoder,
+    plain_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(plain_adapter, tmp_path / "mine"))
+    change_config(folder, **values)
+    with pytest.raises(ModelError, match=said) as caught:
+        if why_merged(folder) is None:
+            Lora(folder, tiny_decoder.places)
+        else:
+            models.load_adapter(None, folder)
+    assert "\n" not in str(caught.value)
+    (folder / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ModelError, match="holds list; expected an object"):
+        why_merged(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "plain"
+    foreign_adapter(tiny_model_path, folder)
+    return folder
+
+
+def test_every_key_of_the_installed_peft_is_judged() -> None:
+    """A key that a newer PEFT brings is no surprise: off it does nothing, on the adapter is merged by PEFT."""
+    from peft import LoraConfig
+
+    for key, value in LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM").to_dict().items():
+        assert _is_harmless(key, value), key
+    for key in ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "tomorrow"):
+        assert not _is_harmless(key, True), key
+    for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "eva", "lora_ga", 1, None):
+        assert not _is_harmless("init_lora_weights", init), init
+
+
+def test_peft_passes_over_no_tensor(tiny_model_path: Path, plain_adapter: Path, tmp_path: Path) -> None:
+    """A file of other names, which peft would load without a word and serve as the bare base."""
+    folder = Path(shutil.copytree(plain_adapter, tmp_path / "mine"))
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("model.model.model", "model.model"): tensors[name] for name in tensors}, file)
+    with pytest.raises(ModelError, match=r"lora_A\.weight is missing \(28 such\)"):
+        load_engine(tiny_model_path, adapters={"mine": folder})
+
+
+TOLD = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a pirate.<|im_end|>\n{% endif %}"
+
+
+def with_own_format(base: Path, adapter: Path, folder: Path, style: str = "hermes") -> Path:
+    """A copy of an adapter, saved with a template that is not the base's."""
+    from transformers import AutoTokenizer
+
+    from qwen_chat.chatml import ChatFormat
+
+    shutil.copytree(adapter, folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = TOLD + TEMPLATE
+    ChatFormat(tokenizer, tool_style=style).complete_tokenizer()  # type: ignore[arg-type]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_base_keeps_its_own_format(
+    count: int, tiny_model_path: Path, plain_adapter: Path, tmp_path: Path
+) -> None:
+    own = with_own_format(tiny_model_path, plain_adapter, tmp_path / "own", "qwen_agent")
+    adapters = {"own": own, "other": plain_adapter} if count == 2 else {"own": own}
+    engine, alone = load_engine(tiny_model_path, adapters=adapters), load_engine(tiny_model_path)
+    question = [{"role": "user", "content": "Hi"}]
+    assert (
+        engine.fmt.prompt(question) == alone.fmt.prompt(question) == engine.format_of(None).prompt(question)
+    )
+    assert (
+        engine.format_of("own").prompt(question).startswith("<|im_start|>system\nYou are a pirate.<|im_end|>")
+    )
+    assert (engine.fmt.tool_style, engine.format_of("own").tool_style) == ("hermes", "qwen_agent")
+    if count == 2:
+        assert engine.format_of("other") is engine.fmt
+    rows = {
+        name: engine._row(Generation(greedy([1], adapter=name), 0, lambda: None)) for name in (None, "own")
+    }
+    assert [rows[name].text._stop for name in rows] == [(), ("✿RESULT✿", "✿RETURN✿")]
+
+
+def test_a_merged_model_answers_under_one_name(tiny_model_path: Path, tmp_path: Path) -> None:
+    foreign_adapter(tiny_model_path, tmp_path / "dora", use_dora=True)
+    own = with_own_format(tiny_model_path, tmp_path / "dora", tmp_path / "own")
+    engine = load_engine(tiny_model_path, adapters={"mine": own})
+    assert (engine.serves_base, engine.adapters) == (False, ("mine",))
+    assert engine.decisions[-1].startswith(
+        "adapter merged into its base, which is not served itself; logits moved by "
+    )
+    assert "pirate" in engine.format_of("mine").prompt([{"role": "user", "content": "Hi"}])
+    assert "pirate" not in engine.fmt.prompt([{"role": "user", "content": "Hi"}])
+    with pytest.raises(ModelError, match="the base is not served here; ask for mine"):
+        engine.submit(greedy([1]))
+    with pytest.raises(ModelError, match="mine is merged into this engine's base, which serves no other"):
+        engine.load_adapter("second", tmp_path / "dora")
+    with engine:
+        assert engine.generate([greedy([1], adapter="mine", max_tokens=2)])[0].finish_reason == "length"
+
+
+def test_a_base_without_a_template_serves_only_its_adapters(
+    tiny_model_path: Path, plain_adapter: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model_path, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    own = with_own_format(tiny_model_path, plain_adapter, tmp_path / "own")
+    engine = load_engine(base, adapters={"own": own})
+    assert not engine.serves_base
+    with pytest.raises(ModelError, match="the base is not served here; ask for own"):
+        engine.submit(greedy([1]))
+    for adapters in ({}, {"plain": plain_adapter}):
+        with pytest.raises(FormatError, match="no chat template"):
+            load_engine(base, adapters=adapters)
+
+
+def test_a_merge_in_less_than_float32_is_made_in_float32(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_chat import quantize
+
+    monkeypatch.setattr(
+        quantize, "FloatLinear", lambda weight, bias=None: weight
+    )  # not every CPU has bfloat16
+    monkeypatch.setattr(quantize, "check_dtype", lambda dtype: None)
+    monkeypatch.setattr("qwen_chat.engine.check_dtype", lambda dtype: None)
+    foreign_adapter(tiny_model_path, tmp_path, use_dora=True)
+    engine = load_engine(tiny_model_path, adapters={"mine": tmp_path}, dtype="bfloat16")
+    assert (engine.decoder.dtype, engine.decisions[0]) == (torch.bfloat16, "dtype float32 (as asked)")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_number_type_that_the_cpu_lacks_is_refused_in_one_line(
+    dtype: str, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fp16", "bf16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    with pytest.raises(OptionError, match=f"--dtype {dtype}: this CPU does not multiply in it; give float32"):
+        load_engine(tiny_model_path, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------------- the real small model

@@ -22,6 +22,8 @@ import pytest
 import requests
 from openai import AuthenticationError, OpenAI
 
+from qwen_chat.errors import ChatError
+
 ROOT = Path(__file__).resolve().parents[2]
 CREATE = ROOT / "fast_start" / "simple_try_create_service.py"
 CALL = ROOT / "fast_start" / "try_call_service.py"
@@ -292,6 +294,30 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
         demo_model_path
     )
     return folder
+
+
+def test_an_adapter_is_named_by_its_folder_or_as_told(tmp_path: Path) -> None:
+    import runpy
+
+    read_adapters = runpy.run_path(str(CREATE))["read_adapters"]
+    for name in ("one", "a=b", "default"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    one = tmp_path / "one"
+    assert read_adapters([str(one), f"two={one}", str(tmp_path / "a=b"), f"x={tmp_path / 'a=b'}"]) == {
+        "one": one,
+        "two": one,
+        "a=b": tmp_path / "a=b",
+        "x": tmp_path / "a=b",
+    }
+    for words, said in (
+        ([str(one), f"one={one}"], "--adapter one: the name is taken"),
+        ([str(tmp_path / "default")], "--adapter default: the name is taken"),
+        ([str(tmp_path / "none")], "expected NAME=DIR or a folder that is there"),
+        ([str(tmp_path)], "no adapter_config.json in it"),
+    ):
+        with pytest.raises(ChatError, match=said):
+            read_adapters(words)
 
 
 def test_adapters_and_keys(tmp_path: Path, adapter: Path) -> None:

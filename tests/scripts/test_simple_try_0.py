@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,23 @@ def test_bad_input_is_one_line(words: list[str], line: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     said = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert len(said) == 1 and said[0].startswith(line), done.stderr
+
+
+def test_an_adapter_is_asked_in_the_format_that_it_was_saved_with() -> None:
+    import runpy
+    from types import SimpleNamespace
+
+    script = runpy.run_path(str(ROOT / "fast_start" / "simple_try_0.py"))
+    asked: list[tuple[list[int], str | None]] = []
+
+    class Engine:
+        def format_of(self, adapter: str | None) -> SimpleNamespace:
+            return SimpleNamespace(prompt_ids=lambda messages: [7 if adapter else 5])
+
+        def submit(self, request: Any) -> list[Any]:
+            asked.append((request.prompt_ids, request.adapter))
+            return [SimpleNamespace(text="", error=None)]
+
+    for words in ({}, {"adapter": "somewhere"}):
+        script["answer"](Engine(), [], script["TryArguments"](prompt="x", **words))
+    assert asked == [([5], None), ([7], "adapter")]
