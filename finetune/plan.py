@@ -68,6 +68,7 @@ def main() -> int:
         "rows": rows,
         "fits": best is not None,
         "recommended": None if best is None else flags(run, best),
+        "main_memory": memory.in_main_memory(shape, setup),
         "disk_needed": memory.disk_needed(shape, run),
         **({} if not counted else length(run, counted, setup.ranks)),
     }
@@ -182,6 +183,11 @@ def describe(answer: dict[str, Any], have: memory.Room) -> str:
         again = "on" if row["checkpointing"] else "off"
         lines.append(
             f"{row['method']:7}{row['engine']:15}{again:6}{row['trainable']:>15,}{numbers}  {mark}{host}"
+        )
+    if answer["main_memory"]:
+        lines.append(
+            f"main memory: {memory.gib(answer['main_memory'])} a process while the model is loaded there, unless ZeRO-3"
+            " or 4 bits load it"
         )
     lines.append(f"disk: {memory.gib(answer['disk_needed'])} for the result and the checkpoints kept")
     if "steps" in answer:

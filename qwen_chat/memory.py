@@ -423,6 +423,17 @@ def need(shape: Shape, setup: Setup) -> Need:
     )
 
 
+def in_main_memory(shape: Shape, setup: Setup) -> int:
+    """Bytes of main memory that a rank with a GPU takes: the model is loaded there first, and what is offloaded
+    stays. ZeRO-3 shares it out from the mapped file, 4 bits are made on the GPU.
+    """
+    if setup.device == "cpu":
+        return 0
+    half = setup.half and (setup.zero > 0 or setup.method != "full")
+    whole = 0 if setup.zero == 3 or setup.method == "qlora" else shape.parameters * (2 if half else 4)
+    return RUNTIME["cpu"] + max(whole, need(shape, setup).host)
+
+
 def _load_peak(shape: Shape, setup: Setup, file: int, size: int) -> int:
     """Loading maps the file into memory and copies each weight out of it."""
     if setup.method == "qlora":
@@ -616,7 +627,23 @@ def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -
             f"the run needs about {gib(wanted.total)} a process, {gib(have.free)} can be had"
             f" ({have.where}); {_cure(run, shape, setup, have.free, longest)}, or --plan_anyway True to try"
         )
+    if refusal is None and setup.device == "cuda":
+        refusal = _too_much_to_load(shape, setup)
     return Verdict(bool(on), wanted, row, line, refusal)
+
+
+def _too_much_to_load(shape: Shape, setup: Setup) -> str | None:
+    """Why the ranks of this machine do not fit its main memory together, beside their GPUs."""
+    needed, have = in_main_memory(shape, setup), main_memory(setup.ranks_here)
+    if have.free is None or needed <= have.free:
+        return None
+    why, cure = "each loads the model there before it goes to the GPU", "load it once: ZeRO-3"
+    if need(shape, setup).host:
+        why, cure = "what is offloaded lies there", "offload less"
+    return (
+        f"the run needs about {gib(needed)} of main memory a process ({why}), {gib(have.free)} can be had"
+        f" ({have.where}); {cure}, start fewer processes on this machine, or --plan_anyway True to try"
+    )
 
 
 def _cure(run: Run, shape: Shape, setup: Setup, free: int, longest: int) -> str:

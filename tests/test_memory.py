@@ -212,6 +212,39 @@ def test_a_mixture_needs_memory_and_disk_for_all_its_experts() -> None:
     assert memory.disk_needed(shape, run_of()) > 4 * shape.parameters
 
 
+@pytest.mark.parametrize(
+    ("words", "ranks", "fits"),
+    [
+        (["--use_lora"], 1, True),
+        (["--use_lora"], 8, False),  # 8 x 14.2 GiB in 64
+        (["--use_lora", "--deepspeed", str(ROOT / "finetune" / "ds_config_zero3.json")], 8, True),
+        (["--q_lora"], 8, True),
+        (["--bf16", "False"], 3, False),  # 28.4 GiB each
+    ],
+)
+def test_ranks_that_load_the_model_in_main_memory_are_planned(
+    words: list[str], ranks: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
+    monkeypatch.setattr(hardware, "gpu_has_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "gpu_free", lambda ranks: (400 * GIB, "a test"))
+    monkeypatch.setattr(hardware, "free_memory", lambda: 64 * GIB)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(ranks))
+    verdict = memory.decide(run_of(*words), SEVEN_BILLION, row=1024, supervised=512, longest=512)
+    assert (verdict.refusal is None) is fits
+    assert fits or "of main memory a process (each loads the model there" in str(verdict.refusal)
+
+
+def test_zero_1_splits_the_optimizer_alone() -> None:
+    eight = Setup(method="full", device="cuda", half=True, ranks=8, row=1024)
+    p = SEVEN_BILLION.parameters
+    one, two = (memory.need(SEVEN_BILLION, replace(eight, zero=stage)) for stage in (1, 2))
+    assert one.optimizer == two.optimizer == 8 * p // 8 + 4 * p // 8
+    assert (one.weights, one.gradients) == (2 * p, 2 * p)
+    assert two.gradients == 2 * p // 8
+
+
 def test_of_a_type_that_is_not_counted_nothing_is_guessed(tmp_path: Path) -> None:
     shape = Shape.of({"model_type": "phi3", "hidden_size": 64})
     assert not shape.counted
