@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, checkpoints, errors, memory, run_folder
+from qwen_chat import arguments, checkpoints, errors, memory, models, run_folder
 from qwen_chat.logs import is_rank_zero, rank_zero
 
 
@@ -24,13 +24,12 @@ def main() -> int:
     folder = run_folder.choose(run)
     run_folder.check(folder)
 
-    from qwen_chat import (
-        models,
-        training,
-    )  # torch comes in here: --help and a wrong flag are answered at once
+    path = models.resolve(run.model.model, for_training=True)
+
+    # torch comes in here: --help, a wrong flag and a model that cannot be trained are answered at once
+    from qwen_chat import probe, training
     from qwen_chat.chatml import ChatFormat
 
-    path = models.resolve(run.model.model)
     run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(models.read_config(path)), run))
     tokenizer = models.load_tokenizer(path, trust_remote_code=run.model.trust_remote_code)
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
@@ -53,7 +52,8 @@ def main() -> int:
     loaded = training.load(run, path, args)
     model, adapter, initial = training.wrap(run, loaded.model, tokenizer, args)
     fusing = training.fuse(model, args, session.choices)
-    decisions = (*session.decisions, *loaded.decisions, *adapter, *fusing, *before.notes, *notes)
+    proven = probe.check(model, run.train.layout)
+    decisions = (*session.decisions, *loaded.decisions, *adapter, *fusing, proven, *before.notes, *notes)
     for decision in decisions:
         rank_zero(decision)
 

@@ -5,7 +5,8 @@ keyword of model.forward. Out: what attention within each conversation alone wou
 
 `register()` makes it available to transformers as attention "qwen_chat". Without `segments` (generation,
 other people's code) it is transformers' own SDPA attention. Which kernel does the work is the decision of
-`choose`.
+`choose`. A keyword that would change the result and that no kernel here knows (a cap on the scores, sinks) is
+a ModelError: a layer that needs it would be trained wrong without a word.
 """
 
 from typing import Any, cast
@@ -16,9 +17,23 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qwen_chat.errors import OptionError
+from qwen_chat.errors import ModelError, OptionError
+from qwen_chat.logs import rank_zero
 
 NAME = "qwen_chat"
+FLASH_HEAD = 256  # the widest head of flash attention
+# Keywords of model.forward that reach an attention function and change nothing in it.
+HARMLESS = {
+    "cache_position",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "return_dict",
+    "use_cache",
+}
 _forward_block = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_block = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -30,24 +45,46 @@ def register() -> str:
     return NAME
 
 
-def choose(device: str, layout: str, dtype: str = "bfloat16", *, flex: bool = True) -> tuple[str, str]:
+def choose(
+    device: str, layout: str, dtype: str = "bfloat16", *, flex: bool = True, flash: bool = True
+) -> tuple[str, str]:
     """Which kernel attends over the rows of a layout: ("blocks" | "varlen" | "flex" | "mask", reason).
 
     device: "cpu", "cuda", ...; layout: packing.LAYOUTS; flex: whether FlexAttention can be compiled here
-    (Triton).
+    (Triton); flash: whether this card and head size have flash attention. `choose_here` asks the machine.
     """
     if device == "cpu":
         return "blocks", "CPU: SDPA's flash kernel on each block of the row that is attended to"
     half = dtype in ("bfloat16", "float16")
-    if device == "cuda" and half and layout != "shared_prefix":
+    if device == "cuda" and half and flash and layout != "shared_prefix":
         return "varlen", "nothing is shared: flash attention over sequences of varying length"
     if device == "cuda" and flex:
-        why = "prefixes are shared" if layout == "shared_prefix" else f"flash attention has no {dtype}"
+        why = "prefixes are shared" if layout == "shared_prefix" else "no flash attention"
+        why = why if half or layout == "shared_prefix" else f"flash attention has no {dtype}"
         return "flex", f"{why}: FlexAttention skips the blocks that nobody attends to"
     return (
         "mask",
         f"no other kernel for {dtype} on '{device}': SDPA with a mask, memory grows with the row squared",
     )
+
+
+def choose_here(device: str, layout: str, dtype: str, head: int) -> tuple[str, str]:
+    """`choose` for this machine: whether it has Triton, and flash attention for heads of size `head`.
+
+    Flash attention needs compute capability 8.0 (Ampere) or newer and heads of at most 256.
+    """
+    if device != "cuda":
+        return choose(device, layout, dtype)
+    flash = torch.cuda.get_device_capability() >= (8, 0) and head <= FLASH_HEAD
+    return choose(device, layout, dtype, flex=_has_triton() and not _flex_failed, flash=flash)
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """The width of a head, from a model's config.json; 128 where it does not tell."""
+    text = config.get("text_config")
+    part = text if isinstance(text, dict) else config
+    width, heads = part.get("hidden_size"), part.get("num_attention_heads")
+    return int(part.get("head_dim") or (width // heads if width and heads else 128))
 
 
 def attention(
@@ -63,7 +100,11 @@ def attention(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' attention function. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
+    """transformers' attention function. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
+
+    ModelError for a keyword that asks for what is not computed here.
+    """
+    _refuse_unknown(module, kwargs)
     if segments is None:
         return cast(
             tuple[torch.Tensor, torch.Tensor | None],
@@ -80,18 +121,24 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     windowed = sliding_window is not None and query.shape[2] > sliding_window
-    kernel = "mask" if windowed or dropout else _kernel(query, segments)
+    if (windowed and position_ids is None) or (attention_mask is not None and not windowed):
+        raise ModelError(
+            f"{type(module).__name__}: its attention is limited to a window or chunk, of which a row's layout"
+            " cannot be told; rows no longer than the window (--model_max_length) have none"
+        )
+    layout = _layout(segments)
+    kernel = "mask" if windowed or dropout else _kernel(query, layout)
     if kernel == "blocks":
-        layout = tuple(map(tuple, segments.tolist()))
         return cast(torch.Tensor, _Blocks.apply(query, key, value, layout, scale)), None  # type: ignore[no-untyped-call]
     if kernel == "varlen":
-        return _varlen(query, key, value, segments, scale), None
-    if kernel == "flex":
+        longest = max(stop - start for start, stop, _ in layout)
+        return _varlen(query, key, value, segments, longest, scale), None
+    if kernel == "flex" and _flex_works(query, key, value, segments, scale):
         return _flex(query, key, value, segments, scale), None
     mask = visible(segments, query.shape[2])
-    if windowed and position_ids is not None and sliding_window is not None:
+    if windowed and position_ids is not None:
         distance = position_ids[0][:, None] - position_ids[0][None, :]
-        mask &= distance < sliding_window
+        mask &= distance < cast(int, sliding_window)
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask[None, None], dropout_p=dropout, scale=scale, enable_gqa=True
     )
@@ -110,12 +157,33 @@ def _ends(segments: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(segments[:, 2], segments[:, 1] - segments[:, 0])
 
 
-def _kernel(query: torch.Tensor, segments: torch.Tensor) -> str:
+def _refuse_unknown(module: torch.nn.Module, keywords: dict[str, Any]) -> None:
+    for name, value in keywords.items():
+        harmless = name in HARMLESS or (name == "is_causal" and value is True)
+        if value is not None and not harmless:
+            raise ModelError(
+                f"{type(module).__name__} asks its attention for '{name}', which attention over rows does not"
+                " compute: this model type cannot be trained here"
+            )
+
+
+_row: tuple[torch.Tensor, tuple[tuple[int, int, int], ...]] | None = None
+
+
+def _layout(segments: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
+    """The segments as numbers, read once a row: each reading waits for the device, and all layers see the same."""
+    global _row
+    if _row is None or _row[0] is not segments:
+        _row = segments, tuple((start, stop, end) for start, stop, end in segments.tolist())
+    return _row[1]
+
+
+def _kernel(query: torch.Tensor, layout: tuple[tuple[int, int, int], ...]) -> str:
     if query.device.type == "cpu":
         return "blocks"
-    shared = bool((segments[:, 2] > segments[:, 1]).any())
-    layout = "shared_prefix" if shared else "packed"
-    return choose(query.device.type, layout, str(query.dtype).removeprefix("torch."), flex=_has_triton())[0]
+    name = "shared_prefix" if any(end > stop for _, stop, end in layout) else "packed"
+    dtype = str(query.dtype).removeprefix("torch.")
+    return choose_here(query.device.type, name, dtype, query.shape[-1])[0]
 
 
 def _has_triton() -> bool:
@@ -214,12 +282,16 @@ def _grouped(
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: torch.Tensor,
+    longest: int,
+    scale: float,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     offsets = torch.cat([segments[:, 0], segments[-1:, 1]]).to(torch.int32)
-    longest = int((segments[:, 1] - segments[:, 0]).max())
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = varlen_attn(
         q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
@@ -233,6 +305,39 @@ _flex_mask: tuple[torch.Tensor, Any] | None = (
 _flex_compiled: tuple[Any, Any] | None = (
     None  # attention, and its mask (else the whole square is written down)
 )
+
+
+_flex_tried: set[tuple[torch.dtype, int]] = set()  # (number type, head size) that compiled and ran
+_flex_failed = False
+
+
+def _flex_works(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scale: float
+) -> bool:
+    """Whether FlexAttention compiles here, forward and backward: tried once for a number type and head size.
+
+    On cards with little shared memory it may not; then all rows take the mask, and a line says so.
+    """
+    global _flex_failed
+    kind = (query.dtype, query.shape[-1])
+    if _flex_failed or kind in _flex_tried:
+        return not _flex_failed
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(_flex(q, k, v, segments, scale).sum(), (q, k, v))
+    except torch.OutOfMemoryError:
+        raise  # the mask would need more
+    except Exception as error:  # the compiler's own errors are of many types
+        _flex_failed = True
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        rank_zero(
+            f"attention: FlexAttention cannot be compiled here ({first}); SDPA with a mask instead: memory"
+            " grows with the row squared, a smaller --per_device_train_batch_size gives shorter rows"
+        )
+    else:
+        _flex_tried.add(kind)
+    return not _flex_failed
 
 
 def _flex(

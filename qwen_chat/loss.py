@@ -119,12 +119,16 @@ class ModelLoss:
         self._chunk_bytes = chunk_bytes
         self._vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._plain: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        self._replaced = "forward" in vars(head)  # by a fused layer
         self._head = head
         head.forward = self._forward
 
     def remove(self) -> None:
         """Give the head back its own forward."""
-        self._head.forward = self._plain
+        if self._replaced:
+            self._head.forward = self._plain
+        else:
+            del self._head.forward
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._targets is None:
@@ -149,6 +153,10 @@ class ModelLoss:
             output = model(**inputs, use_cache=False)
         finally:
             tokens, self._targets = self._targets.numel(), None
-        assert self._hits is not None
+        if self._hits is None:
+            raise ModelError(
+                f"{type(model).__name__} does not call its output head as a module, inside which the loss is formed;"
+                " this model type cannot be trained here"
+            )
         hits, self._hits = self._hits, None
         return LossResult(output.logits, hits, tokens)

@@ -33,6 +33,42 @@ if not hardware.has_accelerator():
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 Quantize = Literal["nf4"]
+# Model types whose rows are shown to be right (tests/test_probe.py); any other is proven or refused (probe.py).
+TRAINABLE = (
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "llama",
+    "mistral",
+    "phi3",
+    "gemma",
+    "olmo2",
+    "smollm3",
+)
+# What in a config.json tells for certain that rows of several conversations would be learnt wrong, and why.
+_ATTENDS = {"full_attention", "attention", "sliding_attention", "chunked_attention"}  # kinds of layers
+_STATE = "layers carry a state from one conversation of a row into the next"
+_STATES = (  # settings of convolutions, recurrences and their places, from transformers' hybrid models
+    "linear_conv_kernel_dim",
+    "mamba_d_conv",
+    "mamba_d_state",
+    "conv_L_cache",
+    "conv_kernel",
+    "ssm_state_size",
+    "linear_attn_config",
+    "lru_width",
+)
+_LOGITS = "the logits are changed after the head, inside which the loss is formed"
+_SCORES = "the attention over rows knows no cap on its scores"
+_CHANGES = {
+    "final_logit_softcapping": _LOGITS,
+    "logit_scale": _LOGITS,
+    "logits_scaling": _LOGITS,
+    "lm_head_multiplier": _LOGITS,
+    "attn_logit_softcapping": _SCORES,
+}
+_SINKS = {"gpt_oss": "the attention over rows has no sinks"}
 Device = Literal["auto", "cpu"]
 
 
@@ -45,15 +81,18 @@ class Loaded:
     decisions: tuple[str, ...]
 
 
-def resolve(name: str | None) -> Path:
-    """The folder of a model: local, from the hub (`USE_MODELSCOPE=1`: ModelScope), or the demo model."""
+def resolve(name: str | None, *, for_training: bool = False) -> Path:
+    """The folder of a model: local, from the hub (`USE_MODELSCOPE=1`: ModelScope), or the demo model.
+
+    for_training: a model whose config.json tells that it cannot be trained here is a ModelError.
+    """
     if name is None:
         folder = demo_model.ensure()
         rank_zero(f"model {folder.name} (the demo model: -m was not given)")
         return folder
     local = Path(name).expanduser()
     if local.is_dir():
-        check_folder(local)
+        check_folder(local, for_training=for_training)
         return local
     if local.exists():
         raise ModelError(
@@ -64,7 +103,7 @@ def resolve(name: str | None) -> Path:
             f"{name}: no such folder; give a model's folder or a hub name such as Qwen/Qwen2-7B-Instruct"
         )
     folder = _from_modelscope(name) if os.environ.get("USE_MODELSCOPE") == "1" else _from_hub(name)
-    check_folder(folder)
+    check_folder(folder, for_training=for_training)
     return folder
 
 
@@ -73,8 +112,11 @@ def name_of(given: str | None, folder: Path) -> str:
     return given if given is not None and not Path(given).expanduser().is_dir() else str(folder.absolute())
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelError unless the folder holds a readable config.json and all of its weights."""
+def check_folder(folder: Path, *, for_training: bool = False) -> None:
+    """Raise ModelError unless the folder holds a readable config.json and all of its weights.
+
+    for_training: nor where config.json tells that rows of several conversations would be learnt wrong.
+    """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
@@ -84,6 +126,11 @@ def check_folder(folder: Path) -> None:
     config = read_config(folder)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'}: no model_type; expected a transformers model")
+    if for_training and (why := _why_not_trained(config)):
+        raise ModelError(
+            f"{folder / 'config.json'}: a model of type '{config['model_type']}' cannot be trained here: {why};"
+            f" model types that work: {', '.join(TRAINABLE)}"
+        )
     index = folder / "model.safetensors.index.json"
     wanted = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
     missing = sorted(file for file in wanted if not (folder / file).is_file())
@@ -93,6 +140,24 @@ def check_folder(folder: Path) -> None:
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ModelError(f"{folder}: no weights in it; expected model.safetensors")
+
+
+def _why_not_trained(config: dict[str, Any]) -> str:
+    """What in a config.json (or its text_config) tells for certain that training would be wrong; else ""."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        types = part.get("layer_types")
+        others = {str(kind) for kind in types} - _ATTENDS if isinstance(types, list) else set()
+        if others:
+            return f"layer_types has {', '.join(sorted(others))}: {_STATE}"
+        if state := [name for name in _STATES if part.get(name) is not None]:
+            return f"it has {state[0]}: {_STATE}"
+        for name, why in _CHANGES.items():
+            if part.get(name) not in (None, 1, 1.0):
+                return f"{name} is {part[name]}: {why}"
+        if (kind := part.get("model_type")) in _SINKS:
+            return _SINKS[kind]
+    return ""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -158,7 +223,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    check_folder(path)
+    check_folder(path, for_training=for_training)
     disable_progress_bar()  # seconds of shards being read and written, across the bar of the training itself
     kind, reason = choose_dtype(dtype, device)
     decisions = [f"dtype {str(kind).removeprefix('torch.')} ({reason})"]

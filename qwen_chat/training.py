@@ -380,7 +380,8 @@ def load(run: Run, path: Path, args: Any) -> models.Loaded:
     if name is None:
         name = attention.register()
         kind = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
-        kernel, reason = attention.choose(args.device.type, run.train.layout, kind)
+        head = attention.head_size(models.read_config(path))
+        kernel, reason = attention.choose_here(args.device.type, run.train.layout, kind, head)
         why = f"{kernel}; {reason}"
     loaded = models.load_model(
         path,

@@ -5,7 +5,7 @@ import torch
 from engine_models import VOCABULARY, tiny_model
 
 from qwen_chat import attention
-from qwen_chat.errors import OptionError
+from qwen_chat.errors import ModelError, OptionError
 
 SEGMENTS = torch.tensor([(0, 20, 48), (20, 26, 26), (26, 40, 46), (40, 46, 46), (46, 48, 48), (48, 61, 61)])
 
@@ -134,3 +134,116 @@ def test_choice_is_a_rule(device, layout, dtype, flex, kernel):
     chosen, reason = attention.choose(device, layout, dtype, flex=flex)
     assert chosen == kernel
     assert reason
+
+
+@pytest.mark.parametrize(
+    "capability,head,layout,dtype,flex,kernel",
+    [
+        ((8, 0), 128, "packed", "bfloat16", True, "varlen"),
+        ((9, 0), 256, "padded", "float16", False, "varlen"),
+        ((7, 5), 128, "packed", "float16", True, "flex"),  # T4
+        ((7, 0), 128, "packed", "float16", False, "mask"),  # V100 without Triton
+        ((9, 0), 288, "packed", "bfloat16", True, "flex"),
+        ((9, 0), 128, "packed", "float32", True, "flex"),
+        ((7, 5), 64, "shared_prefix", "float16", True, "flex"),
+    ],
+)
+def test_the_card_and_the_head_size_decide(capability, head, layout, dtype, flex, kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention, "_has_triton", lambda: flex)
+    chosen, reason = attention.choose_here("cuda", layout, dtype, head)
+    assert chosen == kernel
+    assert ("no flash attention" in reason) == (
+        chosen == "flex" and layout == "packed" and dtype != "float32"
+    )
+    monkeypatch.setattr(attention, "_flex_failed", True)
+    assert attention.choose_here("cuda", layout, dtype, head)[0] == (
+        "varlen" if kernel == "varlen" else "mask"
+    )
+
+
+def test_the_size_of_a_head_by_config():
+    assert attention.head_size({"hidden_size": 896, "num_attention_heads": 14}) == 64
+    assert attention.head_size({"hidden_size": 896, "num_attention_heads": 14, "head_dim": 128}) == 128
+    assert attention.head_size({"text_config": {"hidden_size": 64, "num_attention_heads": 2}}) == 32
+    assert attention.head_size({"model_type": "other"}) == 128
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_kernel_that_does_not_compile_falls_back_to_the_mask_once(where, monkeypatch, capsys):
+    calls = []
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query):
+            calls.append(where)
+            if where == "forward":
+                raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource\nmore")
+            return query.transpose(1, 2).clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource\nmore")
+
+    monkeypatch.setattr(attention, "_flex_failed", False)
+    monkeypatch.setattr(attention, "_flex_tried", set())
+    monkeypatch.setattr(attention, "_kernel", lambda query, layout: "flex")
+    monkeypatch.setattr(attention, "_flex", lambda query, *rest: Fails.apply(query))
+    for _ in range(2):
+        found, _ = attention.attention(torch.nn.Module(), *inputs(), None, segments=SEGMENTS)
+    monkeypatch.setattr(attention, "_kernel", lambda query, layout: "mask")
+    wanted, _ = attention.attention(torch.nn.Module(), *inputs(), None, segments=SEGMENTS)
+    assert torch.equal(found, wanted) and len(calls) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "attention: FlexAttention cannot be compiled here (No valid triton configs. OutOfMemoryError: out of"
+        " resource); SDPA with a mask instead"
+    )
+
+
+def test_a_kernel_that_compiles_is_tried_once(monkeypatch):
+    calls = []
+
+    def flex(query, *rest):
+        calls.append(query.shape)
+        return query.transpose(1, 2) + 0 * sum(t.sum() for t in rest[:2])
+
+    monkeypatch.setattr(attention, "_flex_failed", False)
+    monkeypatch.setattr(attention, "_flex_tried", set())
+    monkeypatch.setattr(attention, "_kernel", lambda query, layout: "flex")
+    monkeypatch.setattr(attention, "_flex", flex)
+    for _ in range(3):
+        attention.attention(torch.nn.Module(), *inputs(), None, segments=SEGMENTS)
+    assert len(calls) == 4
+
+
+def test_a_rows_layout_is_read_once_for_all_layers(monkeypatch):
+    reads = []
+    model = tiny_model("qwen2", dtype=torch.float32).eval()
+    own = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or own(tensor))
+    segments = SEGMENTS.clone()
+    model(input_ids=torch.arange(61)[None], segments=segments)
+    assert len([tensor for tensor in reads if tensor is segments]) == 1
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "generation"])
+@pytest.mark.parametrize(
+    "name,value", [("softcap", 50.0), ("s_aux", torch.zeros(6)), ("is_causal", False), ("position_bias", 1)]
+)
+def test_a_keyword_that_no_kernel_knows_is_refused_not_swallowed(name, value, rows):
+    query, key, value_ = inputs()
+    segments = SEGMENTS if rows else None
+    with pytest.raises(ModelError, match=f"asks its attention for '{name}'"):
+        attention.attention(torch.nn.Module(), query, key, value_, None, segments=segments, **{name: value})
+    attention.attention(torch.nn.Module(), query, key, value_, None, segments=SEGMENTS, **{name: None})
+
+
+def test_a_window_that_is_only_in_the_mask_is_refused():
+    """Qwen2-MoE with a sliding window, Llama 4's chunks: the layer says nothing to its attention function."""
+    query, key, value = inputs()
+    mask = torch.ones(1, 1, 61, 61, dtype=torch.bool).tril()
+    with pytest.raises(ModelError, match="limited to a window or chunk"):
+        attention.attention(torch.nn.Module(), query, key, value, mask, segments=SEGMENTS)
+    with pytest.raises(ModelError, match="limited to a window or chunk"):
+        attention.attention(torch.nn.Module(), query, key, value, None, segments=SEGMENTS, sliding_window=8)

@@ -21,7 +21,7 @@ HEAVY = {
 }
 STANDARD = ["errors", "hardware", "conversation", "records", "tool_calls", "packing", "arguments", "memory"]
 NO_TORCH = [*STANDARD, "chatml", "token_cache", "demo_model", "tool_loop", "protocol", "logs"]
-TRAINING = ["dataset", "attention", "loss", "matmul", "adapters", "checkpoints", "training"]
+TRAINING = ["dataset", "attention", "loss", "matmul", "adapters", "checkpoints", "training", "probe"]
 SERVING = ["sampling", "engine", "service"]
 SCRIPTS = sorted(
     str(script.relative_to(ROOT))

@@ -1,10 +1,13 @@
 """Exactness of the whole engine (layout, attention, loss) and of the chunked loss by itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_models import VOCABULARY, gradients, mixed_data, reference, relative, tiny_model
 
 from qwen_chat.dataset import Collator, Rows, WindowSampler
+from qwen_chat.errors import ModelError
 from qwen_chat.loss import ModelLoss, chunked_loss
 
 SEVEN_TOKENS = (
@@ -141,6 +144,22 @@ def test_outside_a_call_the_head_is_as_before():
     assert torch.equal(model(input_ids=ids).logits, before)
     loss.remove()
     assert torch.equal(model(input_ids=ids).logits, before)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_model_that_goes_past_its_head_is_refused():
+    model = tiny_model("qwen2").eval()
+    loss = ModelLoss(model)
+    weight = model.lm_head.weight
+
+    def past_the_head(input_ids, logits_to_keep, **kwargs):
+        hidden = model.model(input_ids, **(kwargs | {"use_cache": False}))[0][:, logits_to_keep]
+        return SimpleNamespace(logits=hidden @ weight.T)
+
+    sampler = WindowSampler(mixed_data(), batch_size=9, max_length=200, shuffle=False)
+    batch = Collator()([Rows(mixed_data())[row] for row in next(iter(sampler))])
+    with pytest.raises(ModelError, match="does not call its output head as a module"):
+        loss(past_the_head, batch)
 
 
 def test_autocast_bfloat16_computes_the_loss_in_single_precision():
