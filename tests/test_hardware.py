@@ -1,6 +1,7 @@
 """What a machine has, asked of machines that are folders: /proc, /sys and /dev of each, and an nvidia-smi."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,16 @@ def test_macos_cannot_say_which_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_on_macos_goes_to_the_cpu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not hardware.has_accelerator()
+
+
+@pytest.mark.parametrize("script", ["finetune/finetune.py", "fast_start/simple_try_create_service.py"])
+def test_windows_is_told_in_one_line(script: str) -> None:
+    program = f"import runpy, sys; sys.platform = 'win32'; runpy.run_path({script!r}, run_name='__main__')"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Windows: expected Linux, macOS or WSL")
 
 
 MEMINFO = {"proc/meminfo": f"MemTotal: {256 * 2**20} kB\nMemAvailable: {200 * 2**20} kB\n"}
