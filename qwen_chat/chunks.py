@@ -191,7 +191,8 @@ class ChatAssembly:
     def _finish_reason(self, state: _ChatChoice, reason: str) -> FinishReason:
         if reason in CUT_OFF:
             return "length"
-        return "tool_calls" if state.calls and self._mode != "named" else "stop"
+        cut = state.parser is not None and state.parser.cut  # by a stop string of the client's
+        return "tool_calls" if state.calls and self._mode != "named" and not cut else "stop"
 
     def _piece(self, choice: int, delta: Delta) -> Answer:
         """A chunk with the log probabilities of all tokens since the last one."""

@@ -116,9 +116,10 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
     # Without tools nothing in a reply is a call, whatever it looks like; only thinking is told apart. Under
     # `strict` the tagged calls alone are: the grammar sees no others.
     marks: Marks | None = "none" if tools is None else "tagged" if mode == "strict" else None
+    bound = tools is not None and grammar is not None
 
     def parser() -> StreamParser | None:
-        return None if plain else StreamParser(tools, in_reasoning=thinking, marks=marks)
+        return None if plain else StreamParser(tools, in_reasoning=thinking, marks=marks, bound=bound)
 
     assembly = ChatAssembly(
         model=model.name,

@@ -81,6 +81,11 @@ class ObjectScanner:
         """The object has ended; False refuses it."""
         return True
 
+    def _unread(self) -> str:
+        """What stands at the end of the text and waits for more: half an escape, a number, a word."""
+        begun = {_ESCAPE: "\\", _HEX: "\\u"}.get(self._state, "")
+        return begun + "".join(self._word)
+
     # Each step reads at least one character, or changes the state, and returns where it stopped.
 
     def _begin(self, text: str, at: int) -> int:
@@ -194,12 +199,12 @@ class ObjectScanner:
         if end == len(text):
             return end
         word = "".join(self._word)
-        self._word = []
         strict = _LITERALS.get(word)
         if strict is None:
             if len(word) > MAX_NUMBER or not _NUMBER.fullmatch(word):
                 return self._break(end)
             strict = word
+        self._word = []
         self._parts.append(strict)
         return self._end_value(end)
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from qwen_chat.conversation import ToolCall
 from qwen_chat.errors import FormatError
-from qwen_chat.loose_json import BROKEN, DONE, ObjectScanner, object_text
+from qwen_chat.loose_json import BROKEN, DONE, READING, ObjectScanner, object_text
 from qwen_chat.tool_schema import check_arguments, check_call, check_tool
 
 __all__ = [
@@ -224,6 +224,31 @@ class _CallScanner(ObjectScanner):
         self._names = names
         self._slot = ""
         self._seen: set[str] = set()
+        self._arguments_at = 0  # where in _parts the arguments began, and ended
+        self._arguments_end: int | None = None
+        self._told = 0  # how many of the parts `more` gave out
+
+    @property
+    def begun(self) -> bool:
+        """Whether the name is known, and an object of arguments has begun."""
+        return self.name != "" and (self._arguments_end is not None or self._is_inside)
+
+    @property
+    def _is_inside(self) -> bool:
+        return self._slot == "arguments" and self._kind == "{" and len(self._closers) > 1
+
+    def more(self, *, ended: bool) -> str:
+        """The arguments since it was last asked. What may still be repaired comes later, unless the text has
+        `ended`."""
+        if self._arguments_end is not None:
+            start, end, rest = self._arguments_at, self._arguments_end, ""
+        elif ended:
+            start, end, rest = self._value_at, len(self._parts), self._unread()
+        else:
+            start, end, rest = self._value_at, len(self._parts) if self._comma < 0 else self._comma, ""
+        start = max(start, self._told)
+        self._told = max(end, self._told)
+        return "".join(self._parts[start:end]) + rest
 
     def top_key(self, key: str) -> bool:
         self._slot = _SLOTS.get(key, "")
@@ -235,6 +260,8 @@ class _CallScanner(ObjectScanner):
         if self._slot == "name":
             return kind in "\"'" and self._read_name(json.loads(text))
         if self._slot == "arguments":
+            if kind == "{":
+                self._arguments_at, self._arguments_end = self._value_at, len(self._parts)
             return self._read_arguments(kind, text)
         return kind not in "{["
 
@@ -242,9 +269,10 @@ class _CallScanner(ObjectScanner):
         return self.name != "" and (self._names is None or "arguments" in self._seen)
 
     def _read_name(self, name: str) -> bool:
-        self.name = name
         encodable = name.isascii() or not _SURROGATE.search(name)
-        return name.strip() != "" and encodable and (self._names is None or name in self._names)
+        fits = name.strip() != "" and encodable and (self._names is None or name in self._names)
+        self.name = name if fits else ""
+        return fits
 
     def _read_arguments(self, kind: str, text: str) -> bool:
         if kind == "{":
@@ -407,18 +435,27 @@ class StreamParser:
     Content and reasoning come out as soon as they cannot be the beginning of a tag any more (a few characters
     are held back in ordinary text). A call comes out in one delta, when its JSON is complete, without waiting
     for the end tag. Not before: a call whose JSON turns out to be cut or broken is content, and a name that
-    has been shown could not be taken back.
+    has been shown could not be taken back. A tagged call that is `bound` to a grammar cannot break: its name comes
+    when its arguments begin, they come as they are written, and a cut one is a call with cut arguments (`cut`).
 
     `tools` only says which names make a call of JSON that stands alone or in a code fence. A tagged call of
     an unknown name is a call too: who runs it answers with an error, from which a model recovers.
     """
 
     def __init__(
-        self, tools: Tools | None = None, *, in_reasoning: bool = False, marks: Marks | None = None
+        self,
+        tools: Tools | None = None,
+        *,
+        in_reasoning: bool = False,
+        marks: Marks | None = None,
+        bound: bool = False,
     ) -> None:
         """`marks`: what counts as a call; by default anything that may be one, JSON without a mark only where
-        it names one of `tools`."""
+        it names one of `tools`. `bound`: what follows <tool_call> is written under a grammar."""
         self.calls = 0  # how many have come out
+        self.cut = False  # the last one's arguments are not whole
+        self._bound = bound
+        self._is_open = False  # the name of the call that is being read has come out
         self._names = frozenset(str(_function(tool).get("name")) for tool in tools or ())
         self._marks: Marks = marks or ("any" if self._names else "marked")
         self._mode: _Mode = "beginning"
@@ -435,6 +472,7 @@ class StreamParser:
         self._start = 0
         self._skip = 0  # how much of it is content for certain if it fails
         self._opens: frozenset[str] = frozenset()
+        self._streams = False  # its arguments come as they are written
         self._only_known = False  # the call must name one of the tools
         self._wasted = 0  # characters read by attempts that failed
 
@@ -577,6 +615,7 @@ class StreamParser:
             self._only_known = kind in ("bare", "fence") or (kind == "more" and self._only_known)
             self._scanner = _CallScanner(self._names if self._only_known else None)
         self._mode = "call"
+        self._streams = self._bound and kind == "tag"
         self._start = match.start()
         return match.end()
 
@@ -592,6 +631,8 @@ class StreamParser:
     def _read_call(self, text: str, at: int, final: bool) -> tuple[str, int]:
         scanner = self._scanner
         at = scanner.scan(text, at)
+        if isinstance(scanner, _CallScanner) and self._streams and scanner.begun:
+            return text, self._read_bound(scanner, at, final)
         if scanner.status == DONE:
             self._out.append(Delta(name=scanner.name, arguments=scanner.arguments, index=self.calls))
             self.calls += 1
@@ -609,6 +650,26 @@ class StreamParser:
             self._raw.append(text[self._start :])
             self._start = 0
         return text, at
+
+    def _read_bound(self, scanner: _CallScanner, at: int, final: bool) -> int:
+        """Say what the arguments have grown by; the name before the first of them."""
+        if not self._is_open:
+            self._out.append(Delta(name=scanner.name, index=self.calls))
+            self.calls += 1
+            self._is_open = True
+        ended = final or scanner.status != READING
+        grown = scanner.more(ended=ended)
+        if grown:
+            self._out.append(Delta(arguments=grown, index=self.calls - 1))
+        if ended:
+            self._is_open = False
+            self.cut = scanner.status != DONE
+            self._owed = self._opens
+            self._raw = []
+            self._mode = "after" if scanner.status == DONE else "text"
+        else:
+            self._start = at
+        return at
 
 
 _READERS = {
