@@ -57,6 +57,7 @@ class Record:
     user: str | None = None
     prompt: object = None
     reply: str | None = None
+    ignored: Sequence[str] = ()  # hints of the request that change no answer, by name
     admitted: bool = False  # it passed the gate, with a key where there are keys
 
     def line(self, status: int) -> dict[str, object]:
@@ -77,6 +78,7 @@ class Record:
             "finish_reason": self.finish_reason,
             "error": self.error,
             "user": self.user,
+            "ignored": list(self.ignored) or None,
             "prompt": self.prompt,
             "reply": self.reply,
         }
@@ -115,7 +117,7 @@ class Journal:
             "method": method,
             "state": {**scope.get("state", {}), "record": record},
         }
-        answer = _Sender(send, record.id)
+        answer = _Sender(send, record)
         try:
             await self.app(scope, receive, answer)
         except ClientDisconnect:
@@ -143,17 +145,19 @@ class Journal:
 
 
 class _Sender:
-    """`send` that remembers the status and adds the request's id."""
+    """`send` that remembers the status and adds the request's id, and the names of what did nothing."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, record: Record) -> None:
         self.send = send
-        self.request_id = request_id
+        self.record = record
         self.status: int | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            headers = [*message.get("headers", ()), (b"x-request-id", self.record.id.encode())]
+            if self.record.ignored:
+                headers.append((b"x-ignored", ", ".join(self.record.ignored).encode()))
             message = {**message, "headers": headers}
         await self.send(message)
 

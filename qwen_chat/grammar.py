@@ -212,7 +212,7 @@ def _problem(error: str) -> str:
 
 def _reason(error: str) -> str:
     """What llguidance says is wrong, without the place in our grammar and the listing that follows."""
-    said = re.split(r"\n *1 \||\n<state>", error, maxsplit=1)[0]
+    said = re.split(r"\n *\d+ \||\n<state>", error, maxsplit=1)[0]
     return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", said).split())[:300]
 
 

@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qwen_chat.chatml import ChatFormat
 from qwen_chat.chunks import Assembly, CallMode, ChatAssembly, TextAssembly
+from qwen_chat.client_schema import check_schemas, held
 from qwen_chat.control_tokens import TooManyTokens
 from qwen_chat.errors import FormatError, ToolError
 from qwen_chat.grammar import Grammar
@@ -32,12 +33,6 @@ from qwen_chat.sampling import GenerationRequest
 from qwen_chat.tool_calls import Marks, StreamParser
 
 Json = dict[str, Any]
-
-SCHEMA_DEPTH = 24  # nesting of a JSON Schema
-SCHEMA_NODES = 4000  # objects, lists and values in one
-PATTERN_LENGTH = 500  # characters of a regular expression in one
-LARGEST_REPEAT = 2000  # of minItems, maxLength and the like: a grammar unrolls them
-_REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +90,7 @@ class Served:
 
 def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadline: float) -> Job:
     """A chat completion. `body` is the request as it came: tools are rendered in the client's key order."""
-    tools = cast(list[Json], body["tools"]) if _offers_tools(request) else None
+    tools = plain_tools(body["tools"]) if _offers_tools(request) else None
     messages = _messages(body["messages"])
     grammar, mode = _chat_grammar(request, tools)
     try:
@@ -161,19 +156,19 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
 def chat_prompt_ids(messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat) -> list[int]:
     """The tokens that a chat's prompt has; raises Refusal where the messages cannot be rendered."""
     try:
-        return list(fmt.prompt_ids(_messages(messages), tools))
+        return list(fmt.prompt_ids(_messages(messages), plain_tools(tools) if tools else None))
     except FormatError as error:
         raise _bad_messages(error) from None
 
 
 def _offers_tools(request: ChatRequest) -> bool:
     """With tool_choice none the model is not shown the tools: what it cannot see it does not call."""
-    return request.tools is not None and request.tool_choice != "none"
+    return bool(request.tools) and request.tool_choice != "none"
 
 
 def _messages(messages: Sequence[Json]) -> list[Json]:
     """The messages as the template reads them: `developer` is `system`, results in the calls' order."""
-    plain = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    plain = [_plain_message(message) for message in messages]
     order: dict[str, int] = {}
     rank: list[tuple[int, int]] = []  # the turn that a message belongs to, then its place in it
     turn = 0
@@ -183,6 +178,29 @@ def _messages(messages: Sequence[Json]) -> list[Json]:
             order = {call["id"]: k for k, call in enumerate(message.get("tool_calls") or (), start=1)}
         rank.append((turn, order.get(message.get("tool_call_id", ""), 0) if message["role"] == "tool" else 0))
     return [plain[k] for k in sorted(range(len(plain)), key=rank.__getitem__)]
+
+
+def _plain_message(message: Json) -> Json:
+    """Without hints, and with one name for each thing."""
+    plain = {key: value for key, value in message.items() if key not in ("cache_control", "reasoning")}
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    if isinstance(plain.get("content"), list):
+        plain["content"] = [_without_hint(part) for part in plain["content"]]
+    if message.get("reasoning") is not None:
+        plain["reasoning_content"] = message["reasoning"]
+    if plain.get("tool_calls") == []:
+        del plain["tool_calls"]
+    return plain
+
+
+def plain_tools(tools: Sequence[Json]) -> list[Json]:
+    """The tools as the template is shown them: in the client's order of keys, without hints."""
+    return [_without_hint(tool) for tool in tools]
+
+
+def _without_hint(part: Json) -> Json:
+    return {key: value for key, value in part.items() if key != "cache_control"}
 
 
 def _bad_messages(error: FormatError) -> Refusal:
@@ -255,10 +273,13 @@ def _numbered(request: GenerationRequest, k: int) -> GenerationRequest:
 
 def _chat_grammar(request: ChatRequest, tools: list[Json] | None) -> tuple[Grammar | None, CallMode]:
     forced = request.tool_choice == "required" or isinstance(request.tool_choice, NamedChoice)
+    schemas = []
     for k, tool in enumerate(tools or ()):
-        function = tool["function"]
-        bound = forced or bool(function.get("strict"))
-        _check_schema(function.get("parameters") or {}, f"tools[{k}].function.parameters", bound=bound)
+        param, function = f"tools[{k}].function.parameters", tool["function"]
+        schemas.append((param, function.get("parameters") or {}, bool(function.get("strict"))))
+        if forced and not function.get("strict"):
+            schemas.append((param, held(function.get("parameters") or {}), True))
+    check_schemas(schemas)
     form = _format_grammar(request)
     if form is not None:
         if tools is not None:
@@ -280,12 +301,24 @@ def _chat_grammar(request: ChatRequest, tools: list[Json] | None) -> tuple[Gramm
 def _tool_grammar(request: ChatRequest, tools: list[Json]) -> tuple[Grammar | None, CallMode]:
     choice = request.tool_choice
     if isinstance(choice, NamedChoice):
+        tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+    if isinstance(choice, NamedChoice) or choice == "required":
+        tools = [_held(tool) for tool in tools]
+    if isinstance(choice, NamedChoice):
         return Grammar.tool_call(tools, name=choice.function.name), "named"
     if choice == "required":
         return Grammar.tool_call(tools, parallel=request.parallel_tool_calls is not False), "free"
     if any(tool["function"].get("strict") for tool in tools):
         return Grammar.tools_in_text([_loosened(tool) for tool in tools]), "strict"
     return None, "free"
+
+
+def _held(tool: Json) -> Json:
+    """A tool that must be called: where it is not strict, under what of its schema a grammar can hold."""
+    function = tool["function"]
+    if function.get("strict") or not function.get("parameters"):
+        return tool
+    return {**tool, "function": {**function, "parameters": held(function["parameters"])}}
 
 
 def _loosened(tool: Json) -> Json:
@@ -301,70 +334,8 @@ def _format_grammar(request: SamplingRequest) -> Grammar | None:
     if isinstance(form, JsonObjectFormat):
         return Grammar.json_object()
     assert isinstance(form, JsonSchemaFormat)
-    _check_schema(form.json_schema.schema_, "response_format.json_schema.schema")
+    check_schemas([("response_format.json_schema.schema", form.json_schema.schema_, True)])
     try:
         return Grammar.json_schema(form.json_schema.schema_)
     except ToolError as error:
         raise bad_value("response_format", f"Invalid schema for 'response_format': {error}.") from None
-
-
-def _check_schema(schema: Json, param: str, *, bound: bool = True) -> None:
-    """Refuse schemas that are none, and (where decoding is `bound` to them) those whose grammar would grow
-    beyond reason."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
-    _check_size(schema, param, bound)
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        place = "/".join(str(part) for part in error.absolute_path)
-        raise bad_value(
-            param, f"Invalid schema for '{param}': {error.message[:200]} (at '{place}')."
-        ) from None
-
-
-def _check_size(schema: Json, param: str, bound: bool) -> None:
-    waiting: list[tuple[Any, int]] = [(schema, 1)]
-    nodes = 0
-    while waiting:
-        value, depth = waiting.pop()
-        nodes += 1
-        if depth > SCHEMA_DEPTH or nodes > SCHEMA_NODES:
-            size = (
-                f"nested more than {SCHEMA_DEPTH} deep"
-                if depth > SCHEMA_DEPTH
-                else f"of {SCHEMA_NODES} parts"
-            )
-            raise bad_value(
-                param, f"Invalid schema for '{param}': a schema {size} is too large.", "schema_too_large"
-            )
-        if isinstance(value, dict):
-            if bound:
-                _check_keywords(value, param)
-            waiting += [(child, depth + 1) for child in value.values()]
-        elif isinstance(value, list):
-            waiting += [(child, depth + 1) for child in value]
-
-
-def _check_keywords(node: Json, param: str) -> None:
-    pattern = node.get("pattern")
-    if isinstance(pattern, str):
-        repeats = [int(number) for number in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", pattern)))]
-        if len(pattern) > PATTERN_LENGTH or _product(repeats) > LARGEST_REPEAT:
-            text = f"Invalid schema for '{param}': its regular expression is too large."
-            raise bad_value(param, text, "schema_too_large")
-    for key in _REPEATS:
-        value = node.get(key)
-        if isinstance(value, int | float) and value > LARGEST_REPEAT:
-            text = f"Invalid schema for '{param}': '{key}' is {value}; at most {LARGEST_REPEAT}."
-            raise bad_value(param, text, "schema_too_large")
-
-
-def _product(numbers: Sequence[int]) -> int:
-    product = 1
-    for number in numbers:
-        product *= max(number, 1)
-        if product > LARGEST_REPEAT:
-            break
-    return product

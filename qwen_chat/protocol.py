@@ -1,7 +1,8 @@
 """The service's language: OpenAI's requests, answers and chunks as strict types.
 
 In: JSON bodies. Out: frozen request values whose limits are OpenAI's, and answers that serialise as theirs.
-A parameter that is not named here is refused by name: nothing is accepted and ignored.
+A parameter that is not named here is refused by name. What changes no answer is taken (`HINTS`), and the answer's
+header `x-ignored` names it; what would change the answer and cannot be honoured is refused.
 Source of names and limits: OpenAI's API reference (chat, completions, models) and, for `top_k`, `min_p`,
 `repetition_penalty`, `/tokenize` and adapters, the names that vLLM's server made common.
 """
@@ -33,6 +34,27 @@ MOST_BIASES = 1024
 MOST_TOKENS = 2**31 - 1
 MOST_PROMPT_TOKENS = 2**20
 MOST_PROMPTS = 64
+
+
+# What clients send that changes no answer here: its place in a request -> what it would have been for.
+HINTS: dict[str, str] = {
+    "metadata": "the caller's own notes",
+    "prediction": "a likely answer, to save time",
+    "prompt_cache_key": "which requests begin alike; the prefix cache finds that out by itself",
+    "prompt_cache_retention": "how long a prefix is kept",
+    "safety_identifier": "who asks, for OpenAI's abuse reports; `user` goes into the log",
+    "service_tier": "another price or speed",
+    "store": "keeping the answer with OpenAI",
+    "verbosity": "how long OpenAI's own models answer; say it in the prompt, or set `max_tokens`",
+    "messages.cache_control": "Anthropic's marks of what to cache, on a message",
+    "messages.content.cache_control": "the same, on a part of a message's content",
+    "messages.name": "a participant's name, which the chat formats have no place for",
+    "tools.cache_control": "the same, on a tool",
+}
+_USUAL: dict[str, tuple[object, ...]] = {
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}  # ask for nothing
 
 
 class Request(BaseModel):
@@ -88,6 +110,8 @@ BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 User = Annotated[str, Field(max_length=512)]
+HintKey = Annotated[str, Field(max_length=64)]  # OpenAI's limits of metadata
+HintText = Annotated[str, Field(max_length=512)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -114,11 +138,19 @@ def _word_or_object(value: object) -> str:
 # --- messages -------------------------------------------------------------------------------------
 
 
+class CacheControl(Request):
+    """Anthropic's mark of what to cache."""
+
+    type: Annotated[str, Field(max_length=64)]
+    ttl: Annotated[str, Field(max_length=64)] | None = None
+
+
 class TextPart(Request):
     """A piece of a message's content. Images and sound are not understood by these models."""
 
     type: Literal["text"]
     text: str
+    cache_control: CacheControl | None = None
 
 
 Content = Annotated[
@@ -152,6 +184,7 @@ class SystemMessage(Request):
     role: Literal["system", "developer"]
     content: Content
     name: str | None = None
+    cache_control: CacheControl | None = None
 
 
 class UserMessage(Request):
@@ -160,6 +193,7 @@ class UserMessage(Request):
     role: Literal["user"]
     content: Content
     name: str | None = None
+    cache_control: CacheControl | None = None
 
 
 class AssistantMessage(Request):
@@ -168,12 +202,22 @@ class AssistantMessage(Request):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[CallParam], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    reasoning: str | None = None  # another name of it
+    tool_calls: Annotated[list[CallParam], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     name: str | None = None
+    cache_control: CacheControl | None = None
     refusal: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
     annotations: Annotated[list[Any] | None, _only([])] = None
+
+    @model_validator(mode="after")
+    def _one_thought(self) -> Self:
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise PydanticCustomError(
+                "invalid_value", "Invalid value for {param}: 'reasoning' and 'reasoning_content' differ."
+            )
+        return self
 
 
 class ToolMessage(Request):
@@ -183,6 +227,7 @@ class ToolMessage(Request):
     content: Content
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)]
     name: str | None = None
+    cache_control: CacheControl | None = None
 
 
 MessageParam = Annotated[
@@ -209,6 +254,7 @@ class ToolParam(Request):
 
     type: Literal["function"]
     function: FunctionParam
+    cache_control: CacheControl | None = None
 
 
 class ChosenFunction(Request):
@@ -228,7 +274,7 @@ ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedChoice, Tag("object")],
     Discriminator(_word_or_object),
 ]
-Tools = Annotated[list[ToolParam], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+Tools = Annotated[list[ToolParam], Field(max_length=MOST_TOOLS, fail_fast=True)]
 
 
 class TextFormat(Request):
@@ -264,6 +310,13 @@ Stop = Annotated[
     Annotated[StopText, Tag("text")] | Annotated[list[StopText], Field(max_length=MOST_STOPS), Tag("list")],
     Discriminator(_text_or_list),
 ]
+
+
+class Prediction(Request):
+    """Text that the answer is likely to repeat."""
+
+    type: Literal["content"]
+    content: Content
 
 
 class StreamOptions(Request):
@@ -331,18 +384,19 @@ class ChatRequest(SamplingRequest):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    store: Annotated[bool | None, _only(False)] = None
-    service_tier: Annotated[str | None, _only("auto", "default")] = None
+    metadata: Annotated[dict[HintKey, HintText], Field(max_length=16)] | None = None
+    prediction: Prediction | None = None
+    prompt_cache_key: HintText | None = None
+    prompt_cache_retention: HintText | None = None
+    safety_identifier: HintText | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    store: bool | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
     modalities: Annotated[list[str] | None, _only(["text"])] = None
     audio: Unsupported = None
     function_call: Unsupported = None
     functions: Unsupported = None
-    metadata: Unsupported = None
-    prediction: Unsupported = None
-    prompt_cache_key: Unsupported = None
     reasoning_effort: Unsupported = None
-    safety_identifier: Unsupported = None
-    verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")
@@ -355,7 +409,8 @@ class ChatRequest(SamplingRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise _not_alone("top_logprobs", "'logprobs' is enabled")
-        if self.tools is None and self.tool_choice not in (None, "none"):
+        harmless = (None, "none") if self.tools is None else (None, "none", "auto")  # beside an empty list
+        if not self.tools and self.tool_choice not in harmless:
             raise _not_alone("tool_choice", "'tools' are specified")
         if self.tools is None and self.parallel_tool_calls is not None:
             raise _not_alone("parallel_tool_calls", "'tools' are specified")
@@ -395,6 +450,27 @@ class ChatRequest(SamplingRequest):
         if waiting:
             raise _unanswered(len(self.messages), waiting)
         return self
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The HINTS that this request has, in order; those that ask for nothing are left out."""
+        found = {
+            name
+            for name in HINTS
+            if "." not in name
+            and (value := getattr(self, name)) is not None
+            and value not in _USUAL.get(name, ())
+        }
+        for message in self.messages:
+            if message.cache_control is not None:
+                found.add("messages.cache_control")
+            if message.name is not None:
+                found.add("messages.name")
+            if isinstance(message.content, list) and any(part.cache_control for part in message.content):
+                found.add("messages.content.cache_control")
+        if any(tool.cache_control for tool in self.tools or ()):
+            found.add("tools.cache_control")
+        return tuple(name for name in HINTS if name in found)
 
     @property
     def token_limit(self) -> int | None:

@@ -186,6 +186,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Start the engine before the first request, stop it after the last."""
+        await asyncio.to_thread(lambda: self.engine.fmt)  # a third of a second, which no request should pay
         self.engine.start()
         yield
         await asyncio.to_thread(self.engine.stop)
@@ -195,6 +196,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body, wanted = await self._read(request, protocol.ChatRequest)
+        _record(request).ignored = wanted.ignored
         return await self._answer(
             request,
             wanted,

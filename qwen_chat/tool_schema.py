@@ -107,6 +107,12 @@ def check_tool(tool: Mapping[str, Any]) -> None:
         _library(key, name)
 
 
+def is_everyday(schema: object) -> bool:
+    """Whether this is a sound JSON Schema of plain types, objects, arrays and enums of texts; the library must be
+    asked about others."""
+    return _certainly(schema, depth=8) is not None
+
+
 def _key(schema: object, name: str) -> bytes:
     """The schema's content: equal schemas of different lines share one validator."""
     if schema is None or schema == {}:
