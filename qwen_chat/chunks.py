@@ -358,8 +358,8 @@ def token_logprobs(event: TokenEvent, end_tokens: Collection[int]) -> list[Token
     """The log probabilities of an event's tokens in OpenAI's shape."""
     return [
         TokenLogprob(**_named(taken), top_logprobs=[TopLogprob(**_named(top)) for top in taken.top])
-        for token, taken in zip(event.token_ids, event.logprobs, strict=False)
-        if token not in end_tokens
+        for taken in event.logprobs
+        if taken.token_id not in end_tokens
     ]
 
 

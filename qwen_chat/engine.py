@@ -105,7 +105,8 @@ class _Row:
     kv: KVRow
     computed: int = 0
     started: bool = False  # the prefix cache was asked
-    generated: int = field(default=0)
+    generated: int = 0
+    held: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # where its text begins, not shown yet
 
     @property
     def request(self) -> GenerationRequest:
@@ -453,9 +454,9 @@ class Engine:
         for row in (*self._running, *self._waiting):
             deadline = row.request.deadline
             if row.generation.is_cancelled:
-                self._finish(row, TokenEvent(row.text.finish(), finish_reason="cancelled"))
+                self._finish(row, _cut_off(row, "cancelled"))
             elif deadline is not None and now >= deadline:
-                self._finish(row, TokenEvent(row.text.finish(), finish_reason="deadline"))
+                self._finish(row, _cut_off(row, "deadline"))
 
     def _join(self) -> None:
         """Waiting requests start while there is a place and memory for their prompt and a little more; when
@@ -542,7 +543,9 @@ class Engine:
         if row.generation.first_token_at is None:
             row.generation.first_token_at = time.monotonic()
         reason: FinishReason | None = None
-        text, token = "", choice.token_id
+        text, token, stopped = "", choice.token_id, False
+        if choice.logprob is not None:
+            row.held.append((row.text.length, _logprob(row, choice, choice.logprob)))
         if token in row.stop_ids:
             reason = "stop"
         else:
@@ -557,7 +560,7 @@ class Engine:
                 text += row.text.finish()
         if reason == "stop" and token in row.stop_ids:
             text = row.text.finish()
-        event = TokenEvent(text, (token,), _logprobs(row, choice), reason)
+        event = TokenEvent(text, (token,), _shown(row, reason is not None and not stopped), reason)
         if reason is None:
             row.generation.put(event)
         else:
@@ -646,12 +649,22 @@ def load_engine(
     return engine
 
 
-def _logprobs(row: _Row, choice: Choice) -> tuple[TokenLogprob, ...]:
-    if choice.logprob is None:
-        return ()
+def _logprob(row: _Row, choice: Choice, logprob: float) -> TokenLogprob:
     name = row.token_text.name_of
-    top = tuple(TokenLogprob(*name(token), logprob) for token, logprob in choice.top)
-    return (TokenLogprob(*name(choice.token_id), choice.logprob, top),)
+    top = tuple(TokenLogprob(*name(token), value, token_id=token) for token, value in choice.top)
+    return TokenLogprob(*name(choice.token_id), logprob, top, choice.token_id)
+
+
+def _shown(row: _Row, everything: bool) -> tuple[TokenLogprob, ...]:
+    """The log probabilities held back of tokens whose text has begun to be shown; `everything`: of all."""
+    count = len(row.held) if everything else sum(begin < row.text.shown for begin, _ in row.held)
+    shown, row.held = row.held[:count], row.held[count:]
+    return tuple(item for _, item in shown)
+
+
+def _cut_off(row: _Row, reason: FinishReason) -> TokenEvent:
+    text = row.text.finish()
+    return TokenEvent(text, logprobs=_shown(row, everything=True), finish_reason=reason)
 
 
 def _say(error: Exception) -> str:

@@ -33,11 +33,16 @@ class TokenLogprob:
     raw: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What one step added. `text` may be empty (held back); `finish_reason` is set on the last event only."""
+    """What one step added. `text` may be empty (held back); `finish_reason` is set on the last event only.
+
+    `logprobs` are those of the tokens whose text begins to be shown by this event: they are held back with it,
+    and fall with it where a stop string takes it.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()

@@ -2,6 +2,9 @@
 
 In: a conversation with tools, calls and results. Out: system, user and assistant messages without any: the
 tools stand in the system text, and one assistant message holds a call, its results and the answer.
+
+So a result stands among the model's own words, and marks in it would be read as them: the end of the result and
+a new call. Each is broken by a space after its flower, here, where training and serving both come by.
 """
 
 from __future__ import annotations
@@ -12,9 +15,19 @@ from typing import Literal
 
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.errors import FormatError
-from qwen_chat.tool_calls import RESULT, RETURN, flower_block, normalise_arguments, write_flower
+from qwen_chat.tool_calls import (
+    ARGS,
+    FUNCTION,
+    RESULT,
+    RETURN,
+    flower_block,
+    normalise_arguments,
+    write_flower,
+)
 
 _ANSWER = f"\n{RETURN}: "  # after the last result; the model goes on from here
+_FLOWER = FUNCTION[0]
+_MARK = re.compile("|".join(f"{_FLOWER}(?={mark[1:]})" for mark in (FUNCTION, ARGS, RESULT, RETURN)))
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -58,7 +71,8 @@ def _add_result(plain: list[Json], message: Message, k: int) -> None:
             f"message {k} is a tool result with no call before it; expected an assistant's call first"
         )
     before = plain[-1]["content"].removesuffix(_ANSWER)
-    plain[-1]["content"] = f"{before}\n{RESULT}: {message.content}{_ANSWER}"
+    result = _MARK.sub(f"{_FLOWER} ", message.content)
+    plain[-1]["content"] = f"{before}\n{RESULT}: {result}{_ANSWER}"
 
 
 def _add_reply(plain: list[Json], message: Message) -> None:

@@ -245,24 +245,33 @@ class StopText:
         self._stop = tuple(text for text in stop if text)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
+        self.shown = 0  # characters
+
+    @property
+    def length(self) -> int:
+        """Characters so far, shown or held back."""
+        return self.shown + len(self._held)
 
     def feed(self, raw: bytes) -> tuple[str, bool]:
         """Add one token's bytes; returns (text to show now, whether a stop string was completed)."""
         self._held += self._decoder.decode(raw)
         if not self._stop:
-            shown, self._held = self._held, ""
-            return shown, False
+            return self._show(len(self._held)), False
         found = [place for place in (self._held.find(text) for text in self._stop) if place >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            shown = self._show(min(found))
+            self._held = ""
             return shown, True
         keep = max(_overlap(self._held, text) for text in self._stop)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown, False
+        return self._show(len(self._held) - keep), False
 
     def finish(self) -> str:
         """What was held back and turns out to be text. A character that was cut in the middle stays out."""
-        shown, self._held = self._held, ""
+        return self._show(len(self._held))
+
+    def _show(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        self.shown += count
         return shown
 
 

@@ -325,6 +325,33 @@ def test_cut_call_is_content(client: TestClient) -> None:
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "stop", "shown"),
+    [
+        ("hello world", ["lo w"], "hel"),
+        ("lololo we", ["lo w"], "lolo"),  # held back again and again
+        ("hello", ["lo w"], "hello"),  # it never came
+        ("aé杭z", ["杭z"], "aé"),  # letters of two and three tokens
+        ("stop", ["stop"], ""),
+    ],
+)
+def test_logprobs_are_those_of_the_content(
+    client: TestClient, said: str, stop: list[str], shown: str, stream: bool
+) -> None:
+    body = ask(f"say {said}", stop=stop, logprobs=True, stream=stream)
+    answer = client.post(CHAT, json=body)
+    if stream:
+        choices = [one["choices"][0] for one in events(answer.text)]
+        content = "".join(one["delta"].get("content") or "" for one in choices)
+        taken = [one for part in choices if part["logprobs"] for one in part["logprobs"]["content"]]
+    else:
+        choice = answer.json()["choices"][0]
+        content, taken = choice["message"]["content"], choice["logprobs"]["content"]
+    assert content == shown
+    assert bytes(byte for one in taken for byte in one["bytes"]) == shown.encode()
+
+
 @pytest.mark.parametrize("stop", ["END", ["zz", "END", "ND!"]])
 def test_stop_strings_are_never_shown(client: TestClient, stop: Any) -> None:
     body = ask("say a EN b END! c", stop=stop)
