@@ -45,6 +45,11 @@ locate() {
 }
 
 # ------------------------------------------------------------------------------------------------- the command line
+# Nothing newer than bash 3.2 here: macOS has no other.
+one_value() {
+    ((${#values[@]} == 1)) || fail "$flag: ${#values[@]} values; expected one (quote a path with spaces)"
+}
+
 DRY_RUN=""
 data_given=()
 passed=()
@@ -62,12 +67,9 @@ while (($#)); do
         done
     fi
     case "${flag//-/_}" in
-        _m | __model | __model_name_or_path | _o | __output_dir | __deepspeed)
-            ((${#values[@]} == 1)) || fail "$flag: ${#values[@]} values; expected one (quote a path with spaces)"
-            ;;&
-        _m | __model | __model_name_or_path) MODEL="${values[0]}" ;;
-        _o | __output_dir) OUTPUT_DIR="${values[0]}" ;;
-        __deepspeed) DS_CONFIG_PATH="${values[0]}" ;;
+        _m | __model | __model_name_or_path) one_value && MODEL="${values[0]}" ;;
+        _o | __output_dir) one_value && OUTPUT_DIR="${values[0]}" ;;
+        __deepspeed) one_value && DS_CONFIG_PATH="${values[0]}" ;;
         _d | __data_path)
             ((${#values[@]})) || fail "$flag: no value; expected a file"
             data_given+=("${values[@]}")
@@ -120,7 +122,7 @@ if ((GPUS_PER_NODE == 0)); then
 fi
 ranks=$((GPUS_PER_NODE * NNODES))
 
-is_true() { [[ "${1,,}" == true || "$1" == 1 || "${1,,}" == yes ]]; }
+is_true() { [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|1|[Yy][Ee][Ss])$ ]]; }
 if [[ -z "$DS_CONFIG_PATH" ]] && ((ranks > 1)); then
     # ZeRO-3 cuts the weights up over the processes, which 4-bit weights do not allow.
     stage=3
@@ -178,7 +180,7 @@ status=0
 ((status == 0)) || exit "$status"
 
 if ((gpus == 0)); then
-    cores="$(nproc 2>/dev/null || echo "$GPUS_PER_NODE")"
+    cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo "$GPUS_PER_NODE")"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > GPUS_PER_NODE ? cores / GPUS_PER_NODE : 1))}"
 fi
 if ((NNODES > 1)); then

@@ -1,6 +1,7 @@
 """finetune.sh: the command it builds, the paths it finds, the check before the launch, the status that it ends with."""
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -42,6 +43,21 @@ def dry(*words: str, cwd: Path = ROOT, **environment: str) -> list[str]:
 
 def after(command: list[str], flag: str) -> list[str]:
     return [command[i + 1] for i, word in enumerate(command) if word == flag]
+
+
+def test_nothing_in_it_is_newer_than_the_bash_of_macos() -> None:
+    """3.2 knows neither `;;&` nor `${x,,}`, and stops at the first."""
+    newer = (
+        r";;&|;&|\$\{\w+(\[.\])?(,,|\^\^|@)|declare -[An]|local -n|mapfile|readarray|wait -n|\[\[ -v|&>>|\|&"
+    )
+    code = [line for line in SHELL.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert [line for line in code if re.search(newer, line)] == []
+
+
+@pytest.mark.parametrize(("word", "stage"), [("TRUE", 2), ("yes", 2), ("1", 2), ("False", 3), ("truest", 3)])
+def test_a_truth_may_be_written_in_any_case(word: str, stage: int) -> None:
+    command = dry("--q_lora", word, GPUS_PER_NODE="2")
+    assert after(command, "--deepspeed") == [str(ROOT / "finetune" / f"ds_config_zero{stage}.json")]
 
 
 def test_without_options_it_is_one_process_on_a_cpu() -> None:
