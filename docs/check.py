@@ -3,6 +3,7 @@
 In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when there is none, 1 otherwise.
 
     python docs/check.py
+    python docs/check.py --write     # the tables that are made from the code, made anew
 """
 
 import argparse
@@ -88,9 +89,10 @@ def known_flags(script: str) -> frozenset[str]:
     shown = subprocess.run([runner, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
     flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
     if script.startswith("finetune/finetune"):
-        from qwen_chat.arguments import trainer_options
+        from qwen_chat.training_fields import FIELDS
 
-        flags |= {f"--{entry.name}" for entry in trainer_options()} | known_flags_of_finetune()
+        flags |= {f"--{name}" for name, entry in FIELDS.items() if entry.state == "works"}
+        flags |= known_flags_of_finetune()
     return frozenset(flags)
 
 
@@ -121,6 +123,36 @@ def unequal_languages() -> Iterator[Fault]:
                 yield f"{chinese.relative_to(ROOT)}: {len(theirs)} commands, {english.name} has {len(ours)}"
 
 
+def made_tables() -> dict[str, tuple[Path, str]]:
+    """What is made from the code: the table's name, its page, its text."""
+    from qwen_chat import training_fields
+
+    return {"training_fields": (ROOT / "docs/finetune.md", training_fields.table())}
+
+
+def with_table(name: str, page: str, table: str) -> str | None:
+    """A page with the text between the two marks of a table replaced; None where it has no marks."""
+    begin, end = f"<!-- table {name}: made by docs/check.py --write -->\n", "<!-- end of table -->\n"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    return f"{before}{begin}{table}{end}{after}" if found and closed else None
+
+
+def stale_tables() -> Iterator[Fault]:
+    """Tables that say something else than the code."""
+    for name, (file, table) in made_tables().items():
+        page = file.read_text(encoding="utf-8")
+        if with_table(name, page, table) != page:
+            yield f"{file.relative_to(ROOT)}: the table {name} is not the code's; python docs/check.py --write"
+
+
+def write_tables() -> None:
+    for name, (file, table) in made_tables().items():
+        page = with_table(name, file.read_text(encoding="utf-8"), table)
+        if page is not None:
+            file.write_text(page, encoding="utf-8")
+
+
 def unnamed_modules() -> Iterator[Fault]:
     """Each module of the package has its line in docs/architecture.md."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
@@ -137,12 +169,16 @@ def faults() -> list[Fault]:
         for check in (broken_links, missing_paths, unknown_flags)
         for fault in check(page)
     ]
-    return [*found, *unequal_languages(), *unnamed_modules()]
+    return [*found, *unequal_languages(), *unnamed_modules(), *stale_tables()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Hold the documents against the checkout.")
-    parser.parse_args()
+    parser.add_argument(
+        "--write", action="store_true", help="first make the tables anew that come from the code"
+    )
+    if parser.parse_args().write:
+        write_tables()
     found = faults()
     for fault in found:
         print(fault, file=sys.stderr)

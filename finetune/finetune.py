@@ -27,9 +27,10 @@ def main() -> int:
     path = models.resolve(run.model.model, for_training=True)
 
     # torch comes in here: --help, a wrong flag and a model that cannot be trained are answered at once
-    from qwen_chat import probe, training
+    from qwen_chat import probe, rehearsal, training
     from qwen_chat.chatml import ChatFormat
 
+    rehearsal.rehearse(run)
     run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(models.read_config(path)), run))
     tokenizer = models.load_tokenizer(path, trust_remote_code=run.model.trust_remote_code)
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)

@@ -5,7 +5,7 @@
 #                             [--deepspeed FILE|none] [--dry_run] [any flag of finetune.py]
 #
 # Every variable below can be set in the environment; a flag wins over it, and the last flag given wins.
-# Relative paths are looked for in the current folder first, then in BASE_PATH.
+# Relative paths are looked for in the current folder first, then in BASE_PATH. It runs under bash 3.2 (macOS) too.
 
 if [ -z "${BASH_VERSION:-}" ]; then
     echo "error: finetune.sh needs bash; start it with: bash $0" >&2
@@ -57,7 +57,7 @@ while (($#)); do
     flag="$1"
     shift
     values=()
-    if [[ "$flag" == --*=* ]]; then
+    if [[ "$flag" == -*=* ]]; then # --data_path=FILE and -d=FILE: finetune.py reads both
         values=("${flag#*=}")
         flag="${flag%%=*}"
     else
@@ -70,7 +70,7 @@ while (($#)); do
         _m | __model | __model_name_or_path) one_value && MODEL="${values[0]}" ;;
         _o | __output_dir) one_value && OUTPUT_DIR="${values[0]}" ;;
         __deepspeed) one_value && DS_CONFIG_PATH="${values[0]}" ;;
-        _d | __data_path)
+        _d | __data_path | __data_paths)
             ((${#values[@]})) || fail "$flag: no value; expected a file"
             data_given+=("${values[@]}")
             ;;

@@ -18,16 +18,17 @@ import ast
 import difflib
 import importlib.util
 import json
+import math
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from qwen_chat import hardware
+from qwen_chat import hardware, training_fields
 from qwen_chat.errors import OptionError
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class TrainArguments:
     warmup_ratio: float | None = option(None, "share of the steps in which the rate rises (0.03)")
     warmup_steps: float | None = option(None, "the same in steps; below 1 a share")
     weight_decay: float = option(0.01, "weight decay of AdamW")
-    adam_beta2: float = option(0.95, "second moment's decay of AdamW")
+    adam_beta2: float = option(0.95, "second moment's decay of AdamW, from 0 up to 1")
     bf16: bool | None = option(None, "bfloat16; without it where an accelerator has it")
     fp16: bool = option(False, "half precision with loss scaling (accelerators only)")
     gradient_checkpointing: bool | Literal["auto"] = option(
@@ -137,11 +138,13 @@ class TrainArguments:
         None, "when to evaluate; epoch where there is --eval_data_path", "--evaluation_strategy"
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "when to write a checkpoint")
-    save_steps: float = option(500, "steps between checkpoints, with --save_strategy steps")
-    save_total_limit: int | None = option(2, "checkpoints that are kept")
+    save_steps: float = option(500, "steps between checkpoints; given alone it means --save_strategy steps")
+    save_total_limit: int | None = option(2, "checkpoints that are kept; None, or below 1: all of them")
     logging_steps: float = option(1, "steps between two points of the reporters; train_log.jsonl has all")
     report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb ...")
-    keep_best: bool = option(False, "the checkpoint with the lowest held-out loss is never removed")
+    keep_best: bool = option(
+        False, "the best checkpoint is never removed: lowest held-out loss, or --metric_for_best_model"
+    )
     resume: str = option(
         "auto", "auto: go on from the newest sound checkpoint; never; or a checkpoint's folder"
     )
@@ -156,27 +159,29 @@ OLD_NAMES = {
     "data_paths": "data_path",
     "resume_from_checkpoint": "resume",
 }
-GONE = {
-    "hub_token": "every user of the machine sees a command line; set the environment variable HF_TOKEN instead",
+GONE = {  # what earlier versions of transformers had
     "push_to_hub_token": "every user of the machine sees a command line; set HF_TOKEN instead",
     "group_by_length": "rows are always balanced by length; leave it out",
     "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
+    "jit_mode_eval": "held-out losses are computed as training computes them; leave it out",
 }
-UNSUPPORTED = {  # fields of TrainingArguments that would be ignored in silence, or break what is promised
-    "label_smoothing_factor": "the loss here is plain cross-entropy; leave it out",
-    "auto_find_batch_size": "would change what an optimizer step is; choose --per_device_train_batch_size",
-    "activation_checkpointing": "is called --gradient_checkpointing here (auto, True or False)",
-    "average_tokens_across_devices": "is what a step's loss is divided by here; leave it on",
-    "bf16_full_eval": "held-out losses are computed as training computes them; leave it out",
-    "fp16_full_eval": "held-out losses are computed as training computes them; leave it out",
-    "parallelism_config": "cannot be given on the command line; use --deepspeed",
+MEANT = {  # what other trainers call it, where no spelling comes near
+    "packing": "--layout packed (shared_prefix, the default, packs too)",
+    "padding_free": "--layout packed (shared_prefix, the default, packs too)",
+    "early_stopping_patience": "--keep_best True: the best checkpoint stays, the run goes to its end",
+    "early_stopping_threshold": "--keep_best True: the best checkpoint stays, the run goes to its end",
+    "max_seq_length": "--model_max_length",
+    "max_seq_len": "--model_max_length",
+    "max_length": "--model_max_length",
+    "cutoff_len": "--model_max_length",
+    "dataset": "--data_path",
+    "train_file": "--data_path",
+    "validation_file": "--eval_data_path",
+    "batch_size": "--per_device_train_batch_size",
+    "epochs": "--num_train_epochs",
+    "lr": "--learning_rate",
 }
-HARMLESS = {"average_tokens_across_devices": True}  # of UNSUPPORTED: what does nothing; of the others False
-OURS = frozenset(  # fields of TrainingArguments that the toolkit sets itself
-    {"remove_unused_columns", "label_names", "do_train", "do_eval", "do_predict", "train_sampling_strategy"}
-    | {"length_column_name", "prediction_loss_only", "dataloader_drop_last", "logging_nan_inf_filter"}
-)
 
 
 @dataclass(frozen=True)
@@ -264,7 +269,7 @@ def read(
     options = [entry for group in groups for entry in _options(group)]
     own = {entry.name: entry for entry in options}
     if trainer_fields:
-        options += [e for e in trainer_options() if e.name not in {*own, *OURS, *GONE}]
+        options += [e for e in trainer_options() if e.name not in own]
     by_name = {name: entry for entry in options for name in (entry.name, *_plain(entry.names))}
     if any(word in ("-h", "--help", "--help_all", "--help-all") for word in argv):
         print(
@@ -284,22 +289,39 @@ def with_defaults(run: Run) -> Run:
     lora, train = run.lora, run.train
     if lora.q_lora and not lora.use_lora:
         lora = replace(lora, use_lora=True)
-    run = replace(run, lora=lora)
+    run = replace(run, lora=lora, extra=_without_harmless(run.extra))
+    limit, strategy = train.save_total_limit, train.save_strategy
+    if "save_steps" in run.given and "save_strategy" not in run.given:
+        strategy = "steps"
+    when: Literal["steps", "epoch"] = "steps" if "eval_steps" in run.given else "epoch"
     return replace(
         run,
         train=replace(
             train,
             learning_rate=LEARNING_RATES[run.method] if train.learning_rate is None else train.learning_rate,
-            eval_strategy=train.eval_strategy or ("epoch" if run.data.eval_data_path else "no"),
+            eval_strategy=train.eval_strategy or (when if run.data.eval_data_path else "no"),
             warmup_steps=_warmup(train),
+            save_strategy=strategy,
+            save_total_limit=None if limit is not None and limit < 1 else limit,
         ),
     )
 
 
 def _warmup(train: TrainArguments) -> float:
+    """transformers' word: 1 and more are steps, so a share of the whole is the largest number below 1."""
     if train.warmup_steps is not None:
         return train.warmup_steps
-    return 0.03 if train.warmup_ratio is None else train.warmup_ratio
+    return 0.03 if train.warmup_ratio is None else min(train.warmup_ratio, math.nextafter(1, 0))
+
+
+def _without_harmless(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Less the fields that may not be given but ask for what is done anyway (`--push_to_hub False`)."""
+    defaults = {entry.name: entry.default for entry in trainer_options()} if extra else {}
+    return {
+        name: value
+        for name, value in extra.items()
+        if not training_fields.harmless(name, value, defaults.get(name))
+    }
 
 
 # ------------------------------------------------------------------------------------------- words to values
@@ -346,10 +368,11 @@ def _lookup(word: str, by_name: Mapping[str, Option], notes: list[str], wrong: l
         return by_name[name]
     if name in GONE:
         wrong.append(f"--{name} is gone: {GONE[name]}")
-    elif name in OURS:
-        wrong.append(f"--{name} is set by the toolkit itself; leave it out")
+    elif MEANT.get(name, "-").split()[0].lstrip("-") in by_name:
+        wrong.append(f"{word}: unknown flag; did you mean {MEANT[name]}?")
     else:
-        written = [known for known in by_name if known != "local_rank"]  # that one is the launchers' own
+        fields_of = training_fields.FIELDS
+        written = [n for n in by_name if n not in fields_of or fields_of[n].state == "works"]
         near = difflib.get_close_matches(name, written, n=1, cutoff=0.5)
         meant = f"; did you mean --{near[0]}?" if near and len(near[0]) > 1 else ""
         wrong.append(f"{word}: unknown flag{meant or '; --help lists them'}")
@@ -517,18 +540,24 @@ def _help(options: Sequence[Option], groups: Sequence[type], about: str, trainer
     lines = [about.strip(), ""]
     for group in (*groups, None):
         entries = [entry for entry in options if entry.group is group]
+        refused = [entry for entry in entries if group is None and training_fields.refusal(entry.name)]
+        entries = [entry for entry in entries if entry not in refused]
         if entries:
             title = group.__doc__ if group is not None else "Fields of transformers' TrainingArguments"
             lines += [f"{title}:", *(line for entry in entries for line in _help_lines(entry)), ""]
+        if refused:
+            lines += ["Fields of transformers' TrainingArguments that are refused:"]
+            lines += [f"  --{entry.name}: {training_fields.refusal(entry.name)}" for entry in refused]
+            lines += [""]
     if trainer_fields:
-        lines += ["Every field of transformers' TrainingArguments is a flag too: --help_all lists them."]
+        lines += ["Fields of transformers' TrainingArguments are flags too: --help_all lists them."]
     lines += ["A flag that is on or off takes True or False, or nothing (True). The last value given wins."]
     return "\n".join(lines)
 
 
 def _help_lines(entry: Option) -> list[str]:
     names = ", ".join(sorted([f"--{entry.name}", *entry.names], key=len))
-    default = "" if entry.default in (None, ()) else f" [{_shown(entry.default)}]"
+    default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
     kinds = "|".join(
         dict.fromkeys(_describe(get_args(entry.kind)[0] if entry.many else entry.kind).split(" or "))
     )
@@ -539,7 +568,7 @@ def _help_lines(entry: Option) -> list[str]:
     ]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -547,67 +576,192 @@ def _shown(value: Any) -> str:
 
 
 def problems(run: Run) -> list[str]:
-    """Every combination that cannot work, one line each: the flag, why, the cure."""
-    return [*_range_problems(run), *_lora_problems(run), *_device_problems(run), *_deepspeed_problems(run)]
+    """Every value or combination that cannot work, one line each: the flag, why, the cure."""
+    return [
+        *_range_problems(run),
+        *_field_problems(run),
+        *_part_problems(run),
+        *_data_problems(run),
+        *_lora_problems(run),
+        *_device_problems(run),
+        *_deepspeed_problems(run),
+    ]
+
+
+_ABOVE_0: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "a number above 0")
+_FROM_0: tuple[Callable[[float], bool], str] = (lambda value: value >= 0, "0 or more")
+_SHARE: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "a share from 0 up to 1")
+_SEED: tuple[Callable[[float], bool], str] = (
+    lambda value: 0 <= value < 2**32,
+    "a whole number from 0 to 4294967295",
+)
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ABOVE_0),
+    **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(("torch_empty_cache_steps", "ddp_timeout", "ddp_bucket_cap_mb"), _ABOVE_0),
+    **dict.fromkeys(("dataloader_prefetch_factor",), _ABOVE_0),
+    "learning_rate": (lambda value: 0 < value < 1, "a number between 0 and 1, such as 2e-4"),
+    "warmup_ratio": (lambda value: 0 <= value <= 1, "a share between 0 and 1"),
+    "max_steps": (lambda value: value > 0 or value == -1, "a number above 0, or -1: --num_train_epochs says"),
+    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), _FROM_0),
+    **dict.fromkeys(("eval_delay", "dataloader_num_workers"), _FROM_0),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+}
 
 
 def _range_problems(run: Run) -> list[str]:
-    data, train, found = run.data, run.train, []
-    for name, value in (
-        ("per_device_train_batch_size", train.per_device_train_batch_size),
-        ("per_device_eval_batch_size", train.per_device_eval_batch_size),
-        ("gradient_accumulation_steps", train.gradient_accumulation_steps),
-        ("model_max_length", data.model_max_length),
-        ("lora_r", run.lora.lora_r),
-        ("lora_alpha", run.lora.lora_alpha),
-        ("num_train_epochs", train.num_train_epochs),
-        ("save_steps", train.save_steps),
-        ("logging_steps", train.logging_steps),
-    ):
-        if not value > 0:
-            found.append(f"--{name} {value}: expected a number above 0")
-    if train.learning_rate is not None and not 0 < train.learning_rate < 1:
-        found.append(
-            f"--learning_rate {train.learning_rate}: expected a number between 0 and 1, such as 2e-4"
-        )
-    if not 0 <= run.lora.lora_dropout < 1:
-        found.append(f"--lora_dropout {run.lora.lora_dropout}: expected a share from 0 up to 1")
-    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio <= 1:
-        found.append(f"--warmup_ratio {train.warmup_ratio}: expected a share between 0 and 1")
+    options, found = run.as_dict(), []
+    for name, (holds, expected) in RANGES.items():
+        value = options.get(name)
+        if name == "warmup_steps" and "warmup_steps" not in run.given:
+            continue  # --warmup_ratio's
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            found.append(f"--{name} {value}: expected {expected}")
     if {"warmup_ratio", "warmup_steps"} <= run.given:
         found.append("--warmup_ratio and --warmup_steps: give one of them")
-    if data.data_weights and len(data.data_weights) != len(data.data_path):
-        found.append(
-            f"--data_weights has {len(data.data_weights)} numbers for {len(data.data_path)} data files; "
-            "give one for each -d, in the same order"
-        )
-    found += [
-        f"--{name}: {reason}"
-        for name, reason in UNSUPPORTED.items()
-        if run.extra.get(name) not in (None, HARMLESS.get(name, False))
+    return found
+
+
+def _field_problems(run: Run) -> list[str]:
+    """Fields of TrainingArguments that the table refuses, by its reasons."""
+    refusals = {name: training_fields.refusal(name) for name in run.extra}
+    return [
+        f"--{name} {reason}" if reason.startswith("is ") else f"--{name}: {reason}"
+        for name, reason in refusals.items()
+        if reason is not None
     ]
+
+
+def _part_problems(run: Run) -> list[str]:
+    """Optimizer, schedule and workers: names, and options that the named one would ignore."""
+    train, extra, found = run.train, run.extra, []
+    optimizer, schedule = str(extra.get("optim", "adamw_torch")), train.lr_scheduler_type
+    if optimizer in training_fields.REFUSED_OPTIMIZERS:
+        reason = training_fields.REFUSED_OPTIMIZERS[optimizer]
+        found.append(f"--optim {optimizer}: {reason}; expected one of {_listed(training_fields.OPTIMIZERS)}")
+    elif optimizer not in training_fields.OPTIMIZERS:
+        found.append(
+            f"--optim {optimizer}: no such optimizer; expected one of {_listed(training_fields.OPTIMIZERS)}"
+        )
+    else:
+        package = training_fields.OPTIMIZERS[optimizer]
+        if package is not None and importlib.util.find_spec(package) is None:
+            found.append(f"--optim {optimizer} needs the package '{package}'; run: pip install {package}")
+        if extra.get("optim_args") and optimizer not in training_fields.WITH_ARGUMENTS:
+            found.append(
+                f"--optim_args with --optim {optimizer}, which takes none; leave it out, or choose one of"
+                f" {_listed(sorted(training_fields.WITH_ARGUMENTS))}"
+            )
+    if schedule not in training_fields.SCHEDULES:
+        known = _listed(training_fields.SCHEDULES)
+        found.append(f"--lr_scheduler_type {schedule}: no such schedule; expected one of {known}")
+    if extra.get("lr_scheduler_kwargs") and schedule in training_fields.WITHOUT_KWARGS:
+        found.append(
+            f"--lr_scheduler_kwargs with --lr_scheduler_type {schedule}, which takes none; leave it out"
+        )
+    warming = {"warmup_ratio", "warmup_steps"} & run.given
+    if warming and train.warmup_steps and schedule in training_fields.WITHOUT_WARMUP:
+        found.append(
+            f"--{min(warming)} with --lr_scheduler_type {schedule}, which does not warm up; leave it out"
+            + (", or use constant_with_warmup" if schedule == "constant" else "")
+        )
+    if not extra.get("dataloader_num_workers"):
+        found += [
+            f"--{name} without --dataloader_num_workers: there is no worker; give a number of them"
+            for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
+            if extra.get(name)
+        ]
     if run.model.attn_implementation not in (None, "qwen_chat") and train.layout == "shared_prefix":
         found.append(
             f"--attn_implementation {run.model.attn_implementation}: knows nothing of prefixes that conversations "
             "share; add --layout packed, or leave it out"
         )
-    if any(weight < 0 for weight in data.data_weights):
-        found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
-    if not data.data_path:
-        found.append("no data: give the conversations with -d FILE")
-    if (train.keep_best or train.save_strategy == "best") and not data.eval_data_path:
-        flag = "--keep_best" if train.keep_best else "--save_strategy best"
-        found.append(
-            f"{flag} without --eval_data_path: the best is found on held-out conversations; give some"
-        )
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         found.append(
             f"--resume {train.resume}: no such folder; expected auto, never or a checkpoint's folder"
         )
-    if train.eval_strategy not in (None, "no") and not data.eval_data_path:
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _data_problems(run: Run) -> list[str]:
+    """What the data files do not allow, held-out ones above all."""
+    data, train, extra, found = run.data, run.train, run.extra, []
+    if data.data_weights and len(data.data_weights) != len(data.data_path):
         found.append(
-            f"--eval_strategy {train.eval_strategy} without --eval_data_path: give held-out conversations"
+            f"--data_weights has {len(data.data_weights)} numbers for {len(data.data_path)} data files; "
+            "give one for each -d, in the same order"
         )
+    if not all(weight >= 0 and math.isfinite(weight) for weight in data.data_weights):
+        found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
+    if not data.data_path:
+        found.append("no data: give the conversations with -d FILE")
+    best = {
+        "--keep_best": train.keep_best,
+        "--save_strategy best": train.save_strategy == "best",
+        "--load_best_model_at_end": extra.get("load_best_model_at_end"),
+        "--metric_for_best_model": extra.get("metric_for_best_model"),
+    }
+    asked = [flag for flag, on in best.items() if on]
+    needing = {
+        f"--lr_scheduler_type {train.lr_scheduler_type}": train.lr_scheduler_type
+        in training_fields.BY_METRIC,
+        f"--eval_strategy {train.eval_strategy}": train.eval_strategy not in (None, "no"),
+        **{f"--{name}": extra.get(name) for name in ("eval_steps", "eval_delay", "eval_on_start")},
+    }
+    if not data.eval_data_path:
+        found += [
+            f"{flag} without --eval_data_path: the best is found on held-out conversations; give some"
+            for flag in asked
+        ]
+        found += [
+            f"{flag} without --eval_data_path: give held-out conversations"
+            for flag, on in needing.items()
+            if on
+        ]
+    elif asked and train.eval_strategy == "no":
+        found.append(f"{asked[0]} with --eval_strategy no: nothing would be compared; leave that out")
+    return [*found, *_best_problems(run)]
+
+
+def _best_problems(run: Run) -> list[str]:
+    """The metric by which a checkpoint is the best one, and whether there is a checkpoint where it is measured."""
+    train, extra, found = run.train, run.extra, []
+    metric = str(extra.get("metric_for_best_model", "loss"))
+    if metric.removeprefix("eval_") not in training_fields.METRICS:
+        found.append(
+            f"--metric_for_best_model {metric}: not measured; expected one of {_listed(training_fields.METRICS)}"
+        )
+        return found
+    more = training_fields.more_is_better(metric)
+    if extra.get("greater_is_better") not in (None, more):
+        found.append(
+            f"--greater_is_better {not more}: of {metric} {'more' if more else 'less'} is better; leave it out"
+        )
+    mode = (extra.get("lr_scheduler_kwargs") or {"mode": "min"}) if more else None
+    if (
+        train.lr_scheduler_type in training_fields.BY_METRIC
+        and isinstance(mode, dict)
+        and mode.get("mode") != "max"
+    ):
+        found.append(
+            f"--lr_scheduler_type {train.lr_scheduler_type} with --metric_for_best_model {metric}: it looks for a"
+            ' minimum; add --lr_scheduler_kwargs \'{"mode": "max"}\''
+        )
+    if train.keep_best and run.data.eval_data_path and train.save_strategy != "best":
+        apart = train.save_strategy != train.eval_strategy
+        if train.save_strategy == "steps" and extra.get("eval_steps") not in (None, train.save_steps):
+            apart = True
+        if apart and train.eval_strategy != "no":
+            found.append(
+                "--keep_best where evaluation and checkpoint are not at the same step: give --save_strategy and"
+                " --eval_strategy (and --save_steps and --eval_steps) the same values, or --save_strategy best"
+            )
     return found
 
 
@@ -653,10 +807,8 @@ def _device_problems(run: Run) -> list[str]:
         found.append("--bf16 and --fp16: give one of them")
     if hardware.has_accelerator():
         return found
-    if run.extra.get("fsdp"):
-        found.append(
-            "--fsdp without an accelerator would silently be plain DDP; leave it out or use --deepspeed"
-        )
+    if run.extra.get("ddp_backend") not in (None, "gloo", "mpi"):
+        found.append(f"--ddp_backend {run.extra['ddp_backend']} needs an accelerator; leave it out here")
     if train.fp16:
         found.append("--fp16 needs an accelerator; leave it out here")
     return found
@@ -670,24 +822,63 @@ def _deepspeed_problems(run: Run) -> list[str]:
     if problem:
         return [problem]
     found = []
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if run.lora.q_lora and stage == 3:
+    zero = config.get("zero_optimization", {})
+    if run.lora.q_lora and zero.get("stage", 0) == 3:
         found.append(
             f"--q_lora with ZeRO-3 ({path}): 4-bit weights cannot be split over processes; "
             "use --deepspeed finetune/ds_config_zero2.json"
+        )
+    whole = "stage3_gather_16bit_weights_on_model_save"
+    if run.method == "full" and zero.get("stage", 0) == 3 and zero.get(whole) is not True:
+        found.append(
+            f"--deepspeed {path}: a full fine-tune could not be saved; add {whole}: true to zero_optimization"
         )
     found += [
         f"--deepspeed {path}: has a {block!r} block, which overrides the flags; remove it"
         for block in ("scheduler", "optimizer")
         if block in config
     ]
-    if run.extra.get("fsdp"):
-        found.append("--deepspeed with --fsdp: both split the model; give one of them")
+    numbers = "float16" if run.train.fp16 else None if hardware.has_accelerator() else "float32"
+    return [*found, *deepspeed_contradictions(run, config, numbers=numbers)]
+
+
+def deepspeed_contradictions(
+    run: Run, config: Mapping[str, Any], *, numbers: str | None, ranks: int | None = None
+) -> list[str]:
+    """Values of a DeepSpeed file that a flag, or its default, contradicts.
+
+    numbers: what the run computes in ("float32", "bfloat16", "float16"); None, and ranks None: not known yet.
+    """
+    train, found = run.train, []
+    batch, rows = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    expected: dict[str, tuple[Any, str]] = {
+        "gradient_clipping": (run.extra.get("max_grad_norm", 1.0), "--max_grad_norm"),
+        "gradient_accumulation_steps": (rows, "--gradient_accumulation_steps"),
+        "train_micro_batch_size_per_gpu": (batch, "--per_device_train_batch_size"),
+        "train_batch_size": (
+            None if ranks is None else batch * rows * ranks,
+            "batch size x accumulation x processes",
+        ),
+        "fp16": (None if numbers is None else numbers == "float16", "--fp16"),
+        "bf16": (None if numbers is None else numbers == "bfloat16", "--bf16"),
+    }
+    for key, (value, flag) in expected.items():
+        given = config.get(key)
+        if key in ("fp16", "bf16"):
+            key, given = f"{key}.enabled", given.get("enabled", "auto") if isinstance(given, dict) else given
+        if value is not None and given != "auto" and given != value:
+            found.append(
+                f'--deepspeed {train.deepspeed}: {key} is {json.dumps(given)}, {flag} is {value}; write "auto" there'
+            )
     return found
 
 
 def read_deepspeed(path: str) -> tuple[dict[str, Any], str | None]:
-    """The config as a dict, or the one line that says why it cannot be read."""
+    """The config as a dict, or the one line that says why it cannot be read.
+
+    What it leaves out is filled with "auto", so that the flag holds: without the key gradient_clipping, for one,
+    DeepSpeed would not clip at all.
+    """
     shape = "expected a JSON file such as finetune/ds_config_zero2.json"
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -699,4 +890,17 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str | None]:
         return {}, f"--deepspeed {path}: no JSON ({error}); {shape}"
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         return {}, f"--deepspeed {path}: not DeepSpeed's shape; {shape}"
+    for key in _FOLLOW_FLAGS:
+        config.setdefault(key, "auto")
+    for key in ("bf16", "fp16"):
+        if isinstance(config.setdefault(key, {}), dict):
+            config[key].setdefault("enabled", "auto")
     return config, None
+
+
+_FOLLOW_FLAGS = (
+    "gradient_clipping",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)

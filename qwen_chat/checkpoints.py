@@ -151,6 +151,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 def prune(folder: Path, step: int, limit: int | None, keep: Path | None = None) -> None:
     """After checkpoint `step` is whole: remove the oldest above `limit`, but not `keep` (the best one).
 
+    None, or a limit below 1, removes none of them (as transformers reads it).
     What lies after `step` is of an attempt that was given up, and goes first.
     """
     found = steps(folder)
@@ -158,7 +159,7 @@ def prune(folder: Path, step: int, limit: int | None, keep: Path | None = None) 
         _remove(path)
     old = [path for number, path in found if number < step and path != keep]
     spared = 1 + (keep is not None and keep.name != f"checkpoint-{step}")
-    for path in old[: max(0, len(old) + spared - limit)] if limit else ():
+    for path in old[: max(0, len(old) + spared - limit)] if limit and limit > 0 else ():
         _remove(path)
 
 

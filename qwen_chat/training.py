@@ -26,10 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from qwen_chat import adapters, checkpoints, fused, hardware, matmul, memory, models, run_folder
+from qwen_chat import (
+    adapters,
+    arguments,
+    checkpoints,
+    fused,
+    hardware,
+    matmul,
+    memory,
+    models,
+    run_folder,
+    training_fields,
+)
 from qwen_chat.arguments import Run
 from qwen_chat.dataset import Collator, Rows, WindowSampler
 from qwen_chat.errors import DataError, OptionError, TrainingError
@@ -54,9 +65,21 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
     Must be called before the model is loaded: under ZeRO-3 `from_pretrained` shares the weights out at once.
     """
     device, decisions = _device_arguments(run)
+    options = field_values(run, checkpointing=checkpointing) | device | {"output_dir": str(output)}
+    args = TrainingArguments(**(options | dict(run.extra)))
+    args._n_gpu = min(args.n_gpu, 1)  # a process trains on one; finetune.sh starts one for each
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != wanted:  # else every rank would train alone, without a word
+        raise TrainingError(
+            f"{wanted} processes were started but {args.world_size} are joined; use finetune.sh"
+        )
+    return args, decisions
+
+
+def field_values(run: Run, *, checkpointing: bool) -> dict[str, Any]:
+    """Fields of TrainingArguments from our flags, less what the device decides; the user's own come on top."""
     train = run.train
     options = {
-        "output_dir": str(output),
         "num_train_epochs": train.num_train_epochs,
         "per_device_train_batch_size": train.per_device_train_batch_size,
         "per_device_eval_batch_size": train.per_device_eval_batch_size,
@@ -78,18 +101,23 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
         "remove_unused_columns": False,  # the loss needs every key of the batch
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # a loss that is not a number stops the run here
-        "disable_tqdm": True,  # the bar is ours
+        "disable_tqdm": False,  # True hides our bar; transformers' own is never shown
     }
-    if train.keep_best or train.save_strategy == "best":
-        options |= {"metric_for_best_model": "loss", "greater_is_better": False}
-    args = TrainingArguments(**(options | device | dict(run.extra)))
-    args._n_gpu = min(args.n_gpu, 1)  # a process trains on one; finetune.sh starts one for each
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.world_size != wanted:  # else every rank would train alone, without a word
-        raise TrainingError(
-            f"{wanted} processes were started but {args.world_size} are joined; use finetune.sh"
-        )
-    return args, decisions
+    if train.eval_strategy == "steps":
+        options["eval_steps"] = train.save_steps  # transformers would take logging_steps: every step
+    metric = str(run.extra.get("metric_for_best_model", "loss"))
+    compares = train.keep_best or train.save_strategy == "best" or run.extra.get("load_best_model_at_end")
+    if (
+        compares
+        or "metric_for_best_model" in run.extra
+        or train.lr_scheduler_type in training_fields.BY_METRIC
+    ):
+        # transformers takes every metric that does not end with "loss" for better when it grows.
+        options |= {
+            "metric_for_best_model": metric,
+            "greater_is_better": training_fields.more_is_better(metric),
+        }
+    return options
 
 
 def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -98,8 +126,8 @@ def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
     accelerator = memory.on_accelerator(run)
     numbers, decisions = memory.number_type(run)
     chosen: dict[str, Any] = {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
-    chosen["deepspeed"] = train.deepspeed
     if train.deepspeed is not None:
+        chosen["deepspeed"] = arguments.read_deepspeed(train.deepspeed)[0]
         _start_deepspeed(accelerator)
         chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
         if not accelerator:
@@ -377,7 +405,7 @@ def load(run: Run, path: Path, args: Any) -> models.Loaded:
 
     dtype = _weight_dtype(run, args)
     name, why = run.model.attn_implementation, "as asked"
-    if name is None:
+    if name in (None, attention.NAME):
         name = attention.register()
         kind = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
         head = attention.head_size(models.read_config(path))
@@ -474,6 +502,7 @@ class ChatTrainer(Trainer):
         # The loss is divided by the supervised tokens of the whole step, not by the number of rows.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)  # the bar is ours (StepLog)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or self.args.output_dir)
@@ -628,7 +657,13 @@ class StepLog(TrainerCallback):
         self.started = self.step_started = time.perf_counter()
         if is_rank_zero():
             self._forget_after(state.global_step)
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=args.disable_tqdm,
+            )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resume in the middle of an epoch wraps the sampler: accelerate's set_epoch does not reach it.

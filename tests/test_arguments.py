@@ -1,11 +1,13 @@
 """The parser: every flag by its name and type, every combination that cannot work, nothing imported."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,21 +97,16 @@ def test_several_data_files_in_either_way() -> None:
 
 
 def test_fields_of_training_arguments_keep_their_types() -> None:
-    words = ["--max_steps", "8", "--neftune_noise_alpha", "5", "--use_liger_kernel", "--seed", "-1"]
-    words += [
-        "--accelerator_config",
-        '{"split_batches": false}',
-        "--torch_compile=True",
-        "--optim",
-        "adafactor",
-    ]
+    words = ["--max_steps", "8", "--max_grad_norm", "5", "--full_determinism", "--data_seed", "1"]
+    words += ["--lr_scheduler_kwargs", '{"num_cycles": 2}', "--eval_on_start=True", "--optim", "adafactor"]
+    words += ["--eval_data_path", "e"]
     assert read_run([*DATA, *words]).extra == {
         "max_steps": 8,
-        "neftune_noise_alpha": 5.0,
-        "use_liger_kernel": True,
-        "seed": -1,
-        "accelerator_config": {"split_batches": False},
-        "torch_compile": True,
+        "max_grad_norm": 5.0,
+        "full_determinism": True,
+        "data_seed": 1,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "eval_on_start": True,
         "optim": "adafactor",
     }
 
@@ -150,6 +147,17 @@ def test_q_lora_implies_lora() -> None:
         (["--too_long", "cut"], "--too_long: 'cut'; expected drop or truncate or error"),
         (["--label_names", "[]"], "--label_names is set by the toolkit itself; leave it out"),
         (
+            ["--packing", "True"],
+            "--packing: unknown flag; did you mean --layout packed (shared_prefix, the default, packs too)?",
+        ),
+        (
+            ["--early_stopping_patience", "3"],
+            "--early_stopping_patience: unknown flag; did you mean --keep_best True: the best checkpoint stays,"
+            " the run goes to its end?",
+        ),
+        (["--max_seq_length", "9"], "--max_seq_length: unknown flag; did you mean --model_max_length?"),
+        (["--push_to_hubs", "9"], "--push_to_hubs: unknown flag; --help lists them"),
+        (
             ["--group_by_length"],
             "--group_by_length is gone: rows are always balanced by length; leave it out",
         ),
@@ -183,6 +191,76 @@ def test_q_lora_with_zero_3() -> None:
     ]
 
 
+def test_a_share_of_one_is_the_whole_run() -> None:
+    for ratio, steps, warm in ((1.0, 1, 1), (1.0, 8, 8), (1.0, 12345, 12345), (0.5, 8, 4), (0.03, 100, 3)):
+        share = read_run([*DATA, "--warmup_ratio", str(ratio)]).train.warmup_steps
+        assert share is not None and share < 1 and math.ceil(steps * share) == warm
+
+
+@pytest.mark.parametrize(("word", "limit"), [("-1", None), ("0", None), ("None", None), ("1", 1), ("5", 5)])
+def test_a_limit_below_one_keeps_all_checkpoints(word: str, limit: int | None) -> None:
+    assert read_run([*DATA, "--save_total_limit", word]).train.save_total_limit == limit
+
+
+def test_a_number_of_steps_is_not_ignored() -> None:
+    assert read_run([*DATA, "--save_steps", "5"]).train.save_strategy == "steps"
+    assert read_run([*DATA, "--save_steps", "5", "--save_strategy", "epoch"]).train.save_strategy == "epoch"
+    words = [*DATA, "--eval_data_path", "e", "--eval_steps", "5"]
+    assert read_run(words).train.eval_strategy == "steps"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({"gradient_clipping": 0.5}, 'gradient_clipping is 0.5, --max_grad_norm is 1.0; write "auto" there'),
+        (
+            {"gradient_accumulation_steps": 1},
+            "gradient_accumulation_steps is 1, --gradient_accumulation_steps is 2",
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 1},
+            "train_micro_batch_size_per_gpu is 1, --per_device_train_batch_size is 4",
+        ),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is true, --fp16 is False"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is true, --bf16 is False"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "a full fine-tune could not be saved; add stage3_gather_16bit_",
+        ),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_flags(
+    content: dict[str, Any], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: False)
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    (said,) = problems_of(*DATA, "--deepspeed", str(file))
+    assert said.startswith(f"--deepspeed {file}: {line}")
+
+
+def test_what_a_deepspeed_file_leaves_out_follows_the_flags(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "bf16": {}}')
+    assert read_run([*DATA, "--deepspeed", str(file)]).train.deepspeed == str(file)
+    assert arguments.read_deepspeed(str(file)) == (
+        {
+            "zero_optimization": {"stage": 2},
+            "gradient_clipping": 1.0,
+            "gradient_accumulation_steps": "auto",
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto"},
+        },
+        None,
+    )
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    assert (
+        read_run([*DATA, "--use_lora", "--deepspeed", str(file)]).method == "lora"
+    )  # an adapter is gathered
+
+
 def test_deepspeed_paths_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00{")
     (tmp_path / "list.json").write_text("[]")
@@ -202,8 +280,8 @@ def test_deepspeed_paths_that_are_wrong(tmp_path: Path) -> None:
 
 def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "has_accelerator", lambda: False)
-    assert problems_of(*DATA, "--fsdp", "full_shard", "--fp16") == [
-        "--fsdp without an accelerator would silently be plain DDP; leave it out or use --deepspeed",
+    assert problems_of(*DATA, "--ddp_backend", "nccl", "--fp16") == [
+        "--ddp_backend nccl needs an accelerator; leave it out here",
         "--fp16 needs an accelerator; leave it out here",
     ]
     monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
@@ -231,6 +309,65 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--bf16_full_eval"], "computed as training computes them"),
         (["--attn_implementation", "sdpa"], "knows nothing of prefixes that conversations share"),
         (["--auto_find_batch_size"], "--auto_find_batch_size: would change what an optimizer step is"),
+        (["--max_steps", "0"], "--max_steps 0: expected a number above 0, or -1"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf: expected a number above 0"),
+        (["--warmup_steps", "-5"], "--warmup_steps -5.0: expected 0 or more"),
+        (["--warmup_ratio", "-0.5"], "--warmup_ratio -0.5: expected a share between 0 and 1"),
+        (["--weight_decay", "-1"], "--weight_decay -1.0: expected 0 or more"),
+        (["--adam_beta1", "1"], "--adam_beta1 1.0: expected a share from 0 up to 1"),
+        (["--adam_beta2", "1.5"], "--adam_beta2 1.5: expected a share from 0 up to 1"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: expected 0 or more"),
+        (["--seed", "-1"], "--seed -1: expected a whole number from 0 to 4294967295"),
+        (["--data_weights", "inf"], "--data_weights: a weight is below 0"),
+        (["--optim", "typo"], "--optim typo: no such optimizer; expected one of adamw_torch, "),
+        (["--optim", "schedule_free_adamw"], "its averaged weights would be neither evaluated nor saved"),
+        (["--optim", "lomo"], "--optim lomo: changes the weights during backward"),
+        (["--optim", "stable_adamw"], "--optim stable_adamw: has not been tried here"),
+        (["--optim_args", "momentum=1"], "--optim_args with --optim adamw_torch, which takes none"),
+        (
+            ["--lr_scheduler_type", "cosin"],
+            "--lr_scheduler_type cosin: no such schedule; expected one of cosine, ",
+        ),
+        (
+            ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"a": 1}'],
+            "--lr_scheduler_kwargs with --lr_scheduler_type constant, which takes none",
+        ),
+        (
+            ["--lr_scheduler_type", "constant", "--warmup_steps", "3"],
+            "--warmup_steps with --lr_scheduler_type constant, which does not warm up; leave it out, or use",
+        ),
+        (
+            ["--dataloader_prefetch_factor", "3"],
+            "--dataloader_prefetch_factor without --dataloader_num_workers",
+        ),
+        (["--load_best_model_at_end"], "--load_best_model_at_end without --eval_data_path"),
+        (["--metric_for_best_model", "loss"], "--metric_for_best_model without --eval_data_path"),
+        (["--lr_scheduler_type", "greedy"], "--lr_scheduler_type greedy without --eval_data_path"),
+        (["--eval_steps", "5"], "--eval_steps without --eval_data_path: give held-out conversations"),
+        (["--eval_on_start"], "--eval_on_start without --eval_data_path: give held-out conversations"),
+        (
+            ["--eval_data_path", "e", "--metric_for_best_model", "bleu"],
+            "--metric_for_best_model bleu: not measured; expected one of loss, perplexity, token_accuracy",
+        ),
+        (
+            ["--eval_data_path", "e", "--metric_for_best_model", "perplexity", "--greater_is_better"],
+            "--greater_is_better True: of perplexity less is better; leave it out",
+        ),
+        (
+            [
+                *("--eval_data_path", "e", "--metric_for_best_model", "eval_token_accuracy"),
+                *("--lr_scheduler_type", "reduce_lr_on_plateau"),
+            ],
+            'it looks for a minimum; add --lr_scheduler_kwargs \'{"mode": "max"}\'',
+        ),
+        (
+            ["--eval_data_path", "e", "--keep_best", "--eval_strategy", "steps"],
+            "--keep_best where evaluation and checkpoint are not at the same step",
+        ),
+        (
+            ["--eval_data_path", "e", "--keep_best", "--eval_strategy", "no"],
+            "--keep_best with --eval_strategy no: nothing would be compared",
+        ),
     ],
 )
 def test_a_combination_that_cannot_work(words: list[str], part: str, monkeypatch: pytest.MonkeyPatch) -> None:

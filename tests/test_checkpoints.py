@@ -101,7 +101,8 @@ def test_prune_keeps_the_newest_the_best_and_removes_what_was_given_up(tmp_path:
         write(tmp_path, step)
     checkpoints.prune(tmp_path, 8, 2, tmp_path / "checkpoint-4")
     assert [step for step, _ in checkpoints.steps(tmp_path)] == [4, 8]
-    checkpoints.prune(tmp_path, 8, None)
+    for no_limit in (None, 0, -1):
+        checkpoints.prune(tmp_path, 8, no_limit)
     assert [step for step, _ in checkpoints.steps(tmp_path)] == [4, 8]
     write(tmp_path, 10)
     checkpoints.prune(tmp_path, 10, 1)

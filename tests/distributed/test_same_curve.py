@@ -11,12 +11,17 @@ METHODS = {
     "full": ["--learning_rate", "5e-3"],
     "lora": ["--use_lora", "True", "--lora_r", "4", "--lora_dropout", "0", "--learning_rate", "2e-2"],
 }
+DDP = [
+    *("--ddp_bucket_cap_mb", "1", "--ddp_broadcast_buffers", "False", "--ddp_static_graph", "True"),
+    *("--ddp_backend", "gloo", "--ddp_timeout", "60", "--ddp_find_unused_parameters", "False"),
+]
 WAYS = {
     "8x1": (8, 1, 1, []),
     "2 ranks x4": (4, 1, 2, []),
     "lazy": (4, 2, 1, ["--lazy_preprocess", "True"]),
     "packed": (4, 2, 1, ["--layout", "packed"]),
     "checkpointing": (4, 2, 1, ["--gradient_checkpointing", "True"]),
+    "2 ranks, DDP's flags": (4, 1, 2, DDP),
     "2 ranks ZeRO-2": (2, 2, 2, ["--deepspeed", ZERO2]),
     "2 ranks ZeRO-3": (2, 2, 2, ["--deepspeed", ZERO3]),
 }

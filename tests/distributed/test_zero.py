@@ -31,3 +31,23 @@ def test_the_result_loads_and_has_learnt(case: str, tiny: Path, conversations: P
         moved = loaded.model(input_ids=ids).logits - models.load_model(tiny).model(input_ids=ids).logits
     assert torch.isfinite(moved).all() and float(moved.abs().max()) > 1e-2
     assert json.loads((out / "run.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_file_that_does_not_speak_of_clipping_follows_the_flag(
+    tiny: Path, conversations: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    words = ["-m", str(tiny), "-d", str(conversations), "--optim", "sgd", "--learning_rate", "0.5"]
+    words += ["--max_steps", "4", "--warmup_steps", "0", "--save_strategy", "no", "--model_max_length", "256"]
+    curves = {}
+    for name, more in {
+        "plain": ["--max_grad_norm", "0.01"],
+        "file": ["--max_grad_norm", "0.01", "--deepspeed", str(config)],
+        "unclipped": ["--max_grad_norm", "0"],
+    }.items():
+        finish([*words, *more], tmp_path / name)
+        curves[name] = curve(tmp_path / name)
+    assert curves["file"] == pytest.approx(curves["plain"], abs=2e-4)
+    assert abs(curves["file"][3] - curves["unclipped"][3]) > 0.05

@@ -201,7 +201,6 @@ def test_the_curve_does_not_depend_on_accumulation_layout_or_laziness(
         ["--trainable_tokens", "<|im_start|>", "<|im_end|>"],
         ["--lora_bias", "all"],
         ["--lora_target_modules", "q_proj", "v_proj"],
-        ["--neftune_noise_alpha", "5"],
     ],
     ids=lambda flags: flags[0],
 )

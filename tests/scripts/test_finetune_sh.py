@@ -142,6 +142,43 @@ def test_a_flag_wins_over_the_environment_and_the_last_one_over_all() -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        *(["-d", "a.jsonl"], ["-d=a.jsonl"], ["--data_path=a.jsonl"], ["--data-path", "a.jsonl"]),
+        *(["--data_paths", "a.jsonl"], ["--data_paths=a.jsonl"]),
+    ],
+    ids=" ".join,
+)
+def test_the_users_data_are_never_joined_by_the_example(words: list[str]) -> None:
+    assert after(dry(*words), "-d") == [str(ROOT / "a.jsonl")]
+    assert "--data_paths" not in dry(*words)
+
+
+def test_short_flags_with_an_equals_sign() -> None:
+    command = dry("-m=one=two", "-o=out", "-d=a b=c.jsonl")
+    assert after(command[3:], "-m") == ["one=two"] and after(command, "-o") == ["out"]
+    assert after(command, "-d") == [str(ROOT / "a b=c.jsonl")]
+
+
+def test_it_uses_nothing_newer_than_bash_3() -> None:
+    text = SHELL.read_text(encoding="utf-8")
+    newer = (
+        ",,}",
+        "^^}",
+        ";;&",
+        ";&",
+        "mapfile",
+        "readarray",
+        "declare -A",
+        "|&",
+        "&>>",
+        "wait -n",
+        "coproc",
+    )
+    assert [word for word in newer if word in text] == []
+
+
+@pytest.mark.parametrize(
     ("words", "environment", "config"),
     [
         ([], {}, None),
@@ -199,6 +236,7 @@ def test_the_deepspeed_launcher_is_for_one_machine() -> None:
         ([], {"GPUS_PER_NODE": "two"}, "GPUS_PER_NODE=two: expected a number"),
         (["-m", "my", "model"], {}, "-m: 2 values; expected one (quote a path with spaces)"),
         (["-d"], {}, "-d: no value; expected a file"),
+        (["--deepspeed"], {}, "--deepspeed: 0 values; expected one (quote a path with spaces)"),
     ],
 )
 def test_what_cannot_be_launched(words: list[str], environment: dict[str, str], line: str) -> None:
