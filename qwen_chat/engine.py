@@ -13,7 +13,6 @@ called and `start()` works again.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -85,7 +84,6 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    cache_size: int = 0  # tokens held by the prefix cache
     kv_tokens: int = 0  # tokens held by running requests
     batch: int = 0  # requests that the last forward pass advanced; 0 where none runs
 
@@ -201,7 +199,6 @@ class Engine:
         self._wakeup = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._numbers = itertools.count()
         self._batch = 0
         self._counts = dict.fromkeys(
             ("steps", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
@@ -280,7 +277,6 @@ class Engine:
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
-                cache_size=self._cache.tokens,
                 kv_tokens=held,
                 batch=self._batch if self._running else 0,
                 **self._counts,
@@ -320,7 +316,7 @@ class Engine:
     def submit(self, request: GenerationRequest) -> Generation:
         """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its
         grammar) or ModelError (its adapter)."""
-        generation = Generation(request, next(self._numbers), self._notify)
+        generation = Generation(request, self._notify)
         row = self._row(generation)
         with self._wakeup:
             if not self.is_running:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,12 +66,10 @@ class Completion:
 class Generation:
     """One request on its way: thread-safe. Iterate (plain or async) for events, or ask for its `result()`."""
 
-    def __init__(self, request: GenerationRequest, number: int, wake: Callable[[], None]) -> None:
+    def __init__(self, request: GenerationRequest, wake: Callable[[], None]) -> None:
         self.request = request
-        self.number = number
         self.prompt_tokens = len(request.prompt_ids)
         self.cached_tokens = 0
-        self.created = time.monotonic()
         self.first_token_at: float | None = None  # time.monotonic()
         self.is_cancelled = False
         self._wake = wake

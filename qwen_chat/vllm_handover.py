@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_chat.demo_model import cache_dir
-from qwen_chat.errors import MissingDependency, OptionError, OutputError
+from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM lets --max-lora-rank be
@@ -52,13 +52,13 @@ def command(
 ) -> Command:
     """vLLM's command for `model`. Raises OptionError for what vLLM cannot do.
 
-    The template of the first adapter that has one is taken, else the model's: vLLM renders all with one.
+    vLLM renders the base and all adapters with one template, so they must have the same.
     """
     if len(api_keys) > 1:
         raise OptionError("--engine vllm takes one API key; give one")
     words = [python, "-m", MODULE, "--model", str(model), "--served-model-name", name, "default"]
     words += ["--host", host, "--port", str(port), "--dtype", dtype]
-    words += ["--chat-template", str(write_template(_templated(model, adapters)))]
+    words += ["--chat-template", str(_one_template(model, adapters))]
     words += [
         "--enable-auto-tool-choice",
         "--tool-call-parser",
@@ -133,8 +133,23 @@ def write_template(folder: Path) -> Path:
     return file
 
 
-def _templated(model: Path, adapters: Mapping[str, Path]) -> Path:
-    return next((f for f in adapters.values() if (f / "tokenizer_config.json").is_file()), model)
+def _one_template(model: Path, adapters: Mapping[str, Path]) -> Path:
+    """The template of the base and of each adapter that was saved with one; OptionError where they differ."""
+    folders = [folder for folder in adapters.values() if (folder / "tokenizer_config.json").is_file()]
+    found: list[Path] = []
+    try:
+        found.append(write_template(model))
+    except FormatError:  # a base model: its adapters bring their format along
+        if not folders:
+            raise
+    for folder in folders:
+        found.append(write_template(folder))
+        if found[-1] != found[0]:
+            raise OptionError(
+                f"{folder}: trained under another template than the model or another adapter; vLLM renders all with "
+                "one: merge the adapter and serve that, or use --engine transformers"
+            )
+    return found[0]
 
 
 def _rank(adapter: Path) -> int:

@@ -789,9 +789,7 @@ def test_the_base_keeps_its_own_format(
     assert (engine.fmt.tool_style, engine.format_of("own").tool_style) == ("hermes", "qwen_agent")
     if count == 2:
         assert engine.format_of("other") is engine.fmt
-    rows = {
-        name: engine._row(Generation(greedy([1], adapter=name), 0, lambda: None)) for name in (None, "own")
-    }
+    rows = {name: engine._row(Generation(greedy([1], adapter=name), lambda: None)) for name in (None, "own")}
     assert [rows[name].text._stop for name in rows] == [(), ("✿RESULT✿", "✿RETURN✿")]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import requests
 from openai import AuthenticationError, OpenAI
 
-from qwen_chat.errors import ChatError
+from qwen_chat.errors import ChatError, OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 CREATE = ROOT / "fast_start" / "simple_try_create_service.py"
@@ -444,6 +445,22 @@ def test_hand_over_to_vllm(tmp_path: Path, adapter: Path) -> None:
     assert "<tools>" in template  # ours, tools included: the demo model's own has none
     assert "--enable-auto-tool-choice" in done.stdout
     assert "secret" not in "".join(line for line in done.stdout.splitlines() if line.startswith("<"))
+
+
+def test_vllm_renders_base_and_adapters_with_one_template_or_not_at_all(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_chat.vllm_handover import _one_template, write_template
+
+    monkeypatch.setenv("QWEN_CHAT_CACHE", str(tmp_path / "cache"))
+    same, other = (shutil.copytree(tiny_model_path, tmp_path / name) for name in ("same", "other"))
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("helpful", "rhyming"))
+    base = write_template(tiny_model_path)
+    assert _one_template(tiny_model_path, {"same": same, "bare": tmp_path}) == base
+    for adapters in ({"other": other}, {"same": same, "other": other}):
+        with pytest.raises(OptionError, match=f"{other}: trained under another template than the model"):
+            _one_template(tiny_model_path, adapters)
 
 
 def test_without_vllm(tmp_path: Path, demo_model_path: Path) -> None:
