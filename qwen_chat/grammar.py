@@ -31,7 +31,7 @@ Json = Mapping[str, Any]
 
 _LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _LIMIT_SCHEMA = 65_536  # characters of one schema
-_KEPT = 64  # grammars
+_KEPT = 32  # grammars; the trial lets none have more than some 30 MB
 _REFUSED = 1024  # grammars whose problem is remembered
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -132,15 +132,15 @@ def _schema_text(schema: Json | bool, where: str) -> str:
 
 
 class GrammarTokenizer:
-    """A vocabulary prepared for grammars (about a second for 150,000 tokens: made once, on first use)."""
+    """A vocabulary prepared for grammars (about a second for 150,000 tokens: made once, for the first grammar
+    that may be used)."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Sequence[int]) -> None:
-        self._tokenizer: LLTokenizer = from_tokenizer(
-            tokenizer, n_vocab=vocabulary, eos_token=list(end_tokens)
-        )
+        self._source, self._end_tokens = tokenizer, tuple(end_tokens)
         self._vocabulary = vocabulary
+        self._tokenizer: LLTokenizer | None = None
         self._tags = _tag_rules(tokenizer)
-        self._lock = threading.Lock()
+        self._lock, self._preparing = threading.Lock(), threading.Lock()
         self._known: dict[Grammar, LLMatcher] = {}
         self._refused: dict[bytes, str] = {}  # by the hash of the grammar: a text of megabytes is not kept
         self._trial = GrammarTrial()
@@ -152,7 +152,7 @@ class GrammarTokenizer:
         matcher = self._copy(grammar)
         if matcher is None:
             self._check(grammar)
-            fresh = LLMatcher(self._tokenizer, grammar.source + self._tags, log_level=0, limits=self._limits)
+            fresh = LLMatcher(self._prepared(), grammar.source + self._tags, log_level=0, limits=self._limits)
             fresh.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
             if fresh.is_error():
                 raise ToolError(_problem(fresh.get_error()))
@@ -166,6 +166,14 @@ class GrammarTokenizer:
     def close(self) -> None:
         """End the process that tries grammars; the next new grammar starts it again."""
         self._trial.close()
+
+    def _prepared(self) -> LLTokenizer:
+        with self._preparing:
+            if self._tokenizer is None:
+                self._tokenizer = from_tokenizer(
+                    self._source, n_vocab=self._vocabulary, eos_token=list(self._end_tokens)
+                )
+            return self._tokenizer
 
     def _copy(self, grammar: Grammar) -> LLMatcher | None:
         """A grammar that was met lately is copied, with all that its automaton has learnt."""

@@ -23,6 +23,9 @@ from qwen_chat.errors import ToolError
 Check = Callable[[Any], bool]
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}
+_LARGEST_KEPT = (
+    32_768  # bytes of a schema that is remembered: thousands of large ones are no use and cost memory
+)
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples"})
 _TYPES: dict[str, Check] = {
     # A value that passes is valid for certain; 1.0 as an integer is left to the library.
@@ -127,13 +130,21 @@ def _key(schema: object, name: str) -> bytes:
         ) from None
 
 
-@lru_cache(maxsize=4096)
 def _quick(key: bytes) -> Check | None:
+    return _kept_quick(key) if len(key) <= _LARGEST_KEPT else _kept_quick.__wrapped__(key)
+
+
+def _library(key: bytes, name: str) -> Validator:
+    return _kept_library(key, name) if len(key) <= _LARGEST_KEPT else _kept_library.__wrapped__(key, name)
+
+
+@lru_cache(maxsize=4096)
+def _kept_quick(key: bytes) -> Check | None:
     return _certainly(marshal.loads(key), depth=8)
 
 
 @lru_cache(maxsize=1024)
-def _library(key: bytes, name: str) -> Validator:
+def _kept_library(key: bytes, name: str) -> Validator:
     schema = marshal.loads(key)
     try:
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
