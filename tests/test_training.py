@@ -286,3 +286,14 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_keeps_float32(
     args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
     loaded = training.load(run, tiny_model_path, args)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+
+
+def test_our_attention_may_be_asked_for_by_its_name(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AttentionInterface._global_mapping", {})  # nobody has registered it
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
+    run = read_run(["-d", "x", "--attn_implementation", "qwen_chat"])
+    loaded = training.load(run, tiny_model_path, args)
+    assert loaded.model.config._attn_implementation == "qwen_chat"
+    assert any(line.startswith("attention qwen_chat (blocks; ") for line in loaded.decisions)

@@ -160,24 +160,6 @@ def test_short_flags_with_an_equals_sign() -> None:
     assert after(command, "-d") == [str(ROOT / "a b=c.jsonl")]
 
 
-def test_it_uses_nothing_newer_than_bash_3() -> None:
-    text = SHELL.read_text(encoding="utf-8")
-    newer = (
-        ",,}",
-        "^^}",
-        ";;&",
-        ";&",
-        "mapfile",
-        "readarray",
-        "declare -A",
-        "|&",
-        "&>>",
-        "wait -n",
-        "coproc",
-    )
-    assert [word for word in newer if word in text] == []
-
-
 @pytest.mark.parametrize(
     ("words", "environment", "config"),
     [
