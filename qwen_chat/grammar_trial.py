@@ -30,7 +30,8 @@ LIMITS = {
     "max_items_in_row": 2_000,
     "max_lexer_states": 50_000,
 }
-CPU_SECONDS = 0.3  # an honest schema of 60,000 characters takes 0.03
+# Of the processor. An honest schema of 60,000 characters takes 0.03, and 128 tools of 20 properties 0.2.
+CPU_SECONDS, CPU_SECONDS_PER_BYTE, MOST_CPU_SECONDS = 0.25, 3e-6, 1.0
 MEMORY_BYTES = 64 * 2**20  # beside what the process has already
 WALL_SECONDS = 8.0  # where the machine is busy with other things
 TOO_LARGE = "it is too complex to decode under; a large 'multipleOf' or several of them are the usual reason"
@@ -41,14 +42,19 @@ class GrammarTrial:
     """The process that tries grammars; started on first use, again where it is gone. For any thread."""
 
     def __init__(self, *, cpu_seconds: float = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._limits = {"cpu": cpu_seconds, "memory": memory_bytes}
+        """What a small grammar may cost; a long one has more time."""
+        self._cpu_seconds, self._memory_bytes = cpu_seconds, memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def problem(self, source: str) -> str | None:
         """What is wrong with a grammar in llguidance's Lark dialect; None where it may be used. LATE where the
         machine was too busy to say."""
-        line = json.dumps({"source": source, **self._limits}).encode() + b"\n"
+        cpu = max(
+            self._cpu_seconds, min(self._cpu_seconds + CPU_SECONDS_PER_BYTE * len(source), MOST_CPU_SECONDS)
+        )
+        task = {"source": source, "cpu": cpu, "memory": self._memory_bytes}
+        line = json.dumps(task).encode() + b"\n"
         with self._lock:
             for _ in range(2):  # a process that somebody ended meanwhile is started once more
                 process = self._running()

@@ -137,6 +137,14 @@ def test_trial_has_limits_and_lives_on() -> None:
     assert trial._process is None
 
 
+def test_many_honest_tools_stand_the_trial() -> None:
+    properties = {f"p{k}": {"type": "string", "description": "x" * 50} for k in range(20)}
+    tools = [tool(schema(**properties), name=f"f{k}") for k in range(128)]
+    engine = make_engine()
+    engine.check_grammar(Grammar.tool_call(tools, parallel=True))
+    engine.stop()
+
+
 def test_memory_is_bounded_without_time() -> None:
     trial = GrammarTrial(cpu_seconds=60, memory_bytes=8 * 2**20)
     try:
