@@ -294,6 +294,8 @@ def with_defaults(run: Run) -> Run:
     if "save_steps" in run.given and "save_strategy" not in run.given:
         strategy = "steps"
     when: Literal["steps", "epoch"] = "steps" if "eval_steps" in run.given else "epoch"
+    if strategy == "steps" and (train.keep_best or run.extra.get("load_best_model_at_end")):
+        when = "steps"  # the best checkpoint is measured where it is written
     return replace(
         run,
         train=replace(

@@ -207,6 +207,10 @@ def test_a_number_of_steps_is_not_ignored() -> None:
     assert read_run([*DATA, "--save_steps", "5", "--save_strategy", "epoch"]).train.save_strategy == "epoch"
     words = [*DATA, "--eval_data_path", "e", "--eval_steps", "5"]
     assert read_run(words).train.eval_strategy == "steps"
+    for flag in ("--keep_best", "--load_best_model_at_end"):
+        best = [*DATA, "--eval_data_path", "e", flag]
+        assert read_run(best).train.eval_strategy == "epoch"
+        assert read_run([*best, "--save_steps", "5"]).train.eval_strategy == "steps"
 
 
 @pytest.mark.parametrize(
