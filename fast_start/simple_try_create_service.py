@@ -119,7 +119,6 @@ def serve(
 
     from qwen_chat import models
     from qwen_chat.engine import load_engine
-    from qwen_chat.gate import LOOPBACK_HOSTS
     from qwen_chat.intake import SamplingDefaults, recommended_sampling
     from qwen_chat.service import ServiceSettings, create_app
 
@@ -153,7 +152,7 @@ def serve(
         settings=settings,
         api_keys=keys,
         log=log,
-        hosts=None if keys or service.allow_without_key else {*LOOPBACK_HOSTS, service.host},
+        hosts=allowed_hosts(service, keys),
         cors_origins=service.cors_origin,
     )
     port = listener.getsockname()[1]
@@ -202,6 +201,7 @@ def hand_over(
         adapters=adapters,
         api_keys=keys,
         cors_origins=service.cors_origin,
+        hosts=allowed_hosts(service, keys),
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
         tensor_parallel=vllm.tensor_parallel_size,
@@ -293,6 +293,13 @@ def check_address(service: ServiceArguments, keys: Sequence[str]) -> None:
         )
     if not 0 <= service.port <= 65535:
         raise OptionError(f"--port {service.port}: expected 0 to 65535")
+
+
+def allowed_hosts(service: ServiceArguments, keys: Sequence[str]) -> set[str] | None:
+    """The names that the Host header may give where no key guards the service; None: any."""
+    from qwen_chat.gate import LOOPBACK_HOSTS
+
+    return None if keys or service.allow_without_key else {*LOOPBACK_HOSTS, service.host}
 
 
 def served_name(base: str | None, folder: Path) -> str:

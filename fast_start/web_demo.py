@@ -5,7 +5,8 @@
 
 In: the service's address. Out: a page on http://127.0.0.1:7860 that streams answers, with a picker for models
 and adapters, a system prompt, sampling, and example tools whose calls and results are shown. Needs gradio
-(pip install gradio). Nothing is sent to anybody but the service, and nothing is loaded from elsewhere.
+(pip install gradio). Nothing is sent to anybody but the service, and nothing is loaded from elsewhere: the
+browser is told so too (POLICY), since an answer may hold pictures and forms that point anywhere.
 """
 
 from __future__ import annotations
@@ -58,6 +59,28 @@ WORDS = {
         "empty": "请输入问题，开始对话。",
     },
 }
+# What a model writes may have been put into its mouth by a document it read, and a picture's address can carry
+# away what the user said. gradio's own page needs inline scripts; its cleaning of answers keeps theirs out.
+POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    ]
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-dns-prefetch-control", b"off"),  # else the host of a mere link is looked up
+    (b"referrer-policy", b"no-referrer"),
+]
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
 CSS = """
@@ -105,12 +128,28 @@ def main() -> int:
             css=CSS,
             theme=gradio.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONO),
             i18n=demo.words,
+            app_kwargs={"middleware": [(Guarded, (), {})]},
         )
     except OSError:
         raise OptionError(f"--port {page.port}: in use or not allowed; choose another") from None
     print(f"the page is on http://{page.host}:{page.port} (Ctrl-C ends it)", flush=True)
     demo.block_thread()
     return 0
+
+
+class Guarded:
+    """ASGI: the page with HEADERS in each of its answers."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        await self.app(scope, receive, guarded)
 
 
 def load_gradio() -> Any:

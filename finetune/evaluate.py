@@ -165,7 +165,8 @@ def run(
     from qwen_chat.engine import Engine
 
     kept = open_kept(side, data, options)
-    model, fmt = apart(load_and_score)(side, data, kept, chosen, options)
+    device = choose_device(bool(cases))
+    model, fmt = apart(load_and_score)(side, data, kept, chosen, options, device)
     if not cases:
         return
     with Engine(model, fmt.tokenizer, max_batch=options.batch_size) as engine:
@@ -185,12 +186,26 @@ def run(
     side.judged = evaluation.judge(answered, texts, fmt)
 
 
+def choose_device(writes_calls: bool) -> models.Device:
+    """Where a model is evaluated: the engine that writes its calls runs on CPUs."""
+    import torch
+
+    if not writes_calls or not torch.cuda.is_available():
+        return "auto"
+    rank_zero(
+        "evaluated on the CPU, not on the GPU: calls are written by the toolkit's engine, which runs on CPUs "
+        "(leave out conversations with tools, and the loss is computed on the GPU)"
+    )
+    return "cpu"
+
+
 def load_and_score(
     side: Side,
     data: records.Records,
     kept: evaluation.Kept,
     chosen: ModelArguments,
     options: EvaluateArguments,
+    device: models.Device,
 ) -> "tuple[Any, ChatFormat]":
     """The model and its chat format, when its losses on the data are known."""
     from tqdm import tqdm
@@ -202,6 +217,7 @@ def load_and_score(
         side.model,
         adapter=side.adapter,
         attention=chosen.attn_implementation,
+        device=device,
         trust_remote_code=chosen.trust_remote_code,
     )
     rank_zero(f"{side.name}: {'; '.join(loaded.decisions)}")
@@ -289,6 +305,8 @@ def describe(report: dict[str, Any]) -> str:
     """The report for a person."""
     sides = [report[key] for key in ("model", "compared_with") if key in report]
     lines = [f"{report['conversations']} conversations from {', '.join(report['data'])}"]
+    if report["skipped_lines"]:
+        lines.append(f"bad lines left out by --on_error skip: {report['skipped_lines']}")
     lines += [table(sides, ("loss", "perplexity", "token_accuracy"), lambda side: side)]
     for side in sides:
         if side["too_long"]:

@@ -241,7 +241,7 @@ def _pair(wanted: Sequence[str], written: Sequence[str]) -> Iterator[tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its 95 % bootstrap interval (percentile method, 1,000 resamples, seeded)."""
+    """A figure with its 95 % interval: of a mean by bootstrap, of a share Wilson's. n: what it was counted over."""
 
     value: float
     low: float
@@ -252,7 +252,8 @@ class Estimate:
 def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate | None:
     """The mean of values, or sum(values) / sum(weights); None where there is nothing to average.
 
-    Resampling is over the entries, so a ratio's interval allows for entries of different weight.
+    The interval is a bootstrap's (percentile method, 1,000 resamples, seeded). Resampling is over the entries, so
+    a ratio's interval allows for entries of different weight.
     """
     import numpy as np
 
@@ -268,6 +269,24 @@ def estimate(values: Sequence[float], weights: Sequence[float] | None = None) ->
             means.append(top[chosen].sum() / bottom[chosen].sum())
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(top))
+
+
+def share(counts: Sequence[int], of: Sequence[int] | None = None) -> Estimate | None:
+    """sum(counts) / sum(of), each turn's count of its `of` (1 by default), with Wilson's interval; None of nothing.
+
+    Where nothing or everything hits, resampling would find no doubt at all; 0 of 60 is 0 to 6 %. What one turn
+    holds belongs together, so the interval is that of as many trials as turns have any, not calls: cautious.
+    E. B. Wilson, Probable inference, JASA 22 (1927), without continuity correction.
+    """
+    of = [1] * len(counts) if of is None else of
+    turns = sum(whole > 0 for whole in of)
+    if not turns:
+        return None
+    p, z2 = sum(counts) / sum(of), 1.959964**2
+    middle = p + z2 / (2 * turns)
+    reach = math.sqrt(z2 * (p * (1 - p) + z2 / (4 * turns)) / turns)
+    low, high = ((middle + side * reach) / (1 + z2 / turns) for side in (-1, 1))
+    return Estimate(p, 0.0 if p == 0 else low, 1.0 if p == 1 else high, len(counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,14 +342,14 @@ def call_figures(judged: Sequence[Judged]) -> Json:
     scores = [one.score for one in judged]
     wanted = [s for s in scores if s.wanted]
     figures = {
-        "exact": estimate([float(s.exact) for s in wanted]),
-        "name": estimate([float(s.name) for s in wanted]),
-        "arguments": estimate([s.right for s in wanted], [s.wanted for s in wanted]),
-        "parallel": estimate([float(s.exact) for s in wanted if s.wanted > 1]),
-        "missing": estimate([float(s.missing) for s in wanted]),
-        "false_calls": estimate([float(s.false_call) for s in scores if not s.wanted]),
-        "valid": estimate([s.valid for s in scores], [s.written for s in scores]),
-        "unparsed": estimate([float(s.unparsed) for s in scores]),
+        "exact": share([s.exact for s in wanted]),
+        "name": share([s.name for s in wanted]),
+        "arguments": share([s.right for s in wanted], [s.wanted for s in wanted]),
+        "parallel": share([s.exact for s in wanted if s.wanted > 1]),
+        "missing": share([s.missing for s in wanted]),
+        "false_calls": share([s.false_call for s in scores if not s.wanted]),
+        "valid": share([s.valid for s in scores], [s.written for s in scores]),
+        "unparsed": share([s.unparsed for s in scores]),
     }
     return {name: None if value is None else asdict(value) for name, value in figures.items()}
 

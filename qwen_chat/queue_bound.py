@@ -1,13 +1,21 @@
-"""A bound on the requests in flight, for a server that has none. Loaded into vLLM by `--middleware`.
+"""The gate before a vLLM server, which leaves most of its endpoints open. Loaded into it by `--middleware`.
 
-In: the environment variable QWEN_CHAT_MAX_REQUESTS. Out: 429 with Retry-After, in OpenAI's shape, beyond it.
+In: the environment (names below). Out: what our own service would answer, in OpenAI's shape: 403 for a foreign
+host, 401 without a key, 404 for a path that is not served, 429 with Retry-After beyond the bound.
 Imports nothing but the standard library: it runs in vLLM's environment, not in ours.
+
+    QWEN_CHAT_MAX_REQUESTS  how many requests may be in flight
+    QWEN_CHAT_KEYS          SHA-256 (hex) of each key, separated by spaces; without any, nobody is asked for one
+    QWEN_CHAT_HOSTS         names that the Host header may give, separated by spaces; empty allows all
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -16,35 +24,91 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-BOUNDED = frozenset({"/v1/chat/completions", "/v1/completions"})
+OPEN = frozenset({"/health"})  # asked by a load balancer, which has no key
+# vLLM's own key guards only what begins with /v1, and beside inference it serves paths that stop the engine,
+# change its weights or load files. What is not named here is not there.
+SERVED = OPEN | {
+    *(
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+    ),
+    *("/v1/models", "/tokenize", "/detokenize", "/metrics", "/version"),
+}
 RETRY_AFTER = 2  # seconds
 
 
 class QueueBound:
-    """Counts what runs and waits; turns away what comes on top."""
+    """Lets in who may ask for what is served; counts what runs and waits, and turns away what comes on top."""
 
     def __init__(self, app: App) -> None:
         self.app = app
         self.most = int(os.environ.get("QWEN_CHAT_MAX_REQUESTS", "96"))
+        self.keys = [bytes.fromhex(key) for key in os.environ.get("QWEN_CHAT_KEYS", "").split()]
+        self.hosts = frozenset(os.environ.get("QWEN_CHAT_HOSTS", "").lower().split())
         self.inside = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in BOUNDED:
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if self.inside >= self.most:
-            await _refuse(send, self.most)
+        if scope["type"] != "http":  # a WebSocket: nothing of ours, and no key was ever asked there
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
             return
-        self.inside += 1
-        try:
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await _refuse(send, *refusal)
+        elif scope["method"] != "POST":
             await self.app(scope, receive, send)
-        finally:
-            self.inside -= 1
+        else:
+            self.inside += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.inside -= 1
+
+    def _refusal(self, scope: Message) -> tuple[int, str, str] | None:
+        """Status, code and message of what stands against a request, or None."""
+        headers = dict(scope["headers"])
+        path = scope["path"]
+        root = scope.get("root_path", "")
+        if root and path.startswith(f"{root}/"):
+            path = path[len(root) :]
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if self.hosts and host not in self.hosts:
+            return 403, "host_not_allowed", "This service is only for its own machine."
+        # A browser asks beforehand (OPTIONS) without a key; nothing but its CORS answer comes of that.
+        if self.keys and path not in OPEN and scope["method"] != "OPTIONS":
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            given = hashlib.sha256(key.strip()).digest()
+            if scheme.lower() != b"bearer" or not key.strip():
+                text = "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'."
+                return 401, "missing_api_key", text
+            # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
+            if sum(hmac.compare_digest(given, known) for known in self.keys) == 0:
+                return 401, "invalid_api_key", "Incorrect API key provided."
+        if path not in SERVED:
+            return 404, "not_found", f"Nothing is served under {path[:100]!r}."
+        if scope["method"] == "POST" and self.inside >= self.most:
+            text = f"Too many requests: {self.most} of {self.most} places are taken. Try again later."
+            return 429, "rate_limit_exceeded", text
+        return None
 
 
-async def _refuse(send: Send, most: int) -> None:
-    message = f"Too many requests: {most} of {most} places are taken. Try again later."
-    error = {"message": message, "type": "rate_limit_error", "param": None, "code": "rate_limit_exceeded"}
-    headers = [(b"content-type", b"application/json"), (b"retry-after", str(RETRY_AFTER).encode())]
-    await send({"type": "http.response.start", "status": 429, "headers": headers})
+async def _refuse(send: Send, status: int, code: str, message: str) -> None:
+    """The refusal, in OpenAI's shape. The body was not read, so the connection ends with it."""
+    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    error = {
+        "message": message,
+        "type": kind.get(status, "invalid_request_error"),
+        "param": None,
+        "code": code,
+    }
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if status == 429:
+        headers.append((b"retry-after", str(RETRY_AFTER).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})

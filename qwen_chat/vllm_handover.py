@@ -1,8 +1,8 @@
 """Hand a service over to vLLM, which serves many GPUs, in the format that the model was trained under.
 
 In: the same options as our own service takes. Out: vLLM's command line and environment; `replace_process`
-becomes it. Our template goes with it (vLLM would take the hub's), the Hermes parser, the adapters, and a
-bound on the queue, which vLLM does not have (queue_bound.py is loaded into it).
+becomes it. Our template goes with it (vLLM would take the hub's), the Hermes parser, the adapters, and the gate
+that vLLM does not have: keys on every path, a list of paths, a bound on the queue (queue_bound.py is loaded into it).
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_chat.demo_model import cache_dir
 from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
+
+if TYPE_CHECKING:
+    from qwen_chat.chatml import ChatFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM lets --max-lora-rank be
@@ -43,6 +48,7 @@ def command(
     adapters: Mapping[str, Path],
     api_keys: Sequence[str],
     cors_origins: Sequence[str],
+    hosts: Collection[str] | None = None,
     max_batch: int,
     max_queue: int,
     tensor_parallel: int = 1,
@@ -53,9 +59,8 @@ def command(
     """vLLM's command for `model`. Raises OptionError for what vLLM cannot do.
 
     vLLM renders the base and all adapters with one template, so they must have the same.
+    hosts: names that the Host header may give; None allows all.
     """
-    if len(api_keys) > 1:
-        raise OptionError("--engine vllm takes one API key; give one")
     words = [python, "-m", MODULE, "--model", str(model), "--served-model-name", name, "default"]
     words += ["--host", host, "--port", str(port), "--dtype", dtype]
     words += ["--chat-template", str(_one_template(model, adapters))]
@@ -65,6 +70,9 @@ def command(
         "hermes",
         "--exclude-tools-when-tool-choice-none",
     ]
+    templated = (f for f in adapters.values() if (f / "tokenizer_config.json").is_file())
+    if _thinks(_format(next(templated, model))):
+        words += ["--reasoning-parser", "qwen3"]
     words += ["--max-num-seqs", str(max_batch), "--middleware", "qwen_chat.queue_bound.QueueBound"]
     words += [
         "--tensor-parallel-size",
@@ -82,11 +90,16 @@ def command(
             "--max-lora-rank",
             str(_vllm_rank(rank)),
         ]
-        words += ["--lora-modules", *(f"{known}={folder}" for known, folder in adapters.items())]
+        words += ["--lora-modules", *(_module(known, folder) for known, folder in adapters.items())]
     if trust_remote_code:
         words.append("--trust-remote-code")
-    environment = {"QWEN_CHAT_MAX_REQUESTS": str(max_batch + max_queue), "PYTHONPATH": str(ROOT)}
-    if api_keys:
+    environment = {
+        "QWEN_CHAT_MAX_REQUESTS": str(max_batch + max_queue),
+        "QWEN_CHAT_KEYS": " ".join(hashlib.sha256(key.encode()).hexdigest() for key in api_keys),
+        "QWEN_CHAT_HOSTS": " ".join(sorted(hosts or ())),
+        "PYTHONPATH": str(ROOT),
+    }
+    if len(api_keys) == 1:  # vLLM's own check too; of several it would take the first alone, so ours must do
         environment["VLLM_API_KEY"] = api_keys[0]
     return Command((*words, *shlex.split(more)), environment)
 
@@ -115,6 +128,19 @@ def replace_process(command: Command) -> None:
 def write_template(folder: Path) -> Path:
     """The chat template of what is in `folder`, tools included, as a file for vLLM. Raises OptionError where
     no template alone renders it."""
+    template = _format(folder).template
+    file = cache_dir() / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror}); set QWEN_CHAT_CACHE") from None
+    return file
+
+
+@cache
+def _format(folder: Path) -> ChatFormat:
+    """The format of what is in `folder`; read once. Raises OptionError where no template alone renders it."""
     from qwen_chat.chatml import ChatFormat
     from qwen_chat.models import load_tokenizer
 
@@ -123,14 +149,32 @@ def write_template(folder: Path) -> Path:
         raise OptionError(
             f"{folder}: tuned with --tool_style qwen_agent, which vLLM cannot render; use --engine transformers"
         )
-    template = fmt.template
-    file = cache_dir() / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(template, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror}); set QWEN_CHAT_CACHE") from None
-    return file
+    return fmt
+
+
+def _thinks(fmt: ChatFormat) -> bool:
+    """Whether replies begin with a thought: the prompt opens one, or has a switch that keeps it away."""
+
+    def prompt(**switch: bool) -> str:
+        return str(
+            fmt.tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}],
+                chat_template=fmt.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **switch,
+            )
+        )
+
+    return fmt.in_reasoning(prompt()) or prompt() != prompt(enable_thinking=False)
+
+
+def _module(name: str, folder: Path) -> str:
+    """An adapter for --lora-modules: NAME=DIR, or JSON where vLLM would split that in the wrong places."""
+    plain = f"{name}={folder}"
+    if plain.count("=") == 1 and "," not in plain:
+        return plain
+    return json.dumps({"name": name, "path": str(folder)})
 
 
 def _one_template(model: Path, adapters: Mapping[str, Path]) -> Path:

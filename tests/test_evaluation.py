@@ -29,6 +29,7 @@ from qwen_chat.evaluation import (
     same_json,
     score,
     sequence_losses,
+    share,
     summary,
     worst,
     write_replies,
@@ -253,6 +254,38 @@ def test_the_interval_is_seeded_and_sane() -> None:
     assert estimate([]) is None
     assert estimate([0.0], [0]) is None
     assert estimate([2.0, 4.0], [1, 3]).value == 1.5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 60), (60, 60), (18, 60), (48, 100), (1, 1), (0, 1)])
+def test_a_share_of_nothing_or_everything_is_not_certain(hits: int, n: int) -> None:
+    """Each bound is the share that would be 1.96 of its own deviations away from what was seen."""
+    found = share([1] * hits + [0] * (n - hits))
+    assert found is not None
+    assert (found.value, found.n) == (hits / n, n)
+    assert found.low <= found.value <= found.high
+    for bound in {found.low, found.high} - {0.0, 1.0}:
+        assert abs(bound - hits / n) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), rel=1e-9)
+    assert found.high - found.low > 1 / (n + 1)
+    if (hits, n) == (0, 60):
+        assert found.high == pytest.approx(0.0602, abs=1e-4)
+
+
+def test_a_share_over_calls_counts_turns() -> None:
+    """Three turns, one without a call: two of three calls are right, and two turns say so."""
+    found, one_by_one = share([2, 0, 0], [2, 0, 1]), share([1, 1, 0])
+    assert found is not None
+    assert one_by_one is not None
+    assert (found.value, found.n) == (2 / 3, 3)
+    assert found.low < one_by_one.low < one_by_one.high < found.high
+    assert share([]) is None
+    assert share([0, 0], [0, 0]) is None
+
+
+def test_every_share_of_a_report_is_uncertain() -> None:
+    """However sure the few turns look."""
+    figures = summary(judge([case(called("weather", city="x"))], ["Hello."]))
+    for name in ("exact", "name", "arguments", "missing", "unparsed"):
+        assert figures[name]["high"] - figures[name]["low"] > 0.7, name
 
 
 def test_paired() -> None:

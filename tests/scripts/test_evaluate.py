@@ -58,7 +58,7 @@ def test_the_report(first: Any) -> None:
     assert (tools["turns"], tools["wanted"]) == (3, 1)
     # a required call of 12 tokens is cut: begun everywhere, finished nowhere
     assert tools["unparsed"]["value"] == 1.0
-    assert tools["missing"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    assert tools["missing"] == {"value": 1.0, "low": pytest.approx(0.20654, abs=1e-5), "high": 1.0, "n": 1}
     assert tools["exact"]["value"] == 0.0
     assert tools["tools"] == {"calculate": {"n": 1, "exact": 0, "name": 0}}
     assert len(model["worst"]) == 3
@@ -101,6 +101,34 @@ def test_an_adapter_that_changes_nothing_beside_its_base(
         "exact": {**none, "n": 1},
         "false_calls": {**none, "n": 2},
     }
+
+
+def test_on_a_gpu_machine_it_says_that_it_uses_the_cpu(
+    first: Any, folder: Path, data: Path, demo_model_path: Path
+) -> None:
+    """torch is told that there is a GPU: moving anything there would fail."""
+    code = (
+        "import runpy, sys, torch\ntorch.cuda.is_available = lambda: True\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(ROOT / "finetune" / "evaluate.py")
+    done = subprocess.run(
+        [sys.executable, "-c", code, script, "-m", str(demo_model_path), "-d", str(data), *ASKED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "QWEN_CHAT_CACHE": str(folder / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == first["model"]
+    assert "evaluated on the CPU, not on the GPU: calls are written by the toolkit's engine" in done.stderr
+
+
+def test_lines_left_out_are_told(folder: Path, data: Path, demo_model_path: Path, first: Any) -> None:
+    more = folder / "more.jsonl"
+    more.write_text(data.read_text("utf-8").splitlines()[0] + "\n{oops\n[1]\n", "utf-8")
+    done = run(folder, "-m", str(demo_model_path), "-d", str(more), "--on_error", "skip")
+    assert done.returncode == 0, done.stderr
+    assert "bad lines left out by --on_error skip: 2" in done.stdout
 
 
 def test_the_table_for_people(folder: Path, data: Path, demo_model_path: Path, first: Any) -> None:

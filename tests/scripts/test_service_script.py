@@ -247,7 +247,6 @@ def test_port_in_use(service: Process) -> None:
         (["--tensor_parallel_size", "2"], r"--tensor_parallel_size: has no effect with --engine transformers"),
         (["--engine", "vllm", "--max_body_mb", "1"], r"--max_body_mb: has no effect with --engine vllm"),
         (["--engine", "vllm", "--quantize", "int8"], r"--quantize int8 is for --engine transformers"),
-        (["--engine", "vllm", "--api_key", "a", "--api_key", "b"], r"--engine vllm takes one API key"),
     ],
 )  # fmt: skip
 def test_bad_input(words: list[str], said: str, demo_model_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import subprocess
@@ -211,6 +212,40 @@ def test_refusals_are_shown(chromium: Any, served: Served, capfd: pytest.Capture
         timeout=15_000
     )
     visitor.close()
+
+
+@browser_only
+def test_an_answer_reaches_nobody_outside(chromium: Any, served: Served) -> None:
+    """Pictures, films and forms in an answer: shown or not, nothing is asked of another host."""
+    reached = b""
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        outside.settimeout(0.3)
+        host = f"//localhost:{outside.getsockname()[1]}"  # another origin than 127.0.0.1, and on this machine
+        visitor = Visitor(chromium, served, "en-US")
+        visitor.say(
+            f"say ![x]({host}/a?q=secret) <img src={host}/b><video src={host}/c></video>"
+            f"<form action={host}/d><button>press me</button></form> the end"
+        )
+        visitor.wait_for_answer("the end")
+        visitor.page.locator("#chat .bot").get_by_text("press me").last.click(no_wait_after=True)
+        visitor.page.wait_for_timeout(500)  # what the browser would do, it does by then
+        with contextlib.suppress(TimeoutError):
+            while True:  # pressing may open a connection ahead of time; what counts is that nothing is sent
+                connection, _ = outside.accept()
+                connection.settimeout(0.3)
+                reached += connection.recv(200)
+        refused = {
+            word
+            for word in ("img-src", "media-src", "form-action")
+            for line in visitor.complaints
+            if word in line
+        }
+        assert refused == {"img-src", "media-src", "form-action"}
+        assert [line for line in visitor.complaints if "Content Security Policy" not in line] == []
+        visitor.complaints.clear()
+        visitor.asked = [url for url in visitor.asked if host not in url]  # those that were refused
+        visitor.close()
+    assert reached == b""
 
 
 @browser_only
