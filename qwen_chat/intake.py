@@ -156,7 +156,7 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
 def chat_prompt_ids(messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat) -> list[int]:
     """The tokens that a chat's prompt has; raises Refusal where the messages cannot be rendered."""
     try:
-        return list(fmt.prompt_ids(_messages(messages), plain_tools(tools) if tools else None))
+        return fmt.prompt_within(_messages(messages), plain_tools(tools) if tools else None).ids
     except FormatError as error:
         raise _bad_messages(error) from None
 

@@ -369,16 +369,18 @@ class Service:
         body, wanted = await self._read(request, protocol.TokenizeRequest)
         model = self._model(wanted.model)
 
-        def tokens() -> list[int]:
+        def answer() -> str:
             if wanted.messages is not None:
-                return chat_prompt_ids(body["messages"], body.get("tools"), model.fmt)
-            return model.fmt.text_ids(wanted.prompt or "")
+                ids = chat_prompt_ids(body["messages"], body.get("tools"), model.fmt)
+            else:
+                ids = model.fmt.text_ids(wanted.prompt or "")
+            words: Json = {}
+            if wanted.return_token_strs:
+                words["token_strs"] = model.fmt.tokenizer.convert_ids_to_tokens(ids)
+            found = protocol.Tokenized(count=len(ids), max_model_len=model.context, tokens=ids, **words)
+            return found.json_text()  # a million numbers take a while to write, too
 
-        ids = await self._in_token_thread(tokens)
-        words: Json = {}
-        if wanted.return_token_strs:
-            words["token_strs"] = model.fmt.tokenizer.convert_ids_to_tokens(ids)
-        return _json(protocol.Tokenized(count=len(ids), max_model_len=model.context, tokens=ids, **words))
+        return Response(await self._in_token_thread(answer), media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""

@@ -331,6 +331,17 @@ def test_four_megabytes_are_refused_at_once(path: str) -> None:
     assert f"maximum context length is {CONTEXT} tokens" in error["message"]
 
 
+def test_tokens_of_a_long_text_come_in_pieces(fmt: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chat, as /tokenize counts it: nothing is refused there, and nobody waits for the whole."""
+    asked: list[int] = []
+    encode = fmt._tokens.encode
+    monkeypatch.setattr(fmt._tokens, "encode", lambda texts: asked.extend(map(len, texts)) or encode(texts))
+    messages = [{"role": "user", "content": "hello wide world " * 10_000}]
+    ids = intake.chat_prompt_ids(messages, None, fmt)
+    assert len(asked) > 4 and max(asked) < control_tokens._PIECE + 20
+    assert ids == fmt.prompt_ids(messages)
+
+
 def test_tokenizing_has_places_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(ChatFormat, "text_ids", lambda *_, **__: gate.wait() and [])
