@@ -222,11 +222,14 @@ def test_a_copy_of_four_bits(tmp_path: Any) -> None:
 
 
 def test_a_copy_has_every_kind_of_layer() -> None:
-    config = AutoConfig.for_model("qwen3_next", **(SHAPE | MORE["qwen3_next"] | {"num_hidden_layers": 8}))
+    config = AutoConfig.for_model(
+        "qwen3_next", **(SHAPE | MORE["qwen3_next"] | {"num_hidden_layers": 8, "intermediate_size": 512})
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="qwen_chat").bfloat16()
     small = probe._small_copy(model)
     assert sorted(small.config.layer_types) == ["full_attention", "linear_attention"]
     assert small.config.hidden_size == 32 and small.dtype == torch.float32
+    assert small.config.intermediate_size == probe.INNER < model.config.intermediate_size
     assert model.config.num_hidden_layers == 8 and len(model.config.layer_types) == 8
 
 

@@ -392,7 +392,7 @@ def test_weights_that_are_no_numbers_stop_the_run(
 def test_a_loss_of_exactly_zero_stops_the_run(
     finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_chat import loss
+    from qwen_chat import loss, probe
 
     plain = loss.ModelLoss.__call__
 
@@ -402,7 +402,11 @@ def test_a_loss_of_exactly_zero_stops_the_run(
 
     monkeypatch.setattr(loss.ModelLoss, "__call__", nothing)
     out = tmp_path / "out"
-    status, said = finetune("-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora")
+    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora"]
+    status, said = finetune(*words)  # planted so, the probe finds it
+    assert status == 2 and "the loss of a row is off by 1.0e+00" in said.splitlines()[-1]
+    monkeypatch.setattr(probe, "check", lambda model, layout: "as if it began later")
+    status, said = finetune(*words)
     assert status == 1 and said.splitlines()[-1].startswith("error: step 1: the loss is exactly 0; likely ")
 
 
