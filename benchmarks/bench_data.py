@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT))  # run from a checkout
 from benchmarks import peers
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors
+from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ModelError, OptionError
-from qwen_chat.logs import rank_zero
 
 RESULT = ROOT / "benchmarks" / "results" / "data.json"
 PEER = (
@@ -61,12 +61,13 @@ OURS = """
 import json, os, sys, time
 sys.path.insert(0, {root!r})
 from transformers import AutoTokenizer
-from qwen_chat import chatml, records, token_cache
+from qwen_chat.chat import format
+from qwen_chat.data import records, token_cache
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
 start = time.perf_counter()
 data = records.open_records({data!r})
 checked = time.perf_counter()
-fmt = chatml.ChatFormat(tokenizer)
+fmt = format.ChatFormat(tokenizer)
 tokens = token_cache.tokenise(data, fmt, max_length={max_length}, cache_dir={cache!r})
 done = time.perf_counter()
 summary = tokens.summary

@@ -37,10 +37,11 @@ sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks import peers
 from benchmarks.machine import where
-from qwen_chat import demo_model, errors, evaluation, models
+from qwen_chat import demo_model, errors, models
+from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import OptionError, TrainingError
-from qwen_chat.logs import rank_zero
+from qwen_chat.evaluation import run as evaluation_run
 from qwen_chat.threads import apart
 
 WHEEL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
@@ -299,13 +300,13 @@ def right_by_us(item: Item, calls: Sequence[Mapping[str, Any]]) -> bool:
         ((name, arguments),) = call.items()
         body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
         lines.append(f"<tool_call>\n{body}\n</tool_call>")
-    return evaluation.score(case, "\n".join(lines), same=same).exact
+    return evaluation_run.score(case, "\n".join(lines), same=same).exact
 
 
-def case_of(item: Item) -> evaluation.Case:
+def case_of(item: Item) -> evaluation_run.Case:
     record = conversation(item)
     marks = {len(record["messages"]) - 1: accepted(item)} if item.truth else {}
-    return evaluation.cases_of(Conversation.from_openai(record), item.name, marks)[0]
+    return evaluation_run.cases_of(Conversation.from_openai(record), item.name, marks)[0]
 
 
 def leaderboard_checker(folder: Path) -> Callable[[Item, list[Json]], bool]:
@@ -429,8 +430,8 @@ def brief(result: Json) -> str:
 
 def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Sequence[Item]) -> Json:
     """Answer the held-out questions: calls fit their schema once opened, and again with a call required."""
-    from qwen_chat.chatml import ChatFormat
-    from qwen_chat.engine import Engine
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.inference.engine import Engine
 
     model, tokenizer = apart(load_merged)(base, adapter)
     fmt = ChatFormat(tokenizer)
@@ -440,14 +441,16 @@ def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Seque
     with Engine(model, tokenizer, max_batch=16, fmt=fmt) as engine:
         for calls in ("strict", "free", "required"):
             chosen = [case for case in cases if case.wanted] if calls == "required" else cases
-            kept = evaluation.Kept(work / f"replies-{name}-{calls}.jsonl")
-            texts = evaluation.write_replies(
+            kept = evaluation_run.Kept(work / f"replies-{name}-{calls}.jsonl")
+            texts = evaluation_run.write_replies(
                 engine, fmt, chosen, kept, calls=calls, max_tokens=200, batch=16, tick=progress(name, calls)
             )
-            judged = evaluation.judge(chosen, texts, same=same)
+            judged = evaluation_run.judge(chosen, texts, same=same)
             block = figures(judged)
             found = (
-                {**block, "worst": evaluation.worst(judged)} if calls == "strict" else {**found, calls: block}
+                {**block, "worst": evaluation_run.worst(judged)}
+                if calls == "strict"
+                else {**found, calls: block}
             )
     return {**found, "evaluation_seconds": round(time.perf_counter() - started, 1)}
 
@@ -461,9 +464,9 @@ def progress(name: str, calls: str) -> Callable[[int], None]:
     return lambda done: rank_zero(f"{name} ({calls}): {done} answered")
 
 
-def figures(judged: Sequence[evaluation.Judged]) -> Json:
+def figures(judged: Sequence[evaluation_run.Judged]) -> Json:
     """Plain shares, and their intervals beside them."""
-    found = evaluation.call_figures(judged)
+    found = evaluation_run.call_figures(judged)
     names = ("exact", "name", "arguments", "false_calls", "missing", "valid", "unparsed")
     return {
         **{name: found[name] and round(found[name]["value"], 4) for name in names},
@@ -497,7 +500,7 @@ def train_ours(work: Path, base: Path, data: Path, settings: Settings) -> Json:
 
 def train_trl(work: Path, base: Path, data: Path, settings: Settings) -> Json:
     """TRL's SFTTrainer on the same conversations as prompt and completion: same format, same settings."""
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.chat.format import ChatFormat
 
     fmt = ChatFormat(models.load_tokenizer(base))
     pairs = []

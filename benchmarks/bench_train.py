@@ -204,7 +204,7 @@ def write_data(task: Task, model: Model, folder: Path) -> tuple[Path, Path, dict
     """Tokenise a task once for all methods: (.npz, tokenizer folder, counts)."""
     import numpy as np
 
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.chat.format import ChatFormat
 
     tokenizer, tokenizer_folder = model.tokenizer(task.family)
     fmt = ChatFormat(tokenizer)

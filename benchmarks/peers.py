@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_chat import demo_model
+from qwen_chat.console import rank_zero
 from qwen_chat.errors import ChatError
-from qwen_chat.logs import rank_zero
 
 
 class PeerMissing(ChatError):

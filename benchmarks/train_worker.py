@@ -126,9 +126,9 @@ def ours(spec: dict[str, Any], data: list[Any], watch: Watch) -> tuple[Any, dict
     sys.path.insert(0, spec["root"])
     from types import SimpleNamespace
 
-    from qwen_chat import attention, fused, matmul
-    from qwen_chat.dataset import WindowSampler
-    from qwen_chat.training import ChatTrainer
+    from qwen_chat.training import attention, fused, matmul
+    from qwen_chat.training.batches import WindowSampler
+    from qwen_chat.training.trainer import ChatTrainer
 
     conversations = [tuple(SimpleNamespace(**sequence) for sequence in members) for members in data]
     accumulation = -(-len(data) // spec["batch_size"])

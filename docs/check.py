@@ -89,7 +89,7 @@ def known_flags(script: str) -> frozenset[str]:
     shown = subprocess.run([runner, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
     flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
     if script.startswith("finetune/finetune"):
-        from qwen_chat.training_fields import FIELDS
+        from qwen_chat.cli.training_fields import FIELDS
 
         flags |= {f"--{name}" for name, entry in FIELDS.items() if entry.state == "works"}
         flags |= known_flags_of_finetune()
@@ -125,7 +125,7 @@ def unequal_languages() -> Iterator[Fault]:
 
 def made_tables() -> dict[str, tuple[Path, str]]:
     """What is made from the code: the table's name, its page, its text."""
-    from qwen_chat import training_fields
+    from qwen_chat.cli import training_fields
 
     return {"training_fields": (ROOT / "docs/finetune.md", training_fields.table())}
 
@@ -156,7 +156,7 @@ def write_tables() -> None:
 def unnamed_modules() -> Iterator[Fault]:
     """Each module of the package has its line in docs/architecture.md."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    for module in sorted((ROOT / "qwen_chat").glob("[a-z]*.py")):
+    for module in sorted((ROOT / "qwen_chat").rglob("[a-z]*.py")):
         if f"`{module.name}`" not in page:
             yield f"docs/architecture.md: does not name {module.name}"
 

@@ -24,9 +24,10 @@ PACKAGE = ROOT / "qwen_chat"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("conversation", "console", "files", "hardware", "threads"),
-    ("cli", "tools", "dialects"),
-    ("chat", "demo_model"),
-    ("data", "models"),
+    ("cli", "tools"),
+    ("dialects",),
+    ("chat",),
+    ("data", "models", "demo_model"),
     ("training", "inference"),
     ("service",),
     ("evaluation",),

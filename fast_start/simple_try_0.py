@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors
-from qwen_chat.arguments import option
+from qwen_chat import errors
+from qwen_chat.cli import run_options
+from qwen_chat.cli.run_options import option
 from qwen_chat.errors import OptionError, ServiceError
 
 if TYPE_CHECKING:
-    from qwen_chat.engine import Engine
+    from qwen_chat.inference.engine import Engine
 
 Messages = list[dict[str, Any]]
 
@@ -43,10 +44,10 @@ class TryArguments:
 
 
 def main() -> int:
-    chosen = arguments.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
+    chosen = run_options.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
     if chosen.max_new_tokens < 1:
         raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
-    from qwen_chat.engine import load_engine  # torch comes in here: --help is answered at once
+    from qwen_chat.inference.engine import load_engine  # torch comes in here: --help is answered at once
 
     adapters = {"adapter": Path(chosen.adapter)} if chosen.adapter else {}
     engine = load_engine(chosen.model, adapters=adapters, trust_remote_code=chosen.trust_remote_code)
@@ -80,7 +81,7 @@ def chat(engine: Engine, system: Messages, chosen: TryArguments) -> None:
 
 def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> str:
     """Stream one answer to standard output; returns it whole."""
-    from qwen_chat.sampling import GenerationRequest
+    from qwen_chat.inference.sampling import GenerationRequest
 
     adapter = "adapter" if chosen.adapter else None
     request = GenerationRequest(

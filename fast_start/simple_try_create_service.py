@@ -21,8 +21,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors
-from qwen_chat.arguments import option
+from qwen_chat import errors
+from qwen_chat.cli import run_options
+from qwen_chat.cli.run_options import option
 from qwen_chat.errors import ModelError, OptionError
 
 LOG_FILE = Path(__file__).resolve().parent / "fast_api_svc.log"
@@ -89,7 +90,7 @@ class VllmArguments:
 
 def main() -> int:
     groups = [ModelArguments, ServiceArguments, LimitArguments, VllmArguments]
-    values = arguments.read(sys.argv[1:], groups, about=str(__doc__))
+    values = run_options.read(sys.argv[1:], groups, about=str(__doc__))
     model, service = values[ModelArguments], values[ServiceArguments]
     check_engine(service, values[LimitArguments], values[VllmArguments])
     adapters = read_adapters(model.adapter)
@@ -111,16 +112,16 @@ def serve(
     adapters: dict[str, Path],
     keys: Sequence[str],
 ) -> int:
-    from qwen_chat import http_server, logs
+    from qwen_chat.service import request_log, server
 
     faulthandler.enable()  # a crash in native code tells on standard error where it was
-    listener = http_server.bind(service.host, service.port)  # a port in use is told before a model is loaded
-    log = logs.request_log(service.log_file or LOG_FILE)
+    listener = server.bind(service.host, service.port)  # a port in use is told before a model is loaded
+    log = request_log.request_log(service.log_file or LOG_FILE)
 
     from qwen_chat import models
-    from qwen_chat.engine import load_engine
-    from qwen_chat.intake import SamplingDefaults, recommended_sampling
-    from qwen_chat.service import ServiceSettings, create_app
+    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.service.app import ServiceSettings, create_app
+    from qwen_chat.service.prepare import SamplingDefaults, recommended_sampling
 
     folder = models.resolve(base)
     name = model.name or served_name(base, folder)
@@ -167,7 +168,7 @@ def serve(
     say(f"listening on http://{shown_host(service.host)}:{port} (Ctrl-C ends it); try:")
     asked = name if engine.serves_base else next(iter(adapters))
     say(example_curl(shown_host(service.host), port, asked, bool(keys)))
-    http_server.serve(app, listener, drain_seconds=limits.drain_seconds)
+    server.serve(app, listener, drain_seconds=limits.drain_seconds)
     log.close()
     return 0
 
@@ -184,14 +185,15 @@ def hand_over(
     """Become vLLM, with the template that the model was trained under. Returns only after --dry_run."""
     import shlex
 
-    from qwen_chat import models, vllm_handover
+    from qwen_chat import models
+    from qwen_chat.service import vllm as service_vllm
 
     if model.quantize:
         raise OptionError(
             "--quantize int8 is for --engine transformers; vLLM reads quantised models as they are"
         )
     folder = models.resolve(base)
-    command = vllm_handover.command(
+    command = service_vllm.command(
         folder,
         name=model.name or served_name(base, folder),
         python=vllm.vllm_python or sys.executable,
@@ -211,7 +213,7 @@ def hand_over(
     )
     print(shlex.join(command.words), flush=True)
     if not vllm.dry_run:
-        vllm_handover.replace_process(command)
+        service_vllm.replace_process(command)
     return 0
 
 
@@ -284,7 +286,7 @@ def read_keys(service: ServiceArguments) -> tuple[str, ...]:
 
 def check_address(service: ServiceArguments, keys: Sequence[str]) -> None:
     """Without a key nobody from outside may reach the service."""
-    from qwen_chat.http_server import is_loopback
+    from qwen_chat.service.server import is_loopback
 
     if not keys and not service.allow_without_key and not is_loopback(service.host):
         raise OptionError(
@@ -297,7 +299,7 @@ def check_address(service: ServiceArguments, keys: Sequence[str]) -> None:
 
 def allowed_hosts(service: ServiceArguments, keys: Sequence[str]) -> set[str] | None:
     """The names that the Host header may give where no key guards the service; None: any."""
-    from qwen_chat.gate import LOOPBACK_HOSTS
+    from qwen_chat.service.middleware import LOOPBACK_HOSTS
 
     return None if keys or service.allow_without_key else {*LOOPBACK_HOSTS, service.host}
 

@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, demo_model, errors, evaluation, models, records
-from qwen_chat.arguments import ModelArguments, option
+from qwen_chat import demo_model, errors, models
+from qwen_chat.cli import run_options
+from qwen_chat.cli.run_options import ModelArguments, option
+from qwen_chat.console import rank_zero
+from qwen_chat.data import records
 from qwen_chat.errors import DataError, FormatError, OptionError
-from qwen_chat.logs import rank_zero
+from qwen_chat.evaluation import run as evaluation_run
 from qwen_chat.threads import apart
 
 if TYPE_CHECKING:
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.chat.format import ChatFormat
 
 RECIPE = 1  # raise it when the same model and data would give other replies
 
@@ -61,14 +64,14 @@ class Side:
     name: str
     model: Path
     adapter: Path | None
-    losses: list[evaluation.SequenceLoss] = field(default_factory=list)
-    judged: list[evaluation.Judged] = field(default_factory=list)
+    losses: list[evaluation_run.SequenceLoss] = field(default_factory=list)
+    judged: list[evaluation_run.Judged] = field(default_factory=list)
     dropped: int = 0  # conversations too long for the loss
     unanswered: int = 0  # turns whose prompt fills the context
 
 
 def main() -> int:
-    values = arguments.read(sys.argv[1:], [ModelArguments, EvaluateArguments], about=str(__doc__))
+    values = run_options.read(sys.argv[1:], [ModelArguments, EvaluateArguments], about=str(__doc__))
     chosen, options = values[ModelArguments], values[EvaluateArguments]
     for note in values.notes:
         rank_zero(f"note: {note}")
@@ -106,7 +109,7 @@ def other(name: str) -> Side:
     return find_side(None, name) if (Path(name) / "adapter_config.json").is_file() else find_side(name, None)
 
 
-def read_cases(data: records.Records, options: EvaluateArguments) -> list[evaluation.Case]:
+def read_cases(data: records.Records, options: EvaluateArguments) -> list[evaluation_run.Case]:
     """The turns to be written, with the answers that the file accepts besides its own."""
     accepted = [accepted_answers(Path(path)) for path in options.data_path]
     cases = []
@@ -114,7 +117,7 @@ def read_cases(data: records.Records, options: EvaluateArguments) -> list[evalua
         where = data.where(i)
         line = int(where.rpartition(":")[2])
         try:
-            cases += evaluation.cases_of(data[i], where, accepted[data.file_of(i)].get(line))
+            cases += evaluation_run.cases_of(data[i], where, accepted[data.file_of(i)].get(line))
         except FormatError as error:
             raise DataError(str(error)) from None
     return cases
@@ -155,14 +158,14 @@ def accepted_answers(path: Path) -> dict[int, dict[int, Any]]:
 def run(
     side: Side,
     data: records.Records,
-    cases: list[evaluation.Case],
+    cases: list[evaluation_run.Case],
     chosen: ModelArguments,
     options: EvaluateArguments,
 ) -> None:
     """Fill in what is known of a model; what is not kept from an earlier run is computed."""
     from tqdm import tqdm
 
-    from qwen_chat.engine import Engine
+    from qwen_chat.inference.engine import Engine
 
     kept = open_kept(side, data, options)
     device = choose_device(bool(cases))
@@ -170,10 +173,10 @@ def run(
     if not cases:
         return
     with Engine(model, fmt.tokenizer, max_batch=options.batch_size) as engine:
-        answered = evaluation.fitting(cases, fmt, min(engine.context_length, engine.kv_tokens))
+        answered = evaluation_run.fitting(cases, fmt, min(engine.context_length, engine.kv_tokens))
         side.unanswered = len(cases) - len(answered)
         with tqdm(total=len(answered), desc=f"{side.name}: calls", file=sys.stderr) as bar:
-            texts = evaluation.write_replies(
+            texts = evaluation_run.write_replies(
                 engine,
                 fmt,
                 answered,
@@ -183,7 +186,7 @@ def run(
                 batch=options.batch_size,
                 tick=lambda done: move(bar, done),
             )
-    side.judged = evaluation.judge(answered, texts, fmt)
+    side.judged = evaluation_run.judge(answered, texts, fmt)
 
 
 def choose_device(writes_calls: bool) -> models.Device:
@@ -202,7 +205,7 @@ def choose_device(writes_calls: bool) -> models.Device:
 def load_and_score(
     side: Side,
     data: records.Records,
-    kept: evaluation.Kept,
+    kept: evaluation_run.Kept,
     chosen: ModelArguments,
     options: EvaluateArguments,
     device: models.Device,
@@ -210,8 +213,8 @@ def load_and_score(
     """The model and its chat format, when its losses on the data are known."""
     from tqdm import tqdm
 
-    from qwen_chat import token_cache
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.data import token_cache
 
     loaded = models.load_model(
         side.model,
@@ -232,7 +235,7 @@ def load_and_score(
     chosen_ones = [i for i in range(len(tokens)) if tokens.where(i) in wanted]
     side.dropped = len(wanted) - len(chosen_ones)
     with tqdm(total=len(chosen_ones), desc=f"{side.name}: loss", file=sys.stderr) as bar:
-        side.losses = evaluation.sequence_losses(
+        side.losses = evaluation_run.sequence_losses(
             model, tokens, chosen_ones, kept, lambda done: move(bar, done)
         )
     return model, fmt
@@ -242,7 +245,7 @@ def move(bar: Any, done: int) -> None:
     bar.update(done - bar.n)
 
 
-def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> evaluation.Kept:
+def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> evaluation_run.Kept:
     """The results kept for exactly this model, data and way of asking."""
     asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
     identity = [
@@ -255,7 +258,7 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
     path = demo_model.cache_dir() / "evaluations" / f"{name}.jsonl"
     if options.fresh:
         path.unlink(missing_ok=True)
-    return evaluation.Kept(path)
+    return evaluation_run.Kept(path)
 
 
 def identify(folder: Path) -> list[tuple[str, int, int]]:
@@ -273,11 +276,11 @@ def write_report(sides: list[Side], data: records.Records, options: EvaluateArgu
     for key, side in zip(("model", "compared_with"), sides, strict=False):
         report[key] = {
             "name": side.name,
-            **evaluation.loss_figures(side.losses),
+            **evaluation_run.loss_figures(side.losses),
             "too_long": side.dropped,
             "prompt_too_long": side.unanswered,
-            "tools": evaluation.summary(side.judged) if side.judged else None,
-            "worst": evaluation.worst(side.judged),
+            "tools": evaluation_run.summary(side.judged) if side.judged else None,
+            "worst": evaluation_run.worst(side.judged),
         }
     if len(sides) == 2:
         report["comparison"] = compare(sides[1], sides[0])
@@ -297,7 +300,7 @@ def compare(base: Side, side: Side) -> dict[str, Any]:
         "exact": ([float(a.exact) for a, _ in wanted], [float(b.exact) for _, b in wanted]),
         "false_calls": ([float(a.false_call) for a, _ in others], [float(b.false_call) for _, b in others]),
     }
-    found = {name: evaluation.paired(a, b) for name, (a, b) in pairs.items()}
+    found = {name: evaluation_run.paired(a, b) for name, (a, b) in pairs.items()}
     return {name: None if value is None else asdict(value) for name, value in found.items()}
 
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, checkpoints, errors, memory, models, run_folder
-from qwen_chat.logs import is_rank_zero, rank_zero
+from qwen_chat import errors, models
+from qwen_chat.cli import run_options
+from qwen_chat.console import is_rank_zero, rank_zero
+from qwen_chat.training import checkpoints, memory_plan, run_folder
 
 
 def main() -> int:
     checkpoints.die_with_parent()
-    run = arguments.read_run(sys.argv[1:], about=__doc__ or "")
+    run = run_options.read_run(sys.argv[1:], about=__doc__ or "")
     for note in run.notes:
         rank_zero(f"note: {note}")
     folder = run_folder.choose(run)
@@ -27,62 +29,65 @@ def main() -> int:
     path = models.resolve(run.model.model, for_training=True)
 
     # torch comes in here: --help, a wrong flag and a model that cannot be trained are answered at once
-    from qwen_chat import probe, rehearsal, training
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.training import probe, rehearsal
+    from qwen_chat.training import trainer as training_trainer
 
     rehearsal.rehearse(run)
-    run_folder.check_disk(folder, memory.disk_needed(memory.Shape.of(models.read_config(path)), run))
+    run_folder.check_disk(
+        folder, memory_plan.disk_needed(memory_plan.Shape.of(models.read_config(path)), run)
+    )
     tokenizer = models.load_tokenizer(path, trust_remote_code=run.model.trust_remote_code)
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
 
-    data = training.read_data(run, fmt)
+    data = training_trainer.read_data(run, fmt)
     shaped_by = run_folder.shaped_by(run, data.fingerprint, path)
     before = run_folder.resume(run, folder, shaped_by)
     rank_zero(data.describe())
-    verdict = training.plan(run, path, data)
+    verdict = training_trainer.plan(run, path, data)
     if run.train.check:
         rank_zero("everything is in order, short of loading the model")
         return 0
     rank_zero("the first example (what is learnt is marked):")
-    rank_zero(training.first_example(tokenizer, data, colour=sys.stderr.isatty()))
+    rank_zero(training_trainer.first_example(tokenizer, data, colour=sys.stderr.isatty()))
 
-    args, session = training.start(run, folder, data, verdict, before)
+    args, session = training_trainer.start(run, folder, data, verdict, before)
     folder = session.folder
     lock = checkpoints.Lock.take(folder) if is_rank_zero() else None
-    checkpoint, notes = training.share(run_folder.checkpoint(before) if is_rank_zero() else None)
-    loaded = training.load(run, path, args)
-    model, adapter, initial = training.wrap(run, loaded.model, tokenizer, args)
-    fusing = training.fuse(model, args, session.choices)
+    checkpoint, notes = training_trainer.share(run_folder.checkpoint(before) if is_rank_zero() else None)
+    loaded = training_trainer.load(run, path, args)
+    model, adapter, initial = training_trainer.wrap(run, loaded.model, tokenizer, args)
+    fusing = training_trainer.fuse(model, args, session.choices)
     proven = probe.check(model, run.train.layout)
     decisions = (*session.decisions, *loaded.decisions, *adapter, *fusing, proven, *before.notes, *notes)
     for decision in decisions:
         rank_zero(decision)
 
-    record = training.record(run, shaped_by, data, decisions, path, session.choices, verdict)
+    record = training_trainer.record(run, shaped_by, data, decisions, path, session.choices, verdict)
     if is_rank_zero():
         run_folder.write_run(folder, record)
-    log = training.StepLog(folder)
-    trainer = training.trainer(run, args, model, tokenizer, data, log)
+    log = training_trainer.StepLog(folder)
+    trainer = training_trainer.trainer(run, args, model, tokenizer, data, log)
     rank_zero(
         f"training into {folder}; stopped with Ctrl-C, the same command with -o goes on from its checkpoint"
     )
     trainer.record = record
-    if not training.train(trainer, log, checkpoint):
+    if not training_trainer.train(trainer, log, checkpoint):
         rank_zero(
             f"stopped after step {trainer.state.global_step}; the same command with -o {folder} goes on"
         )
-        training.leave()
+        training_trainer.leave()
         return checkpoints.STOPPED
     evaluation = trainer.evaluate() if data.held_out is not None else {}
-    training.save(trainer, run, fmt, folder, models.name_of(run.model.model, path), initial)
+    training_trainer.save(trainer, run, fmt, folder, models.name_of(run.model.model, path), initial)
 
     if is_rank_zero():
-        outcome = training.outcome(trainer, log, evaluation)
+        outcome = training_trainer.outcome(trainer, log, evaluation)
         run_folder.write_run(folder, record | outcome)
-        rank_zero(training.report(run, folder, outcome))
+        rank_zero(training_trainer.report(run, folder, outcome))
         if lock is not None:
             lock.release()
-    training.leave()
+    training_trainer.leave()
     return 0
 
 

@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors, records
-from qwen_chat.arguments import DataArguments, ModelArguments, option
+from qwen_chat import errors
+from qwen_chat.cli import run_options
+from qwen_chat.cli.run_options import DataArguments, ModelArguments, option
+from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation
+from qwen_chat.data import records
 from qwen_chat.errors import ChatError, DataError, MissingDependency, OptionError, OutputError
-from qwen_chat.logs import rank_zero
 
 if TYPE_CHECKING:
-    from qwen_chat.token_cache import TokenisedData
+    from qwen_chat.data.token_cache import TokenisedData
 
 BARS = 12  # of the histogram in the terminal
 
@@ -46,7 +48,7 @@ class InspectArguments:
 
 def main() -> int:
     groups = [ModelArguments, DataArguments, InspectArguments]
-    values = arguments.read(sys.argv[1:], groups, about=str(__doc__))
+    values = run_options.read(sys.argv[1:], groups, about=str(__doc__))
     model, data, options = values[ModelArguments], values[DataArguments], values[InspectArguments]
     for note in values.notes:
         rank_zero(f"note: {note}")
@@ -100,14 +102,12 @@ def inspect(
         write_canonical(conversations, Path(options.write))
         print(f"wrote {len(conversations):,} conversations to {options.write}", file=out)
 
-    from qwen_chat import (
-        chatml,
-        models,
-        token_cache,
-    )  # after the data was found good: transformers takes seconds
+    from qwen_chat import models
+    from qwen_chat.chat import format
+    from qwen_chat.data import token_cache  # after the data was found good: transformers takes seconds
 
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
-    fmt = chatml.ChatFormat(tokenizer, data.tool_style, data.tool_language)
+    fmt = format.ChatFormat(tokenizer, data.tool_style, data.tool_language)
     tokens = token_cache.tokenise(
         conversations,
         fmt,
@@ -124,9 +124,9 @@ def inspect(
         print(f"wrote the histogram to {options.histogram}", file=out)
     for k in range(min(options.show, len(tokens))):
         for sequence in tokens[k]:
-            encoded = chatml.Encoded(sequence.input_ids.tolist(), sequence.labels.tolist())
+            encoded = format.Encoded(sequence.input_ids.tolist(), sequence.labels.tolist())
             print(f"\n{tokens.where(k)}:", file=out)
-            print(chatml.show(tokenizer, encoded, colour=wants_colour(out)), file=out)
+            print(format.show(tokenizer, encoded, colour=wants_colour(out)), file=out)
 
 
 def progress(done: int, total: int) -> None:

@@ -37,13 +37,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors, records
-from qwen_chat.arguments import option
+from qwen_chat import errors
+from qwen_chat.cli import run_options
+from qwen_chat.cli.run_options import option
+from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json, ToolCall
+from qwen_chat.data import records
 from qwen_chat.errors import DataError, FormatError, OptionError, OutputError, Problem, ToolError
-from qwen_chat.logs import rank_zero
-from qwen_chat.tool_loop import check_tools, tool_schema
-from qwen_chat.tool_schema import check_call
+from qwen_chat.tools.loop import check_tools, tool_schema
+from qwen_chat.tools.validate import check_call
 
 REFUSALS = {
     "en": (
@@ -113,7 +115,7 @@ class Row:
 
 
 def main() -> int:
-    options = arguments.read(sys.argv[1:], [MakeArguments], about=str(__doc__))[MakeArguments]
+    options = run_options.read(sys.argv[1:], [MakeArguments], about=str(__doc__))[MakeArguments]
     output = check_options(options)
     tools = read_tools(Path(str(options.tools)))
     rows = read_table(Path(str(options.table)), tools)

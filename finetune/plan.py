@@ -18,9 +18,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import arguments, errors, memory, models
-from qwen_chat.arguments import DataArguments, LoraArguments, ModelArguments, Run, TrainArguments, option
+from qwen_chat import errors, models
+from qwen_chat.cli import run_options
+from qwen_chat.cli.run_options import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    Run,
+    TrainArguments,
+    option,
+)
 from qwen_chat.errors import MissingDependency, ModelError, OptionError
+from qwen_chat.training import memory_plan
 
 
 @dataclass(frozen=True)
@@ -37,26 +46,26 @@ class PlanArguments:
 
 def main() -> int:
     groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, PlanArguments]
-    values = arguments.read(sys.argv[1:], groups, about=str(__doc__), trainer_fields=True)
+    values = run_options.read(sys.argv[1:], groups, about=str(__doc__), trainer_fields=True)
     options = values[PlanArguments]
     run = Run.of(values)
-    found = [line for line in arguments.problems(run) if not line.startswith("no data")]
+    found = [line for line in run_options.problems(run) if not line.startswith("no data")]
     if found:
         raise OptionError("\n".join(found))
     config = read_config(run.model.model)
-    shape = memory.Shape.of(config)
+    shape = memory_plan.Shape.of(config)
     if not shape.counted:
         raise ModelError(
             f"config.json: model_type {shape.kind!r}, whose parameters are not counted; expected one of"
-            f" {', '.join(memory.COUNTED)}; finetune.py tunes it without a plan"
+            f" {', '.join(memory_plan.COUNTED)}; finetune.py tunes it without a plan"
         )
     counted = count_data(run) if run.data.data_path else {}
     for note in models.positions_note(config, counted.get("longest", run.data.model_max_length)):
         print(f"note: {note}", file=sys.stderr)
     setup, have = situation(run, options, counted)
     assert have.free is not None, "situation ends where it is not known"
-    rows = memory.table(shape, setup, have.free)
-    best = memory.recommend(rows, run.method)
+    rows = memory_plan.table(shape, setup, have.free)
+    best = memory_plan.recommend(rows, run.method)
     answer: dict[str, Any] = {
         "model": run.model.model or "the demo model",
         "parameters": shape.parameters,
@@ -68,8 +77,8 @@ def main() -> int:
         "rows": rows,
         "fits": best is not None,
         "recommended": None if best is None else flags(run, best),
-        "main_memory": memory.in_main_memory(shape, setup),
-        "disk_needed": memory.disk_needed(shape, run),
+        "main_memory": memory_plan.in_main_memory(shape, setup),
+        "disk_needed": memory_plan.disk_needed(shape, run),
         **({} if not counted else length(run, counted, setup.ranks)),
     }
     print(describe(answer, have), file=sys.stderr if options.json else sys.stdout)
@@ -100,13 +109,14 @@ def read_config(name: str | None) -> dict[str, Any]:
 
 def count_data(run: Run) -> dict[str, int]:
     """Conversations, tokens and the longest row of the data, tokenised as the run will (and kept for it)."""
-    from qwen_chat import models, training
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat import models
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.training import trainer
 
     tokenizer = models.load_tokenizer(models.resolve(run.model.model))
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
-    data = training.read_data(run, fmt)
-    row, longest = training.longest_row(run, data)
+    data = trainer.read_data(run, fmt)
+    row, longest = trainer.longest_row(run, data)
     tokens, supervised = data.budget()
     return {
         "conversations": len(data.train),
@@ -117,11 +127,13 @@ def count_data(run: Run) -> dict[str, int]:
     }
 
 
-def situation(run: Run, options: PlanArguments, counted: dict[str, int]) -> tuple[memory.Setup, memory.Room]:
+def situation(
+    run: Run, options: PlanArguments, counted: dict[str, int]
+) -> tuple[memory_plan.Setup, memory_plan.Room]:
     """The run as it was asked for, on the devices seen or named."""
     whole = run.train.per_device_train_batch_size * run.data.model_max_length
     row = options.row_tokens or counted.get("row") or whole
-    setup = memory.setup_of(run, row, row)
+    setup = memory_plan.setup_of(run, row, row)
     processes = options.ranks or setup.ranks
     named = options.gpu_gib is not None
     here = min(processes, setup.ranks_here if named else max(1, setup.ranks_here))
@@ -129,11 +141,11 @@ def situation(run: Run, options: PlanArguments, counted: dict[str, int]) -> tupl
         here = options.ranks  # they would share this machine's memory
     setup = replace(setup, ranks=processes, ranks_here=here)
     if options.gpu_gib is not None:
-        free = int(memory.ROOM * options.gpu_gib * memory.GIB)
+        free = int(memory_plan.ROOM * options.gpu_gib * memory_plan.GIB)
         half = run.train.bf16 is not False or run.train.fp16
         setup = replace(setup, device="cuda", half=half, lean=False)
-        return setup, memory.Room(free, f"a device of {options.gpu_gib:g} GiB")
-    have = memory.room(setup)
+        return setup, memory_plan.Room(free, f"a device of {options.gpu_gib:g} GiB")
+    have = memory_plan.room(setup)
     if have.free is None:
         raise OptionError(f"what the accelerator has free is not known ({have.where}); give it: --gpu_gib 24")
     return setup, have
@@ -153,7 +165,7 @@ def flags(run: Run, row: dict[str, Any]) -> str:
 
 def length(run: Run, counted: dict[str, int], ranks: int) -> dict[str, int]:
     """Steps and tokens of the whole run."""
-    steps = memory.steps_of(run, counted["conversations"], ranks)
+    steps = memory_plan.steps_of(run, counted["conversations"], ranks)
     window = run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps * ranks
     epochs = steps / -(-counted["conversations"] // window)
     return {
@@ -164,7 +176,7 @@ def length(run: Run, counted: dict[str, int], ranks: int) -> dict[str, int]:
     }
 
 
-def describe(answer: dict[str, Any], have: memory.Room) -> str:
+def describe(answer: dict[str, Any], have: memory_plan.Room) -> str:
     """The plan for a person."""
     active = answer["active_parameters"]
     mixture = f" ({active:,} of them for one token)" if active < answer["parameters"] else ""
@@ -175,21 +187,21 @@ def describe(answer: dict[str, Any], have: memory.Room) -> str:
         f"{'activ':>8}{'loss':>7}{'total':>8}  GiB a process",
     ]
     for row in answer["rows"]:
-        parts = [row[name] / memory.GIB for name in ("weights", "gradients", "optimizer", "activations")]
+        parts = [row[name] / memory_plan.GIB for name in ("weights", "gradients", "optimizer", "activations")]
         numbers = f"{parts[0]:9.1f}{parts[1]:8.1f}{parts[2]:8.1f}{parts[3]:8.1f}"
-        numbers += f"{row['loss'] / memory.GIB:7.1f}{row['total'] / memory.GIB:8.1f}"
+        numbers += f"{row['loss'] / memory_plan.GIB:7.1f}{row['total'] / memory_plan.GIB:8.1f}"
         mark = "fits" if row["fits"] else "-"
-        host = f", and {memory.gib(row['host'])} of main memory" if row["host"] else ""
+        host = f", and {memory_plan.gib(row['host'])} of main memory" if row["host"] else ""
         again = "on" if row["checkpointing"] else "off"
         lines.append(
             f"{row['method']:7}{row['engine']:15}{again:6}{row['trainable']:>15,}{numbers}  {mark}{host}"
         )
     if answer["main_memory"]:
         lines.append(
-            f"main memory: {memory.gib(answer['main_memory'])} a process while the model is loaded there, unless ZeRO-3"
-            " or 4 bits load it"
+            f"main memory: {memory_plan.gib(answer['main_memory'])} a process while the model is loaded there,"
+            " unless ZeRO-3 or 4 bits load it"
         )
-    lines.append(f"disk: {memory.gib(answer['disk_needed'])} for the result and the checkpoints kept")
+    lines.append(f"disk: {memory_plan.gib(answer['disk_needed'])} for the result and the checkpoints kept")
     if "steps" in answer:
         lines.append(
             f"the run: {answer['steps']:,} steps, {answer['tokens']:,} tokens,"

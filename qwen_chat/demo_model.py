@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_chat import errors
+from qwen_chat.console import rank_zero
 from qwen_chat.errors import ModelError
-from qwen_chat.logs import rank_zero
 
 SILENT_WAIT = 1.0  # seconds that a process waits for another's build without a word
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -336,7 +336,7 @@ def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
 
 
 def _qwen_template(family: Family) -> str | None:
-    from qwen_chat.chat_template import hermes_prelude
+    from qwen_chat.chat.template import hermes_prelude
 
     if family == "qwen2":
         return _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_SYSTEM)

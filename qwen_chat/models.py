@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_chat import demo_model, hardware
+from qwen_chat.console import rank_zero
 from qwen_chat.errors import MissingDependency, ModelError
-from qwen_chat.logs import rank_zero
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,8 @@ if not hardware.has_accelerator():
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 Quantize = Literal["nf4"]
-# Model types whose rows are shown to be right (tests/test_probe.py); any other is proven or refused (probe.py).
+# Model types whose rows are shown to be right (tests/training/test_probe.py); any other is proven or refused
+# (training/probe.py).
 TRAINABLE = (
     "qwen2",
     "qwen2_moe",

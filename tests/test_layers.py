@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from docs import measure
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
     "torch",
@@ -19,10 +21,6 @@ HEAVY = {
     "vllm",
     "gradio",
 }
-STANDARD = ["errors", "hardware", "conversation", "records", "tool_calls", "packing", "arguments", "memory"]
-NO_TORCH = [*STANDARD, "chatml", "token_cache", "demo_model", "tool_loop", "protocol", "logs"]
-TRAINING = ["dataset", "attention", "loss", "matmul", "adapters", "checkpoints", "training", "probe"]
-SERVING = ["sampling", "engine", "service"]
 SCRIPTS = sorted(
     str(script.relative_to(ROOT))
     for folder in ("finetune", "fast_start")
@@ -30,45 +28,80 @@ SCRIPTS = sorted(
 )
 
 
-def modules_after(statement: str) -> set[str]:
-    """The top-level names in sys.modules of a fresh interpreter after `statement`."""
-    program = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+# Rooms, and single modules of the others, that load none of HEAVY: refusals and --help come at once.
+LIGHT_ROOMS = {
+    "errors",
+    "conversation",
+    "console",
+    "hardware",
+    "threads",
+    "cli",
+    "tools",
+    "dialects",
+    "chat",
+    "data",
+}
+LIGHT_MODULES = {
+    *(
+        "demo_model",
+        "training.packing",
+        "training.memory_plan",
+        "training.run_folder",
+        "training.checkpoints",
+    ),
+    *("service.protocol", "service.queue_bound", "service.request_log", "service.workers", "service.vllm"),
+    *("inference.grammar_trial",),
+}
+
+
+def test_every_import_goes_to_an_earlier_floor() -> None:
+    """The rule is the folders': docs/measure.py lists the floors; a module in no room of them is told too."""
+    found = measure.modules()
+    assert measure.upward(found) == []
+    assert measure.circle(measure.arrows(found)) == []
+
+
+def test_every_room_has_its_floor_and_the_wings_import_nothing() -> None:
+    rooms = {module.room for module in measure.modules()} - {"__init__"}
+    assert rooms == {room for floor in measure.FLOORS for room in floor}
+    for init in (ROOT / "qwen_chat").glob("*/__init__.py"):
+        assert not any(
+            isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(init.read_text()).body
+        )
+
+
+def test_an_upward_import_and_a_circle_would_be_seen() -> None:
+    up = [
+        measure.Module("errors", "errors", ast.parse("from qwen_chat.service import app")),
+        measure.Module("training.a", "training", ast.parse("import qwen_chat.inference.b")),
+        measure.Module(
+            "inference.b", "inference", ast.parse("def f():\n    from qwen_chat.training.a import g")
+        ),
+        measure.Module("service.app", "service", ast.parse("import qwen_chat.new_room")),
+        measure.Module("new_room", "new_room", ast.parse("")),
+    ]
+    assert measure.upward(up) == [
+        "errors -> service.app",
+        "inference.b -> training.a",
+        "service.app -> new_room: no floor for new_room",
+        "training.a -> inference.b",
+    ]
+    assert measure.circle(measure.arrows(up)) == ["inference.b", "training.a", "inference.b"]
+
+
+def test_no_torch_comes_along() -> None:
+    """One child imports them all, and says after which one something heavy is there."""
+    names = [m.name for m in measure.modules() if m.room in LIGHT_ROOMS or m.name in LIGHT_MODULES]
+    assert set(names) >= LIGHT_MODULES
+    program = (
+        "import importlib, sys\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module('qwen_chat.' + name.removesuffix('.__init__'))\n"
+        f"    heavy = {{n.partition('.')[0] for n in sys.modules}} & {HEAVY!r} - {{'fastapi'}}\n"
+        "    assert not heavy, (name, heavy)\n"
     )
-    return set(done.stdout.split())
-
-
-def present(names: list[str]) -> list[str]:
-    return [name for name in names if (ROOT / "qwen_chat" / f"{name}.py").exists()]
-
-
-@pytest.mark.parametrize("name", present(NO_TORCH))
-def test_no_torch_comes_along(name: str) -> None:
-    allowed = {"fastapi"} if name == "protocol" else set()
-    assert modules_after(f"import qwen_chat.{name}") & HEAVY <= allowed
-
-
-def imports_of(name: str) -> set[str]:
-    """The modules of the package that a module imports, wherever in the file."""
-    tree = ast.parse((ROOT / "qwen_chat" / f"{name}.py").read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qwen_chat"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("qwen_chat.")}
-    return found
-
-
-@pytest.mark.parametrize(
-    ("side", "other"), [(TRAINING, SERVING), (SERVING, TRAINING)], ids=["training", "serving"]
-)
-def test_the_two_branches_never_import_each_other(side: list[str], other: list[str]) -> None:
-    assert {name: imports_of(name) & set(other) for name in present(side)} == {
-        name: set() for name in present(side)
-    }
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -20,8 +20,12 @@ def sentences(source: str) -> Iterator[str]:
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and id(node) not in silent:
-            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent | inside:
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent | inside
+        ):
             text = node.value
         else:
             continue
@@ -40,7 +44,9 @@ def _not_said(node: ast.AST) -> Iterator[ast.AST]:
 
 def current() -> list[str]:
     """Sorted, each once: a message may move to another module, and stands in the table all the same."""
-    files = [path for folder in ("qwen_chat", "finetune", "fast_start") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path for folder in ("qwen_chat", "finetune", "fast_start") for path in (ROOT / folder).rglob("*.py")
+    ]
     return sorted({text for path in files for text in sentences(path.read_text(encoding="utf-8"))})
 
 
@@ -52,7 +58,9 @@ def test_every_message_stands_in_the_table() -> None:
 
 
 def test_a_changed_message_would_be_seen() -> None:
-    (text,) = sentences('def f(x):\n    """Four words are here."""\n    raise E(f"{x}: no such file; expected one")\n')
+    (text,) = sentences(
+        'def f(x):\n    """Four words are here."""\n    raise E(f"{x}: no such file; expected one")\n'
+    )
     assert text == "{}: no such file; expected one"
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import finish, last_step, start, weights
+
+from tests.support.runs import finish, last_step, start, weights
 
 MIB = 2**20
 

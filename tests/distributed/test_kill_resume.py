@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Started, curve, finish, last_step, start, weights
+
+from tests.support.runs import ROOT, Started, curve, finish, last_step, start, weights
 
 ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
 STEPS = 15  # 44 conversations in steps of 8: the third epoch begins at step 13
@@ -178,7 +179,7 @@ def test_a_folder_has_one_run_at_a_time(tiny: Path, conversations: Path, tmp_pat
 def test_a_second_signal_ends_at_once() -> None:
     program = (
         "import os, signal, sys, time\n"
-        "from qwen_chat.checkpoints import StopSignal\n"
+        "from qwen_chat.training.checkpoints import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.requested: time.sleep(0.01)\n"

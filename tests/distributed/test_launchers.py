@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import ROOT, curve, finish, last_step, weights
+
+from tests.support.runs import ROOT, curve, finish, last_step, weights
 
 SHELL = str(ROOT / "finetune" / "finetune.sh")
 ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))

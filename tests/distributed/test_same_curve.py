@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from runs import ROOT, curve, finish
+
+from tests.support.runs import ROOT, curve, finish
 
 ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
 STEPS = 8  # into the second epoch, over its short last window

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, curve, finish
+
+from tests.support.runs import ROOT, curve, finish
 
 ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
 CASES = {

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import checkpoints, errors, models, run_folder
+from qwen_chat import errors, models
+from qwen_chat.training import checkpoints, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
@@ -38,7 +39,7 @@ def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     import torch
 
-    from qwen_chat import matmul
+    from qwen_chat.training import matmul
 
     torch.set_num_threads(1)  # the model is tiny: a second thread only waits
     monkeypatch.setattr(matmul, "choose", lambda *_: matmul.Choice("torch", "not measured in a test"))
@@ -76,8 +77,8 @@ def losses(folder: Path) -> list[float]:
 
 def answer(model: Path | None, adapter: Path | None) -> Any:
     """A completion of at most 4 tokens through the engine that serves."""
-    from qwen_chat.engine import load_engine
-    from qwen_chat.sampling import GenerationRequest
+    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.inference.sampling import GenerationRequest
 
     engine = load_engine(model, adapters={"a": adapter} if adapter else {})
     ids = engine.fmt.prompt_ids([{"role": "user", "content": "Who are you?"}])
@@ -142,7 +143,7 @@ def test_the_saved_template_is_the_one_it_was_trained_under(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from qwen_chat.chatml import ChatFormat
+    from qwen_chat.chat.format import ChatFormat
 
     out = tmp_path / "out"
     words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--max_steps", "1"]
@@ -392,7 +393,7 @@ def test_weights_that_are_no_numbers_stop_the_run(
 def test_a_loss_of_exactly_zero_stops_the_run(
     finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_chat import loss, probe
+    from qwen_chat.training import loss, probe
 
     plain = loss.ModelLoss.__call__
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import records
-from qwen_chat.tool_schema import check_call
+from qwen_chat.data import records
+from qwen_chat.tools.validate import check_call
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"

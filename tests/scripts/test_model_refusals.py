@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_chat import errors, matmul
+from qwen_chat import errors
+from qwen_chat.training import matmul
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION
+
+from tests.support.shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "finetune" / "plan.py"

@@ -21,12 +21,10 @@ import pytest
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from scripted import LiveService, make_engine
 
 from benchmarks.peers import python_of
-from qwen_chat.service import ServiceSettings, create_app
+from qwen_chat.service.app import ServiceSettings, create_app
+from tests.support.scripted import LiveService, make_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

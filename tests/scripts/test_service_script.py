@@ -434,7 +434,7 @@ def test_hand_over_to_vllm(tmp_path: Path, adapter: Path) -> None:
         "--tensor-parallel-size": ["4"],
         "--pipeline-parallel-size": ["2"],
         "--max-num-seqs": ["8"],
-        "--middleware": ["qwen_chat.queue_bound.QueueBound"],
+        "--middleware": ["qwen_chat.service.queue_bound.QueueBound"],
         "--lora-modules": [f"mine={adapter}"],
         "--max-lora-rank": ["8"],
         "--seed": ["3"],
@@ -449,7 +449,7 @@ def test_hand_over_to_vllm(tmp_path: Path, adapter: Path) -> None:
 def test_vllm_renders_base_and_adapters_with_one_template_or_not_at_all(
     tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_chat.vllm_handover import _one_template, write_template
+    from qwen_chat.service.vllm import _one_template, write_template
 
     monkeypatch.setenv("QWEN_CHAT_CACHE", str(tmp_path / "cache"))
     same, other = (shutil.copytree(tiny_model_path, tmp_path / name) for name in ("same", "other"))

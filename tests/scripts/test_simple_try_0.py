@@ -36,8 +36,9 @@ def test_a_chat_remembers_until_it_begins_again() -> None:
 
 
 def test_an_adapter_alone_takes_the_base_that_it_names(tiny_model_path: Path, tmp_path: Path) -> None:
-    from qwen_chat import adapters, models
-    from qwen_chat.arguments import LoraArguments
+    from qwen_chat import models
+    from qwen_chat.cli.run_options import LoraArguments
+    from qwen_chat.training import adapters
 
     loaded = models.load_model(tiny_model_path, for_training=True)
     wrapped = adapters.wrap(loaded.model, LoraArguments(use_lora=True, lora_r=4), loaded.tokenizer)

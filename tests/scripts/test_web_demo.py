@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
 
-from scripted import LiveService, make_engine
-
-from qwen_chat.engine import Engine
-from qwen_chat.service import ServiceSettings, create_app
+from qwen_chat.inference.engine import Engine
+from qwen_chat.service.app import ServiceSettings, create_app
+from tests.support.scripted import LiveService, make_engine
 
 PAGE = ROOT / "fast_start" / "web_demo.py"
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")

@@ -1,0 +1,225 @@
+"""A tokenizer's chat template: rendered, completed with tools where it has none, and understood.
+
+In: messages and tools as OpenAI-shaped dicts. Out: text, byte for byte what `apply_chat_template` gives.
+What a template does is found out by rendering small conversations (probes), never by a model's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qwen_chat.conversation import Conversation, Json, Message, write_message
+from qwen_chat.dialects.reader import tools_block
+from qwen_chat.errors import FormatError
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+TOOLS_HEAD, TOOLS_TAIL = tools_block([{}]).split("\n{}")  # the Hermes wording around the tools, one a line
+
+# Put before a template that ignores tools: it turns tools, calls and results into the plain messages that
+# carry them in the Hermes style, then the template goes on as before. Without tools it changes nothing.
+_PRELUDE = """\
+{%- set hermes = namespace(messages=[], results='', block='', content='') %}
+{%- if tools %}
+    {%- set hermes.block = @HEAD@ %}
+    {%- for tool in tools %}{% set hermes.block = hermes.block + '\\n' + (tool | tojson) %}{% endfor %}
+    {%- set hermes.block = hermes.block + @TAIL@ %}
+    {%- if messages[0].role != 'system' %}
+        {%- set hermes.messages = [{'role': 'system', 'content': @SYSTEM@ + hermes.block}] %}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- set hermes.content = message.content if message.content else '' %}
+    {%- if message.role == 'tool' %}
+        {%- set hermes.results = hermes.results + ('\\n' if hermes.results else '') %}
+        {%- set hermes.results = hermes.results + '<tool_response>\\n' + hermes.content %}
+        {%- set hermes.results = hermes.results + '\\n</tool_response>' %}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}
+            {%- set hermes.messages = hermes.messages + [{'role': 'user', 'content': hermes.results}] %}
+            {%- set hermes.results = '' %}
+        {%- endif %}
+    {%- elif message.role == 'system' and loop.first and tools %}
+        {%- set hermes.content = hermes.content + '\\n\\n' + hermes.block %}
+        {%- set hermes.messages = hermes.messages + [{'role': 'system', 'content': hermes.content}] %}
+    {%- elif message.tool_calls %}
+        {%- for tool_call in message.tool_calls %}
+            {%- set call = tool_call.function if tool_call.function else tool_call %}
+            {%- set arguments = call.arguments if call.arguments is string else (call.arguments | tojson) %}
+            {%- set hermes.content = hermes.content + ('\\n' if hermes.content else '') %}
+            {%- set hermes.content = hermes.content + '<tool_call>\\n{"name": "' + call.name %}
+            {%- set hermes.content = hermes.content + '", "arguments": ' + arguments + '}\\n</tool_call>' %}
+        {%- endfor %}
+        {%- set hermes.messages = hermes.messages + [{'role': 'assistant', 'content': hermes.content}] %}
+    {%- elif message.content is string %}
+        {%- set hermes.messages = hermes.messages + [message] %}
+    {%- else %}
+        {%- set hermes.messages = hermes.messages + [{'role': message.role, 'content': ''}] %}
+    {%- endif %}
+{%- endfor %}
+{%- set messages = hermes.messages %}
+{%- set tools = none %}
+"""
+
+_NAME, _RESULT, _USER, _REPLY, _THOUGHT = (
+    "probe_name",
+    "probe result",
+    "probe question",
+    "probe reply",
+    "probe thought",
+)
+_TOOL: Json = {
+    "type": "function",
+    "function": {"name": _NAME, "parameters": {"type": "object", "properties": {}}},
+}
+_CALL: Json = {"type": "function", "function": {"name": _NAME, "arguments": '{"key": ["值", 1.5, null]}'}}
+
+
+def hermes_prelude(default_system: str | None) -> str:
+    """Jinja source that, put before a ChatML template without tools, gives it Hermes-style tools."""
+    system = "" if default_system is None else default_system + "\n\n"
+    words = {"@HEAD@": TOOLS_HEAD, "@TAIL@": TOOLS_TAIL, "@SYSTEM@": system}
+    source = _PRELUDE
+    for word, text in words.items():
+        source = source.replace(word, _jinja_string(text))
+    return source
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Json]:
+    """The dicts that a template is given: as OpenAI writes them, but with call arguments as objects.
+
+    Qwen2.5's template would otherwise encode the arguments' JSON text a second time.
+    """
+    plain = [write_message(message) for message in messages]
+    for message in plain:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return plain
+
+
+class ChatTemplate:
+    """The template of one tokenizer. `source` is the completed one.
+
+    `default_system`: the system text that the template supplies itself, or None. `completed`: Hermes tools
+    were added. `writes_reasoning`: it knows `reasoning_content`. `keeps_prefixes`: a conversation's text
+    begins with every earlier turn's text. Raises FormatError where there is no template, or none that writes
+    ChatML.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.source = _template_of(tokenizer)
+        question: Json = {"role": "user", "content": _USER}
+        reply: Json = {"role": "assistant", "content": _REPLY}
+        asked = self.render([question], generation=True)
+        if START not in asked or END not in asked:
+            raise FormatError(
+                f"the chat template writes no {START} ... {END}; expected a ChatML model's tokenizer"
+            )
+        self.default_system = _system_of(asked)
+        self.completed = not self._carries_tools()
+        if self.completed:
+            self.source = hermes_prelude(self.default_system) + self.source
+        thought = [question, reply | {"reasoning_content": _THOUGHT}]
+        self.writes_reasoning = _THOUGHT in self.render(thought)
+        self.keeps_prefixes = self._keeps_prefixes(question, reply)
+
+    def render(self, messages: list[Json], tools: Sequence[Json] = (), *, generation: bool = False) -> str:
+        """Text of the messages; with `generation` up to where the model goes on. FormatError if refused."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(tools) or None,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except Exception as error:  # a template may raise anything: it is a program that came with the model
+            raise FormatError(f"the chat template refuses this conversation: {error}") from None
+        return str(text)
+
+    def agrees(self, render: Callable[[Conversation], str]) -> bool:
+        """Whether another renderer gives the template's text on every probe (whole conversations)."""
+        for probe in _probes():
+            conversation = Conversation.from_openai(probe)
+            try:
+                expected = self.render(plain_messages(conversation.messages), conversation.tools)
+            except FormatError:
+                return False
+            if render(conversation) != expected:
+                return False
+        return True
+
+    def _carries_tools(self) -> bool:
+        question: Json = {"role": "user", "content": _USER}
+        call: Json = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        try:
+            offered = self.render([question], [_TOOL])
+            called = self.render(
+                plain_messages(Conversation.from_openai({"messages": [question, call]}).messages)
+            )
+        except FormatError:
+            return False
+        return _NAME in offered and _NAME in called
+
+    def _keeps_prefixes(self, question: Json, reply: Json) -> bool:
+        turns = [question, reply, question, reply | {"reasoning_content": _THOUGHT}, question, reply]
+        return all(
+            self.render(turns[: k + 2]).startswith(self.render(turns[:k])) for k in range(2, len(turns), 2)
+        )
+
+
+def _template_of(tokenizer: Any) -> str:
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, Mapping):  # a few models carry several named ones
+        source = source.get("tool_use") or source.get("default")
+    if not isinstance(source, str) or not source:
+        raise FormatError(
+            "the tokenizer has no chat template, so this is no chat model; take an Instruct model, or put "
+            "Qwen's template into its folder as chat_template.jinja"
+        )
+    return source
+
+
+def _system_of(asked: str) -> str | None:
+    """The default system text in the rendering of one question."""
+    opening = f"{START}system\n"
+    return asked[len(opening) :].split(END, 1)[0] if asked.startswith(opening) else None
+
+
+def _jinja_string(text: str) -> str:
+    """A Jinja literal: JSON's escapes (without those for non-ASCII) are among Python's, which Jinja reads."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _probes() -> list[Json]:
+    """Conversations that tell templates apart: roles, orders, white space, thoughts, tools."""
+    system: Json = {"role": "system", "content": "S 系统"}
+    user: Json = {"role": "user", "content": "  <b>问</b> & 'x' \n"}
+    reply: Json = {"role": "assistant", "content": "\n\n答 \n"}
+    thinking: Json = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nbecause"}
+    reasoned: Json = {"role": "assistant", "content": "so", "reasoning_content": _THOUGHT}
+    call: Json = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    calls: Json = {"role": "assistant", "content": " two \n", "tool_calls": [_CALL, _CALL]}
+    result: Json = {"role": "tool", "content": _RESULT, "tool_call_id": "1", "name": _NAME}
+    wrapped: Json = {"role": "user", "content": "<tool_response>\nx\n</tool_response>"}
+    empty: Json = {"role": "system", "content": ""}
+    silent: Json = {"role": "assistant", "content": ""}
+    orders: list[list[Json]] = [
+        [user],
+        [user, reply],
+        [empty, user, reply, user],
+        [system, user, reply, user, thinking, user, reasoned, user, reply],
+        [user, silent, system, user, reply, reply, user, user],
+        [reply, user, reply],
+        [user, thinking, wrapped, reply],
+        [system, user, calls, result, result, reply, user, call, result, call, result],
+        [user, call, result, reply, result],
+        [empty, user, call],
+        [user, reasoned | {"tool_calls": [_CALL]}, result, reasoned],
+        [result, result, user, silent],
+    ]
+    return [
+        {"messages": order, "tools": tools} for order in orders for tools in ([], [_TOOL], [_TOOL, _TOOL])
+    ]

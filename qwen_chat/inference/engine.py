@@ -1,0 +1,701 @@
+"""Many requests, one model, one thread: continuous batching over a decoder with its own keys and values.
+
+In: `GenerationRequest`s from any thread. Out: for each a `Generation`: events as they come, a `Completion`.
+
+    with load_engine(path) as engine:
+        done = engine.generate([GenerationRequest(engine.fmt.prompt_ids(messages), max_tokens=64)])
+
+Every step computes one token of every running request and, within a budget, pieces of the prompts that wait;
+requests join and leave between any two steps. A request's result does not depend on who else is served
+(decoder.py, sampling.py). A step that raises fails the requests in flight, and nothing else: `on_failure` is
+called and `start()` works again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwen_chat import hardware
+from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.inference.decoder import Decoder, Segment
+from qwen_chat.inference.events import (
+    ENGINE_FAILED,
+    Completion,
+    FinishReason,
+    Generation,
+    TokenEvent,
+    TokenLogprob,
+)
+from qwen_chat.inference.grammar import Grammar, GrammarTokenizer, Matcher
+from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
+from qwen_chat.inference.lora import Lora, why_merged
+from qwen_chat.inference.quantize import check_dtype
+from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
+from qwen_chat.threads import apart
+
+if TYPE_CHECKING:
+    from qwen_chat.chat.format import ChatFormat
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineBusy",
+    "EngineStats",
+    "EngineStopped",
+    "Generation",
+    "PromptTooLong",
+    "TokenEvent",
+    "TokenLogprob",
+    "load_engine",
+]
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+class PromptTooLong(ServiceError):
+    """A prompt (with at least one token of reply) that the context does not hold."""
+
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        self.prompt_tokens, self.context = prompt_tokens, context
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens; the context holds {context}, reply included; shorten it"
+        )
+
+
+class EngineBusy(ServiceError):
+    """The queue is full."""
+
+
+class EngineStopped(ServiceError):
+    """The engine is not running, or failed under this request."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and what is there now; for metrics."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    kv_tokens: int = 0  # tokens held by running requests
+    batch: int = 0  # requests that the last forward pass advanced; 0 where none runs
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A request that runs: its tokens, of which the first `computed` have keys and values."""
+
+    generation: Generation
+    sampler: Sampler
+    text: StopText
+    token_text: TokenText
+    tokens: list[int]
+    end: int  # length of `tokens` at which max_tokens or the context is reached
+    stop_ids: frozenset[int]
+    lora: Lora | None
+    kv: KVRow
+    computed: int = 0
+    started: bool = False  # the prefix cache was asked
+    generated: int = 0
+    held: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # where its text begins, not shown yet
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.generation.request
+
+    @property
+    def number(self) -> int:
+        return self.lora.number if self.lora else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What answers under an adapter's name, and its own way between text and tokens (None: the base's)."""
+
+    lora: Lora | None  # None: merged into the base
+    fmt: ChatFormat | None = None
+    token_text: TokenText | None = None
+
+    @staticmethod
+    def read(folder: Path, lora: Lora | None) -> _Adapter:
+        """With the format that it was saved with. Raises ModelError, FormatError where that cannot be used."""
+        if not (folder / "tokenizer_config.json").is_file():
+            return _Adapter(lora)
+        from qwen_chat.chat.format import ChatFormat
+        from qwen_chat.models import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+        return _Adapter(lora, ChatFormat(tokenizer), TokenText(tokenizer))
+
+
+class Engine:
+    """Serves requests over one model.
+
+    Args:
+        model: a transformers causal model (qwen2, qwen3, llama), or a Decoder that was made of one.
+        max_batch: requests that run at once; further ones wait.
+        max_queue: requests that may wait; beyond it `submit` raises EngineBusy. None = no bound.
+        kv_tokens: tokens that running requests may hold together; None = what fits the free memory.
+        cache_tokens: tokens that the prefix cache may hold, at most an eighth of the free memory; 0 = off.
+        prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
+        adapters: name -> folder of a LoRA adapter.
+        serves_base: False: only adapters may be asked for (the base has no chat format of its own).
+        fmt: the base's chat format; None = made of `tokenizer` when it is asked for.
+        stop_token_ids, stop_strings: end every reply, beside a request's own and its format's; None = the model's.
+        on_failure: called in the engine's thread, after a step raised; it may call `start()`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        fmt: ChatFormat | None = None,
+        quantize: str | None = None,
+        max_batch: int = 32,
+        max_queue: int | None = None,
+        kv_tokens: int | None = None,
+        cache_tokens: int = 16_384,
+        prefill_tokens: int = 128,
+        adapters: Mapping[str, Path] | None = None,
+        serves_base: bool = True,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        on_failure: Callable[[BaseException], None] | None = None,
+        decisions: Sequence[str] = (),
+    ) -> None:
+        self.decoder = model if isinstance(model, Decoder) else Decoder(model, quantize=quantize)
+        self.tokenizer = tokenizer
+        self.decisions = tuple(decisions)
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.prefill_tokens = prefill_tokens
+        self.on_failure = on_failure
+        self.failure: BaseException | None = None
+        self.stop_token_ids = frozenset(
+            _end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids
+        )
+        self.stop_strings = tuple(stop_strings)
+        self._fmt = fmt
+        self._base_stops = () if fmt is None else fmt.stop_strings
+        fits, cache_tokens = _memory_tokens(self.decoder.kv_shape.token_bytes, cache_tokens)
+        self.kv_tokens = kv_tokens or fits
+        self._token_text = TokenText(tokenizer)
+        self._cache = PrefixCache(cache_tokens)
+        self._kv = KVStore(self.decoder.kv_shape)
+        self._grammars: GrammarTokenizer | None = None
+        self._grammar_lock = threading.Lock()
+        self._adapters: dict[str, _Adapter] = {}
+        self._merged: str | None = None  # the adapter that is part of the model
+        self._serves_base = serves_base
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+        self._wakeup = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._batch = 0
+        self._counts = dict.fromkeys(
+            ("steps", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
+        )
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
+
+    def start(self) -> Engine:
+        """Start the worker thread; nothing happens where it runs already. Works again after a failure."""
+        with self._wakeup:
+            if self.is_running:
+                return self
+            self._stopping, self.failure = False, None
+            self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the thread after the step it is in; what is in flight or waits is "cancelled"."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
+        with self._wakeup:
+            for row in (*self._running, *self._waiting):
+                row.generation.put(TokenEvent(finish_reason="cancelled"))
+            self._running.clear()
+            self._waiting.clear()
+            self._kv.clear()
+            self._thread = None
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def is_running(self) -> bool:
+        """True while requests are served."""
+        thread = self._thread
+        return thread is not None and thread.is_alive() and self.failure is None and not self._stopping
+
+    @property
+    def fmt(self) -> ChatFormat:
+        """The base's chat format, whatever adapters there are. Raises FormatError where it has none."""
+        if self._fmt is None:
+            from qwen_chat.chat.format import ChatFormat
+
+            self._fmt = ChatFormat(self.tokenizer)
+        return self._fmt
+
+    def format_of(self, adapter: str | None) -> ChatFormat:
+        """The chat format under which an adapter was trained; the base's for one saved without, and for None."""
+        known = None if adapter is None else self._adapters.get(adapter)
+        return self.fmt if known is None or known.fmt is None else known.fmt
+
+    @property
+    def serves_base(self) -> bool:
+        """Whether the base answers beside the adapters; False where one is merged into it."""
+        return self._serves_base and self._merged is None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and reply together."""
+        return self.decoder.context
+
+    def stats(self) -> EngineStats:
+        """What is there now and was done since the start."""
+        with self._wakeup:
+            held = sum(row.computed for row in self._running)
+            return EngineStats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                kv_tokens=held,
+                batch=self._batch if self._running else 0,
+                **self._counts,
+            )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._adapters)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load (or replace) an adapter, with its format, while others are served. Raises ModelError where it does
+        not fit."""
+        if self._merged is not None:
+            raise ModelError(
+                f"{folder}: {self._merged} is merged into this engine's base, which serves no other"
+            )
+        folder = Path(folder)
+        self._adapters[name] = _Adapter.read(folder, Lora(folder, self.decoder.places))
+
+    def name_merged(self, name: str, folder: Path | None = None) -> None:
+        """The model is the base with this adapter merged in: it answers under `name` alone, in the format that
+        lies in `folder`."""
+        self._adapters[name] = _Adapter(None) if folder is None else _Adapter.read(folder, None)
+        self._merged = name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run with it finish with it."""
+        if name == self._merged:
+            raise ModelError(f"adapter {name!r} is merged into the base and cannot be unloaded")
+        if self._adapters.pop(name, None) is None:
+            raise self._no_adapter(name)
+
+    def _no_adapter(self, name: str) -> ModelError:
+        return ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its
+        grammar) or ModelError (its adapter)."""
+        generation = Generation(request, self._notify)
+        row = self._row(generation)
+        with self._wakeup:
+            if not self.is_running:
+                raise EngineStopped(
+                    "the engine is not running" + (f" ({self.failure})" if self.failure else "")
+                )
+            if self.max_queue is not None and len(self._waiting) >= self.max_queue:
+                raise EngineBusy(f"{len(self._waiting)} requests wait already; try again later")
+            self._waiting.append(row)
+            self._counts["requests"] += 1
+            self._wakeup.notify_all()
+        return generation
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Serve all of them, batched; their completions in order. Starts the engine where it does not run."""
+        self.start()
+        return [generation.result() for generation in [self.submit(request) for request in requests]]
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises ToolError where a grammar cannot be used with this vocabulary."""
+        self._matcher(grammar)
+
+    def _row(self, generation: Generation) -> _Row:
+        request = generation.request
+        count = len(request.prompt_ids)
+        room = min(self.context_length, self.kv_tokens)
+        if not count or count >= room:
+            raise (
+                PromptTooLong(count, room)
+                if count
+                else ServiceError("the prompt is empty; expected at least one token")
+            )
+        adapter = _Adapter(None)
+        if request.adapter is not None:
+            found = self._adapters.get(request.adapter)
+            if found is None:
+                raise self._no_adapter(request.adapter)
+            adapter = found
+        elif not self.serves_base:
+            raise ModelError(
+                f"the base is not served here; ask for {' or '.join(self._adapters) or 'an adapter'}"
+            )
+        if not all(
+            0 <= token < self.decoder.vocabulary for token in (*request.prompt_ids, *request.logit_bias)
+        ):
+            raise ServiceError(f"a token id is outside the vocabulary of {self.decoder.vocabulary}")
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise OptionError(f"max_tokens is {request.max_tokens}; expected at least 1")
+        matcher = None if request.grammar is None else self._matcher(request.grammar)
+        own = () if adapter.fmt is None else adapter.fmt.stop_token_ids
+        ends = frozenset() if request.ignore_eos else self.stop_token_ids.union(own)
+        stops = self._base_stops if adapter.fmt is None else adapter.fmt.stop_strings
+        return _Row(
+            generation=generation,
+            sampler=Sampler(request, matcher),
+            text=StopText((*request.stop, *stops, *self.stop_strings)),
+            token_text=adapter.token_text or self._token_text,
+            tokens=list(request.prompt_ids),
+            end=min(room, count + request.max_tokens) if request.max_tokens else room,
+            stop_ids=ends | frozenset(request.stop_token_ids),
+            lora=adapter.lora,
+            kv=self._kv.row(),
+        )
+
+    def _matcher(self, grammar: Grammar) -> Matcher:
+        with self._grammar_lock:
+            if self._grammars is None:
+                self._grammars = GrammarTokenizer(
+                    self.tokenizer, self.decoder.vocabulary, sorted(self.stop_token_ids)
+                )
+            grammars = self._grammars
+        return grammars.matcher(grammar)  # outside the lock: a large schema holds up no other
+
+    def _notify(self) -> None:
+        with self._wakeup:
+            self._wakeup.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._wakeup:
+                    while not (self._running or self._waiting or self._stopping):
+                        self._wakeup.wait()
+                    if self._stopping:
+                        return
+                self._step()
+        except Exception as error:  # whatever it was, the requests in flight must hear of it
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._wakeup:
+            self.failure = error
+            rows, self._running = self._running, []
+            if self.on_failure is None:  # nobody will start the engine again: who waits would wait for ever
+                rows += self._waiting
+                self._waiting.clear()
+            self._cache.clear()
+            self._kv.clear()
+        for row in rows:
+            row.generation.put(
+                TokenEvent(finish_reason="error", error=f"{ENGINE_FAILED}: {type(error).__name__}")
+            )
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+    def _step(self) -> None:
+        self._leave()
+        self._join()
+        segments, rows = self._plan()
+        if not segments:
+            return
+        logits = self.decoder.step(segments)
+        self._counts["steps"] += 1
+        self._batch = len(segments)
+        ready = []
+        for row, segment in zip(rows, segments, strict=True):
+            row.computed += len(segment.ids)
+            if segment.wants_logits:
+                ready.append(row)
+            if not row.generated and (segment.wants_logits or len(segment.ids) > 1):
+                self._cache.store(row.kv, row.number, row.tokens[: row.computed])
+        for row, choice in zip(ready, self._choose(ready, logits), strict=True):
+            if isinstance(choice, Exception):
+                self._finish(row, TokenEvent(finish_reason="error", error=_say(choice)))
+            else:
+                self._advance(row, choice)
+
+    def _leave(self) -> None:
+        """Requests whose client left or whose time is over."""
+        now = time.monotonic()
+        for row in (*self._running, *self._waiting):
+            deadline = row.request.deadline
+            if row.generation.is_cancelled:
+                self._finish(row, _cut_off(row, "cancelled"))
+            elif deadline is not None and now >= deadline:
+                self._finish(row, _cut_off(row, "deadline"))
+
+    def _join(self) -> None:
+        """Waiting requests start while there is a place and memory for their prompt and a little more; when
+        the running ones outgrow the memory, the youngest waits again (its tokens are kept, its keys and
+        values computed anew)."""
+        with self._wakeup:
+            held = sum(max(len(row.tokens) + 1, row.computed) for row in self._running)
+            while held > self.kv_tokens and len(self._running) > 1:
+                row = self._running.pop()
+                held -= len(row.tokens) + 1
+                row.kv.release()
+                row.computed, row.started = 0, False
+                self._waiting.appendleft(row)
+            while self._waiting and len(self._running) < self.max_batch:
+                need = min(len(self._waiting[0].tokens) + BLOCK, self._waiting[0].end)
+                if self._running and held + need > self.kv_tokens:
+                    break
+                held += need
+                self._running.append(self._waiting.popleft())
+
+    def _plan(self) -> tuple[list[Segment], list[_Row]]:
+        """This step's tokens: one of every row that decodes, then pieces of prompts within the budget: those
+        with the least left first, so that a long prompt holds nobody up, but a quarter for the oldest."""
+        decoding = [row for row in self._running if len(row.tokens) - row.computed == 1]
+        filling = [row for row in self._running if len(row.tokens) - row.computed > 1]
+        budget = self.prefill_tokens if decoding else 4 * self.prefill_tokens
+        rows, segments = [], []
+        for row in decoding:
+            rows.append(row)
+            segments.append(self._segment(row, 1))
+        beginnings = set()
+        kept = budget // 4  # for the oldest
+        for row in sorted(filling, key=lambda row: len(row.tokens) - row.computed):
+            is_oldest = row is filling[0]
+            room = budget if is_oldest else budget - kept
+            beginning = (row.number, tuple(row.tokens[:BLOCK]))
+            if room <= 0 or (not row.started and beginning in beginnings):
+                continue  # no room; or another computes the same beginning now: in the next step it is cached
+            if not row.started:
+                self._start(row)
+            beginnings.add(beginning)
+            count = min(len(row.tokens) - row.computed, room)
+            budget -= count
+            kept = 0 if is_oldest else kept
+            rows.append(row)
+            segments.append(self._segment(row, count))
+        return segments, rows
+
+    def _start(self, row: _Row) -> None:
+        row.started = True
+        row.computed = self._cache.fill(row.kv, row.number, row.tokens)
+        if not row.generated:
+            row.generation.cached_tokens = row.computed
+            self._counts["cached_tokens"] += row.computed
+            self._counts["prompt_tokens"] += row.generation.prompt_tokens
+
+    def _segment(self, row: _Row, count: int) -> Segment:
+        stop = row.computed + count
+        row.kv.reserve(stop)
+        return Segment(
+            row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens)
+        )
+
+    def _choose(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Choice | Exception]:
+        """One token a row; all greedy rows in one call."""
+        if not rows:
+            return []
+        best = logits.argmax(-1).tolist()
+        choices: list[Choice | Exception] = []
+        for place, row in enumerate(rows):
+            if row.request.is_plain_greedy:
+                choices.append(Choice(best[place]))
+                continue
+            try:
+                choices.append(row.sampler.pick(logits[place]))
+            except Exception as error:  # one row's grammar or sampler must not take its neighbours along
+                choices.append(error)
+        return choices
+
+    def _advance(self, row: _Row, choice: Choice) -> None:
+        """Add a token to a row; say what it shows; end the row where it must end."""
+        row.generated += 1
+        self._counts["generated_tokens"] += 1
+        if row.generation.first_token_at is None:
+            row.generation.first_token_at = time.monotonic()
+        reason: FinishReason | None = None
+        text, token, stopped = "", choice.token_id, False
+        if choice.logprob is not None:
+            row.held.append((row.text.length, _logprob(row, choice, choice.logprob)))
+        if token in row.stop_ids:
+            reason = "stop"
+        else:
+            text, stopped = row.text.feed(row.token_text.bytes_of(token))
+            row.tokens.append(token)
+            matcher = row.sampler.matcher
+            if stopped or (matcher is not None and matcher.is_complete):
+                reason = "stop"
+            elif len(row.tokens) >= row.end:
+                reason = "length"
+            if reason is not None and not stopped:
+                text += row.text.finish()
+        if reason == "stop" and token in row.stop_ids:
+            text = row.text.finish()
+        event = TokenEvent(text, (token,), _shown(row, reason is not None and not stopped), reason)
+        if reason is None:
+            row.generation.put(event)
+        else:
+            self._finish(row, event)
+
+    def _finish(self, row: _Row, event: TokenEvent) -> None:
+        if row.computed and event.finish_reason in ("stop", "length"):
+            self._cache.store(row.kv, row.number, row.tokens[: row.computed])
+        row.kv.release()
+        with self._wakeup:
+            if row in self._running:
+                self._running.remove(row)
+            elif row in self._waiting:
+                self._waiting.remove(row)
+        row.generation.put(event)
+
+
+@apart
+def load_engine(
+    model_path: str | Path | None,
+    *,
+    adapters: Mapping[str, Path] | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Engine:
+    """Load a model (as `models.resolve` finds it) and make an engine of it, not yet started.
+
+    Without a path, the base that a lone adapter names, else the demo model. The base speaks in its own format,
+    each adapter in the one that it was saved with (`Engine.format_of`). An adapter that cannot run beside its
+    base (DoRA, whole modules, ...) is merged into it, if it is alone: then the base itself is not served.
+
+    Args:
+        dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.
+
+    Raises ModelError, and OptionError for a dtype that this CPU does not multiply.
+    """
+    from qwen_chat import models
+    from qwen_chat.chat.format import ChatFormat
+
+    kind, _ = models.choose_dtype(dtype, "cpu")
+    check_dtype(kind)
+    folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+    lone = next(iter(folders.values())) if len(folders) == 1 else None
+    if model_path is None and lone is not None:
+        model_path = models.adapter_base(lone)
+    path = models.resolve(None if model_path is None else str(model_path))
+    reason = None if lone is None else why_merged(lone)
+    # A merge is exact in float32 alone.
+    loaded = models.load_model(
+        path,
+        dtype=dtype if reason is None else "float32",
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+    )
+    try:
+        fmt = ChatFormat(loaded.tokenizer)
+    except FormatError:
+        if not folders:
+            raise
+        fmt = None  # a base model, whose adapters bring their format along
+    ends = {*(() if fmt is None else fmt.stop_token_ids), *_end_tokens(loaded.model, loaded.tokenizer)}
+    decisions = (*loaded.decisions, *_decisions(quantize))
+    options = {
+        "stop_token_ids": ends,
+        **options,
+        "fmt": fmt,
+        "quantize": quantize,
+        "serves_base": fmt is not None,
+    }
+    if lone is None or reason is None:
+        engine = Engine(loaded.model, loaded.tokenizer, adapters=folders, decisions=decisions, **options)
+        for name in folders:
+            engine.format_of(name)  # FormatError for one that has no format, like its base
+        return engine
+    probe = loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
+    merged, difference = models.merge(models.load_adapter(loaded.model, lone), probe)
+    decisions += (
+        f"adapter merged into its base, which is not served itself; logits moved by {difference:.0e} of the largest "
+        f"({reason.partition('; ')[0]})",
+    )
+    engine = Engine(merged.to(kind), loaded.tokenizer, decisions=decisions, **options)
+    engine.name_merged(next(iter(folders)), lone)
+    engine.format_of(next(iter(folders)))
+    return engine
+
+
+def _logprob(row: _Row, choice: Choice, logprob: float) -> TokenLogprob:
+    name = row.token_text.name_of
+    top = tuple(TokenLogprob(*name(token), value, token_id=token) for token, value in choice.top)
+    return TokenLogprob(*name(choice.token_id), logprob, top, choice.token_id)
+
+
+def _shown(row: _Row, everything: bool) -> tuple[TokenLogprob, ...]:
+    """The log probabilities held back of tokens whose text has begun to be shown; `everything`: of all."""
+    count = len(row.held) if everything else sum(begin < row.text.shown for begin, _ in row.held)
+    shown, row.held = row.held[:count], row.held[count:]
+    return tuple(item for _, item in shown)
+
+
+def _cut_off(row: _Row, reason: FinishReason) -> TokenEvent:
+    text = row.text.finish()
+    return TokenEvent(text, logprobs=_shown(row, everything=True), finish_reason=reason)
+
+
+def _say(error: Exception) -> str:
+    """What a client is told of a failure of its own row; what was not foreseen goes to the log alone."""
+    if isinstance(error, ToolError):
+        return str(error)
+    LOGGER.error("a row's next token could not be chosen", exc_info=error)
+    return f"{ENGINE_FAILED} to choose the next token"
+
+
+def _decisions(quantize: str | None) -> tuple[str, ...]:
+    if quantize is None:
+        return ()
+    return ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokenizer's end token and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    found = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def _memory_tokens(token_bytes: int, cache_tokens: int) -> tuple[int, int]:
+    """Tokens for running requests and for the prefix cache: half of the memory that is free, a container's limit
+    included. The cache gets at most a quarter of it; a row's capacity may be twice its length.
+    """
+    budget = hardware.free_memory() // 2 // token_bytes
+    cache = min(cache_tokens, budget // 4)
+    return max((budget - cache) // 2, 1024), cache

@@ -1,0 +1,142 @@
+"""One request's way through the engine, as the one who asked sees it: events, or the whole completion.
+
+In: `TokenEvent`s from the engine's thread. Out: the same to any thread or event loop; folded, a `Completion`.
+A slow reader slows nobody: events wait here, no more of them than the request's tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_chat.inference.sampling import GenerationRequest
+
+ENGINE_FAILED = "the engine failed"  # how an error begins that is not the request's own fault
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+def is_engines_fault(error: str | None) -> bool:
+    """Whether a generation's error is not its own (a grammar that leads nowhere is)."""
+    return error is None or error.startswith(ENGINE_FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's text, bytes and log probability; `top` the most likely ones in its place."""
+
+    token: str
+    raw: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step added. `text` may be empty (held back); `finish_reason` is set on the last event only.
+
+    `logprobs` are those of the tokens whose text begins to be shown by this event: they are held back with it,
+    and fall with it where a stop string takes it.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # with finish_reason "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole reply: every event of a generation, folded."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    error: str | None = None
+
+
+class Generation:
+    """One request on its way: thread-safe. Iterate (plain or async) for events, or ask for its `result()`."""
+
+    def __init__(self, request: GenerationRequest, wake: Callable[[], None]) -> None:
+        self.request = request
+        self.prompt_tokens = len(request.prompt_ids)
+        self.cached_tokens = 0
+        self.first_token_at: float | None = None  # time.monotonic()
+        self.is_cancelled = False
+        self._wake = wake
+        self._events: deque[TokenEvent] = deque()
+        self._ready = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def cancel(self) -> None:
+        """Stop before the next token. The events end with finish reason "cancelled"."""
+        self.is_cancelled = True
+        self._wake()
+
+    def put(self, event: TokenEvent) -> None:
+        """The engine's side: hand over an event."""
+        with self._ready:
+            self._events.append(event)
+            self._ready.notify_all()
+            waiter = self._waiter
+        if waiter is not None:
+            try:
+                waiter[0].call_soon_threadsafe(waiter[1].set)
+            except RuntimeError:  # the reader's event loop is closed: nobody is there to be told
+                self.is_cancelled = True
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while True:
+            with self._ready:
+                while not self._events:
+                    self._ready.wait()
+                event = self._events.popleft()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        arrived = asyncio.Event()
+        with self._ready:
+            self._waiter = (asyncio.get_running_loop(), arrived)
+        try:
+            while True:
+                arrived.clear()
+                while self._events:
+                    event = self._events.popleft()
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+                await arrived.wait()
+        finally:
+            self._waiter = None
+
+    def result(self) -> Completion:
+        """Wait for the end; the whole reply."""
+        return self.fold(list(self))
+
+    async def aresult(self) -> Completion:
+        """The same in an event loop."""
+        return self.fold([event async for event in self])
+
+    def fold(self, events: Sequence[TokenEvent]) -> Completion:
+        """The completion that a complete list of events stands for."""
+        last = events[-1]
+        return Completion(
+            text="".join(event.text for event in events),
+            token_ids=tuple(token for event in events for token in event.token_ids),
+            finish_reason=last.finish_reason or "error",
+            logprobs=tuple(item for event in events for item in event.logprobs),
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            error=last.error,
+        )

@@ -1,0 +1,283 @@
+"""One request's choices: which token next, which text may be shown, when to stop.
+
+In: a `GenerationRequest` and, step by step, one row of logits. Out: a token, its log probability, the text it
+adds.
+Nothing here knows of other requests: a request's random numbers, penalties, stop strings and grammar are its
+own.
+
+Order of what is done to the logits: repetition penalty, presence and frequency penalty, logit_bias, grammar,
+temperature, then top_k, top_p and min_p over what is left. Reported log probabilities are the model's own,
+before all of that.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qwen_chat.errors import ModelError
+from qwen_chat.inference.grammar import Grammar, Matcher
+
+__all__ = ["Choice", "GenerationRequest", "Grammar", "Sampler", "StopText", "TokenText"]
+
+_COLDEST = 1e-5  # temperatures below it are greedy: divided by them, logits overflow
+_FIRST_CANDIDATES = (
+    1024  # sorting 151,936 logits costs 10 ms; the nucleus is nearly always among the first thousand
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest:
+    """What to generate. The defaults are OpenAI's; `temperature=0` is greedy.
+
+    Attributes:
+        max_tokens: None = as many as fit the context.
+        top_k: 0 = off. min_p: 0 = off; relative to the most likely token's probability.
+        seed: None = a fresh one; the same seed and prompt give the same tokens whoever else is being served.
+        stop: strings; the earliest ends the reply and is not part of it.
+        stop_token_ids: ids that end the reply, beside the model's own end tokens; never shown.
+        presence_penalty, frequency_penalty: over generated tokens. repetition_penalty: prompt too; 1 = off.
+        logprobs: None = off; n = the chosen token's and the n most likely ones'.
+        grammar: what the reply must match (see grammar.py).
+        adapter: the name of a loaded adapter; None = the base model.
+        deadline: on time.monotonic()'s clock; the reply ends there with finish reason "deadline".
+        ignore_eos: go on past the model's end tokens (benchmarks).
+    """
+
+    prompt_ids: Sequence[int]
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    adapter: str | None = None
+    deadline: float | None = None
+    ignore_eos: bool = False
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """True where the next token is the largest logit and nothing else is asked for."""
+        return (
+            self.temperature == 0
+            and self.logprobs is None
+            and self.grammar is None
+            and not self.logit_bias
+            and not (self.presence_penalty or self.frequency_penalty)
+            and self.repetition_penalty == 1
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The token taken; where asked for, its log probability and the most likely (id, log probability)
+    pairs."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """The state of one request's sampling: random numbers, tokens seen, grammar."""
+
+    def __init__(self, request: GenerationRequest, matcher: Matcher | None = None) -> None:
+        self.request = request
+        self.matcher = matcher
+        self._random = torch.Generator().manual_seed(
+            time.time_ns() if request.seed is None else request.seed % (1 << 63)
+        )
+        self._prompt = torch.tensor(sorted(set(request.prompt_ids)), dtype=torch.long)
+        self._counts: dict[int, int] = {}
+
+    def pick(self, logits: torch.Tensor) -> Choice:
+        """The next token for one row of logits (vocabulary,), float32. The row is left as it was."""
+        request = self.request
+        scores = self._biased(logits)
+        if self.matcher is not None:
+            scores = self.matcher.mask(scores)
+        token = int(scores.argmax()) if request.temperature < _COLDEST else self._draw(scores)
+        self.note(token)
+        if request.logprobs is None:
+            return Choice(token)
+        return _with_logprobs(token, logits, request.logprobs)
+
+    def note(self, token: int) -> None:
+        """Count a token that was taken, and move the grammar on."""
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self.matcher is not None:
+            self.matcher.consume(token)
+
+    def _biased(self, logits: torch.Tensor) -> torch.Tensor:
+        """Penalties and logit_bias. Sources: Keskar et al. 2019 (CTRL) for repetition; OpenAI's API
+        reference else."""
+        request = self.request
+        if request.repetition_penalty != 1:
+            seen = torch.unique(torch.cat((self._prompt, torch.tensor(list(self._counts), dtype=torch.long))))
+            penalty = request.repetition_penalty
+            taken = logits[seen]
+            logits = logits.index_copy(0, seen, torch.where(taken > 0, taken / penalty, taken * penalty))
+        if self._counts and (request.presence_penalty or request.frequency_penalty):
+            ids = torch.tensor(list(self._counts), dtype=torch.long)
+            times = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+            logits = logits.index_add(
+                0, ids, -(request.presence_penalty + request.frequency_penalty * times).to(logits.dtype)
+            )
+        if request.logit_bias:
+            ids = torch.tensor(list(request.logit_bias), dtype=torch.long)
+            bias = torch.tensor(list(request.logit_bias.values()), dtype=logits.dtype)
+            logits = logits.index_add(0, ids, bias)
+        return logits
+
+    def _draw(self, scores: torch.Tensor) -> int:
+        """One token at random. Candidates are laid out by token id, not by probability: two that change
+        places by a rounding then do not change what a given random number means."""
+        request = self.request
+        scores = scores.double() / request.temperature
+        ids, probabilities = self._candidates(scores)
+        if not len(ids):  # a penalty so near 0 that scores overflowed: its limit is the largest
+            return int(scores.nan_to_num(nan=float("-inf")).argmax())
+        order = ids.argsort()
+        ids, cumulative = ids[order], probabilities[order].cumsum(0)
+        uniform = torch.rand((), generator=self._random, dtype=torch.float64) * cumulative[-1]
+        return int(ids[min(int(torch.searchsorted(cumulative, uniform, right=True)), len(ids) - 1)])
+
+    def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and probabilities (not normalised after the cut) left by top_k, top_p and min_p."""
+        request, size = self.request, scores.shape[0]
+        top_k = min(request.top_k or size, size)
+        if top_k == size and request.top_p >= 1:
+            probabilities = torch.softmax(scores, 0)
+            keep = probabilities > 0
+            if request.min_p > 0:
+                keep &= probabilities >= request.min_p * probabilities.max()
+            ids = keep.nonzero().squeeze(1)
+            return ids, probabilities[ids]
+        total = scores.logsumexp(0)
+        # Under a top_k of its own the sum is over its candidates: all of them are needed at once.
+        wanted = top_k if top_k < size else min(size, _FIRST_CANDIDATES)
+        while True:
+            values, ids = scores.topk(wanted)
+            probabilities = (values - (total if top_k == size else values[:top_k].logsumexp(0))).exp()
+            if wanted >= top_k or float(probabilities.sum()) >= request.top_p:
+                break
+            wanted = min(top_k, size)
+        before = probabilities.cumsum(0) - probabilities
+        keep = (before < request.top_p) & (probabilities > 0)
+        keep[0] = True
+        if request.min_p > 0:
+            keep &= probabilities >= request.min_p * probabilities[0]
+        return ids[keep], probabilities[keep]
+
+
+def _with_logprobs(token: int, logits: torch.Tensor, count: int) -> Choice:
+    logprobs = logits.float().log_softmax(0)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+class TokenText:
+    """Token ids to bytes, for byte-level vocabularies (Qwen, Llama 3, SmolLM2): exact, one token at a time.
+
+    Special tokens have no bytes. Added tokens that are not special (`<tool_call>`) have their text's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
+            raise ModelError(
+                f"tokenizer {type(tokenizer).__name__} is not byte-level; "
+                "the engine serves vocabularies of the Qwen and Llama 3 kind"
+            )
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._bytes: dict[int, bytes] = {
+            token: b"" if value.special else str(value.content).encode() for token, value in added.items()
+        }
+        self._bytes |= dict.fromkeys(tokenizer.all_special_ids, b"")
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; empty for special tokens and for ids the vocabulary leaves
+        unused."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            piece = self._tokenizer.convert_ids_to_tokens(token_id)
+            known = b"" if piece is None else bytes(_BYTE_OF[char] for char in piece)
+            self._bytes[token_id] = known
+        return known
+
+    def name_of(self, token_id: int) -> tuple[str, bytes]:
+        """What a list of log probabilities shows: the token's text (special ones too) and its bytes."""
+        raw = self.bytes_of(token_id)
+        if not raw:
+            raw = str(self._tokenizer.convert_ids_to_tokens(token_id) or "").encode()
+        return raw.decode("utf-8", errors="replace"), raw
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character of each byte in a byte-level vocabulary. Source: GPT-2's byte-to-unicode
+    table."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class StopText:
+    """Text as it may be shown: never half a character, never a stop string or the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...] = ()) -> None:
+        self._stop = tuple(text for text in stop if text)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.shown = 0  # characters
+
+    @property
+    def length(self) -> int:
+        """Characters so far, shown or held back."""
+        return self.shown + len(self._held)
+
+    def feed(self, raw: bytes) -> tuple[str, bool]:
+        """Add one token's bytes; returns (text to show now, whether a stop string was completed)."""
+        self._held += self._decoder.decode(raw)
+        if not self._stop:
+            return self._show(len(self._held)), False
+        found = [place for place in (self._held.find(text) for text in self._stop) if place >= 0]
+        if found:
+            shown = self._show(min(found))
+            self._held = ""
+            return shown, True
+        keep = max(_overlap(self._held, text) for text in self._stop)
+        return self._show(len(self._held) - keep), False
+
+    def finish(self) -> str:
+        """What was held back and turns out to be text. A character that was cut in the middle stays out."""
+        return self._show(len(self._held))
+
+    def _show(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        self.shown += count
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, shorter than `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

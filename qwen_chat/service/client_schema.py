@@ -1,0 +1,183 @@
+"""A client's JSON Schema: is it one, is it small enough, and what of it decoding can be bound to.
+
+In: schemas of tools and of `response_format`, as they came. Out: nothing, or a Refusal that names the parameter;
+and for a tool that is not strict, the part of its schema that a grammar holds. What a schema comes to is
+remembered by its content: an agent sends the same tools with each request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import marshal
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_chat.service.errors import Refusal, bad_value
+from qwen_chat.tools.validate import is_everyday
+
+Json = dict[str, Any]
+Problem = tuple[str, str]  # a sentence with {param} in it, and OpenAI's code
+
+SCHEMA_DEPTH = 24  # nesting of a JSON Schema
+SCHEMA_NODES = 4000  # objects, lists and values in one
+MOST_SCHEMA_NODES = 40_000  # in all those of a request
+PATTERN_LENGTH = 500  # characters of a regular expression in one
+LARGEST_REPEAT = 2000  # of minItems, maxLength and the like: a grammar unrolls them
+_REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
+_REMEMBERED = 4096  # schemas
+
+# What llguidance has no rules for, and what says nothing of a value.
+_UNHELD = frozenset(
+    ("uniqueItems", "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames")
+) | frozenset(
+    ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties")
+)
+_UNHELD = _UNHELD | {"$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$schema"}
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema
+_NESTED = ("items", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf", "prefixItems")
+_UNHELD_PATTERN = re.compile(r"\(\?(?:[=!]|<[=!])|\\[bB1-9]")  # looks around, or back
+
+
+class _Verdicts:
+    """What was found of the schemas that came lately, by their content."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[int, Problem | None]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, schema: Json, *, bound: bool) -> tuple[int, Problem | None]:
+        """Nodes of a schema, and what is wrong with it."""
+        try:
+            content = marshal.dumps(schema, 2)  # version 2: equal values give equal bytes
+        except ValueError:
+            return 0, (f"a schema nested more than {SCHEMA_DEPTH} deep is too large", "schema_too_large")
+        key = hashlib.sha256(content).digest() + bytes([bound])
+        with self._lock:
+            found = self._known.pop(key, None)
+        if found is None:
+            found = _judge(schema, bound)
+        with self._lock:
+            self._known[key] = found
+            while len(self._known) > _REMEMBERED:
+                self._known.pop(next(iter(self._known)))
+        return found
+
+
+_VERDICTS = _Verdicts()
+
+
+def check_schemas(schemas: Sequence[tuple[str, Json, bool]]) -> None:
+    """Refuse the first of (parameter, schema, whether decoding is bound to it) that is no schema, is too large,
+    or has a keyword that a grammar would unroll without end."""
+    total = 0
+    for param, schema, bound in schemas:
+        nodes, problem = _VERDICTS.of(schema, bound=bound)
+        total += nodes
+        if total > MOST_SCHEMA_NODES:
+            problem = f"the schemas have over {MOST_SCHEMA_NODES} parts together", "schema_too_large"
+        if problem is not None:
+            raise _refusal(param, problem)
+
+
+def _refusal(param: str, problem: Problem) -> Refusal:
+    return bad_value(param, f"Invalid schema for '{param}': {problem[0]}.", problem[1])
+
+
+def held(schema: Any) -> Any:
+    """The part of a schema that a grammar holds: all that `schema` allows is allowed, and perhaps more."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key not in _UNHELD and not _is_unheld(key, value)}
+    if "oneOf" in kept:  # one of several, where a grammar knows only any of them
+        choices = kept.pop("oneOf")
+        if "anyOf" not in kept:
+            kept["anyOf"] = choices
+    for key in _NAMED:
+        if isinstance(kept.get(key), dict):
+            kept[key] = {name: held(child) for name, child in kept[key].items()}
+    for key in _NESTED:
+        if key in kept:
+            child = kept[key]
+            kept[key] = [held(one) for one in child] if isinstance(child, list) else held(child)
+    return kept
+
+
+def _is_unheld(key: str, value: object) -> bool:
+    if key in _REPEATS:
+        return isinstance(value, int | float) and value > LARGEST_REPEAT
+    if key == "pattern":
+        return isinstance(value, str) and (_UNHELD_PATTERN.search(value) is not None or _is_large(value))
+    return key == "format" and value not in _FORMATS
+
+
+def _judge(schema: Json, bound: bool) -> tuple[int, Problem | None]:
+    nodes, problem = _measure(schema, bound)
+    return nodes, problem or _fault(schema)
+
+
+def _fault(schema: Json) -> Problem | None:
+    """Why this is no JSON Schema."""
+    if is_everyday(schema):
+        return None
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        place = "/".join(str(part) for part in error.absolute_path)
+        return f"{error.message[:200]} (at '{place[:200]}')", "invalid_value"
+    return None
+
+
+def _measure(schema: Json, bound: bool) -> tuple[int, Problem | None]:
+    """The nodes of a schema, and where it is too large."""
+    waiting: list[tuple[Any, int]] = [(schema, 1)]
+    nodes = 0
+    while waiting:
+        value, depth = waiting.pop()
+        nodes += 1
+        if depth > SCHEMA_DEPTH:
+            return nodes, (f"a schema nested more than {SCHEMA_DEPTH} deep is too large", "schema_too_large")
+        if nodes > SCHEMA_NODES:
+            return nodes, (f"a schema of {SCHEMA_NODES} parts is too large", "schema_too_large")
+        if isinstance(value, dict):
+            if bound and (problem := _keywords(value)) is not None:
+                return nodes, (problem, "schema_too_large")
+            waiting += [(child, depth + 1) for child in value.values()]
+        elif isinstance(value, list):
+            waiting += [(child, depth + 1) for child in value]
+    return nodes, None
+
+
+def _keywords(node: Json) -> str | None:
+    pattern = node.get("pattern")
+    if isinstance(pattern, str) and _is_large(pattern):
+        return "its regular expression is too large"
+    for key in _REPEATS:
+        value = node.get(key)
+        if isinstance(value, int | float) and value > LARGEST_REPEAT:
+            return f"'{key}' is {value}; at most {LARGEST_REPEAT}"
+    return None
+
+
+def _is_large(pattern: str) -> bool:
+    repeats = [
+        int(number)
+        for number in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", pattern[: PATTERN_LENGTH + 1])))
+    ]
+    return len(pattern) > PATTERN_LENGTH or _product(repeats) > LARGEST_REPEAT
+
+
+def _product(numbers: Sequence[int]) -> int:
+    product = 1
+    for number in numbers:
+        product *= max(number, 1)
+        if product > LARGEST_REPEAT:
+            break
+    return product

@@ -1,0 +1,127 @@
+"""What a service writes down: one JSON line a request.
+
+In: one flat record a request. Out: a line in a file that never outgrows its bound and that one service writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from qwen_chat.errors import OutputError
+
+MAX_BYTES = 10_000_000  # of one file of the service log
+STRANGERS_SHARE = 0.1  # of each file, for requests that did not pass the gate: alone they never fill one
+KEPT_FILES = 5  # rotated files beside the current one: six files, 60 MB in all
+LONGEST_TEXT = 64_000  # characters of one text field; a logged prompt may not fill a file on its own
+
+
+def json_line(record: Mapping[str, object]) -> str:
+    """`record` as one line of JSON in which no character can act on a terminal.
+
+    Chinese stays readable. What is not printable (controls, line separators, zero-width and bidirectional marks)
+    becomes a JSON escape, so that a parser gives back what came in.
+    """
+    plain = {key: _shortened(value) for key, value in record.items()}
+    text = json.dumps(plain, ensure_ascii=False, default=str)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+class RequestLog:
+    """An append-only file of one JSON line a request, rotated by size. Thread-safe. Only its owner may read it,
+    and only one service at a time writes it.
+
+    A full disk loses lines, never requests: `lost` counts them. Lines of strangers take at most STRANGERS_SHARE of
+    a file, so that they cannot make it rotate until the others are gone: `withheld` counts those beyond.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, kept_files: int = KEPT_FILES) -> None:
+        """Open `path` for appending; raise OutputError where that is not allowed, or another service writes it."""
+        self.path = path
+        self.lost = 0
+        self.withheld = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handler = _OwnFile(
+                path, maxBytes=max_bytes, backupCount=kept_files, encoding="utf-8", errors="backslashreplace"
+            )
+        except OSError as error:
+            problem = (
+                "another service is writing it"
+                if isinstance(error, BlockingIOError)
+                else f"cannot write the service log ({error.strerror})"
+            )
+            raise OutputError(f"{path}: {problem}; name another file: --log_file") from None
+        self._handler.setFormatter(logging.Formatter("%(message)s"))
+        self._lock = threading.Lock()
+
+    def write(self, record: Mapping[str, object], *, stranger: bool = False) -> None:
+        """Append `record`; never raises. `stranger`: of a request that did not pass the gate."""
+        line = json_line(record)
+        entry = logging.LogRecord("qwen_chat.requests", logging.INFO, "", 0, line, None, None)
+        with self._lock:
+            if stranger:
+                strangers = self._handler.strangers + len(line.encode()) + 1
+                if strangers > STRANGERS_SHARE * self._handler.maxBytes:
+                    self.withheld += 1
+                    return
+                self._handler.strangers = strangers
+            self._handler.handle(entry)
+            self.lost = self._handler.failures
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._handler.close()
+
+
+class _OwnFile(RotatingFileHandler):
+    """A file that is ours alone. Counts what could not be written where logging would print a traceback for
+    each line."""
+
+    failures = 0
+    strangers = 0  # bytes of strangers' lines in the current file
+
+    def _open(self) -> Any:
+        self.strangers = 0
+        stream = open(  # noqa: SIM115  logging closes it
+            self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private
+        )
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # neither /dev/null nor a pipe is ours alone
+            try:
+                os.fchmod(stream.fileno(), 0o600)  # a file of earlier may have been open to all
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+            except BlockingIOError:
+                stream.close()
+                raise
+            except OSError:
+                pass  # somebody else's file, or a file system without locks
+        return stream
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.failures += 1
+
+
+def _private(path: str, flags: int) -> int:
+    """Open for the owner alone: prompts may stand there."""
+    return os.open(path, flags, 0o600)
+
+
+def request_log(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> RequestLog:
+    """The service log at `path` (see RequestLog)."""
+    return RequestLog(Path(path), max_bytes=max_bytes)
+
+
+def _shortened(value: object) -> object:
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        return f"{value[:LONGEST_TEXT]}... ({len(value)} characters)"
+    return value

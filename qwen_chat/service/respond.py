@@ -1,0 +1,282 @@
+"""From a running generation to bytes on the wire, plain or streamed; the work ends when nobody waits.
+
+In: a `Work` (generations, how their answer is put together). Out: an ASGI response. The client's leaving is
+watched all the time: whether its answer is streamed or not, its work stops within one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any, Literal
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qwen_chat.inference.engine import Generation, TokenEvent
+from qwen_chat.inference.events import is_engines_fault
+from qwen_chat.service.chunks import usage_of
+from qwen_chat.service.errors import Refusal, shutting_down
+from qwen_chat.service.metrics import Metrics
+from qwen_chat.service.middleware import Record
+from qwen_chat.service.prepare import Job
+from qwen_chat.service.protocol import Answer, Usage
+
+# Characters that JSON leaves as they are and at which Python's splitlines ends a line (httpx reads streams with it).
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_ENDING_SECONDS = 1.0  # to say why a stream breaks off, where the service ends
+TIMED_OUT = "deadline"  # the engine's finish reason where a request's time is over
+
+
+class Work:
+    """The generations of one request, and what they have come to."""
+
+    def __init__(
+        self,
+        job: Job,
+        generations: Sequence[Generation],
+        *,
+        record: Record,
+        metrics: Metrics,
+        release: Callable[[], None],
+        log_reply: bool,
+    ) -> None:
+        """`release` gives back the places in the queue; called once."""
+        self.job = job
+        self.record = record
+        self._generations = generations
+        self._metrics = metrics
+        self._release = release
+        self._log_reply = log_reply
+        self._completion_tokens = 0
+        self._last_token: dict[int, float] = {}  # of each choice
+        self._closed = False
+
+    async def chunks(self) -> AsyncGenerator[Answer, None]:
+        """Everything that a stream sends. Nothing comes before the first token: until then all can fail."""
+        opened = False
+        async for choice, event in _merged(self._generations):
+            self._note(choice, event)
+            if not opened:
+                opened = True
+                for chunk in self.job.assembly.opening():
+                    yield chunk
+            for chunk in self.job.assembly.event(choice, event):
+                yield chunk
+            if event.finish_reason is None and self.job.assembly.is_done(choice):
+                self._generations[choice].cancel()
+        if self.job.include_usage:
+            yield self.job.assembly.usage(self.usage())
+
+    async def whole(self) -> Answer:
+        """The plain answer: the same chunks, folded."""
+        async for _ in self.chunks():
+            pass
+        return self.job.assembly.whole(self.usage())
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return usage_of(self.job.prompt_tokens, self._cached_tokens(), self._completion_tokens)
+
+    def close(self) -> None:
+        """Stop what still runs; give back the places; count."""
+        if self._closed:
+            return
+        self._closed = True
+        for generation in self._generations:
+            generation.cancel()
+        self._release()
+        self._count()
+
+    def _note(self, choice: int, event: TokenEvent) -> None:
+        now = time.monotonic()
+        model = self.record.model or ""
+        if event.finish_reason == "error":
+            raise _failure(event)
+        if event.finish_reason == "cancelled" and not self.job.assembly.is_done(choice):
+            raise shutting_down()
+        if event.finish_reason == TIMED_OUT and self._completion_tokens == 0 and not event.token_ids:
+            raise Refusal(
+                503, "No place in the batch became free in time.", code="overloaded", retry_after=10
+            )
+        if event.token_ids and self.record.first_token is None:
+            self.record.first_token = now - self.record.began
+            self._metrics.first_token.labels(model).observe(self.record.first_token)
+        if event.token_ids:
+            last = self._last_token.get(choice)
+            if last is not None:
+                self._metrics.per_token.labels(model).observe((now - last) / len(event.token_ids))
+            self._last_token[choice] = now
+        self._completion_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self.record.finish_reason = event.finish_reason
+            self._metrics.finished.labels(model, event.finish_reason).inc()
+
+    def _cached_tokens(self) -> int:
+        """Each prompt counts once, as in `prompt_tokens`, however many choices it has."""
+        choices = len(self._generations) // self.job.prompts
+        cached = [generation.cached_tokens for generation in self._generations]
+        return sum(max(cached[k : k + choices]) for k in range(0, len(cached), choices))
+
+    def _count(self) -> None:
+        record, model = self.record, self.record.model or ""
+        record.prompt_tokens = self.job.prompt_tokens
+        record.cached_tokens = self._cached_tokens()
+        record.completion_tokens = self._completion_tokens
+        if self._log_reply:
+            record.reply = self.job.assembly.text()
+        self._metrics.prompt_tokens.labels(model).inc(self.job.prompt_tokens)
+        self._metrics.cached_tokens.labels(model).inc(record.cached_tokens)
+        self._metrics.generation_tokens.labels(model).inc(self._completion_tokens)
+        self._metrics.whole.labels(model).observe(time.monotonic() - record.began)
+
+
+class Delivery(Response):
+    """Sends a Work's answer while watching whether the client is still there."""
+
+    def __init__(self, work: Work, *, write_seconds: float, quiet_seconds: float) -> None:
+        """`write_seconds`: how long one piece may stay unread before the client counts as gone. `quiet_seconds`:
+        after so long without a byte a stream carries a comment, for what stands between would cut it."""
+        super().__init__()
+        self._work = work
+        self._write_seconds = write_seconds
+        self._quiet_seconds = quiet_seconds
+        self._state: Literal["unsent", "streaming", "ended"] = "unsent"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        write = self._stream if self._work.job.stream else self._plain
+        writer = asyncio.ensure_future(write(scope, receive, send))
+        watcher = asyncio.ensure_future(_until_left(receive))
+        try:
+            await asyncio.wait((writer, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                raise ClientDisconnect
+            await writer
+        except (ClientDisconnect, TimeoutError):
+            self._work.record.finish_reason = "cancelled"
+            raise ClientDisconnect from None
+        except asyncio.CancelledError:  # the service ends and has waited long enough
+            self._work.record.finish_reason = "cancelled"
+            await _stop(writer)
+            if self._state != "streaming":
+                raise  # still time for a status, or nothing left to say
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ENDING_SECONDS):
+                    await self._break_off(send, shutting_down())
+        finally:
+            self._work.close()
+            await _stop(writer, watcher)
+
+    async def _plain(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self._work.whole()
+        body = Response(answer.json_text(), media_type="application/json")
+        async with asyncio.timeout(self._write_seconds):
+            await body(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._work.chunks()) as chunks:
+            coming = asyncio.ensure_future(anext(chunks, None))
+            try:
+                while True:
+                    await asyncio.wait((coming,), timeout=self._quiet_seconds)
+                    if not coming.done():
+                        await self._send(send, ": keep-alive\n\n")
+                        continue
+                    chunk = coming.result()
+                    if chunk is None:
+                        break
+                    coming = asyncio.ensure_future(anext(chunks, None))
+                    await self._send(send, _event(chunk.json_text()))
+            except Refusal as refusal:
+                if self._state == "unsent":
+                    raise  # still time for a status of its own
+                await self._break_off(send, refusal)
+                return
+            finally:
+                await _stop(coming)
+        await self._send(send, _event("[DONE]"))
+        await self._end(send)
+
+    async def _break_off(self, send: Send, refusal: Refusal) -> None:
+        """The status is sent: what went wrong is the last event, and no [DONE] follows."""
+        self._work.record.error = refusal.code or refusal.type
+        await self._send(send, _event(json.dumps(refusal.body())))
+        await self._end(send)
+
+    async def _send(self, send: Send, text: str) -> None:
+        async with asyncio.timeout(self._write_seconds):
+            if self._state == "unsent":
+                await self._start(send)
+                self._state = "streaming"
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+    async def _start(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),  # nginx would else keep the pieces together
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _end(self, send: Send) -> None:
+        self._state = "ended"
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(data: str) -> str:
+    return f"data: {data.translate(_LINE_ENDS)}\n\n"
+
+
+async def _stop(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failure(event: TokenEvent) -> Refusal:
+    """Why a generation ended with an error: the engine's fault, or a grammar that led nowhere."""
+    if not is_engines_fault(event.error):
+        return Refusal(400, f"Invalid schema: {event.error}.", code="invalid_value")
+    return Refusal(500, "The server had an error while processing your request.", code="engine_error")
+
+
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, TokenEvent]]:
+    """The events of several generations in the order they happen; the first error ends all."""
+    if len(generations) == 1:
+        async for event in generations[0]:
+            yield 0, event
+        return
+    events: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
+
+    async def pump(choice: int, generation: Generation) -> None:
+        try:
+            async for event in generation:
+                events.put_nowait((choice, event))
+            events.put_nowait((choice, None))
+        except Exception as error:
+            events.put_nowait((choice, error))
+
+    pumps = [asyncio.ensure_future(pump(k, generation)) for k, generation in enumerate(generations)]
+    try:
+        running = len(pumps)
+        while running:
+            choice, found = await events.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                running -= 1
+            else:
+                yield choice, found
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

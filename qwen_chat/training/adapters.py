@@ -1,0 +1,257 @@
+"""LoRA and Q-LoRA: wrap a model, save what was learnt. (Loading and merging: models.py.)
+
+In: a loaded model and the adapter's flags. Out: the same model, in which only the adapter learns; a folder
+that peft, vLLM and llama.cpp read over the untouched base. Loading one is `models.load_adapter`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_chat import models
+from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.errors import OptionError
+from qwen_chat.models import merge
+
+__all__ = [
+    "CHAT_MARKS",
+    "Wrapped",
+    "lora_config",
+    "merge",
+    "optimizer_groups",
+    "save",
+    "trainable_rows",
+    "wrap",
+]
+
+CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model with an adapter, what was decided, and for PiSSA the adapter's first values (else empty)."""
+
+    model: Any
+    decisions: tuple[str, ...]
+    initial: Mapping[str, torch.Tensor]
+
+
+def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool = False) -> Wrapped:
+    """Put an adapter over `model`; nothing but it (and what the flags add) is trainable afterwards.
+
+    `checkpointing`: activations will be computed again, so the frozen embedding must pass gradients on.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if lora.q_lora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
+        model.enable_input_require_grads()
+    if lora.lora_weight_path is not None:
+        wrapped = models.load_adapter(model, Path(lora.lora_weight_path), trainable=True)
+        _learn_in_float32(wrapped)
+        return Wrapped(wrapped, (f"continues {lora.lora_weight_path}", _share(wrapped)), {})
+    rows, reason = trainable_rows(model, tokenizer, lora.trainable_tokens)
+    if rows and _is_zero3() and not torch.cuda.is_available():
+        raise OptionError(
+            "--trainable_tokens with ZeRO-3 on a CPU: peft gathers the rows on a GPU only; give "
+            "--deepspeed finetune/ds_config_zero2.json, or --trainable_tokens none"
+        )
+    try:
+        wrapped = get_peft_model(model, lora_config(model, lora, rows))
+    except (ValueError, AttributeError) as error:
+        if "lora_dropout" in str(error):  # a layer's experts are one tensor here
+            raise OptionError(
+                f"--lora_dropout {lora.lora_dropout}: peft has no dropout before an adapter over experts; give"
+                " --lora_dropout 0"
+            ) from None
+        if isinstance(error, AttributeError):
+            raise OptionError(
+                f"--lora_init {lora.lora_init}: peft cannot take apart one of this model's layers ({error});"
+                " leave --lora_init out, or name plain layers with --lora_target_modules"
+            ) from None
+        raise OptionError(f"--lora_target_modules {' '.join(lora.lora_target_modules)}: {error}") from None
+    _learn_in_float32(wrapped)
+    initial = _adapter_tensors(wrapped) if lora.lora_init.startswith("pissa") else {}
+    ranks = [tensor.shape[0] for name, tensor in initial.items() if ".lora_A." in name]
+    if ranks and min(ranks) < lora.lora_r:
+        raise OptionError(
+            f"--lora_r {lora.lora_r} with --lora_init {lora.lora_init}: a layer here has only {min(ranks)} singular "
+            f"vectors; give --lora_r {min(ranks)} or less"
+        )
+    notes = [note for note in (reason, _experts_left_out(wrapped)) if note]
+    return Wrapped(wrapped, (*notes, _share(wrapped)), initial)
+
+
+def _learn_in_float32(model: Any) -> None:
+    """peft keeps what it adds in float32, but biases and whole layers that are trained as the base has them.
+
+    In bfloat16 an update below 1/256 of a value is lost, and fp16's scaler refuses such gradients. ZeRO keeps
+    float32 masters of its own.
+    """
+    for parameter in model.parameters():
+        half = parameter.dtype in (torch.bfloat16, torch.float16)
+        if parameter.requires_grad and half and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
+def _experts_left_out(model: Any) -> str:
+    """A line where a layer's experts are one tensor that no adapter reaches: `all-linear` means linear layers."""
+    sizes = [
+        getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and ".base_layer." not in name and ".lora_" not in name
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+    ]
+    return f"no adapter over the experts ({sum(sizes):,} parameters stay as they are)" if sizes else ""
+
+
+def lora_config(model: Any, lora: LoraArguments, rows: Sequence[int] = ()) -> Any:
+    """peft's LoraConfig from the flags. A lone target that is no layer's name is a regular expression."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=_targets(model, lora.lora_target_modules),
+        bias=lora.lora_bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.lora_init == "default" else lora.lora_init,
+        trainable_token_indices=_token_rows(model, rows),
+    )
+
+
+def _token_rows(model: Any, rows: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
+    """A head of its own has rows of its own: without them a new token would never be said."""
+    if not rows or model.config.tie_word_embeddings:
+        return list(rows) or None
+    return {"embed_tokens": list(rows), "lm_head": list(rows)}
+
+
+def _is_zero3() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def _targets(model: Any, given: Sequence[str]) -> str | list[str]:
+    if len(given) > 1:
+        return list(given)
+    if given[0] == "all-linear":
+        return given[0]
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    names = given[0].split(",")
+    return names if set(names) <= leaves else given[0]
+
+
+def trainable_rows(model: Any, tokenizer: Any, wanted: Sequence[str]) -> tuple[list[int], str]:
+    """Ids of the embedding rows that are trained too, and why.
+
+    A base model under LoRA never learns to stop unless the rows of its chat marks are trained. `auto` takes a
+    model for a base one where `<|im_end|>` is not among the tokens that end its generation.
+    """
+    if tuple(wanted) in ((), ("none",)):
+        return [], ""
+    known = tokenizer.get_vocab()
+    if tuple(wanted) != ("auto",):
+        unknown = [token for token in wanted if token not in known]
+        if unknown:
+            raise OptionError(f"--trainable_tokens {' '.join(unknown)}: not in the tokenizer's vocabulary")
+        return [known[token] for token in wanted], f"embedding rows of {' '.join(wanted)} are trained"
+    marks = [token for token in CHAT_MARKS if token in known]
+    if not marks or known.get(CHAT_MARKS[1]) in _end_tokens(model):
+        return [], ""
+    reason = (
+        f"embedding rows of {' '.join(marks)} are trained (a base model: it does not end on <|im_end|> yet)"
+    )
+    return [known[token] for token in marks], reason
+
+
+def _end_tokens(model: Any) -> set[int]:
+    configs = (getattr(model, "generation_config", None), model.config)
+    ends = [getattr(config, "eos_token_id", None) for config in configs]
+    return {token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None}
+
+
+def _share(model: Any) -> str:
+    """How much is trained. ZeRO-3 keeps a parameter's true size in `ds_numel`."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    return f"adapter: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
+def optimizer_groups(model: Any, rate: float, ratio: float, weight_decay: float) -> list[dict[str, Any]]:
+    """LoRA+ (arXiv 2402.12354): B learns `ratio` times faster than A and everything else."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in named if "lora_B" in name]
+    slow = [p for name, p in named if "lora_B" not in name and p.ndim > 1]
+    plain = [p for name, p in named if "lora_B" not in name and p.ndim <= 1]
+    groups = [
+        {"params": slow, "lr": rate, "weight_decay": weight_decay},
+        {"params": fast, "lr": rate * ratio, "weight_decay": weight_decay},
+        {"params": plain, "lr": rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------------------------------- save
+
+
+def save(
+    model: Any,
+    folder: Path,
+    *,
+    base: str,
+    initial: Mapping[str, torch.Tensor] | None = None,
+    state_dict: Tensors | None = None,
+) -> None:
+    """Write the adapter. `base` is the name that `--adapter` alone will load; PiSSA becomes a plain LoRA.
+
+    `state_dict`: gathered weights (ZeRO-3), else the model's own.
+    """
+    # The rows of single tokens are in the adapter; whole embeddings would be 27 % of a 0.5B model.
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    if initial:
+        _write_plain_lora(folder, config, initial)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
+
+
+def _write_plain_lora(folder: Path, config: dict[str, Any], initial: Mapping[str, torch.Tensor]) -> None:
+    """PiSSA trains B A over W - s B0 A0; over the untouched W that is a LoRA of rank 2r: s (B A - B0 A0)."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, first in initial.items():
+        if ".lora_A." in name or name.endswith(".lora_embedding_A"):
+            tensors[name] = torch.cat([tensors[name], first], dim=0)
+        elif ".lora_B." in name or name.endswith(".lora_embedding_B"):
+            tensors[name] = torch.cat([tensors[name], -first], dim=1)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
+    )
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+    config.update(r=2 * rank, lora_alpha=scale * 2 * rank, use_rslora=False, init_lora_weights=True)
+
+
+def _adapter_tensors(model: Any) -> Tensors:
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,210 @@
+"""From tokenised conversations to the rows of an optimizer step, and from a row to tensors.
+
+In: TokenisedData (`data[i]` -> the `Encoded` sequences of conversation i). Out: for the Trainer's DataLoader
+a batch sampler (WindowSampler), a dataset (Rows) and a collator (Collator). One optimizer step is a window of
+batch size x accumulation x ranks conversations; how a window is laid out in rows never changes its gradient.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from qwen_chat.errors import DataError, OptionError
+from qwen_chat.training.packing import LAYOUTS, Row, plan_rows
+
+IGNORED = -100  # a label that is not learnt
+
+
+class Encoded(Protocol):
+    """One training sequence: token ids and, for each, the label (-100: not learnt)."""
+
+    input_ids: Any
+    labels: Any
+
+
+class Conversations(Protocol):
+    """What token_cache.tokenise returns."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sequence[Encoded]: ...
+
+
+class WindowSampler:
+    """Batch sampler: yields `[Row]`, accumulation x ranks of them a window, micro-step first, rank second.
+
+    Deterministic in (seed, epoch), so every rank makes the same plan, and a resumed run skips to the same
+    place. accelerate then deals row i to rank i % ranks. `set_epoch` must be called before each epoch.
+    """
+
+    batch_size = 1  # a batch is one row
+    drop_last = False
+
+    def __init__(
+        self,
+        data: Conversations,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        ranks: int = 1,
+        max_length: int,
+        layout: str = "shared_prefix",
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise OptionError(f"--layout: '{layout}' is not one of {', '.join(LAYOUTS)}")
+        if len(data) == 0:
+            raise DataError("no conversation is left to learn from; see `python finetune/inspect_data.py`")
+        self.data = data
+        self.conversations_per_row = batch_size
+        self.accumulation = accumulation
+        self.ranks = ranks
+        self.max_length = max_length
+        self.layout = layout
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "WindowSampler":
+        """accelerate looks for `set_epoch` here."""
+        return self
+
+    @property
+    def window(self) -> int:
+        """Conversations in an optimizer step."""
+        return self.conversations_per_row * self.accumulation * self.ranks
+
+    @property
+    def windows(self) -> int:
+        """Optimizer steps in an epoch; the last one may have fewer conversations."""
+        return -(-len(self.data) // self.window)
+
+    def __len__(self) -> int:
+        return self.windows * self.accumulation * self.ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The conversations in the order in which an epoch sees them."""
+        if not self.shuffle:
+            return np.arange(len(self.data))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
+
+    def conversations(self, step: int) -> list[int]:
+        """The conversations of optimizer step `step`, counted from 0 over the whole run."""
+        epoch, window = divmod(step, self.windows)
+        return [int(i) for i in self.order(epoch)[window * self.window : (window + 1) * self.window]]
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        order = self.order(self.epoch)
+        for start in range(0, len(order), self.window):
+            for row in self.plan([int(i) for i in order[start : start + self.window]]):
+                yield [row]
+
+    def plan(self, conversations: Sequence[int]) -> list[Row]:
+        """Lay out one window."""
+        keys: list[bytes] = []
+        names: list[tuple[int, int]] = []
+        for conversation in conversations:
+            for number, encoded in enumerate(self.data[conversation]):
+                key = np.asarray(encoded.input_ids, dtype=np.int32).tobytes()
+                if len(key) > 4 * self.max_length:
+                    raise DataError(
+                        f"{_where(self.data, conversation)}: {len(key) // 4} tokens; expected at most"
+                        f" {self.max_length}; raise --model_max_length, or let --too_long drop or truncate it"
+                    )
+                keys.append(key)
+                names.append((conversation, number))
+        plans = plan_rows(
+            keys,
+            [conversation for conversation, _ in names],
+            layout=self.layout,
+            batch_size=self.conversations_per_row,
+            accumulation=self.accumulation,
+            ranks=self.ranks,
+            budget=self.conversations_per_row * self.max_length,
+        )
+        rows = []
+        for members, shared in plans:
+            lengths = tuple(len(keys[member]) // 4 for member in members)
+            pad_to = max(lengths, default=0) if self.layout == "padded" else 0
+            rows.append(Row(tuple(names[member] for member in members), lengths, shared, pad_to))
+        return rows
+
+    def longest_row(self, windows: int | None = None) -> int:
+        """The most tokens in any row of epoch 0's first `windows` windows; None reads all of the data."""
+        order = self.order(0)
+        starts = range(0, len(order), self.window)[:windows]
+        return max(
+            row.tokens
+            for start in starts
+            for row in self.plan([int(i) for i in order[start : start + self.window]])
+        )
+
+
+def _where(data: Conversations, conversation: int) -> str:
+    where = getattr(data, "where", None)
+    return str(where(conversation)) if where else f"conversation {conversation}"
+
+
+class Rows(Dataset[tuple[Row, list[Encoded]]]):
+    """The dataset behind a WindowSampler: a Row in, the row and its sequences out."""
+
+    def __init__(self, data: Conversations) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: Row) -> tuple[Row, list[Any]]:
+        return row, [self.data[conversation][number] for conversation, number in row.sequences]
+
+
+class Collator:
+    """One row to tensors.
+
+    input_ids, position_ids [1, T] · segments [S, 3] the attention layout (packing.py), a keyword of
+    model.forward · logits_to_keep [K] the positions whose logits are needed (one that several sequences
+    continue from may repeat) · shift_labels [1, K] what each of them should predict · labels: the same tensor
+    (the Trainer wants to see the name).
+    """
+
+    def __call__(self, items: Sequence[tuple[Row, list[Encoded]]]) -> dict[str, torch.Tensor]:
+        if len(items) != 1:
+            raise ValueError(
+                f"a batch is one row; found {len(items)}: use WindowSampler as the batch sampler"
+            )
+        row, sequences = items[0]
+        ids = np.zeros(row.tokens, dtype=np.int64)
+        positions = np.zeros(row.tokens, dtype=np.int64)
+        path = np.zeros(
+            max(row.lengths, default=0), dtype=np.int64
+        )  # where the last sequence's tokens lie in the row
+        keep, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        at = 0
+        for encoded, length, shared in zip(sequences, row.lengths, row.shared, strict=True):
+            own = length - shared
+            ids[at : at + own] = encoded.input_ids[shared:]
+            path[shared:length] = np.arange(at, at + own)
+            stored = row.pad_to or own
+            positions[at : at + stored] = np.arange(shared, shared + stored)
+            labels = np.asarray(encoded.labels)
+            learnt = np.flatnonzero(labels[1:] != IGNORED)
+            keep.append(path[learnt])
+            targets.append(labels[learnt + 1].astype(np.int64))
+            at += stored
+        labels_kept = torch.from_numpy(np.concatenate(targets))[None]
+        return {
+            "input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "segments": torch.tensor(row.segments(), dtype=torch.int64),
+            "logits_to_keep": torch.from_numpy(np.concatenate(keep)),
+            "labels": labels_kept,
+            "shift_labels": labels_kept,
+        }

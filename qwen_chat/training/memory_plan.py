@@ -1,0 +1,754 @@
+"""What a run needs, from config.json alone: parameters, memory of each rank, disk, steps.
+
+In: a model's config.json, a Run's flags, the longest row of the data. Out: a Need for each rank (weights,
+gradients, optimizer, activations, loss), the flags that fit this machine, and the disk that the run takes.
+
+The bytes a layer keeps for backward are counted from what autograd saves, tensor by tensor (`layer_bytes`);
+what libraries take by themselves was measured (`RUNTIME`). benchmarks/bench_memory.py holds the whole against
+measured peaks, docs/scale.md shows the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_chat import hardware
+from qwen_chat.cli.run_options import Run, read_deepspeed
+from qwen_chat.errors import ModelError
+
+Method = Literal["full", "lora", "qlora"]
+NumberType = Literal["float32", "bfloat16", "float16"]
+GIB = 2**30
+MIB = hardware.MIB
+
+# Measured on a CPU: the interpreter with torch, transformers and peft; DeepSpeed and its process group.
+RUNTIME = {"cpu": 640 * MIB, "cuda": 900 * MIB}
+DEEPSPEED = 200 * MIB
+LIVE = 10**9  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters of ds_config_zero3.json)
+# On a CPU, where weights come and go a layer at a time (4 bits, ZeRO-3): the holes that they leave in the heap, and
+# a share of the activations for those between them.
+HOLES = (560 * MIB, 0.16)
+CHUNK_BYTES = 256 * MIB  # of float32 logits at once (loss.py)
+ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
+# A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes that an optimizer keeps for a trained parameter, by its name in TrainingArguments.optim.
+MOMENTS = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 4.0, "lomo": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+# Model types whose parameters are counted; of any other nothing is guessed.
+COUNTED = ("qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "mixtral")
+MIXTURES = COUNTED[4:]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What config.json says of a Qwen2-, Qwen3-, Llama- or Mistral-like model, dense or a mixture of experts."""
+
+    kind: str
+    hidden: int = 0
+    inner: int = 0  # width of a dense layer's MLP
+    layers: int = 0
+    heads: int = 1
+    kv_heads: int = 1
+    head: int = 0  # width of one head
+    words: int = 0
+    tied: bool = False
+    biases: int = 0  # in one layer
+    norms: int = 0  # weights of norms in one layer
+    stored: int = 4  # bytes of a weight in the file
+    experts: int = 0  # in each sparse layer
+    chosen: int = 0  # of them for a token
+    expert: int = 0  # width of one
+    shared: int = 0  # width of the one that every token passes
+    sparse: frozenset[int] = frozenset()  # the layers that have experts
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Raises ModelError where a field that decides the size is missing."""
+        config = config.get("text_config") or config
+        kind = str(config.get("model_type", "?"))
+        if kind not in COUNTED:
+            return cls(kind)
+        try:
+            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            inner, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
+            words = int(config["vocab_size"])
+            mixture = _mixture(kind, config, layers) if kind in MIXTURES else {}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"config.json: {error} is missing or no number; expected a Qwen2-like model"
+            ) from None
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        # What transformers takes where the file says nothing.
+        head = int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        qkv, out, mlp = _biases(kind, config)
+        return cls(
+            kind=kind,
+            hidden=hidden,
+            inner=inner,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head=head,
+            words=words,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            biases=qkv * (heads + 2 * kv_heads) * head + out * hidden + mlp * (2 * inner + hidden),
+            norms=2 * hidden + (2 * head if kind in ("qwen3", "qwen3_moe") else 0),
+            stored=2 if dtype in ("bfloat16", "float16") else 4,
+            **mixture,
+        )
+
+    @property
+    def counted(self) -> bool:
+        """Whether this type's parameters are counted; else every size here is 0."""
+        return self.kind in COUNTED
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head
+
+    @property
+    def widest(self) -> int:
+        """Of the MLPs: how many values a token has between their matrices, its experts side by side."""
+        sparse = self.chosen * self.expert + self.shared if self.sparse else 0
+        return max(sparse, self.inner if len(self.sparse) < self.layers else 0)
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(in, out) of each linear layer of a block, by its name in the model; experts are not linear layers."""
+        hidden = self.hidden
+        found = {
+            "self_attn.q_proj": (hidden, self.query),
+            "self_attn.k_proj": (hidden, self.key),
+            "self_attn.v_proj": (hidden, self.key),
+            "self_attn.o_proj": (self.query, hidden),
+        }
+        prefix, inner = "mlp", self.inner
+        if layer in self.sparse:
+            prefix, inner = "mlp.shared_expert", self.shared
+            if not inner:
+                return found
+            found["mlp.shared_expert_gate"] = (hidden, 1)
+        return found | {
+            f"{prefix}.gate_proj": (hidden, inner),
+            f"{prefix}.up_proj": (hidden, inner),
+            f"{prefix}.down_proj": (inner, hidden),
+        }
+
+    def block(self, layer: int) -> int:
+        """Parameters of one layer."""
+        experts = self.experts * (3 * self.hidden * self.expert + self.hidden) if layer in self.sparse else 0
+        return experts + sum(a * b for a, b in self.linears(layer).values()) + self.biases + self.norms
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest layer."""
+        return max(self.block(layer) for layer in range(self.layers))
+
+    @property
+    def in_linears(self) -> int:
+        """Parameters that 4 bits hold in Q-LoRA: the linear layers' weights."""
+        return sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
+
+    @property
+    def embedding(self) -> int:
+        return self.words * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        blocks = sum(self.block(layer) for layer in range(self.layers))
+        return blocks + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token passes: of the experts only those chosen for it."""
+        return (
+            self.parameters - len(self.sparse) * (self.experts - self.chosen) * 3 * self.hidden * self.expert
+        )
+
+
+def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts, with what transformers takes where the file says nothing."""
+    if kind == "mixtral":
+        width, experts = int(config["intermediate_size"]), int(config.get("num_local_experts", 8))
+        every, dense, chosen = 1, frozenset[int](), int(config.get("num_experts_per_tok", 2))
+    else:
+        width = int(config["moe_intermediate_size"])
+        experts = int(config["num_experts" if "num_experts" in config else "num_local_experts"])
+        every, chosen = int(config.get("decoder_sparse_step", 1)), int(config["num_experts_per_tok"])
+        dense = frozenset(config.get("mlp_only_layers") or ())
+    shared = int(config["shared_expert_intermediate_size"]) if kind == "qwen2_moe" else 0
+    sparse = frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0)
+    found = {"experts": experts, "chosen": chosen, "expert": width, "shared": shared}
+    return {**found, "sparse": sparse if experts else frozenset()}
+
+
+def _biases(kind: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """Whether queries, keys and values, the attention's output, and the MLP have biases."""
+    if kind in ("qwen2", "qwen2_moe"):
+        return kind == "qwen2" or bool(config.get("qkv_bias", True)), False, False
+    attention = bool(config.get("attention_bias", False)) and kind not in ("mistral", "mixtral")
+    return attention, attention, kind == "llama" and bool(config.get("mlp_bias", False))
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the memory of one rank. `row`: tokens; `supervised`: of them learnt, in one row."""
+
+    method: Method = "full"
+    zero: int = 0
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    ranks: int = 1
+    ranks_here: int = 1
+    checkpointing: bool = False
+    row: int = 2048
+    supervised: int = 2048
+    device: Literal["cpu", "cuda"] = "cpu"
+    half: bool = False  # matrix products in bfloat16 or float16
+    lora_r: int = 64
+    lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_bias: str = "none"
+    dora: bool = False
+    lean: bool = False  # the layers of fused.py, which keep less
+    moments: float = 8.0  # bytes of optimizer state for a trained parameter
+
+
+def on_accelerator(run: Run) -> bool:
+    """Whether the run computes on an accelerator of this machine."""
+    return hardware.has_accelerator() and not run.extra.get("use_cpu")
+
+
+def number_type(run: Run) -> tuple[NumberType, list[str]]:
+    """What matrix products are computed in, for the plan and for the run; and the decision where there was one."""
+    asked = run.train.bf16
+    if run.train.fp16:
+        return "float16", ["computes in float16 (as asked)"]
+    if on_accelerator(run):
+        if hardware.gpu_has_bf16():
+            return ("float32" if asked is False else "bfloat16"), []
+        if run.method != "full" and asked is not False:
+            # Its base is read only, its own weights stay float32, and a loss scale keeps small gradients.
+            return "float16", [
+                "computes in float16 (this accelerator has no bfloat16); --bf16 False computes in float32"
+            ]
+        if asked:
+            return "float32", ["computes in float32 (bf16 was asked for; this accelerator has none)"]
+        return "float32", [
+            "computes in float32 (this accelerator has no bfloat16); --fp16 True takes less memory and time"
+        ]
+    if not asked:
+        return "float32", []
+    if not hardware.cpu_has_bf16():
+        return "float32", ["computes in float32 (bf16 was asked for; this CPU has no bfloat16 instructions)"]
+    if run.train.deepspeed is not None:
+        return "float32", ["computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"]
+    return "bfloat16", ["computes in bfloat16, weights stay float32 (as asked)"]
+
+
+def _rank(run: Run) -> int:
+    """The adapter's: its own where one is continued."""
+    if run.lora.lora_weight_path is None:
+        return run.lora.lora_r
+    try:
+        config = json.loads((Path(run.lora.lora_weight_path) / "adapter_config.json").read_text("utf-8"))
+        return int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.lora.lora_r  # what is wrong with it is said when it is loaded
+
+
+def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False) -> Setup:
+    """The Setup of a Run on this machine."""
+    cuda = on_accelerator(run)
+    half = number_type(run)[0] != "float32"
+    zero, offload_optimizer, offload_weights = 0, False, False
+    if run.train.deepspeed is not None:
+        block = read_deepspeed(run.train.deepspeed)[0].get("zero_optimization", {})
+        zero = int(block.get("stage", 0))
+        offload_optimizer = _offloads(block.get("offload_optimizer"))
+        offload_weights = _offloads(block.get("offload_param"))
+    optim = str(run.extra.get("optim", "adamw_torch"))
+    known = [size for name, size in MOMENTS.items() if name in optim]
+    return Setup(
+        method=run.method,
+        zero=zero,
+        offload_optimizer=offload_optimizer,
+        offload_weights=offload_weights,
+        ranks=ranks(),
+        ranks_here=ranks_here(),
+        checkpointing=checkpointing,
+        row=row,
+        supervised=supervised,
+        device="cuda" if cuda else "cpu",
+        half=half,
+        lora_r=_rank(run),
+        lora_dropout=run.lora.lora_dropout,
+        lora_targets=run.lora.lora_target_modules,
+        lora_bias=run.lora.lora_bias,
+        dora=run.lora.use_dora,
+        lean=not cuda and not half and zero != 3 and run.method != "qlora" and not run.lora.use_dora,
+        moments=known[0] if known else 2.0 if "8bit" in optim else 8.0,
+    )
+
+
+def ranks() -> int:
+    """Processes of the run: the launcher's word, or finetune.sh's while it checks before launching."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("FINETUNE_RANKS") or 1)
+
+
+def ranks_here() -> int:
+    """Those of them on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("FINETUNE_RANKS_HERE") or 1)
+
+
+def _offloads(block: Any) -> bool:
+    return isinstance(block, Mapping) and block.get("device", "none") != "none"
+
+
+def trainable(shape: Shape, setup: Setup) -> int:
+    """Parameters that learn (single trained token rows are not counted: they are a few kilobytes)."""
+    if setup.method == "full":
+        return shape.parameters
+    total = 0
+    for layer in range(shape.layers):
+        where = f"model.layers.{layer}"
+        for name, (width_in, width_out) in shape.linears(layer).items():
+            if _targeted(f"{where}.{name}", setup.lora_targets):
+                total += setup.lora_r * (width_in + width_out) + (width_out if setup.dora else 0)
+        if layer in shape.sparse:
+            total += setup.lora_r * _in_experts(shape, where, setup.lora_targets)
+    if setup.lora_bias != "none":
+        total += shape.layers * shape.biases
+    return total
+
+
+def _in_experts(shape: Shape, where: str, targets: tuple[str, ...]) -> int:
+    """Parameters of an adapter over a layer's experts for each of its ranks, as peft 0.21 makes it.
+
+    Its all-linear reaches the router and the experts of Qwen3's and Mixtral's mixtures, not Qwen2's; gate and up
+    are one tensor there, so both get an adapter over both.
+    """
+    if shape.kind == "qwen2_moe":
+        return 0
+    hidden, width, experts = shape.hidden, shape.expert, shape.experts
+    total = hidden + experts if targets == ("all-linear",) else 0
+    gate, up, down = ("w1", "w3", "w2") if shape.kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    for name, widths in ((gate, hidden + 2 * width), (up, hidden + 2 * width), (down, width + hidden)):
+        if _targeted(f"{where}.mlp.experts.{name}", targets):
+            total += experts * widths
+    return total
+
+
+def _targeted(name: str, targets: tuple[str, ...]) -> bool:
+    if targets == ("all-linear",):
+        return True
+    names = targets if len(targets) > 1 else tuple(targets[0].split(","))
+    if any(name == target or name.endswith(f".{target}") for target in names):
+        return True
+    try:
+        return len(targets) == 1 and re.fullmatch(targets[0], name) is not None
+    except re.error:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one rank's device at the peak; `host`: what offloading puts into main memory for this rank."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    runtime: int
+    load: int  # the peak while loading, and while saving: the step's may be lower
+    host: int
+
+    @property
+    def step(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.runtime
+
+    @property
+    def total(self) -> int:
+        return max(self.step, self.load)
+
+    def to_json(self) -> dict[str, int]:
+        names = ("parameters", "trainable", "weights", "gradients", "optimizer", "activations", "loss")
+        return {name: getattr(self, name) for name in (*names, "runtime", "load", "host", "total")}
+
+
+def need(shape: Shape, setup: Setup) -> Need:
+    """What one rank takes."""
+    learnt = trainable(shape, setup)
+    weights, gradients, optimizer, host = _states(shape, setup, learnt)
+    runtime = RUNTIME[setup.device] + (DEEPSPEED if setup.zero else 0)
+    file = shape.parameters * shape.stored
+    size = 2 if setup.half and setup.device == "cuda" else 4
+    load = runtime + (0 if setup.device == "cuda" else _load_peak(shape, setup, file, size))
+    return Need(
+        parameters=shape.parameters,
+        trainable=learnt,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations(shape, setup),
+        loss=_loss(shape, setup),
+        runtime=runtime,
+        load=load,
+        host=host,
+    )
+
+
+def in_main_memory(shape: Shape, setup: Setup) -> int:
+    """Bytes of main memory that a rank with a GPU takes: the model is loaded there first, and what is offloaded
+    stays. ZeRO-3 shares it out from the mapped file, 4 bits are made on the GPU.
+    """
+    if setup.device == "cpu":
+        return 0
+    half = setup.half and (setup.zero > 0 or setup.method != "full")
+    whole = 0 if setup.zero == 3 or setup.method == "qlora" else shape.parameters * (2 if half else 4)
+    return RUNTIME["cpu"] + max(whole, need(shape, setup).host)
+
+
+def _load_peak(shape: Shape, setup: Setup, file: int, size: int) -> int:
+    """Loading maps the file into memory and copies each weight out of it."""
+    if setup.method == "qlora":
+        return file + _four_bit_weights(shape)
+    return file + shape.parameters * size
+
+
+def _four_bit_weights(shape: Shape) -> int:
+    rest = shape.parameters - shape.in_linears
+    return int(NF4 * shape.in_linears) + 4 * rest
+
+
+def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int]:
+    """(weights, gradients, optimizer, of them on the host where they are offloaded)."""
+    split = setup.ranks if setup.zero >= 2 else 1
+    split_states = setup.ranks if setup.zero >= 1 else 1  # ZeRO-1 splits the optimizer alone
+    pure_half = setup.half and setup.device == "cuda" and (setup.zero > 0 or setup.method != "full")
+    size = 2 if pure_half else 4
+    frozen = shape.parameters if setup.method != "full" else 0
+    weights = _four_bit_weights(shape) if setup.method == "qlora" else size * frozen
+    own = 4 if setup.method != "full" and setup.zero == 0 else size  # an adapter's weights stay float32
+    weights += own * learnt
+    if setup.zero == 3:
+        gathered = size * _gathered(shape)
+        weights = weights // split + gathered
+    gradients = (own * learnt) // split
+    if setup.zero == 0 and setup.ranks > 1:
+        gradients *= 2  # DDP's buckets hold them once more
+    optimizer = int(setup.moments * learnt) // split_states
+    if setup.zero:
+        optimizer += 4 * learnt // split_states  # DeepSpeed's own float32 copy
+        if setup.zero == 2 and setup.device == "cpu":
+            gradients += 2 * own * learnt // split  # flattened for the step; gloo's copy of what is gathered
+    if not pure_half and setup.half:
+        weights += 2 * shape.parameters  # autocast keeps half-precision copies for the step
+    host = 0
+    if setup.device == "cuda" and setup.offload_optimizer:
+        host, optimizer = host + optimizer + gradients, 0
+    if setup.device == "cuda" and setup.offload_weights and setup.zero == 3:
+        kept = size * _gathered(shape)
+        host, weights = host + weights - kept, kept
+    return weights, gradients, optimizer, host
+
+
+def _gathered(shape: Shape) -> int:
+    """Weights that a rank holds whole under ZeRO-3: those in use, and as many of the others as may stay."""
+    return max(shape.embedding + 2 * shape.largest, min(shape.parameters, LIVE))
+
+
+def layer_bytes(shape: Shape, setup: Setup, *, sparse: bool = False) -> int:
+    """What one layer keeps of one token until backward, counted tensor by tensor."""
+    a = 2 if setup.half else 4
+    hidden, query, key = shape.hidden, shape.query, shape.key
+    inner = shape.shared if sparse else shape.inner
+    attention = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
+    # A norm keeps its float32 input and its output (what the linears read), where it learns the normalised
+    # input too. The MLP keeps gate, silu(gate), up and their product; fused it keeps gate and up.
+    norms = 2 * hidden * (4 + a)
+    normed = query + key if shape.kind in ("qwen3", "qwen3_moe") else 0  # queries and keys have norms too
+    attention += 4 * normed + (a * normed if setup.method == "full" and not setup.lean else 0)
+    mlp = (2 if setup.lean else 4) * a * inner
+    experts = _expert_bytes(shape, setup, a) if sparse else 0
+    if setup.method == "full":
+        return attention + norms + (0 if setup.lean else 2 * hidden * a) + mlp + experts + 8
+    lora = 7 * setup.lora_r * a
+    if setup.lora_dropout == 0:
+        return attention + norms + mlp + experts + lora + 8
+    # With dropout each adapted layer keeps its own input (after dropout) and the noise instead: of q, k, v,
+    # gate, up over `hidden`, of o over `query`, of down over `inner`.
+    noise = 1 if setup.device == "cuda" else a
+    dropped = (a + noise) * (5 * hidden + query + inner)
+    mlp -= 0 if setup.lean else a * inner
+    return attention + 2 * hidden * 4 + mlp + experts + dropped + lora + 8
+
+
+def _expert_bytes(shape: Shape, setup: Setup, a: int) -> int:
+    """What the experts chosen for one token keep: gate, silu(gate), up, the output; their input and product too
+    where they learn; the router's float32 shares, and which token went where.
+    """
+    learns = setup.method == "full" or _remade(shape, setup) > 0
+    each = a * (2 * shape.hidden + 4 * shape.expert if learns else shape.hidden + 3 * shape.expert) + 32
+    return shape.chosen * each + 8 * shape.experts + (a * (shape.hidden + 1) if shape.shared else 0)
+
+
+def _remade(shape: Shape, setup: Setup) -> int:
+    """Bytes of one layer's experts with their adapter: peft adds the two up and keeps the sum for backward."""
+    if setup.method == "full" or not shape.sparse:
+        return 0
+    if not _in_experts(shape, f"model.layers.{min(shape.sparse)}", setup.lora_targets):
+        return 0
+    return (2 if setup.half else 4) * 3 * shape.experts * shape.hidden * shape.expert
+
+
+def activations(shape: Shape, setup: Setup) -> int:
+    """What a row's forward keeps, and what backward adds while it walks through one layer."""
+    a = 2 if setup.half else 4
+    dense, sparse = layer_bytes(shape, setup), layer_bytes(shape, setup, sparse=True)
+    wide = len(shape.sparse)
+    walking = a * (3 * shape.widest + 2 * shape.hidden)
+    kept = wide * sparse + (shape.layers - wide) * dense
+    if setup.checkpointing:
+        kept = shape.layers * a * shape.hidden + max(
+            sparse if wide else 0, dense if wide < shape.layers else 0
+        )
+    total = setup.row * (kept + walking + a * shape.hidden)
+    # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).
+    total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else wide))
+    if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
+        total += HOLES[0] + int(HOLES[1] * total)
+    return total
+
+
+def _loss(shape: Shape, setup: Setup) -> int:
+    """Logits of one chunk, the hidden states' gradient, and the head's where it learns."""
+    chunk = min(CHUNK_BYTES, 4 * setup.supervised * shape.words)
+    logits = chunk * (1.5 if setup.half else 1.0)
+    head = 4 * shape.embedding if setup.method == "full" else 0
+    return int(logits) + 8 * setup.supervised * shape.hidden + head
+
+
+# -------------------------------------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a rank may fill, in bytes, and where that was seen; None, and why it is not known."""
+
+    free: int | None
+    where: str
+
+    def __str__(self) -> str:
+        if self.free is None:
+            return f"what is free is not known ({self.where})"
+        return f"{gib(self.free)} can be had of {self.where}"
+
+
+def room(setup: Setup) -> Room:
+    """The memory of one rank's device that is free now."""
+    if setup.device == "cuda":
+        free, where = hardware.gpu_free(setup.ranks_here)
+        return Room(None if free is None else int(ROOM * free), where)
+    return main_memory(setup.ranks_here)
+
+
+def main_memory(processes: int) -> Room:
+    """The share of each of so many processes of what main memory has free."""
+    free = int(ROOM * hardware.free_memory() / processes)
+    return Room(free, f"this machine's memory for {processes} process(es)")
+
+
+# -------------------------------------------------------------------------------------------------- verdict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether activations are computed again, the line to print, and why the run cannot be."""
+
+    checkpointing: bool
+    need: Need
+    row: int
+    line: str
+    refusal: str | None
+
+
+def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -> Verdict:
+    """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation."""
+    asked = run.train.gradient_checkpointing
+    if not shape.counted:
+        line = (
+            f"plan: none for a model of type {shape.kind!r}, whose parameters are not counted"
+            f" (counted: {', '.join(COUNTED)}); gradient checkpointing {'on' if asked else 'off'}"
+            f" ({'takes less memory' if asked == 'auto' else 'as asked'})"
+        )
+        return Verdict(bool(asked), Need(*[0] * 10), row, line, None)
+    setup = setup_of(run, row, supervised)
+    have = room(setup)
+    plain, again = need(shape, setup), need(shape, replace(setup, checkpointing=True))
+    tight = have.free is None or plain.total > have.free  # not known: the way that takes less
+    on = tight and again.total < plain.total if asked == "auto" else asked
+    wanted = again if on else plain
+    why = "as asked" if asked != "auto" else f"a row of {row:,} tokens keeps {gib(plain.activations)} without"
+    line = (
+        f"plan: {gib(wanted.total)} a process; {have}"
+        f" (weights {gib(wanted.weights)}, gradients {gib(wanted.gradients)}, optimizer"
+        f" {gib(wanted.optimizer)}, activations {gib(wanted.activations)}, loss {gib(wanted.loss)});"
+        f" gradient checkpointing {'on' if on else 'off'} ({why})"
+    )
+    refusal = None
+    if have.free is not None and wanted.total > have.free:
+        refusal = (
+            f"the run needs about {gib(wanted.total)} a process, {gib(have.free)} can be had"
+            f" ({have.where}); {_cure(run, shape, setup, have.free, longest)}, or --plan_anyway True to try"
+        )
+    if refusal is None and setup.device == "cuda":
+        refusal = _too_much_to_load(shape, setup)
+    return Verdict(bool(on), wanted, row, line, refusal)
+
+
+def _too_much_to_load(shape: Shape, setup: Setup) -> str | None:
+    """Why the ranks of this machine do not fit its main memory together, beside their GPUs."""
+    needed, have = in_main_memory(shape, setup), main_memory(setup.ranks_here)
+    if have.free is None or needed <= have.free:
+        return None
+    why, cure = "each loads the model there before it goes to the GPU", "load it once: ZeRO-3"
+    if need(shape, setup).host:
+        why, cure = "what is offloaded lies there", "offload less"
+    return (
+        f"the run needs about {gib(needed)} of main memory a process ({why}), {gib(have.free)} can be had"
+        f" ({have.where}); {cure}, start fewer processes on this machine, or --plan_anyway True to try"
+    )
+
+
+def _cure(run: Run, shape: Shape, setup: Setup, free: int, longest: int) -> str:
+    """What would fit: the same step in smaller rows, computing again, an adapter, more processes."""
+    batch, accumulation = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
+    can_checkpoint = run.train.gradient_checkpointing is False
+    for again in (setup.checkpointing, True):
+        for smaller in (b for b in range(batch - 1, 0, -1) if batch % b == 0):
+            rows = max(longest, -(-setup.row * smaller // batch))
+            row = replace(setup, row=rows, supervised=min(setup.supervised, rows), checkpointing=again)
+            if need(shape, row).total <= free:
+                flags = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps "
+                flags += str(accumulation * batch // smaller)
+                flags += " --gradient_checkpointing True" if again and can_checkpoint else ""
+                return f"the same step fits with {flags}"
+    again_setup = replace(setup, checkpointing=True, row=max(longest, setup.row // batch))
+    for method, flag in (("lora", "--use_lora True"), ("qlora", "--q_lora True")):
+        if method != setup.method and need(shape, replace(again_setup, method=method)).total <= free:  # type: ignore[arg-type]
+            return f"an adapter fits: {flag} --per_device_train_batch_size 1"
+    return "use a smaller model, a lower --model_max_length, or more processes with ZeRO-3"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def table(shape: Shape, setup: Setup, free: int) -> list[dict[str, Any]]:
+    """Every method x engine x checkpointing on this many ranks: its Need, and whether it fits in `free`."""
+    rows = []
+    for method in ("full", "lora", "qlora"):
+        for engine, stage, offload in _ENGINES:
+            if method == "qlora" and stage == 3:  # 4-bit weights cannot be split
+                continue
+            for again in (False, True):
+                one = replace(
+                    setup,
+                    method=method,  # type: ignore[arg-type]
+                    zero=stage,
+                    offload_optimizer=offload,
+                    offload_weights=offload and stage == 3,
+                    checkpointing=again,
+                )
+                found = need(shape, one)
+                rows.append(
+                    {"method": method, "engine": engine, "checkpointing": again}
+                    | {"fits": found.total <= free, **found.to_json()}
+                )
+    return rows
+
+
+_ENGINES = (
+    ("none", 0, False),
+    ("zero2", 2, False),
+    ("zero2+offload", 2, True),
+    ("zero3", 3, False),
+    ("zero3+offload", 3, True),
+)
+
+
+def recommend(rows: list[dict[str, Any]], method: str) -> dict[str, Any] | None:
+    """The first row that fits: of the method asked for, else of one that takes less; offloading last: it is slow."""
+    order = ("full", "lora", "qlora")
+    for offload in (False, True):
+        for wanted in order[order.index(method) :]:
+            for row in rows:
+                if row["fits"] and row["method"] == wanted and row["engine"].endswith("+offload") is offload:
+                    return row
+    return None
+
+
+# -------------------------------------------------------------------------------------- disk, steps, tokens
+
+
+def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
+    """One checkpoint: what is learnt and its optimizer; an adapter's does not carry the base."""
+    learnt = trainable(shape, setup)
+    size = 2 if setup.half and setup.zero and setup.device == "cuda" else 4
+    states = (4 + size) * learnt if setup.zero else 0  # DeepSpeed writes its own copy of the weights too
+    return int((size + setup.moments) * learnt) + states + 20 * MIB  # tokenizer, RNG states
+
+
+def result_bytes(shape: Shape, setup: Setup) -> int:
+    """What stays at the end beside the checkpoints."""
+    return 4 * trainable(shape, setup) + 20 * MIB
+
+
+def disk_needed(shape: Shape, run: Run) -> int:
+    """Bytes at the worst moment: a checkpoint is written before the oldest one is removed."""
+    if not shape.counted:
+        return 0  # not known; a full disk is told when it happens
+    setup = setup_of(run, 1, 1)
+    kept = 0 if run.train.save_strategy == "no" else (run.train.save_total_limit or 3) + 1
+    return result_bytes(shape, setup) + kept * checkpoint_bytes(shape, setup)
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that the disk under `folder` (which need not exist yet) has left."""
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(parent).free
+
+
+def steps_of(run: Run, conversations: int, ranks: int) -> int:
+    """Optimizer steps of the whole run."""
+    limit = int(run.extra.get("max_steps", -1))
+    if limit > 0:
+        return limit
+    window = run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps * ranks
+    return -int(-run.train.num_train_epochs * -(-conversations // window) // 1)

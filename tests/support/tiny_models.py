@@ -1,0 +1,141 @@
+"""Tiny models and data on which the training engine's exactness is tested."""
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from qwen_chat.training.batches import Collator, Rows, WindowSampler
+from qwen_chat.training.loss import ModelLoss
+
+VOCABULARY = 97
+# Bytes: chunks of seven tokens, so that every row has several and a short last one.
+SEVEN_TOKENS = 4 * VOCABULARY * 7
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+class Encoded(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]
+
+
+def tiny_model(
+    family: str,
+    *,
+    lora: bool = False,
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "qwen_chat",
+    tied: bool = True,
+) -> Any:
+    """Two layers, grouped queries, seeded; the same weights for the same arguments."""
+    from qwen_chat.training.attention import register
+
+    register()
+    torch.manual_seed(7)
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        attn_implementation=attention,
+    )
+    model = model_class(config).to(dtype)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first: then A would have no gradient to compare
+                torch.nn.init.normal_(parameter, std=0.1)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+def conversation(rng: random.Random, prefix: list[int], own: int, learnt: int | None = None) -> Encoded:
+    """`prefix`, then `own` random tokens, the last `learnt` of which are labels (default: half)."""
+    tokens = [rng.randrange(VOCABULARY) for _ in range(own)]
+    learnt = own // 2 if learnt is None else learnt
+    ids = prefix + tokens
+    return Encoded(ids, [-100] * (len(ids) - learnt) + ids[len(ids) - learnt :])
+
+
+def mixed_data(seed: int = 0) -> list[tuple[Encoded, ...]]:
+    """Prefixes of every kind: a shared system prompt, turns of one conversation, duplicates, loners."""
+    rng = random.Random(seed)
+    system = [rng.randrange(VOCABULARY) for _ in range(40)]
+    data: list[tuple[Encoded, ...]] = [(conversation(rng, system, 20 + i),) for i in range(4)]
+    turns = system + [rng.randrange(VOCABULARY) for _ in range(60)]
+    data.append(
+        (
+            conversation(rng, turns[:60], 9),
+            conversation(rng, turns[:80], 9),
+            conversation(rng, turns, 30),
+        )
+    )
+    data.append(data[0])  # the same conversation twice counts twice
+    data.append((conversation(rng, [], 33),))
+    data.append((conversation(rng, [], 5, learnt=0),))  # nothing to learn
+    data.append((Encoded(system, [-100] * 30 + system[30:]),))  # its labels lie inside the shared prefix
+    return data
+
+
+def reference(model: Any, data: list[tuple[Encoded, ...]]) -> tuple[float, torch.Tensor]:
+    """Every sequence alone, transformers' own loss over all logits: (sum of losses, all gradients)."""
+    model.zero_grad()
+    total = 0.0
+    for sequence in (sequence for sequences in data for sequence in sequences):
+        if all(label == -100 for label in sequence.labels):
+            continue
+        ids, labels = torch.tensor([sequence.input_ids]), torch.tensor([sequence.labels])
+        logits = model(input_ids=ids).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+        loss.backward()
+        total += loss.item()
+    return total, gradients(model)
+
+
+def gradients(model: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def engine(model, data, layout, batch_size, accumulation, chunk_bytes=SEVEN_TOKENS):
+    """One optimizer step's rows through the engine: (sum of losses, supervised tokens, gradients)."""
+    loss = ModelLoss(model, chunk_bytes=chunk_bytes)
+    sampler = WindowSampler(
+        data, batch_size=batch_size, accumulation=accumulation, max_length=200, layout=layout
+    )
+    model.zero_grad()
+    total, tokens, rows = 0.0, 0, Rows(data)
+    for batch in sampler:
+        result = loss(model, Collator()([rows[row] for row in batch]))
+        result.loss_sum.backward()
+        total += result.loss_sum.item()
+        tokens += result.tokens
+    loss.remove()
+    return total, tokens, gradients(model)
