@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks import peers
 from benchmarks.machine import where
-from qwen_chat import demo_model, errors, models
+from qwen_chat import demo_model, errors, files, models
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import OptionError, TrainingError
@@ -579,7 +579,7 @@ def open_work(folder: Path | None, base: Path, settings: Settings, texts: Mappin
     told = {"model": str(base), "weights": weights, "settings": asdict(settings)}
     told |= {name: digest(text) for name, text in texts.items()}
     identity = json.dumps(told, indent=1)
-    work = folder or demo_model.cache_dir() / "benchmarks" / "function_calling" / digest(identity)[:12]
+    work = folder or files.cache_dir() / "benchmarks" / "function_calling" / digest(identity)[:12]
     work.mkdir(parents=True, exist_ok=True)
     known = work / "of.json"
     if known.is_file() and known.read_text("utf-8") != identity:

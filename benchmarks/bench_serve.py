@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks import peers
 from benchmarks.machine import where
-from qwen_chat import demo_model, errors
+from qwen_chat import demo_model, errors, files
 from qwen_chat.errors import OptionError, ServiceError
 
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
@@ -170,9 +170,7 @@ def find_model(name: str) -> tuple[str, Path]:
     if name == "demo":
         return "demo", demo_model.ensure()
     if name == "0.5b":
-        return "0.5b", demo_model.build_once(
-            demo_model.cache_dir() / "bench" / "qwen2.5-0.5b-random", build_half_b
-        )
+        return "0.5b", files.build_once(files.cache_dir() / "bench" / "qwen2.5-0.5b-random", build_half_b)
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise OptionError(f"--model {name}: no model there; expected demo, 0.5b or a folder with config.json")
@@ -239,7 +237,7 @@ def prepare(
 
 def ours(folder: Path, *more: str) -> Callable[[int], list[str]]:
     script = str(ROOT / "fast_start" / "simple_try_create_service.py")
-    log = str(demo_model.cache_dir() / "bench" / "service.log")
+    log = str(files.cache_dir() / "bench" / "service.log")
     return lambda port: [
         sys.executable,
         script,
@@ -281,7 +279,7 @@ def llama_cpp(folder: Path, model_name: str) -> Callable[[int], list[str]]:
     if model_name != "demo":
         raise Unavailable("only the demo model has a GGUF file here")
     python = peers.python_of(LLAMA_CPP)
-    file = demo_model.build_once(demo_model.cache_dir() / "bench" / "smollm2-q8_0", build_q8_0) / "model.gguf"
+    file = files.build_once(files.cache_dir() / "bench" / "smollm2-q8_0", build_q8_0) / "model.gguf"
     return lambda port: [
         *(str(python), "-m", "llama_cpp.server", "--model", str(file), "--port", str(port)),
         *("--host", "127.0.0.1", "--n_ctx", "4096", "--n_threads", str(os.cpu_count() or 1)),
@@ -322,7 +320,7 @@ def serving(name: str, command: Callable[[int], list[str]], timeout: float) -> I
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    log = demo_model.cache_dir() / "bench" / f"{name}.out"
+    log = files.cache_dir() / "bench" / f"{name}.out"
     log.parent.mkdir(parents=True, exist_ok=True)
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_chat import demo_model
+from qwen_chat import files
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import ChatError
 
@@ -41,7 +41,7 @@ def python_of(packages: Sequence[str], *, remove: Sequence[str] = (), beside_our
 
     key = "\n".join([sys.version, str(beside_ours), *packages, *(f"-{name}" for name in remove)])
     name = f"{packages[0].partition('=')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    return demo_model.build_once(demo_model.cache_dir() / "peers" / name, build) / "bin" / "python"
+    return files.build_once(files.cache_dir() / "peers" / name, build) / "bin" / "python"
 
 
 def ours(*names: str) -> tuple[str, ...]:

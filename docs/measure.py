@@ -23,11 +23,13 @@ PACKAGE = ROOT / "qwen_chat"
 # Which rooms may import which: a room imports only rooms of earlier floors (and itself).
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("conversation", "console", "files", "hardware", "threads"),
+    ("conversation", "console", "hardware", "threads"),
+    ("files",),
     ("cli", "tools"),
     ("dialects",),
     ("chat",),
-    ("data", "models", "demo_model"),
+    ("data", "demo_model"),
+    ("models",),
     ("training", "inference"),
     ("service",),
     ("evaluation",),

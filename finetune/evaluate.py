@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import demo_model, errors, models
+from qwen_chat import errors, files, models
 from qwen_chat.cli import run_options
 from qwen_chat.cli.run_options import ModelArguments, option
 from qwen_chat.console import rank_zero
@@ -255,7 +255,7 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
         options.model_max_length,
     ]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    path = demo_model.cache_dir() / "evaluations" / f"{name}.jsonl"
+    path = files.cache_dir() / "evaluations" / f"{name}.jsonl"
     if options.fresh:
         path.unlink(missing_ok=True)
     return evaluation_run.Kept(path)
@@ -263,10 +263,10 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
 
 def identify(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file that makes the model what it is."""
-    files = sorted(
+    weights = sorted(
         f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin", ".jinja", ".txt")
     )
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
 
 
 def write_report(sides: list[Side], data: records.Records, options: EvaluateArguments) -> dict[str, Any]:

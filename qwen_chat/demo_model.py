@@ -11,25 +11,19 @@ wheel.
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen_chat import errors
-from qwen_chat.console import rank_zero
 from qwen_chat.errors import ModelError
+from qwen_chat.files import build_once, cache_dir
 
-SILENT_WAIT = 1.0  # seconds that a process waits for another's build without a word
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_RECIPE = "demo-2"  # raise it when _convert changes what it writes: an older folder is then not used
 VOCABULARY_RECIPE = "qwen-2"  # the same for _build_qwen
@@ -75,11 +69,6 @@ _ADDED: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {  # special, no
         (*_TEXT_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>"),
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Where everything downloaded goes: `$QWEN_CHAT_CACHE`, else `~/.cache/qwen_chat`. Not created here."""
-    return Path(os.environ.get("QWEN_CHAT_CACHE") or Path.home() / ".cache" / "qwen_chat").expanduser()
 
 
 def fetch_wheel_member(
@@ -155,66 +144,6 @@ def qwen_tokenizer_path(family: Family = "qwen2_5") -> Path:
         tiktoken_file = fetch_wheel_member(*DASHSCOPE_WHEEL[:4], member_sha256=DASHSCOPE_WHEEL[4])
         build_once(folder, lambda target: _build_qwen(tiktoken_file, family, target))
     return folder
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Make `folder` by calling `build(aside)`, then rename: whole or absent, whatever interrupts it.
-
-    A lock file keeps two processes from building the same folder; what a killed process left aside is
-    removed. Raises ModelError when the cache cannot be written.
-    """
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock"), folder):
-            if not folder.is_dir():  # another process may have built it while this one waited
-                _build_aside(folder, build)
-    except OSError as error:
-        raise ModelError(
-            f"{folder}: cannot be written ({error}); free some disk space there, or set QWEN_CHAT_CACHE"
-        ) from None
-    return folder
-
-
-def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
-    prefix = f".{folder.name}.partial-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is writing these
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        build(aside)
-        for path in [*aside.rglob("*"), aside]:  # some writers make private files; a cache may be shared
-            if not path.is_symlink():  # what a link points to is not ours to change
-                path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
-                _fsync(path)
-        aside.rename(folder)
-        _fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _lock(path: Path, made: Path) -> Iterator[None]:
-    with path.open("w") as handle:  # the kernel releases it with the process, however that ends
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = threading.Timer(SILENT_WAIT, rank_zero, [f"waiting for another process that makes {made}"])
-            said.daemon = True
-            said.start()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            said.cancel()
-        yield
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _download(package: str, version: str, folder: Path) -> Path:

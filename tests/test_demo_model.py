@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import demo_model
+from qwen_chat import demo_model, files
 from qwen_chat.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
         wheel.writestr("tiny_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("tiny_thing-1.0.dist-info/RECORD", "")
-    return demo_model.cache_dir()
+    return files.cache_dir()
 
 
 def wheel_hash(cache: Path) -> str:
@@ -54,9 +54,9 @@ def visible(folder: Path) -> list[str]:
 
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_CHAT_CACHE", "~/there")
-    assert demo_model.cache_dir() == Path.home() / "there"
+    assert files.cache_dir() == Path.home() / "there"
     monkeypatch.delenv("QWEN_CHAT_CACHE")
-    assert demo_model.cache_dir() == Path.home() / ".cache" / "qwen_chat"
+    assert files.cache_dir() == Path.home() / ".cache" / "qwen_chat"
 
 
 def test_a_member_is_fetched_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +92,10 @@ def test_a_killed_build_leaves_nothing_that_looks_built(cache: Path) -> None:
     """SIGKILL in the middle: the folder is absent, the next build removes the rest and succeeds."""
     folder = cache / "models" / "thing"
     code = (
-        "import sys, time; from pathlib import Path; from qwen_chat import demo_model\n"
+        "import sys, time; from pathlib import Path; from qwen_chat import files\n"
         "def build(aside):\n"
         "    (aside / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)\n"
-        f"demo_model.build_once(Path({str(folder)!r}), build)"
+        f"files.build_once(Path({str(folder)!r}), build)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -104,17 +104,17 @@ def test_a_killed_build_leaves_nothing_that_looks_built(cache: Path) -> None:
     assert not folder.exists()
     assert [Path(name).name for name in visible(cache)] == ["half"]
 
-    demo_model.build_once(folder, lambda aside: (aside / "whole").touch())
+    files.build_once(folder, lambda aside: (aside / "whole").touch())
     assert visible(cache) == ["models/thing/whole"]
 
 
 def test_processes_that_ask_at_once_build_once(cache: Path) -> None:
     folder = cache / "models" / "thing"
     code = (
-        "import os, time; from pathlib import Path; from qwen_chat import demo_model\n"
+        "import os, time; from pathlib import Path; from qwen_chat import files\n"
         "def build(aside):\n"
         "    time.sleep(0.5); (aside / str(os.getpid())).touch()\n"
-        f"demo_model.build_once(Path({str(folder)!r}), build)"
+        f"files.build_once(Path({str(folder)!r}), build)"
     )
     children = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
     assert [child.wait() for child in children] == [0, 0, 0]
@@ -124,13 +124,13 @@ def test_processes_that_ask_at_once_build_once(cache: Path) -> None:
 def test_a_wait_for_another_processs_build_is_said(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo_model, "SILENT_WAIT", 0.01)
+    monkeypatch.setattr(files, "SILENT_WAIT", 0.01)
     folder = cache / "tokens" / "thing"
     folder.parent.mkdir(parents=True)
     said = ""
     with (folder.parent / ".thing.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=demo_model.build_once, args=(folder, lambda aside: None))
+        waiting = threading.Thread(target=files.build_once, args=(folder, lambda aside: None))
         waiting.start()
         end = time.monotonic() + 30
         while not said and time.monotonic() < end:
@@ -138,7 +138,7 @@ def test_a_wait_for_another_processs_build_is_said(
             said = capsys.readouterr().err
     waiting.join()
     assert said == f"waiting for another process that makes {folder}\n"
-    demo_model.build_once(cache / "tokens" / "other", lambda aside: None)  # nobody to wait for: not a word
+    files.build_once(cache / "tokens" / "other", lambda aside: None)  # nobody to wait for: not a word
     assert folder.is_dir() and capsys.readouterr().err == ""
 
 
@@ -279,6 +279,6 @@ def test_what_a_link_in_a_built_folder_points_to_keeps_its_mode(tmp_path: Path) 
         (aside / "own").write_text("ours")
         (aside / "own").chmod(0o600)
 
-    folder = demo_model.build_once(tmp_path / "built", build)
+    folder = files.build_once(tmp_path / "built", build)
     assert outside.stat().st_mode & 0o777 == 0o711
     assert (folder / "own").stat().st_mode & 0o777 == 0o644

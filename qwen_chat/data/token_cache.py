@@ -48,9 +48,9 @@ import numpy.typing as npt
 from qwen_chat import hardware
 from qwen_chat.conversation import Conversation, Message
 from qwen_chat.data.records import Records
-from qwen_chat.demo_model import build_once
-from qwen_chat.demo_model import cache_dir as default_cache_dir
 from qwen_chat.errors import DataError, FormatError, OutputError, Problem
+from qwen_chat.files import build_once
+from qwen_chat.files import cache_dir as default_cache_dir
 
 TooLong = Literal["drop", "truncate", "error"]
 TrainOn = Literal["all", "last", "everything"]

@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_chat.demo_model import cache_dir
 from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
+from qwen_chat.files import cache_dir
 
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
