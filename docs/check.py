@@ -1,4 +1,4 @@
-"""Do the documents tell the truth? Links, paths, commands and flags are held against the checkout.
+"""Do the documents tell the truth? Links, paths, commands and flags are held against the checkout; lines end in time.
 
 In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when there is none, 1 otherwise.
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # run from a checkout
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|tests|docs)/[\w./*-]+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
 MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
 Fault = str
 
@@ -107,15 +108,21 @@ def known_flags_of_finetune() -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
 
 
+def long_lines(page: Path) -> Iterator[Fault]:
+    """Lines of text or code over LONGEST_LINE characters."""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if len(line) > LONGEST_LINE and not line.startswith("|"):
+            yield f"line {number} has {len(line)} characters; wrap it at {LONGEST_LINE}"
+
+
 def unequal_languages() -> Iterator[Fault]:
     """The Chinese page must show the same commands as the English one, in the same order."""
     for chinese in sorted([*ROOT.glob("*.zh-CN.md"), *ROOT.glob("docs/*.zh-CN.md")]):
         english = chinese.with_name(chinese.name.replace(".zh-CN", ""))
         ours, theirs = commands(english), commands(chinese)
         for a, b in zip(ours, theirs, strict=False):
-            if re.sub(r'"[^"]*"', '""', a) != re.sub(
-                r'"[^"]*"', '""', b
-            ):  # a question may be in either language
+            # A question may be in either language.
+            if re.sub(r'"[^"]*"', '""', a) != re.sub(r'"[^"]*"', '""', b):
                 yield f"{chinese.relative_to(ROOT)}: `{b}` where {english.name} has `{a}`"
                 break
         else:
@@ -166,7 +173,7 @@ def faults() -> list[Fault]:
     found = [
         f"{page.relative_to(ROOT)}: {fault}"
         for page in documents()
-        for check in (broken_links, missing_paths, unknown_flags)
+        for check in (broken_links, missing_paths, unknown_flags, long_lines)
         for fault in check(page)
     ]
     return [*found, *unequal_languages(), *unnamed_modules(), *stale_tables()]

@@ -45,6 +45,12 @@ def test_a_false_link_path_and_flag_are_noticed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_long_line_is_noticed_and_a_table_s_row_is_not(tmp_path: Path) -> None:
+    page = tmp_path / "long.md"
+    page.write_text("a" * 120 + "\n" + "长" * 121 + "\n| " + "b" * 200 + " |\n", encoding="utf-8")
+    assert list(check.long_lines(page)) == ["line 2 has 121 characters; wrap it at 120"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_can_be_given(command: str) -> None:
     words = shlex.split(command)
