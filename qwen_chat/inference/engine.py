@@ -45,20 +45,6 @@ from qwen_chat.threads import apart
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
-__all__ = [
-    "Completion",
-    "Engine",
-    "EngineBusy",
-    "EngineStats",
-    "EngineStopped",
-    "Generation",
-    "PromptTooLong",
-    "TokenEvent",
-    "TokenLogprob",
-    "load_engine",
-]
-
-
 LOGGER = logging.getLogger(__name__)
 
 
@@ -70,10 +56,6 @@ class PromptTooLong(ServiceError):
         super().__init__(
             f"the prompt has {prompt_tokens} tokens; the context holds {context}, reply included; shorten it"
         )
-
-
-class EngineBusy(ServiceError):
-    """The queue is full."""
 
 
 class EngineStopped(ServiceError):
@@ -148,7 +130,6 @@ class Engine:
     Args:
         model: a transformers causal model (qwen2, qwen3, llama), or a Decoder that was made of one.
         max_batch: requests that run at once; further ones wait.
-        max_queue: requests that may wait; beyond it `submit` raises EngineBusy. None = no bound.
         kv_tokens: tokens that running requests may hold together; None = what fits the free memory.
         cache_tokens: tokens that the prefix cache may hold, at most an eighth of the free memory; 0 = off.
         prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
@@ -167,7 +148,6 @@ class Engine:
         fmt: ChatFormat | None = None,
         quantize: str | None = None,
         max_batch: int = 32,
-        max_queue: int | None = None,
         kv_tokens: int | None = None,
         cache_tokens: int = 16_384,
         prefill_tokens: int = 128,
@@ -181,7 +161,7 @@ class Engine:
         self.decoder = model if isinstance(model, Decoder) else Decoder(model, quantize=quantize)
         self.tokenizer = tokenizer
         self.decisions = tuple(decisions)
-        self.max_batch, self.max_queue = max_batch, max_queue
+        self.max_batch = max_batch
         self.prefill_tokens = prefill_tokens
         self.on_failure = on_failure
         self.failure: BaseException | None = None
@@ -321,7 +301,7 @@ class Engine:
         return ModelError(f"no adapter is called {name!r}; loaded: {', '.join(self._adapters) or 'none'}")
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request; returns at once. Raises PromptTooLong, EngineBusy, EngineStopped, ToolError (its
+        """Queue a request; returns at once. Raises PromptTooLong, EngineStopped, ToolError (its
         grammar) or ModelError (its adapter)."""
         generation = Generation(request, self._notify)
         row = self._row(generation)
@@ -330,8 +310,6 @@ class Engine:
                 raise EngineStopped(
                     "the engine is not running" + (f" ({self.failure})" if self.failure else "")
                 )
-            if self.max_queue is not None and len(self._waiting) >= self.max_queue:
-                raise EngineBusy(f"{len(self._waiting)} requests wait already; try again later")
             self._waiting.append(row)
             self._counts["requests"] += 1
             self._wakeup.notify_all()

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -28,12 +28,14 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from qwen_chat.conversation import Json
 from qwen_chat.errors import ChatError, ModelError, ToolError
-from qwen_chat.inference.engine import Engine, EngineBusy, EngineStopped, Generation, PromptTooLong
+from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong
+from qwen_chat.inference.events import Generation
 from qwen_chat.inference.grammar import GrammarLate
 from qwen_chat.inference.sampling import GenerationRequest
 from qwen_chat.service import protocol
-from qwen_chat.service.errors import Refusal, bad_value, from_validation, too_long, unknown_model
+from qwen_chat.service.errors import APIError, bad_value, from_validation, too_long, unknown_model
 from qwen_chat.service.metrics import CONTENT_TYPE, Metrics
 from qwen_chat.service.middleware import Gate, Journal, Record, read_json, refusal_response
 from qwen_chat.service.prepare import Job, SamplingDefaults, Served, chat_job, chat_prompt_ids, completion_job
@@ -41,7 +43,6 @@ from qwen_chat.service.request_log import RequestLog
 from qwen_chat.service.respond import Delivery, Work
 from qwen_chat.service.workers import Workers
 
-Json = dict[str, Any]
 BodyT = TypeVar("BodyT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
 
@@ -99,7 +100,7 @@ def create_app(
     service = Service(engine, settings or ServiceSettings(), log, manage_adapters=bool(api_keys))
     app = FastAPI(title="qwen_chat", version="1", docs_url=None, redoc_url=None, lifespan=service.lifespan)
     _add_routes(app, service)
-    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(APIError, _on_refusal)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Gate, api_keys=api_keys, hosts=hosts, origins=cors_origins)
     app.add_middleware(Journal, write=service.write_log, count=service.count_request, paths=PATHS)
@@ -124,11 +125,11 @@ class Admission:
 
     def take(self, count: int) -> Callable[[bool], None]:
         """Take `count` places; returns what gives them back, told whether the request was served. Raise
-        Refusal 429 where there are too few."""
+        APIError 429 where there are too few."""
         if count > self.places:
             raise bad_value("n", f"Invalid 'n': {count} choices never fit the queue of {self.places}.")
         if self.taken + count > self.places:
-            raise Refusal(
+            raise APIError(
                 429,
                 f"Too many requests: {self.taken} of {self.places} places are taken. Try again later.",
                 code="rate_limit_exceeded",
@@ -277,7 +278,7 @@ class Service:
         if name in (self.settings.model_name, ANY_MODEL, *self.engine.adapters):
             raise bad_value("lora_name", f"Invalid 'lora_name': '{name}' is loaded already; unload it first.")
         if name in self._loading:
-            raise Refusal(
+            raise APIError(
                 409,
                 f"The adapter '{name}' is being loaded by another request; GET /v1/models shows when it is there.",
                 param="lora_name",
@@ -314,7 +315,7 @@ class Service:
 
     def _check_manager(self) -> None:
         if not self.manage_adapters:
-            raise Refusal(
+            raise APIError(
                 403,
                 "Adapters are loaded through the API only where it has a key.",
                 code="adapters_not_managed",
@@ -410,7 +411,7 @@ class Service:
         self._check_ready()
         if self._intake.stuck_seconds() > self.settings.prepare_seconds:
             text = "Requests have not been prepared for too long; try again."
-            raise Refusal(503, text, code="intake_stuck", retry_after=10)
+            raise APIError(503, text, code="intake_stuck", retry_after=10)
         return _json(protocol.Health(status="ok"))
 
     async def scrape(self, request: Request) -> Response:
@@ -428,7 +429,7 @@ class Service:
 
     def _check_ready(self) -> None:
         if not self.engine.is_running:
-            raise Refusal(
+            raise APIError(
                 503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1
             )
 
@@ -489,7 +490,7 @@ class Service:
             if undo is not None:
                 running.add_done_callback(lambda done: _undo(done, undo))
             if isinstance(error, TimeoutError):
-                raise Refusal(
+                raise APIError(
                     503, "Preparing the request took too long; try again.", code="overloaded", retry_after=10
                 ) from None
             raise
@@ -507,15 +508,17 @@ def _cancel(generations: Sequence[Generation]) -> None:
 
 def _engine_refusal(error: BaseException) -> BaseException:
     if isinstance(error, ToolError):
-        return Refusal(400, f"Invalid schema: {error}.", code="invalid_value")
+        return APIError(400, f"Invalid schema: {error}.", code="invalid_value")
     if isinstance(error, PromptTooLong):
         return too_long(error.context, error.prompt_tokens, None)
     if isinstance(error, ModelError):  # unloaded a moment ago
-        return Refusal(404, "The model does not exist any more.", param="model", code="model_not_found")
-    if isinstance(error, EngineStopped | EngineBusy):
-        return Refusal(503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1)
+        return APIError(404, "The model does not exist any more.", param="model", code="model_not_found")
+    if isinstance(error, EngineStopped):
+        return APIError(
+            503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1
+        )
     if isinstance(error, GrammarLate):
-        return Refusal(503, f"The request was not prepared: {error}.", code="overloaded", retry_after=10)
+        return APIError(503, f"The request was not prepared: {error}.", code="overloaded", retry_after=10)
     return error
 
 
@@ -528,7 +531,7 @@ def _json(answer: protocol.Answer) -> Response:
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+    assert isinstance(error, APIError)
     _record(request).error = error.code or error.type
     return refusal_response(error)
 
@@ -542,7 +545,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     }
     text, code = texts.get(error.status_code, (str(error.detail), None))
     _record(request).error = code
-    response = refusal_response(Refusal(error.status_code, text, code=code))
+    response = refusal_response(APIError(error.status_code, text, code=code))
     response.headers.update(error.headers or {})
     return response
 
@@ -624,7 +627,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "POST",
         "/v1/completions",
         service.complete,
-        protocol.Completion,
+        protocol.TextCompletion,
         body=protocol.CompletionRequest,
         statuses=busy,
         content=stream,

@@ -12,30 +12,28 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from qwen_chat.dialects.reader import Delta as ParsedDelta
-from qwen_chat.dialects.reader import StreamParser
-from qwen_chat.inference.engine import TokenEvent
-from qwen_chat.inference.engine import TokenLogprob as Taken
+from qwen_chat.dialects.reader import Delta, StreamParser
+from qwen_chat.inference.events import TokenEvent, TokenLogprob
 from qwen_chat.service.protocol import (
     Answer,
     Call,
     CallDelta,
+    ChatChoice,
     ChatChunk,
     ChatCompletion,
-    Choice,
     ChunkChoice,
-    Completion,
+    ChunkDelta,
     CompletionChoice,
     CompletionLogprobs,
-    Delta,
-    FinishReason,
     Function,
     Logprobs,
     PromptDetails,
     ReplyMessage,
-    TokenLogprob,
+    TextCompletion,
     TopLogprob,
     Usage,
+    WireFinish,
+    WireLogprob,
 )
 
 CUT_OFF = ("length", "deadline")  # the engine's reasons for an answer that might have gone on
@@ -73,7 +71,7 @@ class _ChatChoice:
     calls: int = 0
     one_too_many: bool = False  # a second call began where one is allowed
     finished: bool = False
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is still held back
+    logprobs: list[WireLogprob] = field(default_factory=list)  # of tokens whose text is still held back
 
 
 class ChatAssembly:
@@ -108,7 +106,7 @@ class ChatAssembly:
 
     def opening(self) -> list[Answer]:
         return [
-            self._chunk(k, Delta(role="assistant", content="", refusal=None))
+            self._chunk(k, ChunkDelta(role="assistant", content="", refusal=None))
             for k in range(len(self._choices))
         ]
 
@@ -121,7 +119,7 @@ class ChatAssembly:
         chunks = [self._piece(choice, delta) for delta in self._read(state, event.text)]
         if state.one_too_many:
             state.finished = True
-            chunks.append(self._chunk(choice, Delta(), self._finish_reason(state, "stop")))
+            chunks.append(self._chunk(choice, ChunkDelta(), self._finish_reason(state, "stop")))
         elif event.finish_reason is not None:
             chunks += self._finish(choice, event.finish_reason)
         return chunks
@@ -144,25 +142,25 @@ class ChatAssembly:
         """What was answered, for the log."""
         return "\n".join(fold.content for fold in self._folds)
 
-    def _read(self, state: _ChatChoice, text: str) -> list[Delta]:
+    def _read(self, state: _ChatChoice, text: str) -> list[ChunkDelta]:
         if state.parser is None:
-            return [Delta(content=text)] if text else []
+            return [ChunkDelta(content=text)] if text else []
         return self._deltas(state, state.parser.feed(text))
 
-    def _deltas(self, state: _ChatChoice, parsed: Sequence[ParsedDelta]) -> list[Delta]:
+    def _deltas(self, state: _ChatChoice, parsed: Sequence[Delta]) -> list[ChunkDelta]:
         deltas = []
         for piece in parsed:
             if piece.content:
-                deltas.append(Delta(content=piece.content))
+                deltas.append(ChunkDelta(content=piece.content))
             if piece.reasoning:
-                deltas.append(Delta(reasoning_content=piece.reasoning))
+                deltas.append(ChunkDelta(reasoning_content=piece.reasoning))
             if piece.name is not None and not self._parallel and state.calls == 1:
                 state.one_too_many = True  # one call was allowed, and it is whole
                 break
             deltas += self._call_deltas(state, piece)
         return deltas
 
-    def _call_deltas(self, state: _ChatChoice, piece: ParsedDelta) -> list[Delta]:
+    def _call_deltas(self, state: _ChatChoice, piece: Delta) -> list[ChunkDelta]:
         index = piece.index if piece.index is not None else state.calls - 1
         deltas = []
         if piece.name is not None:
@@ -173,10 +171,10 @@ class ChatAssembly:
                 type="function",
                 function=Function(name=piece.name, arguments=""),
             )
-            deltas.append(Delta(tool_calls=[begun]))
+            deltas.append(ChunkDelta(tool_calls=[begun]))
         if piece.arguments:
             more = CallDelta(index=index, function=Function(arguments=piece.arguments))
-            deltas.append(Delta(tool_calls=[more]))
+            deltas.append(ChunkDelta(tool_calls=[more]))
         return deltas
 
     def _finish(self, choice: int, reason: str) -> list[Answer]:
@@ -184,24 +182,28 @@ class ChatAssembly:
         held_back = self._deltas(state, state.parser.finish()) if state.parser is not None else []
         chunks = [self._piece(choice, delta) for delta in held_back]
         if state.logprobs:
-            chunks.append(self._piece(choice, Delta(content="")))
+            chunks.append(self._piece(choice, ChunkDelta(content="")))
         state.finished = True
-        return [*chunks, self._chunk(choice, Delta(), self._finish_reason(state, reason))]
+        return [*chunks, self._chunk(choice, ChunkDelta(), self._finish_reason(state, reason))]
 
-    def _finish_reason(self, state: _ChatChoice, reason: str) -> FinishReason:
+    def _finish_reason(self, state: _ChatChoice, reason: str) -> WireFinish:
         if reason in CUT_OFF:
             return "length"
         cut = state.parser is not None and state.parser.cut  # by a stop string of the client's
         return "tool_calls" if state.calls and self._mode != "named" and not cut else "stop"
 
-    def _piece(self, choice: int, delta: Delta) -> Answer:
+    def _piece(self, choice: int, delta: ChunkDelta) -> Answer:
         """A chunk with the log probabilities of all tokens since the last one."""
         state = self._choices[choice]
         taken, state.logprobs = state.logprobs, []
         return self._chunk(choice, delta, logprobs=Logprobs(content=taken, refusal=None) if taken else None)
 
     def _chunk(
-        self, choice: int, delta: Delta, reason: FinishReason | None = None, logprobs: Logprobs | None = None
+        self,
+        choice: int,
+        delta: ChunkDelta,
+        reason: WireFinish | None = None,
+        logprobs: Logprobs | None = None,
     ) -> Answer:
         part = ChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=reason)
         self._folds[choice].add(part)
@@ -218,8 +220,8 @@ class _ChatFold:
         self.content = ""
         self.reasoning = ""
         self.calls: list[Call] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.reason: FinishReason | None = None
+        self.logprobs: list[WireLogprob] = []
+        self.reason: WireFinish | None = None
 
     def add(self, chunk: ChunkChoice) -> None:
         self.content += chunk.delta.content or ""
@@ -230,13 +232,13 @@ class _ChatFold:
             self.logprobs += chunk.logprobs.content or ()
         self.reason = chunk.finish_reason or self.reason
 
-    def choice(self, index: int, with_logprobs: bool) -> Choice:
+    def choice(self, index: int, with_logprobs: bool) -> ChatChoice:
         message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
         if self.calls:
             message |= {"content": self.content or None, "tool_calls": self.calls}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
-        return Choice(
+        return ChatChoice(
             index=index,
             message=ReplyMessage(**message),
             logprobs=Logprobs(content=self.logprobs, refusal=None) if with_logprobs else None,
@@ -295,13 +297,13 @@ class TextAssembly:
         part = CompletionChoice(index=choice, text=event.text, logprobs=logprobs, finish_reason=reason)
         self._parts[choice].append(part)
         extra: dict[str, Any] = {"usage": None} if self._counts_usage else {}
-        return [Completion(**self._head, choices=[part], **extra)]
+        return [TextCompletion(**self._head, choices=[part], **extra)]
 
     def is_done(self, choice: int) -> bool:
         return self._finished[choice]
 
     def usage(self, usage: Usage) -> Answer:
-        return Completion(**self._head, choices=[], usage=usage)
+        return TextCompletion(**self._head, choices=[], usage=usage)
 
     def whole(self, usage: Usage) -> Answer:
         choices = [
@@ -313,7 +315,7 @@ class TextAssembly:
             )
             for k, parts in enumerate(self._parts)
         ]
-        return Completion(**self._head, choices=choices, usage=usage)
+        return TextCompletion(**self._head, choices=choices, usage=usage)
 
     def text(self) -> str:
         """What was answered, for the log."""
@@ -335,7 +337,7 @@ class TextAssembly:
         )
 
 
-def _text_reason(reason: str | None) -> FinishReason | None:
+def _text_reason(reason: str | None) -> WireFinish | None:
     return None if reason is None else "length" if reason in CUT_OFF else "stop"
 
 
@@ -354,10 +356,10 @@ def _joined(parts: Sequence[CompletionLogprobs | None]) -> CompletionLogprobs | 
 # --- both ----------------------------------------------------------------------------------------
 
 
-def token_logprobs(event: TokenEvent, end_tokens: Collection[int]) -> list[TokenLogprob]:
+def token_logprobs(event: TokenEvent, end_tokens: Collection[int]) -> list[WireLogprob]:
     """The log probabilities of an event's tokens in OpenAI's shape."""
     return [
-        TokenLogprob(**_named(taken), top_logprobs=[TopLogprob(**_named(top)) for top in taken.top])
+        WireLogprob(**_named(taken), top_logprobs=[TopLogprob(**_named(top)) for top in taken.top])
         for taken in event.logprobs
         if taken.token_id not in end_tokens
     ]
@@ -373,6 +375,6 @@ def usage_of(prompt: int, cached: int, completion: int) -> Usage:
     )
 
 
-def _named(taken: Taken) -> dict[str, Any]:
+def _named(taken: TokenLogprob) -> dict[str, Any]:
     """JSON has no infinity: OpenAI writes -9999.0 for a token that cannot be."""
     return {"token": taken.token, "logprob": max(taken.logprob, -9999.0), "bytes": list(taken.raw)}

@@ -1,6 +1,6 @@
 """A client's JSON Schema: is it one, is it small enough, and what of it decoding can be bound to.
 
-In: schemas of tools and of `response_format`, as they came. Out: nothing, or a Refusal that names the parameter;
+In: schemas of tools and of `response_format`, as they came. Out: nothing, or a APIError that names the parameter;
 and for a tool that is not strict, the part of its schema that a grammar holds. What a schema comes to is
 remembered by its content: an agent sends the same tools with each request.
 """
@@ -14,10 +14,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_chat.service.errors import Refusal, bad_value
+from qwen_chat.conversation import Json
+from qwen_chat.service.errors import APIError, bad_value
 from qwen_chat.tools.validate import is_everyday
 
-Json = dict[str, Any]
 Problem = tuple[str, str]  # a sentence with {param} in it, and OpenAI's code
 
 SCHEMA_DEPTH = 24  # nesting of a JSON Schema
@@ -84,7 +84,7 @@ def check_schemas(schemas: Sequence[tuple[str, Json, bool]]) -> None:
             raise _refusal(param, problem)
 
 
-def _refusal(param: str, problem: Problem) -> Refusal:
+def _refusal(param: str, problem: Problem) -> APIError:
     return bad_value(param, f"Invalid schema for '{param}': {problem[0]}.", problem[1])
 
 

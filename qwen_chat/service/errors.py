@@ -1,19 +1,18 @@
 """A request that is turned down: one exception, told the way OpenAI tells it.
 
 In: what was wrong (a status and a sentence, or pydantic's list of errors).
-Out: `Refusal`, whose `body()` is `{"error": {"message", "type", "param", "code"}}`.
+Out: `APIError`, whose `body()` is `{"error": {"message", "type", "param", "code"}}`.
 Wording and codes follow the answers of api.openai.com, which clients match on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-Json = dict[str, Any]
+from qwen_chat.conversation import Json
 
 LONGEST_ECHO = 80  # characters of a client's own value that an error repeats
 
@@ -21,7 +20,7 @@ LONGEST_ECHO = 80  # characters of a client's own value that an error repeats
 _TYPES = {401: "invalid_request_error", 429: "rate_limit_error", 503: "server_error", 504: "server_error"}
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """An answer other than 200. `retry_after`: whole seconds for the Retry-After header."""
 
     def __init__(
@@ -62,26 +61,26 @@ class Refusal(Exception):
         return headers
 
 
-def bad_value(param: str, message: str, code: str | None = "invalid_value") -> Refusal:
+def bad_value(param: str, message: str, code: str | None = "invalid_value") -> APIError:
     """400: a parameter whose value cannot be."""
-    return Refusal(400, message, param=param, code=code)
+    return APIError(400, message, param=param, code=code)
 
 
-def not_json(reason: str) -> Refusal:
+def not_json(reason: str) -> APIError:
     """400: a body that is no JSON. `reason` may hold a position, never the body itself."""
-    return Refusal(400, f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
+    return APIError(400, f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
 
 
-def shutting_down() -> Refusal:
+def shutting_down() -> APIError:
     """503: what runs is cut off, for the service ends."""
-    return Refusal(503, "The service is shutting down.", code="shutting_down", retry_after=10)
+    return APIError(503, "The service is shutting down.", code="shutting_down", retry_after=10)
 
 
-def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> Refusal:
+def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> APIError:
     """404: neither the model nor one of the adapters, which are `known`."""
     names = ", ".join(f"`{echo(one)}`" for one in known[:8]) or "none"
     more = f" and {len(known) - 8} more (GET /v1/models)" if len(known) > 8 else ""
-    return Refusal(
+    return APIError(
         404,
         f"The model `{echo(name)}` does not exist; there are {names}{more}.",
         param=param,
@@ -91,7 +90,7 @@ def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> R
 
 def too_long(
     limit: int, prompt: int, completion: int | None, *, param: str = "messages", at_least: bool = False
-) -> Refusal:
+) -> APIError:
     """400: more tokens than the model can see. All numbers are tokens; `param` holds the prompt, which was not
     counted to its end where it has `at_least` so many."""
     if completion is None:
@@ -101,7 +100,7 @@ def too_long(
             f"you requested {prompt + completion} tokens "
             f"({prompt} in the {param}, {completion} in the completion)"
         )
-    return Refusal(
+    return APIError(
         400,
         f"This model's maximum context length is {limit} tokens. However, {found}. Please reduce the length "
         f"of the {param} or of the completion.",
@@ -110,7 +109,7 @@ def too_long(
     )
 
 
-def from_validation(error: ValidationError, body: object) -> Refusal:
+def from_validation(error: ValidationError, body: object) -> APIError:
     """400: the first thing wrong with `body`, by the name that the client gave it."""
     detail = error.errors(include_url=False, include_context=True)[0]
     return _explain(detail, param_name(detail["loc"], body, absent=detail["type"] == "missing"))
@@ -177,19 +176,19 @@ def kind(value: object) -> str:
     return next((name for types, name in _KINDS if isinstance(value, types)), "something else")
 
 
-def _explain(detail: ErrorDetails, name: str | None) -> Refusal:
+def _explain(detail: ErrorDetails, name: str | None) -> APIError:
     problem, found = detail["type"], detail["input"]
     shown = f"'{name}'" if name else "the request body"
     context = detail.get("ctx", {})
     if problem == "missing":
-        return Refusal(
+        return APIError(
             400, f"Missing required parameter: {shown}.", param=name, code="missing_required_parameter"
         )
     if problem == "extra_forbidden":
-        return Refusal(400, f"Unknown parameter: {shown}.", param=name, code="unknown_parameter")
+        return APIError(400, f"Unknown parameter: {shown}.", param=name, code="unknown_parameter")
     if problem in _EXPECTED:
         text = f"Invalid type for {shown}: expected {_EXPECTED[problem]}, but got {kind(found)} instead."
-        return Refusal(400, text, param=name, code="invalid_type")
+        return APIError(400, text, param=name, code="invalid_type")
     if problem in _BOUNDS:
         return _out_of_bounds(name, problem, found, context)
     if problem in ("too_long", "too_short"):
@@ -200,52 +199,52 @@ def _explain(detail: ErrorDetails, name: str | None) -> Refusal:
         return _not_among(name, detail, context)
     if problem == "union_tag_not_found":
         missing = f"{name}.{context['discriminator'].strip(chr(39))}" if name else None
-        return Refusal(
+        return APIError(
             400, f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter"
         )
     return _other(name, shown, detail)
 
 
-def _out_of_bounds(name: str | None, problem: str, found: object, context: Json) -> Refusal:
+def _out_of_bounds(name: str | None, problem: str, found: object, context: Json) -> APIError:
     side, sign, key, code = _BOUNDS[problem]
     noun = "integer" if isinstance(found, int) and isinstance(context[key], int) else "decimal"
     text = (
         f"Invalid '{name}': {noun} {side} value. "
         f"Expected a value {sign} {context[key]}, but got {echo(found)} instead."
     )
-    return Refusal(400, text, param=name, code=f"{noun}_{code}")
+    return APIError(400, text, param=name, code=f"{noun}_{code}")
 
 
-def _wrong_count(name: str | None, problem: str, context: Json) -> Refusal:
+def _wrong_count(name: str | None, problem: str, context: Json) -> APIError:
     count = context.get("actual_length")
     if problem == "too_short":
         text = (
             f"Invalid '{name}': empty array. Expected an array with minimum length {context['min_length']}."
         )
-        return Refusal(400, text, param=name, code="empty_array")
+        return APIError(400, text, param=name, code="empty_array")
     found = "" if count is None else f", but got an array with length {count} instead"
     text = (
         f"Invalid '{name}': array too long. "
         f"Expected an array with maximum length {context['max_length']}{found}."
     )
-    return Refusal(400, text, param=name, code="array_above_max_length")
+    return APIError(400, text, param=name, code="array_above_max_length")
 
 
-def _wrong_length(name: str | None, problem: str, context: Json, found: object) -> Refusal:
+def _wrong_length(name: str | None, problem: str, context: Json, found: object) -> APIError:
     if problem == "string_too_short":
         text = (
             f"Invalid '{name}': empty string. Expected a string with minimum length {context['min_length']}."
         )
-        return Refusal(400, text, param=name, code="empty_string")
+        return APIError(400, text, param=name, code="empty_string")
     length = len(found) if isinstance(found, str) else 0
     text = (
         f"Invalid '{name}': string too long. Expected a string with maximum length {context['max_length']}, "
         f"but got a string with length {length} instead."
     )
-    return Refusal(400, text, param=name, code="string_above_max_length")
+    return APIError(400, text, param=name, code="string_above_max_length")
 
 
-def _not_among(name: str | None, detail: ErrorDetails, context: Json) -> Refusal:
+def _not_among(name: str | None, detail: ErrorDetails, context: Json) -> APIError:
     if detail["type"] == "union_tag_invalid":
         found, allowed = context["tag"], context["expected_tags"]
         field = str(context["discriminator"]).strip("'")
@@ -253,18 +252,18 @@ def _not_among(name: str | None, detail: ErrorDetails, context: Json) -> Refusal
     else:
         found, allowed = detail["input"], context["expected"]
     text = f"Invalid value: '{echo(found)}'. Supported values are: {allowed}."
-    return Refusal(400, text, param=name, code="invalid_value")
+    return APIError(400, text, param=name, code="invalid_value")
 
 
-def _other(name: str | None, shown: str, detail: ErrorDetails) -> Refusal:
+def _other(name: str | None, shown: str, detail: ErrorDetails) -> APIError:
     """Errors of our own validators carry OpenAI's code as their type; all else is a value that cannot be."""
     if detail["type"] == "string_pattern_mismatch":
         pattern = detail["ctx"]["pattern"]
         text = f"Invalid {shown}: string does not match pattern. Expected a string that matches '{pattern}'."
-        return Refusal(400, text, param=name, code="invalid_value")
+        return APIError(400, text, param=name, code="invalid_value")
     if detail["type"] in ("unsupported_parameter", "unsupported_value", "invalid_value"):
         param = detail.get("ctx", {}).get(
             "param", name
         )  # a check of several parameters names the one to change
-        return Refusal(400, detail["msg"].replace("{param}", shown), param=param, code=detail["type"])
-    return Refusal(400, f"Invalid value for {shown}: {detail['msg']}.", param=name, code="invalid_value")
+        return APIError(400, detail["msg"].replace("{param}", shown), param=param, code=detail["type"])
+    return APIError(400, f"Invalid value for {shown}: {detail['msg']}.", param=name, code="invalid_value")

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_chat.service.errors import Refusal, echo, not_json, shutting_down
+from qwen_chat.service.errors import APIError, echo, not_json, shutting_down
 
 LEFT = 499  # nginx's status for a client that closed the connection before it was answered
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -136,8 +136,8 @@ class Journal:
         self, error: Exception, record: Record, answer: _Sender, scope: Scope, receive: Receive
     ) -> None:
         """A fault of ours: told in full on standard error, and to the client without any detail."""
-        refusal = error if isinstance(error, Refusal) else Refusal(500, "The server had an error.")
-        if not isinstance(error, Refusal):
+        refusal = error if isinstance(error, APIError) else APIError(500, "The server had an error.")
+        if not isinstance(error, APIError):
             print(f"{record.id}: {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
         record.error = refusal.code or refusal.type
         if answer.status is None:
@@ -193,11 +193,11 @@ class Gate:
             or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES
         ):
             text = f"Too many headers: at most {MOST_HEADERS} of {HEADER_BYTES} bytes together."
-            raise Refusal(431, text, code="headers_too_large")
+            raise APIError(431, text, code="headers_too_large")
         named = dict(headers)
         if self.hosts is not None and _host(named.get(b"host", b"")) not in self.hosts:
             # Stops a page in the user's own browser whose name was made to point here (DNS rebinding).
-            raise Refusal(403, "This service is only for its own machine.", code="host_not_allowed")
+            raise APIError(403, "This service is only for its own machine.", code="host_not_allowed")
         if scope["path"] not in OPEN_PATHS:
             self._check_origin(named)
             if self.digests:
@@ -212,7 +212,7 @@ class Gate:
         host = named.get(b"host", b"").decode("latin-1")
         ours = site == b"same-origin" or (host != "" and text.partition("://")[2] == host)
         if not ours and text not in self.origins and "*" not in self.origins:
-            raise Refusal(
+            raise APIError(
                 403,
                 f"Web pages of '{echo(text or 'another site')}' may not ask here; start the service with "
                 "--cors_origin to let them.",
@@ -222,7 +222,7 @@ class Gate:
     def _check_key(self, header: bytes) -> None:
         scheme, _, key = header.partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
-            raise Refusal(
+            raise APIError(
                 401,
                 "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.",
                 code="missing_api_key",
@@ -230,7 +230,7 @@ class Gate:
         given = hashlib.sha256(key.strip()).digest()
         # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
         if sum(hmac.compare_digest(given, digest) for digest in self.digests) == 0:
-            raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
+            raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
 
 
 def _digest(key: str) -> bytes:
@@ -242,19 +242,19 @@ def _host(header: bytes) -> str:
     return re.sub(r":\d*$", "", header.decode("latin-1")).lower()
 
 
-def refusal_response(refusal: Refusal) -> JSONResponse:
+def refusal_response(refusal: APIError) -> JSONResponse:
     """The answer that tells a refusal."""
     return JSONResponse(refusal.body(), refusal.status, refusal.headers())
 
 
 async def read_json(request: Request, *, most_bytes: int, seconds: float) -> object:
-    """The body as JSON values; raise Refusal 400, 408, 413 or 415.
+    """The body as JSON values; raise APIError 400, 408, 413 or 415.
 
     Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refusal(
+        raise APIError(
             415,
             "Unsupported media type; send 'Content-Type: application/json'.",
             code="unsupported_media_type",
@@ -280,7 +280,7 @@ def _parse(body: bytes) -> object:
             bound = (
                 f"an object has more than {MOST_KEYS} keys" if large else f"it has over {MOST_PARTS} parts"
             )
-            raise Refusal(400, f"The body of your request is too large: {bound}.", code="body_too_complex")
+            raise APIError(400, f"The body of your request is too large: {bound}.", code="body_too_complex")
         inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         waiting += [child for child in inside if isinstance(child, (dict, list))]
     return value
@@ -300,7 +300,7 @@ async def read_body(request: Request, *, most_bytes: int, seconds: float) -> byt
                 piece, more = await _receive(request)
                 body += piece
     except TimeoutError:
-        raise Refusal(408, "The request did not arrive in time.", code="request_timeout") from None
+        raise APIError(408, "The request did not arrive in time.", code="request_timeout") from None
     if len(body) > most_bytes:
         if more:
             await _discard(request)
@@ -316,8 +316,8 @@ async def _receive(request: Request) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-def _too_large(most_bytes: int) -> Refusal:
-    return Refusal(
+def _too_large(most_bytes: int) -> APIError:
+    return APIError(
         413,
         f"The request body is larger than {most_bytes} bytes, the most allowed.",
         code="request_too_large",

@@ -15,13 +15,14 @@ from typing import Any
 
 from qwen_chat.chat.control_tokens import TooManyTokens
 from qwen_chat.chat.format import ChatFormat
+from qwen_chat.conversation import Json
 from qwen_chat.dialects.reader import Marks, StreamParser
 from qwen_chat.errors import FormatError, ToolError
 from qwen_chat.inference.grammar import Grammar
 from qwen_chat.inference.sampling import GenerationRequest
 from qwen_chat.service.chunks import Assembly, CallMode, ChatAssembly, TextAssembly
 from qwen_chat.service.client_schema import check_schemas, held
-from qwen_chat.service.errors import Refusal, bad_value, too_long
+from qwen_chat.service.errors import APIError, bad_value, too_long
 from qwen_chat.service.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -31,8 +32,6 @@ from qwen_chat.service.protocol import (
     SamplingRequest,
     TextFormat,
 )
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
 
 
 def chat_prompt_ids(messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat) -> list[int]:
-    """The tokens that a chat's prompt has; raises Refusal where the messages cannot be rendered."""
+    """The tokens that a chat's prompt has; raises APIError where the messages cannot be rendered."""
     try:
         return fmt.prompt_within(_messages(messages), plain_tools(tools) if tools else None).ids
     except FormatError as error:
@@ -203,7 +202,7 @@ def _without_hint(part: Json) -> Json:
     return {key: value for key, value in part.items() if key != "cache_control"}
 
 
-def _bad_messages(error: FormatError) -> Refusal:
+def _bad_messages(error: FormatError) -> APIError:
     found = re.match(r"message (\d+)", str(error))
     return bad_value(f"messages[{found[1]}]" if found else "messages", f"Invalid 'messages': {error}.")
 
@@ -283,7 +282,7 @@ def _chat_grammar(request: ChatRequest, tools: list[Json] | None) -> tuple[Gramm
     form = _format_grammar(request)
     if form is not None:
         if tools is not None:
-            raise Refusal(
+            raise APIError(
                 400,
                 "Unsupported parameter: 'response_format' is not supported together with 'tools' here.",
                 param="response_format",

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-Json = dict[str, Any]
+from qwen_chat.conversation import Json
 
 MOST_CHOICES = 16  # n; each choice takes a place in the batch
 MOST_MESSAGES = 4096
@@ -107,7 +107,7 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_PROMPT_TOKENS, fail_fast=True)]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 User = Annotated[str, Field(max_length=512)]
 HintKey = Annotated[str, Field(max_length=64)]  # OpenAI's limits of metadata
@@ -234,7 +234,7 @@ MessageParam = Annotated[
     SystemMessage | UserMessage | AssistantMessage | ToolMessage,
     Field(discriminator="role"),
 ]
-Messages = Annotated[list[MessageParam], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+MessageParams = Annotated[list[MessageParam], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 # --- tools and formats ----------------------------------------------------------------------------
@@ -270,11 +270,11 @@ class NamedChoice(Request):
     function: ChosenFunction
 
 
-ToolChoice = Annotated[
+ToolChoiceParam = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedChoice, Tag("object")],
     Discriminator(_word_or_object),
 ]
-Tools = Annotated[list[ToolParam], Field(max_length=MOST_TOOLS, fail_fast=True)]
+ToolParams = Annotated[list[ToolParam], Field(max_length=MOST_TOOLS, fail_fast=True)]
 
 
 class TextFormat(Request):
@@ -307,7 +307,8 @@ class JsonSchemaFormat(Request):
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 Stop = Annotated[
-    Annotated[StopText, Tag("text")] | Annotated[list[StopText], Field(max_length=MOST_STOPS), Tag("list")],
+    Annotated[StopString, Tag("text")]
+    | Annotated[list[StopString], Field(max_length=MOST_STOPS), Tag("list")],
     Discriminator(_text_or_list),
 ]
 
@@ -376,13 +377,13 @@ class SamplingRequest(Request):
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
-    messages: Messages
+    messages: MessageParams
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Tools | None = None
-    tool_choice: ToolChoice | None = None
+    tools: ToolParams | None = None
+    tool_choice: ToolChoiceParam | None = None
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[HintKey, HintText], Field(max_length=16)] | None = None
     prediction: Prediction | None = None
@@ -532,8 +533,8 @@ class TokenizeRequest(Request):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: Messages | None = None
-    tools: Tools | None = None
+    messages: MessageParams | None = None
+    tools: ToolParams | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -583,7 +584,7 @@ def _unanswered(position: int, waiting: set[str]) -> PydanticCustomError:
 
 # --- answers --------------------------------------------------------------------------------------
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+WireFinish = Literal["stop", "length", "tool_calls"]
 
 
 class TopLogprob(Answer):
@@ -594,7 +595,7 @@ class TopLogprob(Answer):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class WireLogprob(TopLogprob, title="TokenLogprob"):
     """The token that was taken, and the likeliest ones."""
 
     top_logprobs: list[TopLogprob]
@@ -603,8 +604,8 @@ class TokenLogprob(TopLogprob):
 class Logprobs(Answer):
     """Log probabilities of the tokens of a choice or chunk."""
 
-    content: list[TokenLogprob] | None
-    refusal: list[TokenLogprob] | None = None
+    content: list[WireLogprob] | None
+    refusal: list[WireLogprob] | None = None
 
 
 class Function(Answer):
@@ -641,7 +642,7 @@ class ReplyMessage(Answer):
     tool_calls: list[Call] | None = None
 
 
-class Delta(Answer):
+class ChunkDelta(Answer):
     """What a chunk adds to the message."""
 
     role: Literal["assistant"] | None = None
@@ -651,22 +652,22 @@ class Delta(Answer):
     tool_calls: list[CallDelta] | None = None
 
 
-class Choice(Answer):
+class ChatChoice(Answer, title="Choice"):
     """One whole answer."""
 
     index: int
     message: ReplyMessage
     logprobs: Logprobs | None
-    finish_reason: FinishReason
+    finish_reason: WireFinish
 
 
 class ChunkChoice(Answer):
     """One piece of one answer."""
 
     index: int
-    delta: Delta
+    delta: ChunkDelta
     logprobs: Logprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: WireFinish | None
 
 
 class PromptDetails(Answer):
@@ -691,7 +692,7 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None = None
 
@@ -723,10 +724,10 @@ class CompletionChoice(Answer):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: WireFinish | None
 
 
-class Completion(Answer):
+class TextCompletion(Answer, title="Completion"):
     """The answer of /v1/completions, and each event of its stream."""
 
     id: str

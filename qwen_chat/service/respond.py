@@ -17,10 +17,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from qwen_chat.inference.engine import Generation, TokenEvent
-from qwen_chat.inference.events import is_engines_fault
+from qwen_chat.inference.events import Generation, TokenEvent, is_engines_fault
 from qwen_chat.service.chunks import usage_of
-from qwen_chat.service.errors import Refusal, shutting_down
+from qwen_chat.service.errors import APIError, shutting_down
 from qwen_chat.service.metrics import Metrics
 from qwen_chat.service.middleware import Record
 from qwen_chat.service.prepare import Job
@@ -100,7 +99,7 @@ class Work:
         if event.finish_reason == "cancelled" and not self.job.assembly.is_done(choice):
             raise shutting_down()
         if event.finish_reason == TIMED_OUT and self._completion_tokens == 0 and not event.token_ids:
-            raise Refusal(
+            raise APIError(
                 503, "No place in the batch became free in time.", code="overloaded", retry_after=10
             )
         if event.token_ids and self.record.first_token is None:
@@ -191,7 +190,7 @@ class Delivery(Response):
                         break
                     coming = asyncio.ensure_future(anext(chunks, None))
                     await self._send(send, _event(chunk.json_text()))
-            except Refusal as refusal:
+            except APIError as refusal:
                 if self._state == "unsent":
                     raise  # still time for a status of its own
                 await self._break_off(send, refusal)
@@ -201,7 +200,7 @@ class Delivery(Response):
         await self._send(send, _event("[DONE]"))
         await self._end(send)
 
-    async def _break_off(self, send: Send, refusal: Refusal) -> None:
+    async def _break_off(self, send: Send, refusal: APIError) -> None:
         """The status is sent: what went wrong is the last event, and no [DONE] follows."""
         self._work.record.error = refusal.code or refusal.type
         await self._send(send, _event(json.dumps(refusal.body())))
@@ -237,11 +236,11 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _failure(event: TokenEvent) -> Refusal:
+def _failure(event: TokenEvent) -> APIError:
     """Why a generation ended with an error: the engine's fault, or a grammar that led nowhere."""
     if not is_engines_fault(event.error):
-        return Refusal(400, f"Invalid schema: {event.error}.", code="invalid_value")
-    return Refusal(500, "The server had an error while processing your request.", code="engine_error")
+        return APIError(400, f"Invalid schema: {event.error}.", code="invalid_value")
+    return APIError(500, "The server had an error while processing your request.", code="engine_error")
 
 
 async def _until_left(receive: Receive) -> None:

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_chat.errors import OptionError
-from qwen_chat.service.errors import Refusal
+from qwen_chat.service.errors import APIError
 
 HEADER_SECONDS = 10.0  # from the connection, or the last answer's first new byte, to the end of the headers
 KEEP_ALIVE_SECONDS = 30
@@ -75,7 +75,7 @@ class PatientProtocol(H11Protocol):
                 "too many connections", f"over {len(self.connections) - 1} connections: more are refused"
             )
             line.write(
-                _refusal_bytes(Refusal(503, "Too many connections.", code="overloaded", retry_after=1))
+                _refusal_bytes(APIError(503, "Too many connections.", code="overloaded", retry_after=1))
             )
             line.inner.close()
             return
@@ -108,7 +108,9 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(Refusal(400, f"{REQUEST_LINE_HELP}, or its headers are too large.", code="invalid_http"))
+        self._refuse(
+            APIError(400, f"{REQUEST_LINE_HELP}, or its headers are too large.", code="invalid_http")
+        )
 
     def _is_one_too_many(self) -> bool:
         most = min(self.most_connections, connections_allowed())
@@ -131,9 +133,9 @@ class PatientProtocol(H11Protocol):
     def _too_slow(self) -> None:
         self._header_timer = None
         if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(Refusal(408, "The request did not arrive in time.", code="request_timeout"))
+            self._refuse(APIError(408, "The request did not arrive in time.", code="request_timeout"))
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: APIError) -> None:
         """Answer without the app, which never saw the request, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(_refusal_bytes(refusal))
@@ -313,7 +315,7 @@ class DrainingServer(uvicorn.Server):
             yield
 
 
-def _refusal_bytes(refusal: Refusal) -> bytes:
+def _refusal_bytes(refusal: APIError) -> bytes:
     """A whole answer, after which the connection ends."""
     body = json.dumps(refusal.body()).encode()
     lines = {

@@ -17,14 +17,8 @@ from safetensors.torch import load_file, save_file
 from qwen_chat import hardware, models
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder, Segment
-from qwen_chat.inference.engine import (
-    Engine,
-    EngineBusy,
-    EngineStopped,
-    Generation,
-    PromptTooLong,
-    load_engine,
-)
+from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong, load_engine
+from qwen_chat.inference.events import Generation
 from qwen_chat.inference.grammar import Grammar
 from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVShape, KVStore, PrefixCache
 from qwen_chat.inference.lora import Lora, NotBeside, _is_harmless, why_merged
@@ -426,17 +420,6 @@ def test_requests_that_cannot_be_served_are_refused(engine: Engine, tiny_tokeniz
     with pytest.raises(EngineStopped):
         Engine(tiny_model(), tiny_tokenizer).submit(greedy([1]))
     assert engine.generate([greedy([1] * 511, max_tokens=None)])[0].finish_reason == "length"
-
-
-def test_a_full_queue_is_said(tiny_tokenizer: Any) -> None:
-    with Engine(tiny_model(), tiny_tokenizer, max_batch=1, max_queue=1) as one:
-        first = one.submit(greedy([1], max_tokens=400))
-        next(iter(first))
-        second = one.submit(greedy([2]))
-        with pytest.raises(EngineBusy):
-            one.submit(greedy([3]))
-        first.cancel()
-        assert second.result().finish_reason == "length"
 
 
 def test_a_failed_step_fails_who_was_in_it_and_the_engine_starts_again(

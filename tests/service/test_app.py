@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 
 from qwen_chat.inference.engine import Engine, _Adapter, load_engine
 from qwen_chat.service.app import Admission, Service, ServiceSettings, create_app
-from qwen_chat.service.errors import Refusal
+from qwen_chat.service.errors import APIError
 from qwen_chat.service.prepare import chat_job
 from qwen_chat.service.protocol import ErrorAnswer
 from qwen_chat.service.request_log import RequestLog
@@ -842,7 +842,7 @@ def test_retry_after_follows_what_was_served(monkeypatch: pytest.MonkeyPatch) ->
         now[0] += seconds
         give_back(served)
     admission.take(1)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(APIError) as refused:
         admission.take(1)
     assert refused.value.retry_after == 21  # a fifth of the way from 1 s to 100 s
 

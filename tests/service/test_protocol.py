@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qwen_chat.service import protocol
-from qwen_chat.service.errors import LONGEST_ECHO, Refusal, echo, from_validation, param_name, too_long
+from qwen_chat.service.errors import LONGEST_ECHO, APIError, echo, from_validation, param_name, too_long
 from qwen_chat.service.protocol import ChatRequest, CompletionRequest
 
 GOOD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -152,8 +152,8 @@ def test_refusal_shape() -> None:
             "code": "context_length_exceeded",
         }
     }
-    assert Refusal(429, "x", retry_after=3).headers() == {"Retry-After": "3"}
-    assert [Refusal(status, "x").type for status in (400, 401, 429, 500, 503)] == [
+    assert APIError(429, "x", retry_after=3).headers() == {"Retry-After": "3"}
+    assert [APIError(status, "x").type for status in (400, 401, 429, 500, 503)] == [
         "invalid_request_error",
         "invalid_request_error",
         "rate_limit_error",
@@ -170,6 +170,6 @@ def test_echo_is_short_and_tame(text: str) -> None:
 
 
 def test_answers_keep_their_nulls_and_leave_out_the_rest() -> None:
-    delta = protocol.Delta(role="assistant", content="", refusal=None)
+    delta = protocol.ChunkDelta(role="assistant", content="", refusal=None)
     assert delta.json_text() == '{"role":"assistant","content":"","refusal":null}'
-    assert protocol.Delta().json_text() == "{}"
+    assert protocol.ChunkDelta().json_text() == "{}"
