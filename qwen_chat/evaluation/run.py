@@ -536,15 +536,13 @@ def write_replies(
     calls: free, as the model likes; strict, a call that it opens is decoded under its tool's schema;
     required, every reply is such a call (several where the case allows them), whatever the reference does.
     """
-    from qwen_chat.inference.events import is_engines_fault
-
     waiting = [case for case in cases if f"reply {case.key}" not in kept]
     done = len(cases) - len(waiting)
     for start in range(0, len(waiting), 4 * batch):
         some = waiting[start : start + 4 * batch]
         requests = [_request(fmt, case, calls, max_tokens, adapter) for case in some]
         for case, completion in zip(some, engine.generate(requests), strict=True):
-            if completion.finish_reason not in ("stop", "length") and is_engines_fault(completion.error):
+            if completion.finish_reason not in ("stop", "length") and completion.fault != "request":
                 raise ServiceError(
                     f"{case.key}: no reply ({completion.error or completion.finish_reason}); "
                     "what was written before is kept: run the same command again"

@@ -28,8 +28,8 @@ from qwen_chat import hardware
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder, Segment
 from qwen_chat.inference.events import (
-    ENGINE_FAILED,
     Completion,
+    Fault,
     FinishReason,
     Generation,
     TokenEvent,
@@ -401,9 +401,7 @@ class Engine:
             self._cache.clear()
             self._kv.clear()
         for row in rows:
-            row.generation.put(
-                TokenEvent(finish_reason="error", error=f"{ENGINE_FAILED}: {type(error).__name__}")
-            )
+            row.generation.put(_failure(f"the engine failed: {type(error).__name__}"))
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -425,7 +423,7 @@ class Engine:
                 self._cache.store(row.kv, row.number, row.tokens[: row.computed])
         for row, choice in zip(ready, self._choose(ready, logits), strict=True):
             if isinstance(choice, Exception):
-                self._finish(row, TokenEvent(finish_reason="error", error=_say(choice)))
+                self._finish(row, _failed_choice(choice))
             else:
                 self._advance(row, choice)
 
@@ -648,12 +646,16 @@ def _cut_off(row: _Row, reason: FinishReason) -> TokenEvent:
     return TokenEvent(text, logprobs=_shown(row, everything=True), finish_reason=reason)
 
 
-def _say(error: Exception) -> str:
-    """What a client is told of a failure of its own row; what was not foreseen goes to the log alone."""
+def _failed_choice(error: Exception) -> TokenEvent:
+    """The end of a row whose next token could not be chosen; what was not foreseen goes to the log alone."""
     if isinstance(error, ToolError):
-        return str(error)
+        return _failure(str(error), "request")
     LOGGER.error("a row's next token could not be chosen", exc_info=error)
-    return f"{ENGINE_FAILED} to choose the next token"
+    return _failure("the engine failed to choose the next token")
+
+
+def _failure(error: str, fault: Fault = "engine") -> TokenEvent:
+    return TokenEvent(finish_reason="error", error=error, fault=fault)
 
 
 def _decisions(quantize: str | None) -> tuple[str, ...]:

@@ -15,13 +15,9 @@ from typing import Literal
 
 from qwen_chat.inference.sampling import GenerationRequest
 
-ENGINE_FAILED = "the engine failed"  # how an error begins that is not the request's own fault
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
-
-
-def is_engines_fault(error: str | None) -> bool:
-    """Whether a generation's error is not its own (a grammar that leads nowhere is)."""
-    return error is None or error.startswith(ENGINE_FAILED)
+# Whose fault an error is: a grammar that leads nowhere is the request's own.
+Fault = Literal["request", "engine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,9 @@ class TokenEvent:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    error: str | None = None  # with finish_reason "error"
+    # Both with finish_reason "error" only.
+    error: str | None = None
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +59,7 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     error: str | None = None
+    fault: Fault | None = None
 
 
 class Generation:
@@ -139,4 +138,5 @@ class Generation:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             error=last.error,
+            fault=last.fault,
         )

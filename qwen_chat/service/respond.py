@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from qwen_chat.inference.events import Generation, TokenEvent, is_engines_fault
+from qwen_chat.inference.events import Generation, TokenEvent
 from qwen_chat.service.chunks import usage_of
 from qwen_chat.service.errors import APIError, shutting_down
 from qwen_chat.service.metrics import Metrics
@@ -238,7 +238,7 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
 
 def _failure(event: TokenEvent) -> APIError:
     """Why a generation ended with an error: the engine's fault, or a grammar that led nowhere."""
-    if not is_engines_fault(event.error):
+    if event.fault == "request":
         return APIError(400, f"Invalid schema: {event.error}.", code="invalid_value")
     return APIError(500, "The server had an error while processing your request.", code="engine_error")
 

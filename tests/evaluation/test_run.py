@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -456,26 +456,28 @@ def test_replies_go_on_where_they_were_killed(tmp_path: Path) -> None:
 class Failing(Echo):
     """The third reply of each batch fails."""
 
-    def __init__(self, error: str) -> None:
+    def __init__(self, error: str, fault: Literal["request", "engine"]) -> None:
         super().__init__()
-        self.error = error
+        self.error, self.fault = error, fault
 
     def generate(self, requests: list[Any]) -> list[Any]:
         replies = super().generate(requests)
         if len(replies) > 2:
-            replies[2] = SimpleNamespace(text="", finish_reason="error", error=self.error)
+            replies[2] = SimpleNamespace(text="", finish_reason="error", error=self.error, fault=self.fault)
         return replies
 
 
 def test_a_reply_that_the_engine_could_not_write_is_no_answer(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     with pytest.raises(ServiceError, match=r"f:3#1: no reply \(the engine failed: MemoryError\)"):
-        write_replies(Failing("the engine failed: MemoryError"), Format(), many(), Kept(path))
+        write_replies(Failing("the engine failed: MemoryError", "engine"), Format(), many(), Kept(path))
     assert write_replies(Echo(), Format(), many(), Kept(path)) == [str(n) for n in range(1, 11)]
 
 
 def test_a_grammar_that_leads_nowhere_is_the_replys_own_fault() -> None:
-    texts = write_replies(Failing("the grammar allows no token here"), Format(), many(), Kept(None))
+    texts = write_replies(
+        Failing("the grammar allows no token here", "request"), Format(), many(), Kept(None)
+    )
     assert (texts[1], texts[2]) == ("2", "")
 
 

@@ -401,6 +401,7 @@ def test_a_sampler_that_breaks_fails_its_own_request_alone(
     good = engine.submit(GenerationRequest([1, 2], max_tokens=8, temperature=1.0, seed=1, ignore_eos=True))
     last = list(bad)[-1]
     assert (last.finish_reason, last.error) == ("error", "the engine failed to choose the next token")
+    assert last.fault == "engine"
     assert len(good.result().token_ids) == 8
 
 
@@ -444,6 +445,7 @@ def test_a_failed_step_fails_who_was_in_it_and_the_engine_starts_again(
     done = lost.result()
     assert failed.wait(5)
     assert (done.finish_reason, done.error) == ("error", "the engine failed: RuntimeError")
+    assert done.fault == "engine"
     assert [str(error) for error in heard] == ["no more memory"]
     assert not one.is_running
     with pytest.raises(EngineStopped, match="no more memory"):
