@@ -103,11 +103,13 @@ def inspect(
         print(f"wrote {len(conversations):,} conversations to {options.write}", file=out)
 
     from qwen_chat import models
-    from qwen_chat.chat import format
+    from qwen_chat.chat.encoded import Encoded
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.chat.show import show
     from qwen_chat.data import token_cache  # after the data was found good: transformers takes seconds
 
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
-    fmt = format.ChatFormat(tokenizer, data.tool_style, data.tool_language)
+    fmt = ChatFormat(tokenizer, data.tool_style, data.tool_language)
     tokens = token_cache.tokenise(
         conversations,
         fmt,
@@ -124,9 +126,9 @@ def inspect(
         print(f"wrote the histogram to {options.histogram}", file=out)
     for k in range(min(options.show, len(tokens))):
         for sequence in tokens[k]:
-            encoded = format.Encoded(sequence.input_ids.tolist(), sequence.labels.tolist())
+            encoded = Encoded(sequence.input_ids.tolist(), sequence.spans.tolist())
             print(f"\n{tokens.where(k)}:", file=out)
-            print(format.show(tokenizer, encoded, colour=wants_colour(out)), file=out)
+            print(show(tokenizer, encoded, colour=wants_colour(out)), file=out)
 
 
 def progress(done: int, total: int) -> None:

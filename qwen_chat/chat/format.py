@@ -1,9 +1,9 @@
-"""Conversations in a model's own token format: what the server feeds, and what training learns.
+"""Conversations in a model's own token format: what the server feeds, and what training supervises.
 
 In: OpenAI-shaped messages and tools, or a `Conversation`; a tokenizer with a ChatML chat template. Out: text,
 a prompt, or token ids with labels. One renderer serves both halves of the toolkit, so a model is served
 exactly as it was trained: a training sequence is tokens(prompt), then, tokenised apart, what the model must
-answer, up to and with `<|im_end|>`. `show` prints a sequence in colour: what is learnt and what is not.
+answer, up to and with `<|im_end|>`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 from qwen_chat.chat.control_tokens import ControlTokens
+from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.template import END, START, TOOLS_HEAD, TOOLS_TAIL, ChatTemplate, plain_messages
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.dialects import qwen_agent
 from qwen_chat.dialects.reader import FLOWER_STOPS, normalise_arguments
 from qwen_chat.errors import FormatError, OptionError
-
-IGNORED = -100  # the label of a token that is not learnt
 
 ToolStyle = Literal["auto", "hermes", "qwen_agent"]
 Language = Literal["auto", "en", "zh"]
@@ -37,14 +36,6 @@ Tools = Sequence[Mapping[str, Any]] | None
 # A tokenizer tuned under qwen_agent says so in its template, where "auto" finds it again.
 _STYLE_NOTE = "{{#- qwen_chat: tool_style=qwen_agent language={} parallel={} #}}"
 _NOTE_PATTERN = re.compile(r"\{#- qwen_chat: tool_style=qwen_agent language=(\w+) parallel=(\w+) #\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One training sequence. `labels[i]` is `input_ids[i]` where it is learnt, else -100."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +161,7 @@ class ChatFormat:
         texts = [piece.text for several in sequences for pieces in several for piece in pieces]
         ids = iter(self._tokens.encode(texts))
         return [
-            [_assemble(pieces, ids, _learnt(conversation.messages, train_on)) for pieces in several]
+            [_assemble(pieces, ids, _supervised(conversation.messages, train_on)) for pieces in several]
             for conversation, several in zip(conversations, sequences, strict=True)
         ]
 
@@ -268,8 +259,8 @@ class ChatFormat:
             pieces = self._one_sequence(conversation, replies)
             if pieces is not None:
                 return [pieces]
-        learnt = _learnt(conversation.messages, train_on)
-        kept = [k for k in replies if k in learnt] or replies[-1:]
+        supervised = _supervised(conversation.messages, train_on)
+        kept = [k for k in replies if k in supervised] or replies[-1:]
         return [self._turn(conversation, k) for k in kept]
 
     def _one_sequence(self, conversation: Conversation, replies: list[int]) -> list[_Piece] | None:
@@ -399,39 +390,6 @@ class _QuickRenderer:
         return "\n".join([message.content, *calls] if message.content else calls)
 
 
-def show(tokenizer: Any, encoded: Encoded, colour: bool = True) -> str:
-    """A training sequence for people: what is learnt in green (without colour between ⟦ and ⟧), white space
-    visible.
-    """
-    parts = []
-    for ids, learnt in _runs(encoded):
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        text = text.replace("\n", "↵\n") if not learnt else _visible(text)
-        if colour:
-            parts.append(f"\x1b[{'1;32' if learnt else '2'}m{text}\x1b[0m")
-        else:
-            parts.append(f"⟦{text}⟧" if learnt else text)
-    return "".join(parts)
-
-
-def _visible(text: str) -> str:
-    """Newlines, tabs and white space at the edges, which a person would not see."""
-    text = text.replace("\n", "↵\n").replace("\t", "→\t")
-    inner = text.strip(" ")
-    left, right = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    return "·" * len(text) if not inner else "·" * left + inner + "·" * right
-
-
-def _runs(encoded: Encoded) -> Iterator[tuple[list[int], bool]]:
-    """(ids, learnt) of the longest runs of equal kind."""
-    begin = 0
-    flags = [label != IGNORED for label in encoded.labels]
-    for k in range(1, len(flags) + 1):
-        if k == len(flags) or flags[k] != flags[begin]:
-            yield encoded.input_ids[begin:k], flags[begin]
-            begin = k
-
-
 def _read(messages: Messages, tools: Tools) -> Conversation:
     return Conversation.from_openai({"messages": messages, "tools": tools})
 
@@ -441,21 +399,24 @@ def _replies(messages: Sequence[Message]) -> list[int]:
     return [k for k, message in enumerate(messages) if k and message.role == "assistant"]
 
 
-def _learnt(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
+def _supervised(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
     if train_on == "everything":
         return {0}
     replies = _replies(messages)
     return {k for k in (replies[-1:] if train_on == "last" else replies) if messages[k].train is not False}
 
 
-def _assemble(pieces: list[_Piece], ids: Iterator[list[int]], learnt: set[int]) -> Encoded:
+def _assemble(pieces: list[_Piece], ids: Iterator[list[int]], supervised: set[int]) -> Encoded:
     input_ids: list[int] = []
-    labels: list[int] = []
+    spans: list[tuple[int, int]] = []
     for piece in pieces:
-        part = next(ids)
-        input_ids += part
-        labels += part if piece.reply in learnt else [IGNORED] * len(part)
-    return Encoded(input_ids, labels)
+        start = len(input_ids)
+        input_ids += next(ids)
+        if piece.reply in supervised and len(input_ids) > start:
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, len(input_ids)))
+    return Encoded(input_ids, spans)
 
 
 def _strings(value: object) -> Iterator[str]:

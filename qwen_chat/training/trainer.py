@@ -337,15 +337,17 @@ class Mixture:
 
 def first_example(tokenizer: Any, data: Data, *, colour: bool) -> str:
     """The first training sequence as it is learnt; of a long one the two ends."""
-    from qwen_chat.chat.format import Encoded, show
+    from qwen_chat.chat.encoded import Encoded
+    from qwen_chat.chat.show import show
 
-    first = data.train[0][0]
-    ids, labels = list(first.input_ids), list(first.labels)
-    left_out = len(ids) - SHOWN
+    stored = data.train[0][0]
+    first = Encoded(stored.input_ids.tolist(), stored.spans.tolist())
+    count = len(first.input_ids)
+    left_out = count - SHOWN
     if left_out <= 0:
-        return show(tokenizer, Encoded(ids, labels), colour=colour)
-    ends = (slice(0, SHOWN // 2), slice(len(ids) - SHOWN // 2, None))
-    head, tail = (show(tokenizer, Encoded(ids[part], labels[part]), colour=colour) for part in ends)
+        return show(tokenizer, first, colour=colour)
+    parts = first.part(0, SHOWN // 2), first.part(count - SHOWN // 2, count)
+    head, tail = (show(tokenizer, part, colour=colour) for part in parts)
     return f"{head}\n... {left_out:,} tokens are not shown ...\n{tail}"
 
 

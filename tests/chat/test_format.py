@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_chat.chat.format import ChatFormat, Encoded, show
+from qwen_chat.chat.encoded import Encoded
+from qwen_chat.chat.format import ChatFormat
+from qwen_chat.chat.show import show
 from qwen_chat.conversation import Conversation
 from qwen_chat.dialects.reader import parse
 from qwen_chat.errors import FormatError, OptionError
@@ -356,7 +358,7 @@ def test_train_on(formats: dict[str, ChatFormat]) -> None:
     last = fmt.encode_conversation(conversation, "last")
     assert learnt_texts(fmt, last) == [["2<|im_end|>"]]
     everything = fmt.encode_conversation(conversation, "everything")
-    assert everything == [Encoded(whole[0].input_ids, whole[0].input_ids)]
+    assert everything == [Encoded(whole[0].input_ids, [(0, len(whole[0].input_ids))])]
     with pytest.raises(OptionError, match="train_on is 'some'; expected one of last, all, everything"):
         fmt.encode_conversation(conversation, "some")  # type: ignore[arg-type]
 
@@ -705,6 +707,13 @@ def test_show_marks_what_is_learnt(formats: dict[str, ChatFormat]) -> None:
     coloured = show(fmt.tokenizer, sequence)
     assert "\x1b[1;32m·好→\t↵\n<|im_end|>\x1b[0m" in coloured
     assert coloured.startswith("\x1b[2m<|im_start|>system")
+
+
+def test_a_part_keeps_what_is_supervised_in_it() -> None:
+    whole = Encoded([5, 6, 7, 8, 9], [(0, 2), (3, 5)])
+    assert whole.labels == [5, 6, -100, 8, 9]
+    assert whole.part(1, 4) == Encoded([6, 7, 8], [(0, 1), (2, 3)])
+    assert whole.part(2, 3) == Encoded([7], [])
 
 
 def test_import_needs_neither_torch_nor_transformers() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,9 +251,7 @@ def test_a_long_first_example_is_shown_by_its_ends() -> None:
             return "".join(f"{i}," for i in ids)
 
     def shown(length: int) -> str:
-        first = SimpleNamespace(
-            input_ids=range(length), labels=[-100] * (length - 2) + [length - 2, length - 1]
-        )
+        first = SimpleNamespace(input_ids=np.arange(length), spans=np.array([[length - 2, length]]))
         data: Any = SimpleNamespace(train=[(first,)])
         return trainer.first_example(Words(), data, colour=False)
 

@@ -1,0 +1,32 @@
+"""One training sequence: its token ids, and which of them are supervised.
+
+In: what a format wrote and tokenised. Out: the same as spans (how it is stored everywhere) or as labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IGNORED = -100  # the label of a token that is not supervised, as torch's cross entropy has it
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One training sequence. `spans`: the supervised tokens, as `[start, end)` pairs in order, none empty and no
+    two that touch."""
+
+    input_ids: list[int]
+    spans: list[tuple[int, int]]
+
+    @property
+    def labels(self) -> list[int]:
+        """`input_ids[i]` where token i is supervised, else -100."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    def part(self, start: int, end: int) -> Encoded:
+        """The tokens `[start, end)` as a sequence of their own; within it spans are counted from its start."""
+        clipped = ((max(a, start) - start, min(b, end) - start) for a, b in self.spans)
+        return Encoded(self.input_ids[start:end], [(a, b) for a, b in clipped if a < b])
