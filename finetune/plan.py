@@ -109,14 +109,14 @@ def read_config(name: str | None) -> dict[str, Any]:
 
 def count_data(run: Run) -> dict[str, int]:
     """Conversations, tokens and the longest row of the data, tokenised as the run will (and kept for it)."""
-    from qwen_chat import models
     from qwen_chat.chat.format import ChatFormat
-    from qwen_chat.training import trainer
+    from qwen_chat.data.mixture import read_data
+    from qwen_chat.training import session
 
     tokenizer = models.load_tokenizer(models.resolve(run.model.model))
     fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
-    data = trainer.read_data(run, fmt)
-    row, longest = trainer.longest_row(run, data)
+    data = read_data(run, fmt)
+    row, longest = session.longest_row(run, data)
     tokens, supervised = data.budget()
     return {
         "conversations": len(data.train),

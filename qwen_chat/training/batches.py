@@ -5,6 +5,8 @@ a batch sampler (WindowSampler), a dataset (Rows) and a collator (Collator). One
 batch size x accumulation x ranks conversations; how a window is laid out in rows never changes its gradient.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,17 +14,23 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from qwen_chat.cli.run_options import Run
+from qwen_chat.data.mixture import seed_of
 from qwen_chat.errors import DataError, OptionError
 from qwen_chat.training.packing import LAYOUTS, Row, plan_rows
 
+Ids = Sequence[int] | np.ndarray[Any, np.dtype[np.int32]]
 IGNORED = -100  # a label that is not learnt
 
 
 class Encoded(Protocol):
-    """One training sequence: token ids and, for each, the label (-100: not learnt)."""
+    """One training sequence: token ids and, for each, its label: the id, or -100 where it is not supervised."""
 
-    input_ids: Any
-    labels: Any
+    @property
+    def input_ids(self) -> Ids: ...
+
+    @property
+    def labels(self) -> Ids: ...
 
 
 class Conversations(Protocol):
@@ -70,7 +78,7 @@ class WindowSampler:
         self.epoch = 0
 
     @property
-    def sampler(self) -> "WindowSampler":
+    def sampler(self) -> WindowSampler:
         """accelerate looks for `set_epoch` here."""
         return self
 
@@ -116,7 +124,7 @@ class WindowSampler:
                 key = np.asarray(encoded.input_ids, dtype=np.int32).tobytes()
                 if len(key) > 4 * self.max_length:
                     raise DataError(
-                        f"{_where(self.data, conversation)}: {len(key) // 4} tokens; expected at most"
+                        f"{self.where(conversation)}: {len(key) // 4} tokens; expected at most"
                         f" {self.max_length}; raise --model_max_length, or let --too_long drop or truncate it"
                     )
                 keys.append(key)
@@ -137,6 +145,11 @@ class WindowSampler:
             rows.append(Row(tuple(names[member] for member in members), lengths, shared, pad_to))
         return rows
 
+    def where(self, conversation: int) -> str:
+        """Where a conversation stands in the data, for an error."""
+        where = getattr(self.data, "where", None)
+        return str(where(conversation)) if where else f"conversation {conversation}"
+
     def longest_row(self, windows: int | None = None) -> int:
         """The most tokens in any row of epoch 0's first `windows` windows; None reads all of the data."""
         order = self.order(0)
@@ -148,9 +161,30 @@ class WindowSampler:
         )
 
 
-def _where(data: Conversations, conversation: int) -> str:
-    where = getattr(data, "where", None)
-    return str(where(conversation)) if where else f"conversation {conversation}"
+def training_windows(run: Run, data: Conversations, ranks: int) -> WindowSampler:
+    """Optimizer steps over training data, in the order of the run's seed."""
+    train = run.train
+    return WindowSampler(
+        data,
+        batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        ranks=ranks,
+        max_length=run.data.model_max_length,
+        layout=train.layout,
+        seed=seed_of(run),
+    )
+
+
+def held_out_windows(run: Run, data: Conversations, ranks: int) -> WindowSampler:
+    """One row a rank over held-out data, in its own order."""
+    return WindowSampler(
+        data,
+        batch_size=run.train.per_device_eval_batch_size,
+        ranks=ranks,
+        max_length=run.data.model_max_length,
+        layout=run.train.layout,
+        shuffle=False,
+    )
 
 
 class Rows(Dataset[tuple[Row, list[Encoded]]]):
@@ -162,7 +196,7 @@ class Rows(Dataset[tuple[Row, list[Encoded]]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, row: Row) -> tuple[Row, list[Any]]:
+    def __getitem__(self, row: Row) -> tuple[Row, list[Encoded]]:
         return row, [self.data[conversation][number] for conversation, number in row.sequences]
 
 

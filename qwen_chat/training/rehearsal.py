@@ -19,7 +19,8 @@ from transformers.trainer import Trainer
 from qwen_chat.cli import run_options
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, OptionError
-from qwen_chat.training import attention, memory_plan, trainer
+from qwen_chat.training import attention, memory_plan
+from qwen_chat.training import options as training_options
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ def rehearse(run: Run) -> None:
     Raises OptionError (one line a problem), or MissingDependency for a package that a flag needs.
     """
     numbers, _ = memory_plan.number_type(run)
-    values = trainer.field_values(run, checkpointing=False) | {"output_dir": "unused"}
+    values = training_options.field_values(run, checkpointing=False) | {"output_dir": "unused"}
     values |= {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
     values["use_cpu"] = not memory_plan.on_accelerator(run)
     args = _arguments(run, values)

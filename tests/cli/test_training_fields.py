@@ -21,9 +21,11 @@ import torch
 from qwen_chat.cli import training_fields
 from qwen_chat.cli.run_options import read_run, trainer_options
 from qwen_chat.cli.training_fields import ENTRIES, FIELDS
+from qwen_chat.data import mixture
 from qwen_chat.errors import OptionError
-from qwen_chat.training import attention, run_folder
-from qwen_chat.training import trainer as training_trainer
+from qwen_chat.training import attention, options, run_folder
+from qwen_chat.training.session import Session
+from qwen_chat.training.step_log import StepLog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,7 +147,7 @@ class Tiny:
     def __init__(self, folder: Path) -> None:
         self.folder, self.number = folder, 0
 
-    def prepare(self, *words: str) -> tuple[Any, training_trainer.StepLog]:
+    def prepare(self, *words: str) -> tuple[Any, StepLog]:
         self.number += 1
         out = self.folder / f"run{self.number}"
         out.mkdir()
@@ -163,15 +165,19 @@ class Tiny:
         run = read_run([*base, *words])
         held_out = Conversations(5, seed=1) if run.data.eval_data_path else None
         summary = SimpleNamespace(to_json=dict, quantiles={})
-        data = training_trainer.Data(Conversations(12), held_out, "hash", summary)
-        args, _ = training_trainer.training_arguments(run, out, checkpointing=False)
-        log = training_trainer.StepLog(out)
-        return training_trainer.trainer(run, args, model(), None, data, log), log
+        data = mixture.Data(Conversations(12), held_out, "hash", summary)
+        args, _ = options.training_arguments(run, out, checkpointing=False)
+        log = StepLog(out)
+        nothing: Any = None
+        fmt: Any = SimpleNamespace(tokenizer=None)
+        session = Session(run, out, out, fmt, data, {}, nothing, nothing, args, (), {})
+        return session.trainer(model(), {}, log), log
 
     def run(self, *words: str) -> Any:
         """A run of three steps an epoch unless the words say otherwise."""
         trainer, log = self.prepare(*words)
-        assert training_trainer.train(trainer, log, None)
+        with log:
+            assert trainer.run(None)
         return trainer
 
 
@@ -325,7 +331,7 @@ def test_each_schedule_gives_its_rates(name: str, tiny: Tiny) -> None:
 def test_a_share_of_one_warms_up_to_the_end(tiny: Tiny) -> None:
     trainer, _ = tiny.prepare("--lr_scheduler_type", "constant_with_warmup")
     run = read_run(["-d", "x", "--warmup_ratio", "1.0"])
-    args, _ = training_trainer.training_arguments(run, Path(trainer.args.output_dir), checkpointing=False)
+    args, _ = options.training_arguments(run, Path(trainer.args.output_dir), checkpointing=False)
     assert [args.get_warmup_steps(steps) for steps in (1, 8, 1000)] == [1, 8, 1000]
 
 

@@ -179,7 +179,7 @@ def test_a_folder_has_one_run_at_a_time(tiny: Path, conversations: Path, tmp_pat
 def test_a_second_signal_ends_at_once() -> None:
     program = (
         "import os, signal, sys, time\n"
-        "from qwen_chat.training.checkpoints import StopSignal\n"
+        "from qwen_chat.training.stop_signal import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.requested: time.sleep(0.01)\n"

@@ -12,7 +12,7 @@ import torch
 from qwen_chat import errors, hardware
 from qwen_chat.cli.run_options import read_run
 from qwen_chat.errors import OptionError
-from qwen_chat.training import rehearsal, trainer
+from qwen_chat.training import rehearsal, session
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ["-d", "data.jsonl", "--eval_data_path", "held_out.jsonl"]
@@ -137,7 +137,7 @@ def test_finetune_refuses_before_it_reads_the_data(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trainer, "read_data", None)  # calling it would be a TypeError
+    monkeypatch.setattr(session, "read_data", None)  # calling it would be a TypeError
     out = tmp_path / "out"
     words = ["-m", str(tiny_model_path), "-d", "data.jsonl", "-o", str(out), "--report_to", "wandb", *check]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])

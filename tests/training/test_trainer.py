@@ -15,8 +15,9 @@ import torch
 
 from qwen_chat.cli import run_options
 from qwen_chat.cli.run_options import read_run
+from qwen_chat.data import mixture
 from qwen_chat.errors import OutputError
-from qwen_chat.training import run_folder, trainer
+from qwen_chat.training import options, ranks, result, run_folder, session, step_log, trainer, tuned_model
 
 RUN = read_run(["-d", "my data.v2.jsonl", "--use_lora"])
 
@@ -38,7 +39,7 @@ class Numbers:
 
 
 def test_weights_say_how_often_an_epoch_sees_a_conversation() -> None:
-    mixed = trainer.Mixture(Numbers(), [2.0, 0.5], seed=1)
+    mixed = mixture.Mixture(Numbers(), [2.0, 0.5], seed=1)
     seen = Counter(mixed[i] for i in range(len(mixed)))
     assert {i: seen[i] for i in range(4)} == dict.fromkeys(range(4), 2)
     assert sum(seen[i] for i in range(4, 10)) == 3 and max(seen[i] for i in range(4, 10)) == 1
@@ -56,25 +57,25 @@ def test_weights_count_in_an_epochs_tokens() -> None:
     class Texts(Numbers):
         __getitem__ = staticmethod(one)  # type: ignore[assignment]
 
-    mixed = trainer.Mixture(Texts(), [2.0, 0], seed=1)
-    assert trainer.Data(mixed, None, "", summary).budget() == (
+    mixed = mixture.Mixture(Texts(), [2.0, 0], seed=1)
+    assert mixture.Data(mixed, None, "", summary).budget() == (
         2 * (1 + 2 + 3 + 4 + 40),
         2 * (0 + 1 + 1 + 2 + 20),
     )
-    assert trainer.Data(data, None, "", summary).budget() == (155, 75)
+    assert mixture.Data(data, None, "", summary).budget() == (155, 75)
 
 
 def test_a_mixture_is_the_seeds() -> None:
-    picked = [list(trainer.Mixture(Numbers(), [0.5, 1.25], seed=seed).index) for seed in (1, 1, 2)]
+    picked = [list(mixture.Mixture(Numbers(), [0.5, 1.25], seed=seed).index) for seed in (1, 1, 2)]
     assert picked[0] == picked[1] != picked[2]
     assert len(picked[0]) == 2 + 6 + 2
-    assert len(trainer.Mixture(Numbers(), [0, 0], seed=1)) == 0
+    assert len(mixture.Mixture(Numbers(), [0, 0], seed=1)) == 0
 
 
 def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
     words = ["-d", "x", "--use_lora", "--seed", "7", "--max_steps", "3", "--optim", "adafactor"]
     run = read_run([*words, "--warmup_ratio", "0.25"])
-    args, _ = trainer.training_arguments(run, tmp_path, checkpointing=True)
+    args, _ = options.training_arguments(run, tmp_path, checkpointing=True)
     assert (args.seed, args.max_steps, args.optim, args.learning_rate) == (7, 3, "adafactor", 2e-4)
     assert (args.warmup_steps, args.get_warmup_steps(100)) == (0.25, 25)
     assert (args.gradient_checkpointing, args.adam_beta2, args.report_to) == (True, 0.95, [])
@@ -83,15 +84,15 @@ def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
         not torch.cuda.is_available(),
         False,
     )
-    assert trainer.seed_of(run) == 7
-    assert trainer.seed_of(read_run([*words, "--data_seed", "0"])) == 0
+    assert mixture.seed_of(run) == 7
+    assert mixture.seed_of(read_run([*words, "--data_seed", "0"])) == 0
 
 
 def test_a_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TrainingArguments
 
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 4))
-    args, _ = trainer.training_arguments(read_run(["-d", "x"]), tmp_path, checkpointing=False)
+    args, _ = options.training_arguments(read_run(["-d", "x"]), tmp_path, checkpointing=False)
     assert vars(args)["_n_gpu"] == 1
 
 
@@ -100,16 +101,19 @@ def test_every_rank_takes_part_in_the_choice_of_checkpointing(
     here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(trainer, "any_rank", lambda value: asked.append(value) or True)
+    monkeypatch.setattr(session, "any_rank", lambda value: asked.append(value) or True)
     verdict: Any = SimpleNamespace(checkpointing=here, line="")
-    before = SimpleNamespace(choices={})
-    args, session = trainer.start(read_run(["-d", "x"]), tmp_path, None, verdict, before)  # type: ignore[arg-type]
+    before: Any = SimpleNamespace(choices={})
+    nothing: Any = None
+    run = read_run(["-d", "x"])
+    joined = session.join(session.Prepared(run, tmp_path, tmp_path, nothing, nothing, {}, before, verdict))
     assert asked == [here]  # a rank that left the question out would let the others wait for ever
-    assert (args.gradient_checkpointing, session.choices["gradient_checkpointing"]) == (True, True)
+    assert joined.args.gradient_checkpointing and joined.choices["gradient_checkpointing"] is True
+    assert joined.folder == Path(joined.args.output_dir) == tmp_path
 
 
 def test_alone_every_rank_is_this_one() -> None:
-    assert (trainer.any_rank(True), trainer.any_rank(False)) == (True, False)
+    assert (ranks.any_rank(True), ranks.any_rank(False)) == (True, False)
 
 
 def test_generation_stops_where_training_stopped() -> None:
@@ -117,7 +121,7 @@ def test_generation_stops_where_training_stopped() -> None:
     fmt = SimpleNamespace(stop_token_ids=(2, 0), tokenizer=tokenizer)
     for old, new in (([5, 2], [2, 0, 5]), (None, [2, 0]), (0, [2, 0])):
         config = SimpleNamespace(eos_token_id=old, pad_token_id=None)
-        trainer.end_tokens(SimpleNamespace(generation_config=config), fmt)
+        result.end_tokens(SimpleNamespace(generation_config=config), fmt)
         assert (config.eos_token_id, config.pad_token_id) == (new, 0)
 
 
@@ -197,36 +201,32 @@ def test_every_option_that_may_change_is_an_option() -> None:
 
 @pytest.mark.parametrize(
     ("before", "step", "allowed"),
-    [([2.0, 0.02], 2, True), ([2.0], 1, False), ([], 0, False), ([], 7, True), ([0.0], 9, True)],
+    [(0.02, 2, True), (2.0, 1, False), (None, 0, False), (None, 7, True), (0.0, 9, True)],
     ids=["after a descent", "from any height", "at once", "after a resume", "again"],
 )
-def test_a_loss_of_zero_may_be_learnt_by_heart(
-    before: list[float], step: int, allowed: bool, tmp_path: Path
-) -> None:
-    log = trainer.StepLog(tmp_path)
-    log.losses = before
-    assert log._learnt_by_heart(step) is allowed
+def test_a_loss_of_zero_may_be_learnt_by_heart(before: float | None, step: int, allowed: bool) -> None:
+    assert trainer.is_learnt_by_heart(before, step) is allowed
 
 
 def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
-    log = trainer.StepLog(tmp_path)
+    log = step_log.StepLog(tmp_path)
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
     log.path.write_text("\n".join(lines) + '\n{"step": 6, "lo', encoding="utf-8")
-    log._forget_after(3)
+    log.forget_after(3)
     assert log.path.read_text() == "\n".join(lines[:3]) + "\n"
 
 
 def test_a_report_says_what_came_of_it_and_what_to_type() -> None:
     outcome: dict[str, Any] = {"steps": 3, "tokens": 1200, "seconds": 2.0, "tokens_per_s": 600.0}
     outcome |= {"losses": {"first": 2.0, "last": 1.5}, "evaluation": {}}
-    assert trainer.report(RUN, Path("my out"), outcome).splitlines() == [
+    assert result.report(RUN, Path("my out"), outcome).splitlines() == [
         "3 steps, 1,200 tokens in 2 s (600 tokens/s); loss 2.0000 -> 1.5000",
         "saved in my out; now talk to it:",
         "  python fast_start/simple_try_0.py --adapter 'my out'",
     ]
     outcome["evaluation"] = {"eval_loss": 1.0, "eval_perplexity": 2.718, "eval_token_accuracy": 0.5}
     full = replace(RUN, lora=replace(RUN.lora, use_lora=False))
-    assert trainer.report(full, Path("out"), outcome).splitlines()[1:] == [
+    assert result.report(full, Path("out"), outcome).splitlines()[1:] == [
         "held out: loss 1.0000, perplexity 2.72, token accuracy 50.0%",
         "saved in out; now talk to it:",
         "  python fast_start/simple_try_0.py -m out",
@@ -237,10 +237,10 @@ def test_a_report_names_the_best_checkpoint_and_a_run_that_learnt_nothing() -> N
     outcome: dict[str, Any] = {"steps": 16, "tokens": 1, "seconds": 1.0, "tokens_per_s": 1.0}
     outcome |= {"losses": {}, "evaluation": {}, "best_checkpoint": "out/checkpoint-12"}
     outcome["best"] = {"step": 12, "metric": "eval_loss", "value": 4.765, "saved_step": 16}
-    said = trainer.report(RUN, Path("out"), outcome).splitlines()
+    said = result.report(RUN, Path("out"), outcome).splitlines()
     assert said[1] == "best on held-out data: checkpoint-12 (loss 4.7650); what is saved is step 16"
     outcome["best"] |= {"metric": "token_accuracy", "value": 0.5, "saved_step": 12}
-    said = trainer.report(RUN, Path("out"), outcome | {"highest_learning_rate": 0.0}).splitlines()
+    said = result.report(RUN, Path("out"), outcome | {"highest_learning_rate": 0.0}).splitlines()
     assert said[1] == "nothing was learnt: every step ran at a rate of 0 (warming up); give --warmup_steps 0"
     assert said[2] == "best on held-out data: checkpoint-12 (token_accuracy 0.5000); that is what is saved"
 
@@ -253,7 +253,7 @@ def test_a_long_first_example_is_shown_by_its_ends() -> None:
     def shown(length: int) -> str:
         first = SimpleNamespace(input_ids=np.arange(length), spans=np.array([[length - 2, length]]))
         data: Any = SimpleNamespace(train=[(first,)])
-        return trainer.first_example(Words(), data, colour=False)
+        return mixture.first_example(Words(), data, colour=False)
 
     assert shown(1000) == "".join(f"{i}," for i in range(998)) + "⟦998,999,⟧"
     head, middle, tail = shown(10_000).split("\n")
@@ -262,15 +262,21 @@ def test_a_long_first_example_is_shown_by_its_ends() -> None:
 
 
 def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
-    data = trainer.Data(Numbers(), None, "abc", SimpleNamespace(to_json=lambda: {"tokens": 5}))
+    data = mixture.Data(Numbers(), None, "abc", SimpleNamespace(to_json=lambda: {"tokens": 5}))
     verdict: Any = SimpleNamespace(row=9, need=SimpleNamespace(to_json=lambda: {"total": 8}))
-    record = trainer.record(RUN, {"data": "abc"}, data, ["one"], Path("m"), {}, verdict)
+    nothing: Any = None
+    shaped_by = {"data": "abc"}
+    one = session.Session(
+        RUN, tmp_path, Path("m"), nothing, data, shaped_by, nothing, verdict, nothing, (), {}
+    )
+    record = result.record(one, {"threads": 3}, ["one"])
     run_folder.write_run(tmp_path, record)
     found = run_folder.read_run(tmp_path)
     assert found["options"] == json.loads(json.dumps(RUN.as_dict()))
     assert found["data"] == {"fingerprint": "abc", "epoch_conversations": 10, "tokens": 5}
     assert (found["state"], found["method"], found["decisions"]) == ("running", "lora", ["one"])
     assert found["plan"] == {"row": 9, "total": 8}
+    assert (found["shaped_by"], found["choices"], found["model"]) == (shaped_by, {"threads": 3}, "m")
     assert found["versions"]["torch"] == torch.__version__
     assert time.strptime(found["started"][:19], "%Y-%m-%dT%H:%M:%S")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -284,7 +290,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_keeps_float32(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     run = read_run(["-d", "x", "--use_cpu", "True"])
     args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
-    loaded = trainer.load(run, tiny_model_path, args)
+    loaded = tuned_model.load(run, tiny_model_path, args)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
 
 
@@ -294,6 +300,6 @@ def test_our_attention_may_be_asked_for_by_its_name(
     monkeypatch.setattr("transformers.AttentionInterface._global_mapping", {})  # nobody has registered it
     args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False)
     run = read_run(["-d", "x", "--attn_implementation", "qwen_chat"])
-    loaded = trainer.load(run, tiny_model_path, args)
+    loaded = tuned_model.load(run, tiny_model_path, args)
     assert loaded.model.config._attn_implementation == "qwen_chat"
     assert any(line.startswith("attention qwen_chat (blocks; ") for line in loaded.decisions)

@@ -1,0 +1,100 @@
+"""transformers' TrainingArguments from a Run, with what the device decides.
+
+In: a Run (cli/run_options.py). Out: the arguments of a joined rank, and each decision with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from qwen_chat.cli import run_options, training_fields
+from qwen_chat.cli.run_options import Run
+from qwen_chat.errors import TrainingError
+from qwen_chat.training import memory_plan
+from qwen_chat.training.ranks import start_deepspeed
+
+
+def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[Any, list[str]]:
+    """transformers' arguments from ours, with the ranks joined; and what was decided, with reasons.
+
+    Must be called before the model is loaded: under ZeRO-3 `from_pretrained` shares the weights out at once.
+    """
+    device, decisions = _device_arguments(run)
+    options = field_values(run, checkpointing=checkpointing) | device | {"output_dir": str(output)}
+    args = TrainingArguments(**(options | dict(run.extra)))
+    args._n_gpu = min(args.n_gpu, 1)  # a process trains on one; finetune.sh starts one for each
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != wanted:  # else every rank would train alone, without a word
+        raise TrainingError(
+            f"{wanted} processes were started but {args.world_size} are joined; use finetune.sh"
+        )
+    return args, decisions
+
+
+def field_values(run: Run, *, checkpointing: bool) -> dict[str, Any]:
+    """Fields of TrainingArguments from our flags, less what the device decides; the user's own come on top."""
+    train = run.train
+    options = {
+        "num_train_epochs": train.num_train_epochs,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "per_device_eval_batch_size": train.per_device_eval_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta2": train.adam_beta2,
+        "eval_strategy": train.eval_strategy,
+        "save_strategy": train.save_strategy,
+        "save_steps": train.save_steps,
+        "save_total_limit": train.save_total_limit,
+        "logging_steps": train.logging_steps,
+        "report_to": list(train.report_to),
+        "activation_checkpointing": checkpointing,  # transformers' new word for gradient checkpointing
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "ddp_find_unused_parameters": False,  # every row, a filler too, reaches every weight that is trained
+        "remove_unused_columns": False,  # the loss needs every key of the batch
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,  # a loss that is not a number stops the run here
+        "disable_tqdm": False,  # True hides our bar; transformers' own is never shown
+    }
+    if train.eval_strategy == "steps":
+        options["eval_steps"] = train.save_steps  # transformers would take logging_steps: every step
+    metric = str(run.extra.get("metric_for_best_model", "loss"))
+    compares = train.keep_best or train.save_strategy == "best" or run.extra.get("load_best_model_at_end")
+    if (
+        compares
+        or "metric_for_best_model" in run.extra
+        or train.lr_scheduler_type in training_fields.BY_METRIC
+    ):
+        # transformers takes every metric that does not end with "loss" for better when it grows.
+        options |= {
+            "metric_for_best_model": metric,
+            "greater_is_better": training_fields.more_is_better(metric),
+        }
+    return options
+
+
+def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """What depends on the device: number type, process group, DeepSpeed."""
+    train = run.train
+    accelerator = memory_plan.on_accelerator(run)
+    numbers, decisions = memory_plan.number_type(run)
+    chosen: dict[str, Any] = {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
+    if train.deepspeed is not None:
+        chosen["deepspeed"] = run_options.read_deepspeed(train.deepspeed)[0]
+        start_deepspeed(accelerator)
+        chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
+        if not accelerator:
+            chosen["accelerator_config"] = {"use_configured_state": True}  # the one of start_deepspeed
+    elif not accelerator:
+        chosen["use_cpu"] = True  # accelerate starts no process group on a CPU where it is False
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            chosen["ddp_backend"] = "gloo"
+    if not accelerator:
+        chosen["dataloader_pin_memory"] = False
+    return chosen, decisions

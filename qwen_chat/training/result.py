@@ -1,0 +1,174 @@
+"""What a run leaves: the adapter or model with its tokenizer, run.json, a report for a person.
+
+In: a Session, the trainer that has run, its log. Out: a folder that `--adapter` or `-m` loads and whose
+generation ends where the trained replies end.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qwen_chat import hardware, models
+from qwen_chat.chat.format import ChatFormat
+from qwen_chat.cli.run_options import Run
+from qwen_chat.console import is_rank_zero
+from qwen_chat.training import adapters, checkpoints, fused, memory_plan
+from qwen_chat.training.session import Session
+from qwen_chat.training.step_log import StepLog
+from qwen_chat.training.trainer import ChatTrainer
+
+VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
+
+
+def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Tensor]) -> None:
+    """Adapter or model, tokenizer with its template, generation config: complete, on rank 0.
+
+    initial: the adapter's first values (PiSSA); else empty.
+    """
+    run, fmt = session.run, session.fmt
+    trainer.model_loss.remove()
+    fused.remove(trainer.accelerator.unwrap_model(trainer.model))
+    weights = _gathered(trainer)
+    if not is_rank_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True
+    end_tokens(model, fmt)
+    aside = session.folder / checkpoints.ASIDE
+    aside.mkdir(exist_ok=True)
+    if run.lora.use_lora:
+        base = models.name_of(run.model.model, session.model_path)
+        adapters.save(model, aside, base=base, initial=initial, state_dict=weights)
+        model.generation_config.save_pretrained(aside)
+    else:
+        model.save_pretrained(aside, state_dict=weights)
+    fmt.complete_tokenizer()
+    fmt.tokenizer.save_pretrained(aside)
+    checkpoints.move_into(aside, session.folder)
+
+
+def _gathered(trainer: ChatTrainer) -> dict[str, torch.Tensor] | None:
+    """Whole weights where ZeRO-3 has cut them up (an adapter's alone), else None: the model has them."""
+    if not trainer.is_deepspeed_enabled or trainer.accelerator.state.deepspeed_plugin.zero_stage != 3:
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        whole: dict[str, torch.Tensor] | None = trainer.accelerator.get_state_dict(trainer.deepspeed)
+        return whole
+    import deepspeed
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(trained.values())):
+        return {name: p.detach().cpu().clone() for name, p in trained.items()}
+
+
+def end_tokens(model: PreTrainedModel, fmt: ChatFormat) -> None:
+    """A generation config that stops where the trained replies stop, whatever the base's said."""
+    config = model.generation_config
+    old = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([*fmt.stop_token_ids, *(t for t in old if t is not None)]))
+    config.pad_token_id = fmt.tokenizer.pad_token_id
+
+
+def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str]) -> dict[str, Any]:
+    """What run.json holds from the start on: every option, the versions, the data."""
+    run, data, verdict = session.run, session.data, session.verdict
+    budget = {"fingerprint": data.fingerprint, "epoch_conversations": len(data.train)}
+    held_out = {} if data.held_out is None else {"held_out": data.held_out.summary.to_json()}
+    return {
+        "state": "running",
+        "shaped_by": dict(session.shaped_by),
+        "choices": dict(choices),
+        "plan": {"row": verdict.row, **verdict.need.to_json()},
+        "method": run.method,
+        "model": str(session.model_path),
+        "options": run.as_dict(),
+        "given": sorted(run.given),
+        "decisions": list(decisions),
+        "data": {**budget, **data.summary.to_json()},
+        **held_out,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, float]) -> dict[str, Any]:
+    """What run.json gets at the end: losses, token counts, times (of this start, where it was resumed)."""
+    seconds = time.perf_counter() - log.started
+    whole = len(log.losses) == trainer.state.global_step  # else this start saw the end of it alone
+    return {
+        "state": "finished",
+        "steps": trainer.state.global_step,
+        "losses": {"first": log.losses[0], "last": log.losses[-1]} if log.losses else {},
+        "tokens": log.tokens,
+        "supervised_tokens": log.supervised,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
+        "peak_memory_gib": round(hardware.peak_memory() / memory_plan.GIB, 3),
+        "highest_learning_rate": log.highest_rate if whole else None,
+        "evaluation": dict(evaluation),
+        **_best(trainer),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _best(trainer: ChatTrainer) -> dict[str, Any]:
+    """The checkpoint that was best on held-out data, by what and how good, and the step of what is saved."""
+    args, state = trainer.args, trainer.state
+    if state.best_model_checkpoint is None:
+        return {"best_checkpoint": None}
+    saved = state.best_global_step if args.load_best_model_at_end else state.global_step
+    best = {"step": state.best_global_step, "metric": args.metric_for_best_model, "value": state.best_metric}
+    return {"best_checkpoint": state.best_model_checkpoint, "best": {**best, "saved_step": saved}}
+
+
+def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
+    """A few lines for a person: what came of it, and what to type next."""
+    losses, evaluation = outcome["losses"], outcome["evaluation"]
+    lines = [
+        f"{outcome['steps']} steps, {outcome['tokens']:,} tokens in {outcome['seconds']:.0f} s"
+        f" ({outcome['tokens_per_s']:,.0f} tokens/s)"
+        + (f"; loss {losses['first']:.4f} -> {losses['last']:.4f}" if losses else "")
+    ]
+    if evaluation:
+        lines.append(
+            f"held out: loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['eval_perplexity']:.2f}, "
+            f"token accuracy {evaluation['eval_token_accuracy']:.1%}"
+        )
+    if outcome["steps"] and outcome.get("highest_learning_rate") == 0:
+        lines.append("nothing was learnt: every step ran at a rate of 0 (warming up); give --warmup_steps 0")
+    best = outcome.get("best")
+    if best is not None:
+        name, metric = Path(outcome["best_checkpoint"]).name, str(best["metric"]).removeprefix("eval_")
+        same = best["step"] == best["saved_step"]
+        lines.append(
+            f"best on held-out data: {name} ({metric} {best['value']:.4f}); "
+            + ("that is what is saved" if same else f"what is saved is step {best['saved_step']}")
+        )
+    flag = "--adapter" if run.lora.use_lora else "-m"
+    lines += [
+        f"saved in {folder}; now talk to it:",
+        f"  python fast_start/simple_try_0.py {flag} {shlex.quote(str(folder))}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""A run on its way to its first step: prepared by each process alone, then joined with the others.
+
+In: a Run, its output folder, its model's folder. Out: `Prepared` (data read, an earlier start agreed with, memory
+planned), then a `Session`, which the rest of finetune.py works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from qwen_chat import models
+from qwen_chat.chat.format import ChatFormat
+from qwen_chat.cli.run_options import Run
+from qwen_chat.console import rank_zero
+from qwen_chat.data.mixture import Data, read_data
+from qwen_chat.errors import OptionError
+from qwen_chat.training import memory_plan, run_folder
+from qwen_chat.training.batches import held_out_windows, training_windows
+from qwen_chat.training.options import training_arguments
+from qwen_chat.training.ranks import any_rank, share
+from qwen_chat.training.step_log import StepLog
+from qwen_chat.training.trainer import ChatTrainer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    run: Run
+    folder: Path  # what it writes into
+    model_path: Path
+    fmt: ChatFormat
+    data: Data
+    shaped_by: Mapping[str, Any]  # see run_folder.shaped_by
+    before: run_folder.Resume
+    verdict: memory_plan.Verdict
+
+
+@dataclass(frozen=True)
+class Session(Prepared):
+    """A prepared run whose ranks are joined; they write into the same folder."""
+
+    args: TrainingArguments
+    decisions: tuple[str, ...]
+    choices: Mapping[str, Any]  # what was measured or chosen by itself: a resumed run chooses the same
+
+    def trainer(self, model: PreTrainedModel, record: Mapping[str, Any], log: StepLog) -> ChatTrainer:
+        """The trainer of this run. record: what run.json says, stored in each checkpoint too."""
+        run, data, world_size = self.run, self.data, self.args.world_size
+        held_out = None if data.held_out is None else held_out_windows(run, data.held_out, world_size)
+        return ChatTrainer(
+            model=model,
+            args=self.args,
+            processing_class=self.fmt.tokenizer,
+            windows=training_windows(run, data.train, world_size),
+            held_out=held_out,
+            loraplus_ratio=run.lora.loraplus_lr_ratio,
+            run_record=record,
+            on_step=log.step,
+            callbacks=[log],
+        )
+
+
+def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
+    """Read the data, agree with what an earlier start left in the folder, plan the memory.
+
+    Raises DataError (every bad line at once), CheckpointError (every changed setting), OptionError (no room).
+    """
+    tokenizer = models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code)
+    fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
+    data = read_data(run, fmt)
+    shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
+    before = run_folder.resume(run, folder, shaped_by)
+    rank_zero(data.describe())
+    verdict = plan(run, model_path, data)
+    return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict)
+
+
+def plan(run: Run, model_path: Path, data: Data) -> memory_plan.Verdict:
+    """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory;
+    OptionError if it cannot fit."""
+    row, longest = longest_row(run, data)
+    config = models.read_config(model_path)
+    shape = memory_plan.Shape.of(config)
+    for note in models.positions_note(config, longest):
+        rank_zero(f"note: {note}")
+    verdict = memory_plan.decide(run, shape, row=row, supervised=row, longest=longest)
+    if verdict.refusal is not None and not run.train.plan_anyway:
+        raise OptionError(verdict.refusal)
+    return verdict
+
+
+def longest_row(run: Run, data: Data) -> tuple[int, int]:
+    """(tokens of the largest row that the run is known to meet, tokens of the longest conversation)."""
+    windows = training_windows(run, data.train, memory_plan.ranks())
+    row = windows.longest_row(windows=64)
+    longest = min(int(data.summary.quantiles.get("max", row)), run.data.model_max_length)
+    return max(row, longest), longest
+
+
+def join(prepared: Prepared) -> Session:
+    """Join the ranks; agree on the folder and on gradient checkpointing."""
+    run, verdict = prepared.run, prepared.verdict
+    chosen = dict(prepared.before.choices)
+    on = bool(chosen.get("gradient_checkpointing", verdict.checkpointing))
+    if run.train.gradient_checkpointing != "auto":
+        on = verdict.checkpointing
+    if not memory_plan.on_accelerator(run) and int(chosen.get("threads", 0)) > 0:
+        torch.set_num_threads(int(chosen["threads"]))  # the order of sums depends on it
+    args, decisions = training_arguments(run, prepared.folder, checkpointing=on)
+    agreed = any_rank(on)  # memory is free on one machine and not on another: all compute again, or none
+    if agreed and not on:
+        args.activation_checkpointing = args.gradient_checkpointing = True
+        args.activation_checkpointing_kwargs = {"use_reentrant": False}
+    args.output_dir = share(str(prepared.folder))
+    chosen |= {
+        "gradient_checkpointing": agreed,
+        "threads": torch.get_num_threads(),
+        "layout": run.train.layout,
+    }
+    joined = {**vars(prepared), "folder": Path(args.output_dir)}
+    return Session(**joined, args=args, decisions=(*decisions, verdict.line), choices=chosen)
