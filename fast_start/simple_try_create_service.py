@@ -120,8 +120,9 @@ def serve(
 
     from qwen_chat import models
     from qwen_chat.inference.engine import load_engine
-    from qwen_chat.service.app import ServiceSettings, create_app
+    from qwen_chat.service.app import create_app
     from qwen_chat.service.prepare import SamplingDefaults, recommended_sampling
+    from qwen_chat.service.settings import ServiceSettings
 
     folder = models.resolve(base)
     name = model.name or served_name(base, folder)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from starlette.responses import JSONResponse
 
 from qwen_chat.conversation import Json
 
@@ -44,6 +45,15 @@ class APIError(Exception):
         """OpenAI's error type for the status."""
         return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
+    @property
+    def name(self) -> str:
+        """What the log calls it: the code, or where it has none the type."""
+        return self.code or self.type
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), self.status, self.headers())
+
     def body(self) -> Json:
         """The JSON body."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
@@ -74,6 +84,11 @@ def not_json(reason: str) -> APIError:
 def shutting_down() -> APIError:
     """503: what runs is cut off, for the service ends."""
     return APIError(503, "The service is shutting down.", code="shutting_down", retry_after=10)
+
+
+def engine_unavailable() -> APIError:
+    """503: the engine does not run; it is started again after a failure."""
+    return APIError(503, "The engine is not running; try again.", code="engine_unavailable", retry_after=1)
 
 
 def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> APIError:

@@ -75,6 +75,10 @@ class Metrics:
             "e2e_request_latency", "Arrival to the end of the answer, those broken off too.", _WHOLE
         )
 
+    def count_request(self, endpoint: str, status: int) -> None:
+        """One request that ended."""
+        self.requests.labels(endpoint, str(status)).inc()
+
     def text(self) -> bytes:
         """Prometheus' text format, version 0.0.4."""
         return generate_latest(self.registry)

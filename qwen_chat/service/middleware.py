@@ -1,30 +1,26 @@
-"""What a request passes before anything is done for it, and the line that it leaves.
+"""The two layers around the endpoints: who may ask, and the line that each request leaves.
 
-In: ASGI messages. Out: a body within its limits, from somebody who may ask; one record a request.
-`Journal` is the outermost layer: whatever happens inside, client and log are told, each in its own shape.
+In: ASGI messages. Out: only the requests of those who may ask go on; one record a request.
+`Journal` is the outer layer: whatever happens inside, client and log are told, each in its own shape.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import re
 import sys
-import time
 import traceback
 import uuid
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import from_json
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_chat.service.errors import APIError, echo, not_json, shutting_down
+from qwen_chat.service.errors import APIError, echo, shutting_down
+from qwen_chat.service.request_log import Record
 
 LEFT = 499  # nginx's status for a client that closed the connection before it was answered
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -33,56 +29,6 @@ UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few
 LONGEST_PATH = 200  # characters of a path in the log
 MOST_HEADERS = 100
 HEADER_BYTES = 32 * 1024  # of all headers together
-MOST_KEYS = 2048  # of one JSON object: each unknown one costs an error to find and to describe
-MOST_PARTS = 2**16  # lists and objects in one body
-DISCARD_BYTES = 64 * 2**20  # of a body that is too large, read so that the client gets to read its answer
-DISCARD_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class Record:
-    """What is known of one request; the handler fills it in as it learns."""
-
-    id: str
-    path: str
-    began: float = field(default_factory=time.monotonic)
-    model: str | None = None
-    stream: bool | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    completion_tokens: int | None = None
-    first_token: float | None = None  # seconds since `began`
-    finish_reason: str | None = None
-    error: str | None = None
-    user: str | None = None
-    prompt: object = None
-    reply: str | None = None
-    ignored: Sequence[str] = ()  # hints of the request that change no answer, by name
-    admitted: bool = False  # it passed the gate, with a key where there are keys
-
-    def line(self, status: int) -> dict[str, object]:
-        """The log's line. Times in milliseconds; fields that do not apply are left out."""
-        now = time.time()
-        line: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",
-            "id": self.id,
-            "path": self.path,
-            "status": status,
-            "model": self.model,
-            "stream": self.stream,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "completion_tokens": self.completion_tokens,
-            "first_token_ms": None if self.first_token is None else round(self.first_token * 1000, 1),
-            "ms": round((time.monotonic() - self.began) * 1000, 1),
-            "finish_reason": self.finish_reason,
-            "error": self.error,
-            "user": self.user,
-            "ignored": list(self.ignored) or None,
-            "prompt": self.prompt,
-            "reply": self.reply,
-        }
-        return {key: value for key, value in line.items() if value is not None}
 
 
 class Journal:
@@ -136,12 +82,12 @@ class Journal:
         self, error: Exception, record: Record, answer: _Sender, scope: Scope, receive: Receive
     ) -> None:
         """A fault of ours: told in full on standard error, and to the client without any detail."""
-        refusal = error if isinstance(error, APIError) else APIError(500, "The server had an error.")
         if not isinstance(error, APIError):
             print(f"{record.id}: {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
-        record.error = refusal.code or refusal.type
+            error = APIError(500, "The server had an error.")
+        record.error = error.name
         if answer.status is None:
-            await refusal_response(refusal)(scope, receive, answer)
+            await error.response()(scope, receive, answer)
 
 
 class _Sender:
@@ -176,7 +122,7 @@ class Gate:
         """Without keys everybody may ask. `hosts`: names that the Host header may give; None allows all.
         `origins`: of web pages that may ask, beside the service's own; "*" allows all."""
         self.app = app
-        self.digests = tuple(_digest(key) for key in api_keys)
+        self.digests = tuple(hashlib.sha256(key.encode()).digest() for key in api_keys)
         self.hosts = hosts
         self.origins = origins
 
@@ -233,102 +179,6 @@ class Gate:
             raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 def _host(header: bytes) -> str:
     """The name of a Host header, without the port."""
     return re.sub(r":\d*$", "", header.decode("latin-1")).lower()
-
-
-def refusal_response(refusal: APIError) -> JSONResponse:
-    """The answer that tells a refusal."""
-    return JSONResponse(refusal.body(), refusal.status, refusal.headers())
-
-
-async def read_json(request: Request, *, most_bytes: int, seconds: float) -> object:
-    """The body as JSON values; raise APIError 400, 408, 413 or 415.
-
-    Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise APIError(
-            415,
-            "Unsupported media type; send 'Content-Type: application/json'.",
-            code="unsupported_media_type",
-        )
-    body = await read_body(request, most_bytes=most_bytes, seconds=seconds)
-    try:
-        if len(body) > 2**16:  # half a millisecond a megabyte and more: not on the event loop
-            return await asyncio.to_thread(_parse, body)
-        return _parse(body)
-    except ValueError as error:
-        raise not_json(str(error)) from None
-
-
-def _parse(body: bytes) -> object:
-    """JSON of at most MOST_PARTS lists and objects, none of the latter larger than MOST_KEYS."""
-    value = from_json(body, allow_inf_nan=False)
-    waiting, parts = [value], 0
-    while waiting:
-        one = waiting.pop()
-        parts += 1
-        large = isinstance(one, dict) and len(one) > MOST_KEYS
-        if large or parts > MOST_PARTS:
-            bound = (
-                f"an object has more than {MOST_KEYS} keys" if large else f"it has over {MOST_PARTS} parts"
-            )
-            raise APIError(400, f"The body of your request is too large: {bound}.", code="body_too_complex")
-        inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
-        waiting += [child for child in inside if isinstance(child, (dict, list))]
-    return value
-
-
-async def read_body(request: Request, *, most_bytes: int, seconds: float) -> bytes:
-    """The raw body, at most `most_bytes` of it and within `seconds`."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > most_bytes:
-        if "expect" not in request.headers:  # else the client waits for leave to send, and gets none
-            await _discard(request)
-        raise _too_large(most_bytes)
-    body, more = bytearray(), True
-    try:
-        async with asyncio.timeout(seconds):
-            while more and len(body) <= most_bytes:
-                piece, more = await _receive(request)
-                body += piece
-    except TimeoutError:
-        raise APIError(408, "The request did not arrive in time.", code="request_timeout") from None
-    if len(body) > most_bytes:
-        if more:
-            await _discard(request)
-        raise _too_large(most_bytes)
-    return bytes(body)
-
-
-async def _receive(request: Request) -> tuple[bytes, bool]:
-    """The next piece of the body, and whether more comes."""
-    message = await request.receive()
-    if message["type"] != "http.request":
-        raise ClientDisconnect
-    return message.get("body", b""), message.get("more_body", False)
-
-
-def _too_large(most_bytes: int) -> APIError:
-    return APIError(
-        413,
-        f"The request body is larger than {most_bytes} bytes, the most allowed.",
-        code="request_too_large",
-    )
-
-
-async def _discard(request: Request) -> None:
-    """Read what still comes. Closing with unread data resets the connection before the answer is read."""
-    size, more = 0, True
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while more and size < DISCARD_BYTES:
-                piece, more = await _receive(request)
-                size += len(piece)

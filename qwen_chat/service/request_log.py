@@ -1,6 +1,7 @@
 """What a service writes down: one JSON line a request.
 
-In: one flat record a request. Out: a line in a file that never outgrows its bound and that one service writes.
+In: a `Record` a request, filled in on its way. Out: a line in a file that never outgrows its bound and that one
+service writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,52 @@ MAX_BYTES = 10_000_000  # of one file of the service log
 STRANGERS_SHARE = 0.1  # of each file, for requests that did not pass the gate: alone they never fill one
 KEPT_FILES = 5  # rotated files beside the current one: six files, 60 MB in all
 LONGEST_TEXT = 64_000  # characters of one text field; a logged prompt may not fill a file on its own
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request; the handler fills it in as it learns."""
+
+    id: str
+    path: str
+    began: float = field(default_factory=time.monotonic)
+    model: str | None = None
+    stream: bool | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token: float | None = None  # seconds since `began`
+    finish_reason: str | None = None
+    error: str | None = None
+    user: str | None = None
+    prompt: object = None
+    reply: str | None = None
+    ignored: Sequence[str] = ()  # hints of the request that change no answer, by name
+    admitted: bool = False  # it passed the gate, with a key where there are keys
+
+    def line(self, status: int) -> dict[str, object]:
+        """The log's line. Times in milliseconds; fields that do not apply are left out."""
+        now = time.time()
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",
+            "id": self.id,
+            "path": self.path,
+            "status": status,
+            "model": self.model,
+            "stream": self.stream,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "first_token_ms": None if self.first_token is None else round(self.first_token * 1000, 1),
+            "ms": round((time.monotonic() - self.began) * 1000, 1),
+            "finish_reason": self.finish_reason,
+            "error": self.error,
+            "user": self.user,
+            "ignored": list(self.ignored) or None,
+            "prompt": self.prompt,
+            "reply": self.reply,
+        }
+        return {key: value for key, value in line.items() if value is not None}
 
 
 def json_line(record: Mapping[str, object]) -> str:

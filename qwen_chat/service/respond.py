@@ -21,9 +21,9 @@ from qwen_chat.inference.events import Generation, TokenEvent
 from qwen_chat.service.chunks import usage_of
 from qwen_chat.service.errors import APIError, shutting_down
 from qwen_chat.service.metrics import Metrics
-from qwen_chat.service.middleware import Record
 from qwen_chat.service.prepare import Job
 from qwen_chat.service.protocol import Answer, Usage
+from qwen_chat.service.request_log import Record
 
 # Characters that JSON leaves as they are and at which Python's splitlines ends a line (httpx reads streams with it).
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -202,7 +202,7 @@ class Delivery(Response):
 
     async def _break_off(self, send: Send, refusal: APIError) -> None:
         """The status is sent: what went wrong is the last event, and no [DONE] follows."""
-        self._work.record.error = refusal.code or refusal.type
+        self._work.record.error = refusal.name
         await self._send(send, _event(json.dumps(refusal.body())))
         await self._end(send)
 

@@ -6,14 +6,16 @@ interpreter ends, so one that hangs keeps the process alive after SIGTERM; these
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
-ResultT = TypeVar("ResultT")
+from qwen_chat.service.errors import APIError
+from qwen_chat.threads import ResultT
 
 
 class Workers:
@@ -39,6 +41,28 @@ class Workers:
                     ).start()
         self._queue.put((future, work))
         return future
+
+    async def run(
+        self, work: Callable[[], ResultT], *, seconds: float, undo: Callable[[ResultT], None] | None = None
+    ) -> ResultT:
+        """What a piece of work comes to, in an event loop; APIError 503 where it takes longer than `seconds`.
+
+        `undo` gets what it comes to when nobody waits for it any more.
+        """
+        running = self.submit(work)
+
+        def forget(done: Future[ResultT]) -> None:
+            if undo is not None and not done.cancelled() and done.exception() is None:
+                undo(done.result())
+
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(running), seconds)
+        except BaseException as error:
+            running.add_done_callback(forget)
+            if not isinstance(error, TimeoutError):
+                raise
+            text = "Preparing the request took too long; try again."
+            raise APIError(503, text, code="overloaded", retry_after=10) from None
 
     def stuck_seconds(self) -> float:
         """For how long no thread could take anything new: 0 where one is free."""

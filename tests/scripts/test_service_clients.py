@@ -23,7 +23,8 @@ import requests
 ROOT = Path(__file__).resolve().parents[2]
 
 from benchmarks.peers import python_of
-from qwen_chat.service.app import ServiceSettings, create_app
+from qwen_chat.service.app import create_app
+from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 from qwen_chat.inference.engine import Engine
-from qwen_chat.service.app import ServiceSettings, create_app
+from qwen_chat.service.app import create_app
+from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
 
 PAGE = ROOT / "fast_start" / "web_demo.py"

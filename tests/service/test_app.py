@@ -22,12 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from qwen_chat.inference.engine import Engine, _Adapter, load_engine
-from qwen_chat.service.app import Admission, Service, ServiceSettings, create_app
+from qwen_chat.service.admission import Admission
+from qwen_chat.service.app import create_app
 from qwen_chat.service.errors import APIError
 from qwen_chat.service.prepare import chat_job
 from qwen_chat.service.protocol import ErrorAnswer
 from qwen_chat.service.request_log import RequestLog
 from qwen_chat.service.server import PatientProtocol
+from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import CONTEXT, END, TEMPLATE, VOCABULARY, LiveService, make_engine
 
 CHAT = "/v1/chat/completions"
@@ -835,7 +837,7 @@ def test_queue_is_bounded() -> None:
 def test_retry_after_follows_what_was_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad requests are over at once; that is no sign that a place becomes free soon."""
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("qwen_chat.service.app.time", clock)
+    monkeypatch.setattr("qwen_chat.service.admission.time", clock)
     admission, now = Admission(1), [0.0]
     for served, seconds in ((True, 100.0), *[(False, 0.0)] * 50):
         give_back = admission.take(1)
@@ -864,13 +866,13 @@ def test_who_is_turned_away_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_submitted_too_late_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = Service._submit
+    submit = Engine.submit
 
-    def late(self: Service, wanted: Any) -> Any:
+    def late(engine: Engine, request: Any) -> Any:
         time.sleep(0.6)
-        return submit(self, wanted)
+        return submit(engine, request)
 
-    monkeypatch.setattr(Service, "_submit", late)
+    monkeypatch.setattr(Engine, "submit", late)
     engine = make_engine()
     settings = ServiceSettings(prepare_seconds=0.2)
     with LiveService(create_app(engine, settings=settings)) as live:

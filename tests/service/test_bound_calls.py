@@ -13,7 +13,8 @@ from openai import OpenAI
 
 from qwen_chat.conversation import ToolCall
 from qwen_chat.dialects.reader import Delta, StreamParser, fold, parse, write
-from qwen_chat.service.app import ServiceSettings, create_app
+from qwen_chat.service.app import create_app
+from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.tools.loop import HttpClient, run_tools
 from tests.support.scripted import LiveService, make_engine
 

@@ -27,8 +27,9 @@ from qwen_chat.errors import ToolError
 from qwen_chat.inference.grammar import Grammar, GrammarLate
 from qwen_chat.inference.grammar_trial import LATE, TOO_LARGE, GrammarTrial
 from qwen_chat.service import client_schema, prepare
-from qwen_chat.service.app import MOST_TOKENIZING, ServiceSettings, create_app
+from qwen_chat.service.app import MOST_TOKENIZING, create_app
 from qwen_chat.service.protocol import HINTS, ChatRequest
+from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.service.workers import Workers
 from tests.support.scripted import CONTEXT, LiveService, make_engine
 
@@ -211,12 +212,13 @@ END_IN_TIME = """
 import sys, threading
 sys.path[:0] = [{root!r}, {tests!r}]
 from qwen_chat.service import app as service, server
+from qwen_chat.service.settings import ServiceSettings
 from openai import OpenAI
 from pydantic import ValidationError
 from tests.support.scripted import make_engine
 service.chat_job = lambda *_: threading.Event().wait()
 listener = server.bind("127.0.0.1", 0)
-app = service.create_app(make_engine(), settings=service.ServiceSettings(prepare_seconds=0.2))
+app = service.create_app(make_engine(), settings=ServiceSettings(prepare_seconds=0.2))
 print(listener.getsockname()[1], flush=True)
 server.serve(app, listener, drain_seconds=1)
 """

@@ -18,9 +18,10 @@ import pytest
 import requests
 from starlette.testclient import TestClient
 
-from qwen_chat.service.app import ServiceSettings, create_app
+from qwen_chat.service.app import create_app
 from qwen_chat.service.request_log import RequestLog
 from qwen_chat.service.server import PatientProtocol
+from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
 
 CHAT = "/v1/chat/completions"

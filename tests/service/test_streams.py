@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from qwen_chat.inference.engine import Engine
-from qwen_chat.service.app import ServiceSettings, create_app
+from qwen_chat.service.app import create_app
+from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.tools.loop import HttpClient, run_tools
 from tests.support.scripted import LiveService, make_engine
 

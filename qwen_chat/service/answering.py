@@ -1,0 +1,102 @@
+"""From a valid request to its running generations: a place in the queue, a prompt, the engine asked.
+
+In: a request, its model, and what prepares it. Out: a response that sends what the engine answers. Nothing is done
+for a request before it has its place: what is turned away costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from qwen_chat.errors import ModelError, ToolError
+from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong
+from qwen_chat.inference.events import Generation
+from qwen_chat.inference.grammar import GrammarLate
+from qwen_chat.inference.sampling import GenerationRequest
+from qwen_chat.service.admission import Admission
+from qwen_chat.service.errors import APIError, engine_unavailable, too_long
+from qwen_chat.service.metrics import Metrics
+from qwen_chat.service.prepare import Job
+from qwen_chat.service.request_log import Record
+from qwen_chat.service.respond import Delivery, Work
+from qwen_chat.service.settings import ServiceSettings
+from qwen_chat.service.workers import Workers
+
+
+class Answering:
+    """Answers requests that generate, on one engine."""
+
+    def __init__(self, engine: Engine, settings: ServiceSettings, metrics: Metrics) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._metrics = metrics
+        self._admission = Admission(settings.max_queue + engine.max_batch)
+        # Two threads each: prompts do not take all cores, and a stranger's schema delays schemas, not chats.
+        self._prompts = Workers("intake", 2)
+        self._grammars = Workers("grammars", 2)
+
+    async def answer(self, record: Record, prepare: Callable[[float], Job], *, choices: int) -> Delivery:
+        """The response to one request. `prepare` is given the request's deadline (of time.monotonic) and runs on a
+        worker thread; `choices` are the places that it takes in the queue."""
+        seconds = self._settings.prepare_seconds
+        deadline = record.began + self._settings.request_seconds
+        release = self._admission.take(choices)
+        try:
+            job = await self._prompts.run(lambda: prepare(deadline), seconds=seconds)
+            bound = any(request.grammar is not None for request in job.requests)
+            generations = await (self._grammars if bound else self._prompts).run(
+                lambda: self._submit(job.requests), seconds=seconds, undo=_cancel
+            )
+        except BaseException:
+            release(False)
+            raise
+        work = Work(
+            job,
+            generations,
+            record=record,
+            metrics=self._metrics,
+            release=functools.partial(release, True),
+            log_reply=self._settings.log_prompts,
+        )
+        return Delivery(
+            work, write_seconds=self._settings.write_seconds, quiet_seconds=self._settings.quiet_seconds
+        )
+
+    def check(self) -> None:
+        """Raise APIError 503 where prompts have not been prepared for too long."""
+        if self._prompts.stuck_seconds() > self._settings.prepare_seconds:
+            text = "Requests have not been prepared for too long; try again."
+            raise APIError(503, text, code="intake_stuck", retry_after=10)
+
+    def _submit(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Hand all to the engine, or none."""
+        generations: list[Generation] = []
+        try:
+            for request in requests:
+                generations.append(self._engine.submit(request))  # noqa: PERF401  where one fails the others are cancelled
+        except BaseException as error:
+            _cancel(generations)
+            raise _as_answer(error) from error
+        return generations
+
+
+def _cancel(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        generation.cancel()
+
+
+def _as_answer(error: BaseException) -> BaseException:
+    """What a client is told of an error that `Engine.submit` raises."""
+    if isinstance(error, ToolError):
+        return APIError(400, f"Invalid schema: {error}.", code="invalid_value")
+    if isinstance(error, PromptTooLong):
+        return too_long(error.context, error.prompt_tokens, None)
+    # Its adapter was unloaded a moment ago.
+    if isinstance(error, ModelError):
+        return APIError(404, "The model does not exist any more.", param="model", code="model_not_found")
+    if isinstance(error, EngineStopped):
+        return engine_unavailable()
+    if isinstance(error, GrammarLate):
+        return APIError(503, f"The request was not prepared: {error}.", code="overloaded", retry_after=10)
+    return error
