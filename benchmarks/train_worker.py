@@ -48,6 +48,12 @@ def read_data(path: str) -> list[tuple[dict[str, Any], ...]]:
     return [tuple(members) for members in found.values()]
 
 
+def supervised_spans(labels: Any) -> list[tuple[int, int]]:
+    """The runs of labels that are no -100, as [start, end) pairs."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], labels != -100, [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
 def load_model(spec: dict[str, Any], attention: str) -> Any:
     """The same float32 weights and the same adapter for every method."""
     torch.manual_seed(0)
@@ -124,13 +130,15 @@ def options(spec: dict[str, Any], batch_size: int, rows: int) -> dict[str, Any]:
 def ours(spec: dict[str, Any], data: list[Any], watch: Watch) -> tuple[Any, dict[str, Any]]:
     """The engine as finetune.py runs it."""
     sys.path.insert(0, spec["root"])
-    from types import SimpleNamespace
-
+    from qwen_chat.chat.encoded import Encoded
     from qwen_chat.training import attention, fused, matmul
     from qwen_chat.training.batches import WindowSampler
     from qwen_chat.training.trainer import ChatTrainer
 
-    conversations = [tuple(SimpleNamespace(**sequence) for sequence in members) for members in data]
+    conversations = [
+        tuple(Encoded(one["input_ids"], supervised_spans(one["labels"])) for one in members)
+        for members in data
+    ]
     accumulation = -(-len(data) // spec["batch_size"])
     windows = WindowSampler(
         conversations,

@@ -493,7 +493,7 @@ def sequence_losses(
     before = model.config._attn_implementation
     model.set_attn_implementation(attention.register())
     rows = batches.WindowSampler(data, batch_size=1, max_length=_longest(data, chosen), shuffle=False)
-    items, collate = batches.Rows(data), batches.Collator()
+    items, collate = batches.RowDataset(data), batches.Collator()
     model_loss = loss.ModelLoss(model)
     device = next(model.parameters()).device
     losses = []

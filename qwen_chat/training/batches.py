@@ -1,8 +1,9 @@
-"""From tokenised conversations to the rows of an optimizer step, and from a row to tensors.
+"""From tokenised conversations to the packed rows of an optimizer step, and from a row to tensors.
 
 In: TokenisedData (`data[i]` -> the `Encoded` sequences of conversation i). Out: for the Trainer's DataLoader
-a batch sampler (WindowSampler), a dataset (Rows) and a collator (Collator). One optimizer step is a window of
-batch size x accumulation x ranks conversations; how a window is laid out in rows never changes its gradient.
+a batch sampler (WindowSampler), a dataset (RowDataset) and a collator (Collator). A packed row is a micro-batch.
+One optimizer step is a window of batch size x accumulation x ranks conversations; how a window is laid out in
+rows never changes its gradient.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from torch.utils.data import Dataset
 from qwen_chat.cli.run_options import Run
 from qwen_chat.data.mixture import seed_of
 from qwen_chat.errors import DataError, OptionError
-from qwen_chat.training.packing import LAYOUTS, Row, plan_rows
+from qwen_chat.training.packing import LAYOUTS, TOKEN_BYTES, PackedRow, plan_rows
 
-Ids = Sequence[int] | np.ndarray[Any, np.dtype[np.int32]]
-IGNORED = -100  # a label that is not learnt
+Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 
-class Encoded(Protocol):
-    """One training sequence: token ids and, for each, its label: the id, or -100 where it is not supervised."""
-
-    @property
-    def input_ids(self) -> Ids: ...
+class TrainingSequence(Protocol):
+    """One training sequence: token ids [T], and its supervised tokens as `[start, end)` pairs."""
 
     @property
-    def labels(self) -> Ids: ...
+    def input_ids(self) -> Sequence[int] | Ints: ...
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int]] | Ints: ...
 
 
 class Conversations(Protocol):
@@ -38,11 +38,11 @@ class Conversations(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int) -> Sequence[TrainingSequence]: ...
 
 
 class WindowSampler:
-    """Batch sampler: yields `[Row]`, accumulation x ranks of them a window, micro-step first, rank second.
+    """Batch sampler: yields `[PackedRow]`, accumulation x ranks of them a window, micro-step first, rank second.
 
     Deterministic in (seed, epoch), so every rank makes the same plan, and a resumed run skips to the same
     place. accelerate then deals row i to rank i % ranks. `set_epoch` must be called before each epoch.
@@ -109,22 +109,22 @@ class WindowSampler:
         epoch, window = divmod(step, self.windows)
         return [int(i) for i in self.order(epoch)[window * self.window : (window + 1) * self.window]]
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[PackedRow]]:
         order = self.order(self.epoch)
         for start in range(0, len(order), self.window):
             for row in self.plan([int(i) for i in order[start : start + self.window]]):
                 yield [row]
 
-    def plan(self, conversations: Sequence[int]) -> list[Row]:
+    def plan(self, conversations: Sequence[int]) -> list[PackedRow]:
         """Lay out one window."""
         keys: list[bytes] = []
         names: list[tuple[int, int]] = []
         for conversation in conversations:
             for number, encoded in enumerate(self.data[conversation]):
                 key = np.asarray(encoded.input_ids, dtype=np.int32).tobytes()
-                if len(key) > 4 * self.max_length:
+                if len(key) > TOKEN_BYTES * self.max_length:
                     raise DataError(
-                        f"{self.where(conversation)}: {len(key) // 4} tokens; expected at most"
+                        f"{self.where(conversation)}: {len(key) // TOKEN_BYTES} tokens; expected at most"
                         f" {self.max_length}; raise --model_max_length, or let --too_long drop or truncate it"
                     )
                 keys.append(key)
@@ -140,9 +140,9 @@ class WindowSampler:
         )
         rows = []
         for members, shared in plans:
-            lengths = tuple(len(keys[member]) // 4 for member in members)
+            lengths = tuple(len(keys[member]) // TOKEN_BYTES for member in members)
             pad_to = max(lengths, default=0) if self.layout == "padded" else 0
-            rows.append(Row(tuple(names[member] for member in members), lengths, shared, pad_to))
+            rows.append(PackedRow(tuple(names[member] for member in members), lengths, shared, pad_to))
         return rows
 
     def where(self, conversation: int) -> str:
@@ -187,8 +187,8 @@ def held_out_windows(run: Run, data: Conversations, ranks: int) -> WindowSampler
     )
 
 
-class Rows(Dataset[tuple[Row, list[Encoded]]]):
-    """The dataset behind a WindowSampler: a Row in, the row and its sequences out."""
+class RowDataset(Dataset[tuple[PackedRow, list[TrainingSequence]]]):
+    """The dataset behind a WindowSampler. It is indexed by a PackedRow, not by a number: its sequences come with it."""
 
     def __init__(self, data: Conversations) -> None:
         self.data = data
@@ -196,7 +196,7 @@ class Rows(Dataset[tuple[Row, list[Encoded]]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, row: Row) -> tuple[Row, list[Encoded]]:
+    def __getitem__(self, row: PackedRow) -> tuple[PackedRow, list[TrainingSequence]]:
         return row, [self.data[conversation][number] for conversation, number in row.sequences]
 
 
@@ -209,7 +209,9 @@ class Collator:
     (the Trainer wants to see the name).
     """
 
-    def __call__(self, items: Sequence[tuple[Row, list[Encoded]]]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, items: Sequence[tuple[PackedRow, Sequence[TrainingSequence]]]
+    ) -> dict[str, torch.Tensor]:
         if len(items) != 1:
             raise ValueError(
                 f"a batch is one row; found {len(items)}: use WindowSampler as the batch sampler"
@@ -217,9 +219,8 @@ class Collator:
         row, sequences = items[0]
         ids = np.zeros(row.tokens, dtype=np.int64)
         positions = np.zeros(row.tokens, dtype=np.int64)
-        path = np.zeros(
-            max(row.lengths, default=0), dtype=np.int64
-        )  # where the last sequence's tokens lie in the row
+        # Where the last sequence's tokens lie in the row.
+        path = np.zeros(max(row.lengths, default=0), dtype=np.int64)
         keep, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         at = 0
         for encoded, length, shared in zip(sequences, row.lengths, row.shared, strict=True):
@@ -228,10 +229,10 @@ class Collator:
             path[shared:length] = np.arange(at, at + own)
             stored = row.pad_to or own
             positions[at : at + stored] = np.arange(shared, shared + stored)
-            labels = np.asarray(encoded.labels)
-            learnt = np.flatnonzero(labels[1:] != IGNORED)
-            keep.append(path[learnt])
-            targets.append(labels[learnt + 1].astype(np.int64))
+            for start, end in encoded.spans:
+                first = max(start, 1)  # the first token is predicted by none
+                keep.append(path[first - 1 : end - 1].copy())
+                targets.append(np.asarray(encoded.input_ids[first:end], dtype=np.int64))
             at += stored
         labels_kept = torch.from_numpy(np.concatenate(targets))[None]
         return {

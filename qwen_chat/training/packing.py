@@ -30,7 +30,7 @@ LAYOUTS = ("shared_prefix", "packed", "padded")
 # pair in Qwen2.5-0.5B. Larger models pay relatively less for attention; the balance of rows barely feels the
 # difference.
 PAIRS_PER_TOKEN = 8192
-# A branch must save at least so many tokens: below that the extra attention calls cost more than they.
+# A branch must save at least so many tokens: below that, the extra attention calls cost more than sharing saves.
 MIN_SHARED = 16
 # A group under one prefix is cut into several rows only if repeating the prefix adds at most this share of
 # work ...
@@ -40,8 +40,8 @@ GROUP_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One micro-batch: the sequences it stores, in order, and what each shares with the one before."""
+class PackedRow:
+    """A micro-batch: the sequences it stores, in order, and what each shares with the one before."""
 
     sequences: tuple[tuple[int, int], ...]  # (conversation, its sequence); empty: a filler row of one token
     lengths: tuple[int, ...]  # tokens of each sequence, shared ones included
@@ -87,7 +87,7 @@ def segments(lengths: Sequence[int], shared: Sequence[int]) -> list[tuple[int, i
     return sorted(closed) or [(0, 1, 1)]
 
 
-def _common(left: bytes, right: bytes) -> int:
+def common_prefix(left: bytes, right: bytes) -> int:
     """How many first tokens two sequences share: a binary search over slices, compared at memory speed."""
     low, high = 0, min(len(left), len(right)) // TOKEN_BYTES
     if left[: high * TOKEN_BYTES] == right[: high * TOKEN_BYTES]:
@@ -107,7 +107,7 @@ def branches(keys: Sequence[bytes]) -> list[int]:
     The whole common prefix, unless a branch of its own there would save fewer than MIN_SHARED tokens over a
     branch point that exists already.
     """
-    commons = [_common(left, right) for left, right in pairwise(keys)]
+    commons = [common_prefix(left, right) for left, right in pairwise(keys)]
     return _branches([len(key) // TOKEN_BYTES for key in keys], [0, *commons])
 
 
@@ -134,7 +134,7 @@ def cost(length: int, shared: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Bundle:
     """Sequences that stay together in a row."""
 
     members: tuple[int, ...]
@@ -142,16 +142,16 @@ class _Piece:
     work: int
 
 
-def _piece(members: Sequence[int], keys: Sequence[bytes], layout: str) -> _Piece:
+def _bundle(members: Sequence[int], keys: Sequence[bytes], layout: str) -> _Bundle:
     lengths = [len(keys[member]) // TOKEN_BYTES for member in members]
     shared = (
         branches([keys[member] for member in members]) if layout == "shared_prefix" else [0] * len(members)
     )
     work = sum(cost(length, common) for length, common in zip(lengths, shared, strict=True))
-    return _Piece(tuple(members), sum(lengths) - sum(shared), work)
+    return _Bundle(tuple(members), sum(lengths) - sum(shared), work)
 
 
-def _pieces(keys: Sequence[bytes], rows: int, ranks: int, budget: int) -> list[_Piece]:
+def _bundles(keys: Sequence[bytes], rows: int, ranks: int, budget: int) -> list[_Bundle]:
     """Groups of sequences with much in common, cut where too long for a row or for an equal share."""
     order = sorted(range(len(keys)), key=lambda index: (keys[index], index))
     groups: list[list[int]] = []
@@ -159,32 +159,34 @@ def _pieces(keys: Sequence[bytes], rows: int, ranks: int, budget: int) -> list[_
         if groups:
             last = groups[-1][-1]
             shorter = min(len(keys[last]), len(keys[index])) // TOKEN_BYTES
-            if _common(keys[last], keys[index]) >= max(MIN_SHARED, GROUP_SHARE * shorter):
+            if common_prefix(keys[last], keys[index]) >= max(MIN_SHARED, GROUP_SHARE * shorter):
                 groups[-1].append(index)
                 continue
         groups.append([index])
-    whole = [_piece(group, keys, "shared_prefix") for group in groups]
-    total = sum(piece.tokens for piece in whole)
-    pieces: list[_Piece] = []
-    for piece in whole:
-        pieces += _cut(piece, keys, max(1, ceil(total / rows)), max(1, ceil(total / ranks)), ranks, budget)
-    return pieces
+    whole = [_bundle(group, keys, "shared_prefix") for group in groups]
+    total = sum(bundle.tokens for bundle in whole)
+    bundles: list[_Bundle] = []
+    for bundle in whole:
+        bundles += _cut_bundle(
+            bundle, keys, max(1, ceil(total / rows)), max(1, ceil(total / ranks)), ranks, budget
+        )
+    return bundles
 
 
-def _cut(
-    piece: _Piece, keys: Sequence[bytes], row_share: int, rank_share: int, ranks: int, budget: int
-) -> list[_Piece]:
+def _cut_bundle(
+    bundle: _Bundle, keys: Sequence[bytes], row_share: int, rank_share: int, ranks: int, budget: int
+) -> list[_Bundle]:
     """Cut one group into runs of its sorted members, about equal in tokens."""
-    members = piece.members
+    members = bundle.members
     if len(members) == 1:
-        return [piece]
+        return [bundle]
     lengths = [len(keys[member]) // TOKEN_BYTES for member in members]
-    commons = [0, *(_common(keys[a], keys[b]) for a, b in pairwise(members))]
+    commons = [0, *(common_prefix(keys[a], keys[b]) for a, b in pairwise(members))]
     prefix = sum(commons) // (len(members) - 1)
     target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / REPEAT_SHARE))))
-    count = ceil((piece.tokens - prefix) / max(1, target - prefix))
+    count = ceil((bundle.tokens - prefix) / max(1, target - prefix))
     if count <= 1:
-        return [piece]
+        return [bundle]
     new = [length - kept for length, kept in zip(lengths, _branches(lengths, commons), strict=True)]
     new[0] -= prefix
     stored = [0, *accumulate(new)]
@@ -194,14 +196,16 @@ def _cut(
         return sum(lengths[run]) - sum(_branches(lengths[run], commons[run])) > budget
 
     while True:
-        count = min(len(members), ceil(count / ranks) * ranks)  # every rank gets as many pieces
+        count = min(len(members), ceil(count / ranks) * ranks)  # every rank gets as many bundles
         # any() ends at the first that is too long: laying all of them out for each count was quadratic.
-        if count == len(members) or not any(map(too_long, _runs(middles, stored[-1], count))):
-            return [_piece(members[run], keys, "shared_prefix") for run in _runs(middles, stored[-1], count)]
+        if count == len(members) or not any(map(too_long, _even_runs(middles, stored[-1], count))):
+            return [
+                _bundle(members[run], keys, "shared_prefix") for run in _even_runs(middles, stored[-1], count)
+            ]
         count += 1
 
 
-def _runs(middles: Sequence[float], whole: int, count: int) -> Iterator[slice]:
+def _even_runs(middles: Sequence[float], whole: int, count: int) -> Iterator[slice]:
     """At most `count` runs of members that store about as many tokens each, of `whole` in all."""
     start = 0
     for number in range(1, count):
@@ -214,25 +218,25 @@ def _runs(middles: Sequence[float], whole: int, count: int) -> Iterator[slice]:
 
 
 def _fill(
-    pieces: Sequence[_Piece], rows: int, room: Callable[[_Piece], int], budget: int
-) -> list[list[_Piece]] | None:
-    """Longest piece first to the row with the least work that has room; None where one fits nowhere.
+    bundles: Sequence[_Bundle], rows: int, room: Callable[[_Bundle], int], budget: int
+) -> list[list[_Bundle]] | None:
+    """Longest bundle first to the row with the least work that has room; None where one fits nowhere.
 
-    room: how much of a row's budget a piece takes.
+    room: how much of a row's budget a bundle takes.
     """
-    filled: list[list[_Piece]] = [[] for _ in range(rows)]
+    filled: list[list[_Bundle]] = [[] for _ in range(rows)]
     taken = [0] * rows
     queue = [(0, row) for row in range(rows)]  # (work, row), the least first
-    for piece in sorted(pieces, key=lambda piece: (-piece.work, piece.members)):
+    for bundle in sorted(bundles, key=lambda bundle: (-bundle.work, bundle.members)):
         full = []
-        while queue and taken[queue[0][1]] + room(piece) > budget:
+        while queue and taken[queue[0][1]] + room(bundle) > budget:
             full.append(heapq.heappop(queue))
         if not queue:
             return None
         work, row = queue[0]
-        heapq.heapreplace(queue, (work + piece.work, row))
-        filled[row].append(piece)
-        taken[row] += room(piece)
+        heapq.heapreplace(queue, (work + bundle.work, row))
+        filled[row].append(bundle)
+        taken[row] += room(bundle)
         for entry in full:
             heapq.heappush(queue, entry)
     return filled
@@ -240,13 +244,13 @@ def _fill(
 
 def _by_conversation(
     keys: Sequence[bytes], owners: Sequence[int], layout: str, rows: int, batch_size: int
-) -> list[list[_Piece]]:
+) -> list[list[_Bundle]]:
     """At most `batch_size` conversations a row, balanced: always possible."""
     whole: dict[int, list[int]] = {}
     for index in sorted(range(len(keys)), key=lambda index: (keys[index], index)):
         whole.setdefault(owners[index], []).append(index)
-    pieces = [_piece(members, keys, layout) for members in whole.values()]
-    return cast(list[list[_Piece]], _fill(pieces, rows, lambda piece: 1, batch_size))
+    bundles = [_bundle(members, keys, layout) for members in whole.values()]
+    return cast(list[list[_Bundle]], _fill(bundles, rows, lambda bundle: 1, batch_size))
 
 
 def plan_rows(
@@ -268,26 +272,25 @@ def plan_rows(
     """
     rows = accumulation * ranks
     if layout == "padded":
-        filled = _plain(keys, owners, batch_size, rows)
+        filled = _in_order(keys, owners, batch_size, rows)
         return [(tuple(members), (0,) * len(members)) for members in filled]
     if layout == "packed":
-        pieces = [_piece([index], keys, layout) for index in range(len(keys))]
+        bundles = [_bundle([index], keys, layout) for index in range(len(keys))]
     else:
-        pieces = _pieces(keys, rows, ranks, budget)
-    packed = _fill(pieces, rows, lambda piece: piece.tokens, budget)
+        bundles = _bundles(keys, rows, ranks, budget)
+    packed = _fill(bundles, rows, lambda bundle: bundle.tokens, budget)
     if packed is None:
         packed = _by_conversation(keys, owners, layout, rows, batch_size)
-    packed.sort(key=lambda row: -sum(piece.work for piece in row))
-    dealt: list[list[_Piece]] = []
-    for step in range(
-        accumulation
-    ):  # rows of like cost meet in a micro-step; ranks take turns to have the longer one
+    packed.sort(key=lambda row: -sum(bundle.work for bundle in row))
+    dealt: list[list[_Bundle]] = []
+    # Rows of like cost meet in a micro-step; ranks take turns to have the longer one.
+    for step in range(accumulation):
         dealt += packed[step * ranks : (step + 1) * ranks][:: 1 if step % 2 == 0 else -1]
-    return [_ordered([member for piece in row for member in piece.members], keys, layout) for row in dealt]
+    return [_ordered([member for bundle in row for member in bundle.members], keys, layout) for row in dealt]
 
 
-def _plain(keys: Sequence[bytes], owners: Sequence[int], batch_size: int, rows: int) -> list[list[int]]:
-    """The old way: the step's conversations in their order, `batch_size` a row."""
+def _in_order(keys: Sequence[bytes], owners: Sequence[int], batch_size: int, rows: int) -> list[list[int]]:
+    """The layout "padded": the step's conversations in their order, `batch_size` a row."""
     numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
     filled: list[list[int]] = [[] for _ in range(rows)]
     for index in range(len(keys)):

@@ -22,16 +22,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
 from qwen_chat.models import TRAINABLE
 from qwen_chat.training.batches import Collator
 from qwen_chat.training.loss import ModelLoss
-from qwen_chat.training.packing import Row
+from qwen_chat.training.packing import PackedRow
 
 TOKENS = 11  # of each sequence: a prime, so that no boundary lies where a convolution or a chunk has its own
 SHARED = 5  # first tokens that the last two have in common, where the layout stores them once
@@ -41,11 +42,6 @@ VOCABULARY, INNER = 512, 256  # of the small copy: words, and the most inner fea
 # moves (with experts: 1.3e-6); on SmolLM2-135M's own weights loss 4e-7, gradient 2.3e-5. The weakest of 13 families
 # that are wrong: loss 9e-4, gradient 0.12, and where they leak moves 0.19.
 LOSS, GRADIENT, MOVED = 1e-5, 1e-3, 1e-4
-
-
-class _Sequence(NamedTuple):
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +130,7 @@ def measure(model: Any, layout: str) -> Found | str:
 # ------------------------------------------------------------------------------------------- the sequences
 
 
-def _sequences(words: int, layout: str) -> tuple[list[_Sequence], tuple[int, ...]]:
+def _sequences(words: int, layout: str) -> tuple[list[Encoded], tuple[int, ...]]:
     """Sequences of a row, and what each shares with the one before it."""
     count = 3 if layout == "shared_prefix" else 2
     rows = [[(17 + 7919 * (TOKENS * n + at)) % words for at in range(TOKENS)] for n in range(count)]
@@ -142,17 +138,22 @@ def _sequences(words: int, layout: str) -> tuple[list[_Sequence], tuple[int, ...
     if layout == "shared_prefix":
         rows[2][:SHARED] = rows[1][:SHARED]
         shared[2] = SHARED
-    return [_Sequence(ids, ids) for ids in rows], tuple(shared)
+    return [_whole(ids) for ids in rows], tuple(shared)
 
 
-def _changed(sequences: Sequence[_Sequence], shared: Sequence[int]) -> list[_Sequence]:
+def _whole(ids: list[int]) -> Encoded:
+    """Every token of it supervised."""
+    return Encoded(ids, [(0, len(ids))])
+
+
+def _changed(sequences: Sequence[Encoded], shared: Sequence[int]) -> list[Encoded]:
     """All other tokens but those that the last sequence sees."""
     *others, near, last = (sequence.input_ids for sequence in sequences)
     near = near[: shared[-1]] + near[shared[-1] :][::-1]
-    return [_Sequence(ids, ids) for ids in (*(ids[::-1] for ids in others), near, last)]
+    return [_whole(ids) for ids in (*(ids[::-1] for ids in others), near, last)]
 
 
-def _places(sequences: Sequence[_Sequence], shared: Sequence[int]) -> list[list[int]]:
+def _places(sequences: Sequence[Encoded], shared: Sequence[int]) -> list[list[int]]:
     """Where each sequence's tokens lie in the row."""
     places: list[list[int]] = []
     at = 0
@@ -166,7 +167,7 @@ def _places(sequences: Sequence[_Sequence], shared: Sequence[int]) -> list[list[
 # ---------------------------------------------------------------------------------------------- both ways
 
 
-def _alone(model: Any, sequences: Sequence[_Sequence], shared: Sequence[int]) -> tuple[float, torch.Tensor]:
+def _alone(model: Any, sequences: Sequence[Encoded], shared: Sequence[int]) -> tuple[float, torch.Tensor]:
     """Sum of losses and the embeddings' gradient, as a row would store it [T, H], by the model's own means.
 
     The sequences are of one length: a batch without padding, in which nobody has company.
@@ -183,14 +184,13 @@ def _alone(model: Any, sequences: Sequence[_Sequence], shared: Sequence[int]) ->
 
 
 def _in_a_row(
-    model: Any, sequences: Sequence[_Sequence], shared: tuple[int, ...], layout: str, *, learning: bool
+    model: Any, sequences: Sequence[Encoded], shared: tuple[int, ...], layout: str, *, learning: bool
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Sum of losses, the embeddings' gradient [T, H] and the head's inputs [K, H] by the run's means."""
     pad_to = TOKENS if layout == "padded" else 0  # of the longest: nothing lies between it and the next
     names = tuple((number, 0) for number in range(len(sequences)))
-    row = Row(names, tuple(len(s.input_ids) for s in sequences), shared, pad_to)
-    stored: list[Any] = list(sequences)
-    batch = Collator()([(row, stored)])
+    row = PackedRow(names, tuple(len(s.input_ids) for s in sequences), shared, pad_to)
+    batch = Collator()([(row, sequences)])
     hidden: list[torch.Tensor] = []
     loss = ModelLoss(model)
     kept = model.get_output_embeddings().register_forward_pre_hook(

@@ -32,7 +32,7 @@ from qwen_chat import hardware
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import TrainingError
 from qwen_chat.training import adapters, checkpoints, memory_plan, ranks
-from qwen_chat.training.batches import Collator, Rows, WindowSampler
+from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.stop_signal import StopSignal
 
@@ -107,8 +107,8 @@ class ChatTrainer(Trainer, TrainerCallback):
         self.model_loss = ModelLoss(options["model"])  # before DeepSpeed or DDP wraps the model
         super().__init__(
             data_collator=Collator(),
-            train_dataset=Rows(windows.data),
-            eval_dataset=None if held_out is None else Rows(held_out.data),
+            train_dataset=RowDataset(windows.data),
+            eval_dataset=None if held_out is None else RowDataset(held_out.data),
             **options,
         )
         # The loss is divided by the supervised tokens of the whole step, not by the number of rows.

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_chat.chat.encoded import Encoded
 from qwen_chat.cli import training_fields
 from qwen_chat.cli.run_options import read_run, trainer_options
 from qwen_chat.cli.training_fields import ENTRIES, FIELDS
@@ -103,21 +104,15 @@ def test_help_all_tells_what_is_refused_and_why(capsys: pytest.CaptureFixture[st
 # ------------------------------------------------------------------------------------------------- tiny runs
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    input_ids: list[int]
-    labels: list[int]
-
-
 class Conversations:
-    """`count` short conversations; the last tokens of each are learnt."""
+    """`count` short conversations; the last tokens of each are supervised."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         chance = torch.Generator().manual_seed(seed)
         self.rows = []
         for number in range(count):
             ids = torch.randint(3, 40, (4 + number % 6,), generator=chance).tolist()
-            self.rows.append(Encoded(ids, [-100, *ids[1:]]))
+            self.rows.append(Encoded(ids, [(1, len(ids))]))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,7 +1,7 @@
 """Tiny models and data on which the training engine's exactness is tested."""
 
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,7 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qwen_chat.training.batches import Collator, Rows, WindowSampler
+from qwen_chat.chat.encoded import Encoded
+from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
 
 VOCABULARY = 97
@@ -25,11 +26,6 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
-
-
-class Encoded(NamedTuple):
-    input_ids: list[int]
-    labels: list[int]
 
 
 def tiny_model(
@@ -73,12 +69,12 @@ def tiny_model(
     return model.train()
 
 
-def conversation(rng: random.Random, prefix: list[int], own: int, learnt: int | None = None) -> Encoded:
-    """`prefix`, then `own` random tokens, the last `learnt` of which are labels (default: half)."""
+def conversation(rng: random.Random, prefix: list[int], own: int, supervised: int | None = None) -> Encoded:
+    """`prefix`, then `own` random tokens, the last `supervised` of which are supervised (default: half)."""
     tokens = [rng.randrange(VOCABULARY) for _ in range(own)]
-    learnt = own // 2 if learnt is None else learnt
+    supervised = own // 2 if supervised is None else supervised
     ids = prefix + tokens
-    return Encoded(ids, [-100] * (len(ids) - learnt) + ids[len(ids) - learnt :])
+    return Encoded(ids, [(len(ids) - supervised, len(ids))] if supervised else [])
 
 
 def mixed_data(seed: int = 0) -> list[tuple[Encoded, ...]]:
@@ -96,8 +92,8 @@ def mixed_data(seed: int = 0) -> list[tuple[Encoded, ...]]:
     )
     data.append(data[0])  # the same conversation twice counts twice
     data.append((conversation(rng, [], 33),))
-    data.append((conversation(rng, [], 5, learnt=0),))  # nothing to learn
-    data.append((Encoded(system, [-100] * 30 + system[30:]),))  # its labels lie inside the shared prefix
+    data.append((conversation(rng, [], 5, supervised=0),))  # nothing to learn
+    data.append((Encoded(system, [(30, 40)]),))  # its labels lie inside the shared prefix
     return data
 
 
@@ -131,7 +127,7 @@ def engine(model, data, layout, batch_size, accumulation, chunk_bytes=SEVEN_TOKE
         data, batch_size=batch_size, accumulation=accumulation, max_length=200, layout=layout
     )
     model.zero_grad()
-    total, tokens, rows = 0.0, 0, Rows(data)
+    total, tokens, rows = 0.0, 0, RowDataset(data)
     for batch in sampler:
         result = loss(model, Collator()([rows[row] for row in batch]))
         result.loss_sum.backward()

@@ -5,14 +5,15 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
+from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import DataError, OptionError
-from qwen_chat.training.batches import Collator, Rows, WindowSampler
-from qwen_chat.training.packing import Row
-from tests.support.tiny_models import Encoded, mixed_data
+from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
+from qwen_chat.training.packing import PackedRow
+from tests.support.tiny_models import mixed_data
 
 
 def numbered(count, length=6):
-    return [(Encoded([i] * length, [-100] * 3 + [i] * (length - 3)),) for i in range(count)]
+    return [(Encoded([i] * length, [(3, length)]),) for i in range(count)]
 
 
 def test_a_step_sees_the_same_conversations_in_every_layout_and_split():
@@ -58,7 +59,9 @@ def test_accelerate_deals_rows_to_ranks_and_skips():
     everything = list(sampler)
     for rank in range(2):
         assert list(BatchSamplerShard(sampler, 2, rank)) == everything[rank::2]
-    loader = prepare_data_loader(DataLoader(Rows(numbered(21)), batch_sampler=sampler, collate_fn=Collator()))
+    loader = prepare_data_loader(
+        DataLoader(RowDataset(numbered(21)), batch_sampler=sampler, collate_fn=Collator())
+    )
     loader.set_epoch(4)
     assert sampler.epoch == 4
     loader.set_epoch(0)
@@ -72,7 +75,7 @@ def test_accelerate_deals_rows_to_ranks_and_skips():
 def test_epoch_reaches_the_sampler_behind_ranks():
     sampler = WindowSampler(numbered(21), batch_size=2, ranks=2, max_length=10)
     loader = prepare_data_loader(
-        DataLoader(Rows(numbered(21)), batch_sampler=sampler, collate_fn=Collator()),
+        DataLoader(RowDataset(numbered(21)), batch_sampler=sampler, collate_fn=Collator()),
         num_processes=2,
         process_index=1,
     )
@@ -84,16 +87,16 @@ def test_last_window_is_filled_for_every_rank():
     sampler = WindowSampler(numbered(1), batch_size=2, accumulation=2, ranks=3, max_length=10)
     rows = [row for [row] in sampler]
     assert sorted(len(row.sequences) for row in rows) == [0, 0, 0, 0, 0, 1]
-    batch = Collator()([Rows(numbered(1))[next(row for row in rows if not row.sequences)]])
+    batch = Collator()([RowDataset(numbered(1))[next(row for row in rows if not row.sequences)]])
     assert batch["input_ids"].tolist() == [[0]] and batch["segments"].tolist() == [[0, 1, 1]]
     assert batch["logits_to_keep"].shape == (0,) and batch["labels"].shape == (1, 0)
 
 
 def test_collated_row():
     prefix = list(range(20, 40))
-    first = Encoded([*prefix, 1, 2], [-100] * 20 + [1, 2])
-    second = Encoded([*prefix, 3, 4, 5], [-100] * 21 + [4, 5])
-    row = Row(((0, 0), (1, 0)), (22, 23), (0, 20))
+    first = Encoded([*prefix, 1, 2], [(20, 22)])
+    second = Encoded([*prefix, 3, 4, 5], [(21, 23)])
+    row = PackedRow(((0, 0), (1, 0)), (22, 23), (0, 20))
     batch = Collator()([(row, [first, second])])
     assert batch["input_ids"].tolist() == [[*prefix, 1, 2, 3, 4, 5]]
     assert batch["position_ids"].tolist() == [[*range(22), 20, 21, 22]]
@@ -116,7 +119,7 @@ def test_padded_row_pads_to_its_longest():
     rows = [row for [row] in sampler]
     for row in rows:
         assert row.tokens == max(row.lengths) * len(row.lengths)
-        batch = Collator()([Rows(data)[row]])
+        batch = Collator()([RowDataset(data)[row]])
         assert batch["input_ids"].shape == batch["position_ids"].shape == (1, row.tokens)
     assert sampler.longest_row() == max(row.tokens for row in rows)
 
@@ -131,4 +134,4 @@ def test_bad_input():
     ):
         list(WindowSampler(numbered(1), batch_size=1, max_length=5))
     with pytest.raises(ValueError, match="a batch is one row; found 2"):
-        Collator()([(Row((), (), ()), []), (Row((), (), ()), [])])
+        Collator()([(PackedRow((), (), ()), []), (PackedRow((), (), ()), [])])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen_chat.errors import ModelError
-from qwen_chat.training.batches import Collator, Rows, WindowSampler
+from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss, chunked_loss
 from tests.support.tiny_models import (
     SEVEN_TOKENS,
@@ -98,7 +98,7 @@ def test_evaluation_needs_no_gradient_and_no_whole_logits():
     model = tiny_model("qwen2").eval()
     loss = ModelLoss(model, chunk_bytes=SEVEN_TOKENS)
     sampler = WindowSampler(data, batch_size=9, max_length=200, shuffle=False)
-    rows = Rows(data)
+    rows = RowDataset(data)
     with torch.no_grad():
         results = [loss(model, Collator()([rows[row] for row in batch])) for batch in sampler]
     assert all(not result.loss_sum.requires_grad for result in results)
@@ -143,7 +143,7 @@ def test_a_model_that_goes_past_its_head_is_refused():
         return SimpleNamespace(logits=hidden @ weight.T)
 
     sampler = WindowSampler(mixed_data(), batch_size=9, max_length=200, shuffle=False)
-    batch = Collator()([Rows(mixed_data())[row] for row in next(iter(sampler))])
+    batch = Collator()([RowDataset(mixed_data())[row] for row in next(iter(sampler))])
     with pytest.raises(ModelError, match="does not call its output head as a module"):
         loss(past_the_head, batch)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_chat.training import packing
-from qwen_chat.training.packing import MIN_SHARED, Row, branches, plan_rows, segments
+from qwen_chat.training.packing import MIN_SHARED, PackedRow, branches, common_prefix, plan_rows, segments
 
 
 def key(tokens):
@@ -47,7 +47,7 @@ def test_a_branch_may_leave_its_trunk_anywhere():
 
 
 def test_filler_row_is_one_token():
-    row = Row((), (), ())
+    row = PackedRow((), (), ())
     assert (row.tokens, row.segments(), row.conversations) == (1, [(0, 1, 1)], ())
 
 
@@ -155,7 +155,7 @@ def one_count_more_at_a_time(piece, keys, row_share, rank_share, ranks, budget):
     members = piece.members
     if len(members) == 1:
         return [piece]
-    prefix = sum(packing._common(keys[a], keys[b]) for a, b in pairwise(members)) // (len(members) - 1)
+    prefix = sum(common_prefix(keys[a], keys[b]) for a, b in pairwise(members)) // (len(members) - 1)
     target = min(budget, rank_share, max(row_share, ceil(prefix * (1 + 1 / packing.REPEAT_SHARE))))
     count = ceil((piece.tokens - prefix) / max(1, target - prefix))
     if count <= 1:
@@ -171,7 +171,7 @@ def one_count_more_at_a_time(piece, keys, row_share, rank_share, ranks, budget):
                 runs.append([])
             runs[-1].append(member)
             stored += tokens
-        pieces = [packing._piece(run, keys, "shared_prefix") for run in runs]
+        pieces = [packing._bundle(run, keys, "shared_prefix") for run in runs]
         if count == len(members) or all(run.tokens <= budget for run in pieces):
             return pieces
         count += 1
@@ -186,7 +186,7 @@ def test_a_group_is_cut_as_if_every_count_were_laid_out(sequences, common, batch
     plan["budget"] = batch_size * max(len(k) // 4 for k in keys)
     found = plan_rows(keys, range(len(keys)), **plan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_cut", one_count_more_at_a_time)
+        patch.setattr(packing, "_cut_bundle", one_count_more_at_a_time)
         assert found == plan_rows(keys, range(len(keys)), **plan)
 
 
