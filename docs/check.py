@@ -7,6 +7,7 @@ In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when ther
 """
 
 import argparse
+import ast
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
+
+from docs.measure import FLOORS, PACKAGE
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|tests|docs)/[\w./*-]+")
@@ -134,7 +137,42 @@ def made_tables() -> dict[str, tuple[Path, str]]:
     """What is made from the code: the table's name, its page, its text."""
     from qwen_chat.cli import training_fields
 
-    return {"training_fields": (ROOT / "docs/finetune.md", training_fields.table())}
+    return {
+        "training_fields": (ROOT / "docs/finetune.md", training_fields.table()),
+        "floors": (ROOT / "docs/architecture.md", floors_table()),
+        "modules": (ROOT / "docs/architecture.md", modules_table()),
+    }
+
+
+def floors_table() -> str:
+    """Which rooms may import which: each floor those above it."""
+    rows = [", ".join(f"`{room}{_slash(room)}`" for room in rooms) for rooms in FLOORS]
+    return "| floor | rooms |\n| --- | --- |\n" + "".join(
+        f"| {k} | {row} |\n" for k, row in enumerate(rows, 1)
+    )
+
+
+def modules_table() -> str:
+    """Every module and the first sentence of its docstring: the single ones, then wing by wing, in floor order."""
+    rooms = [room for floor in FLOORS for room in floor]
+    wings = {f"`{room}/`": sorted((PACKAGE / room).glob("[a-z]*.py")) for room in rooms if _slash(room)}
+    single = [PACKAGE / f"{room}.py" for room in rooms if not _slash(room)]
+    parts = []
+    for title, files in {"Single modules": single, **wings}.items():
+        rows = "".join(f"| `{file.name}` | {first_sentence(file)} |\n" for file in files)
+        parts.append(f"### {title}\n\n| module | holds |\n| --- | --- |\n{rows}")
+    return "\n".join(parts)
+
+
+def first_sentence(file: Path) -> str:
+    """What a module's docstring opens with."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", paragraph)[0].removesuffix(".").replace("|", "\\|")
+
+
+def _slash(room: str) -> str:
+    return "/" if (PACKAGE / room).is_dir() else ""
 
 
 def with_table(name: str, page: str, table: str) -> str | None:
@@ -160,12 +198,12 @@ def write_tables() -> None:
             file.write_text(page, encoding="utf-8")
 
 
-def unnamed_modules() -> Iterator[Fault]:
-    """Each module of the package has its line in docs/architecture.md."""
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    for module in sorted((ROOT / "qwen_chat").rglob("[a-z]*.py")):
-        if f"`{module.name}`" not in page:
-            yield f"docs/architecture.md: does not name {module.name}"
+def homeless_modules() -> Iterator[Fault]:
+    """Modules whose room stands on no floor, so that no table of docs/architecture.md names them."""
+    rooms = {room for floor in FLOORS for room in floor}
+    for file in sorted(PACKAGE.rglob("[a-z]*.py")):
+        if file.relative_to(PACKAGE).with_suffix("").parts[0] not in rooms:
+            yield f"docs/measure.py: FLOORS does not name the room of {file.relative_to(ROOT)}"
 
 
 def faults() -> list[Fault]:
@@ -176,7 +214,7 @@ def faults() -> list[Fault]:
         for check in (broken_links, missing_paths, unknown_flags, long_lines)
         for fault in check(page)
     ]
-    return [*found, *unequal_languages(), *unnamed_modules(), *stale_tables()]
+    return [*found, *unequal_languages(), *homeless_modules(), *stale_tables()]
 
 
 def main() -> int:

@@ -51,6 +51,19 @@ def test_a_long_line_is_noticed_and_a_table_s_row_is_not(tmp_path: Path) -> None
     assert list(check.long_lines(page)) == ["line 2 has 121 characters; wrap it at 120"]
 
 
+def test_a_module_s_line_is_the_first_sentence_of_its_docstring(tmp_path: Path) -> None:
+    module = tmp_path / "rows.py"
+    module.write_text('"""Rows: a | b,\nin order. More.\n\nIn: x."""\n', encoding="utf-8")
+    assert check.first_sentence(module) == "Rows: a \\| b, in order"
+
+
+def test_a_table_that_the_code_has_left_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "first_sentence", lambda file: "something else")
+    assert list(check.stale_tables()) == [
+        "docs/architecture.md: the table modules is not the code's; python docs/check.py --write"
+    ]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_can_be_given(command: str) -> None:
     words = shlex.split(command)
