@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
 from qwen_chat.errors import OptionError, ServiceError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class TryArguments:
 
 
 def main() -> int:
-    chosen = run_options.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
+    chosen = parser.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
     if chosen.max_new_tokens < 1:
         raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
     from qwen_chat.inference.engine import load_engine  # torch comes in here: --help is answered at once

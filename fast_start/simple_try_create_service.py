@@ -22,8 +22,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
 from qwen_chat.errors import ModelError, OptionError
 
 LOG_FILE = Path(__file__).resolve().parent / "fast_api_svc.log"
@@ -40,7 +40,9 @@ class ModelArguments:
         "--model_name_or_path",
     )
     adapter: tuple[str, ...] = option(
-        (), "a LoRA adapter: NAME=DIR, asked for by NAME, or DIR, named after the folder; several: repeat it"
+        (),
+        "a LoRA adapter: NAME=DIR, asked for by NAME, or DIR, named after the folder; several: repeat it",
+        appends=True,
     )
     name: str | None = option(None, "what clients call the model; the folder's or hub's name without it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type; float32 on a CPU")
@@ -55,7 +57,7 @@ class ServiceArguments:
     host: str = option("127.0.0.1", "address to listen on; other than this machine's own needs a key")
     port: int = option(8000, "port; 0 takes a free one")
     api_key: tuple[str, ...] = option(
-        (), "a key that clients must send; several: repeat it; also API_KEY (a,b)"
+        (), "a key that clients must send; several: repeat it; also API_KEY (a,b)", appends=True
     )
     api_key_file: str | None = option(None, "a file with one key a line")
     allow_without_key: bool = option(False, "listen on any address without a key")
@@ -90,7 +92,7 @@ class VllmArguments:
 
 def main() -> int:
     groups = [ModelArguments, ServiceArguments, LimitArguments, VllmArguments]
-    values = run_options.read(sys.argv[1:], groups, about=str(__doc__))
+    values = parser.read(sys.argv[1:], groups, about=str(__doc__))
     model, service = values[ModelArguments], values[ServiceArguments]
     check_engine(service, values[LimitArguments], values[VllmArguments])
     adapters = read_adapters(model.adapter)

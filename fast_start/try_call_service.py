@@ -17,8 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
 from qwen_chat.tools.loop import HttpClient
 
 
@@ -37,7 +37,7 @@ class CallArguments:
 
 
 def main() -> int:
-    call = run_options.read(sys.argv[1:], [CallArguments], about=str(__doc__))[CallArguments]
+    call = parser.read(sys.argv[1:], [CallArguments], about=str(__doc__))[CallArguments]
     client = HttpClient(call.url, api_key=call.api_key or os.environ.get("API_KEY"))
     system = [{"role": "system", "content": call.system}] if call.system else []
     request: dict[str, Any] = {

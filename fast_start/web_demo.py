@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from fast_start.try_function_calling import TOOLS
 from qwen_chat import errors
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
 from qwen_chat.errors import ChatError, MissingDependency, OptionError
 from qwen_chat.service.server import is_loopback
 from qwen_chat.tools.loop import Event, HttpClient, Limits, run_tools
@@ -103,7 +103,7 @@ class PageArguments:
 
 
 def main() -> int:
-    page = run_options.read(sys.argv[1:], [PageArguments], about=str(__doc__))[PageArguments]
+    page = parser.read(sys.argv[1:], [PageArguments], about=str(__doc__))[PageArguments]
     if page.login is None and not is_loopback(page.host):
         raise OptionError(
             f"--host {page.host}: everybody who reaches it could chat; give --login NAME:PASSWORD"

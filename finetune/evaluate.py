@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors, files, models
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import ModelArguments, option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
+from qwen_chat.cli.run_options import ModelArguments
 from qwen_chat.console import rank_zero
 from qwen_chat.data import records
 from qwen_chat.errors import DataError, FormatError, OptionError
@@ -38,7 +39,9 @@ RECIPE = 1  # raise it when the same model and data would give other replies
 class EvaluateArguments:
     """Evaluation"""
 
-    data_path: tuple[str, ...] = option((), "held-out conversations, as for training", "-d")
+    data_path: tuple[str, ...] = option(
+        (), "held-out conversations, as for training", "-d", old="data_paths", appends=True
+    )
     adapter: str | None = option(None, "an adapter over the model; without -m over the base that it names")
     compare: str | None = option(
         None, "a second model folder, hub name or adapter folder; 'base': the model without its adapter"
@@ -71,7 +74,7 @@ class Side:
 
 
 def main() -> int:
-    values = run_options.read(sys.argv[1:], [ModelArguments, EvaluateArguments], about=str(__doc__))
+    values = parser.read(sys.argv[1:], [ModelArguments, EvaluateArguments], about=str(__doc__))
     chosen, options = values[ModelArguments], values[EvaluateArguments]
     for note in values.notes:
         rank_zero(f"note: {note}")

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import DataArguments, ModelArguments, option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
+from qwen_chat.cli.run_options import DataArguments, ModelArguments
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation
 from qwen_chat.data import records
@@ -48,7 +49,7 @@ class InspectArguments:
 
 def main() -> int:
     groups = [ModelArguments, DataArguments, InspectArguments]
-    values = run_options.read(sys.argv[1:], groups, about=str(__doc__))
+    values = parser.read(sys.argv[1:], groups, about=str(__doc__))
     model, data, options = values[ModelArguments], values[DataArguments], values[InspectArguments]
     for note in values.notes:
         rank_zero(f"note: {note}")

@@ -38,8 +38,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import option
+from qwen_chat.cli import parser
+from qwen_chat.cli.parser import option
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json, ToolCall
 from qwen_chat.data import records
@@ -115,7 +115,7 @@ class Row:
 
 
 def main() -> int:
-    options = run_options.read(sys.argv[1:], [MakeArguments], about=str(__doc__))[MakeArguments]
+    options = parser.read(sys.argv[1:], [MakeArguments], about=str(__doc__))[MakeArguments]
     output = check_options(options)
     tools = read_tools(Path(str(options.tools)))
     rows = read_table(Path(str(options.table)), tools)

@@ -20,14 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from qwen_chat import errors, models
 from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    Run,
-    TrainArguments,
-    option,
-)
+from qwen_chat.cli.parser import option
+from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, ModelError, OptionError
 from qwen_chat.training import memory_plan
 
@@ -45,13 +39,8 @@ class PlanArguments:
 
 
 def main() -> int:
-    groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, PlanArguments]
-    values = run_options.read(sys.argv[1:], groups, about=str(__doc__), trainer_fields=True)
+    run, values = run_options.read_run_and(sys.argv[1:], PlanArguments, about=str(__doc__), needs_data=False)
     options = values[PlanArguments]
-    run = Run.of(values)
-    found = [line for line in run_options.problems(run) if not line.startswith("no data")]
-    if found:
-        raise OptionError("\n".join(found))
     config = read_config(run.model.model)
     shape = memory_plan.Shape.of(config)
     if not shape.counted:

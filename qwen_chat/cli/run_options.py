@@ -1,38 +1,26 @@
-"""The dataclasses behind every flag, and their parser.
+"""The options of a training run: their dataclasses, the defaults by method, and what cannot work together.
 
-In: a list of words from the command line. Out: frozen dataclasses, with the defaults that fit the method
-filled in, or one OptionError that names every flag that cannot work, with its cure. Neither torch nor
-transformers is imported: `--help` and every refusal come at once.
-
-A script names the groups that it needs, its own small group among them:
-
-    values = read(argv, [ModelArguments, DataArguments, ShowArguments], about="...")
-    values[DataArguments].data_path
+In: a list of words from the command line. Out: a `Run`, with the defaults that fit the method filled in, or one
+OptionError that names every flag that cannot work, with its cure. Neither torch nor transformers is imported:
+`--help` and every refusal come at once.
 
 `read_run` is the whole of `finetune.py`: it also takes any field of transformers' TrainingArguments by name.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib.util
 import json
 import math
-import textwrap
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
 from qwen_chat import hardware
 from qwen_chat.cli import training_fields
+from qwen_chat.cli.parser import Values, option, read
 from qwen_chat.errors import OptionError
-
-T = TypeVar("T")
 
 LEARNING_RATES = {
     # A full fine-tune moves every weight, so in small steps; an adapter starts from zero and has few weights.
@@ -40,11 +28,6 @@ LEARNING_RATES = {
     "lora": 2e-4,
     "qlora": 2e-4,
 }
-
-
-def option(default: Any, help: str, *names: str) -> Any:
-    """A dataclass field that is a flag. `names` are further spellings: `-m`, `--model_name_or_path`."""
-    return field(default=default, metadata={"help": help, "names": names})
 
 
 @dataclass(frozen=True)
@@ -63,14 +46,23 @@ class DataArguments:
     """Data"""
 
     data_path: tuple[str, ...] = option(
-        (), "conversations, one JSON object a line; several: -d A -d B or -d A B", "-d"
+        (),
+        "conversations, one JSON object a line; several: -d A -d B or -d A B",
+        "-d",
+        old="data_paths",
+        elsewhere="dataset train_file",
+        appends=True,
     )
     data_weights: tuple[float, ...] = option(
         (),
         "one number for each data file: times that an epoch sees its conversations (0.5: half of them)",
     )
-    eval_data_path: tuple[str, ...] = option((), "held-out conversations")
-    model_max_length: int = option(2048, "longest sequence in tokens")
+    eval_data_path: tuple[str, ...] = option(
+        (), "held-out conversations", elsewhere="validation_file", appends=True
+    )
+    model_max_length: int = option(
+        2048, "longest sequence in tokens", elsewhere="max_seq_length max_seq_len max_length cutoff_len"
+    )
     too_long: Literal["drop", "truncate", "error"] = option(
         "drop", "a longer conversation is left out, loses its oldest turns, or stops the run"
     )
@@ -93,7 +85,7 @@ class LoraArguments:
     lora_alpha: int = option(16, "scale: the adapter counts lora_alpha / lora_r times")
     lora_dropout: float = option(0.05, "dropout in front of the adapter")
     lora_target_modules: tuple[str, ...] = option(
-        ("all-linear",), "layers to adapt: names, one regular expression, or all-linear"
+        ("all-linear",), "layers to adapt: names, one regular expression, or all-linear", splits=False
     )
     lora_weight_path: str | None = option(None, "continue from this adapter")
     lora_bias: Literal["none", "all", "lora_only"] = option("none", "which biases are trained")
@@ -108,6 +100,7 @@ class LoraArguments:
     trainable_tokens: tuple[str, ...] = option(
         ("auto",),
         "tokens whose embedding row is trained too; auto: the chat marks of a model that never saw them",
+        splits=False,
     )
 
 
@@ -116,11 +109,15 @@ class TrainArguments:
     """Training"""
 
     output_dir: str | None = option(None, "where the result goes; a new folder without it", "-o")
-    num_train_epochs: float = option(3.0, "times that the data is seen")
-    per_device_train_batch_size: int = option(4, "conversations a row of a step holds, per process")
+    num_train_epochs: float = option(3.0, "times that the data is seen", elsewhere="epochs")
+    per_device_train_batch_size: int = option(
+        4, "conversations a row of a step holds, per process", elsewhere="batch_size"
+    )
     gradient_accumulation_steps: int = option(2, "rows a step has, per process")
     per_device_eval_batch_size: int = option(4, "the same for evaluation")
-    learning_rate: float | None = option(None, "2e-4 for an adapter, 1e-5 for a full fine-tune")
+    learning_rate: float | None = option(
+        None, "2e-4 for an adapter, 1e-5 for a full fine-tune", elsewhere="lr"
+    )
     lr_scheduler_type: str = option("cosine", "how the rate changes: cosine, linear, constant ...")
     warmup_ratio: float | None = option(None, "share of the steps in which the rate rises (0.03)")
     warmup_steps: float | None = option(None, "the same in steps; below 1 a share")
@@ -132,11 +129,17 @@ class TrainArguments:
         "auto", "compute activations again instead of keeping them; auto: when memory asks for it"
     )
     layout: Literal["shared_prefix", "packed", "padded"] = option(
-        "shared_prefix", "how conversations lie in rows; the result is the same, the time is not"
+        "shared_prefix",
+        "how conversations lie in rows; the result is the same, the time is not",
+        elsewhere="packing padding_free",
+        hint="packed (shared_prefix, the default, packs too)",
     )
     deepspeed: str | None = option(None, "DeepSpeed's JSON file: ds_config_zero2.json, ds_config_zero3.json")
     eval_strategy: Literal["no", "steps", "epoch"] | None = option(
-        None, "when to evaluate; epoch where there is --eval_data_path", "--evaluation_strategy"
+        None,
+        "when to evaluate; epoch where there is --eval_data_path",
+        "--evaluation_strategy",
+        old="evaluation_strategy",
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] = option("epoch", "when to write a checkpoint")
     save_steps: float = option(500, "steps between checkpoints; given alone it means --save_strategy steps")
@@ -144,74 +147,19 @@ class TrainArguments:
     logging_steps: float = option(1, "steps between two points of the reporters; train_log.jsonl has all")
     report_to: tuple[str, ...] = option(("none",), "tensorboard, wandb ...")
     keep_best: bool = option(
-        False, "the best checkpoint is never removed: lowest held-out loss, or --metric_for_best_model"
+        False,
+        "the best checkpoint is never removed: lowest held-out loss, or --metric_for_best_model",
+        elsewhere="early_stopping_patience early_stopping_threshold",
+        hint="True: the best checkpoint stays, the run goes to its end",
     )
     resume: str = option(
-        "auto", "auto: go on from the newest sound checkpoint; never; or a checkpoint's folder"
+        "auto",
+        "auto: go on from the newest sound checkpoint; never; or a checkpoint's folder",
+        old="resume_from_checkpoint",
     )
     resume_anyway: bool = option(False, "go on from a checkpoint though data, model or options have changed")
     plan_anyway: bool = option(False, "start though the plan says that memory will not do")
     check: bool = option(False, "look at everything short of loading a model, then stop")
-
-
-OLD_NAMES = {
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "data_paths": "data_path",
-    "resume_from_checkpoint": "resume",
-}
-GONE = {  # what earlier versions of transformers had
-    "push_to_hub_token": "every user of the machine sees a command line; set HF_TOKEN instead",
-    "group_by_length": "rows are always balanced by length; leave it out",
-    "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
-    "jit_mode_eval": "held-out losses are computed as training computes them; leave it out",
-}
-MEANT = {  # what other trainers call it, where no spelling comes near
-    "packing": "--layout packed (shared_prefix, the default, packs too)",
-    "padding_free": "--layout packed (shared_prefix, the default, packs too)",
-    "early_stopping_patience": "--keep_best True: the best checkpoint stays, the run goes to its end",
-    "early_stopping_threshold": "--keep_best True: the best checkpoint stays, the run goes to its end",
-    "max_seq_length": "--model_max_length",
-    "max_seq_len": "--model_max_length",
-    "max_length": "--model_max_length",
-    "cutoff_len": "--model_max_length",
-    "dataset": "--data_path",
-    "train_file": "--data_path",
-    "validation_file": "--eval_data_path",
-    "batch_size": "--per_device_train_batch_size",
-    "epochs": "--num_train_epochs",
-    "lr": "--learning_rate",
-}
-
-
-@dataclass(frozen=True)
-class Option:
-    """One flag: its name (no dashes), its type, and what --help says."""
-
-    name: str
-    kind: Any
-    default: Any
-    help: str
-    names: tuple[str, ...] = ()
-    group: type | None = None
-
-    @property
-    def many(self) -> bool:
-        return get_origin(self.kind) is tuple
-
-
-@dataclass(frozen=True)
-class Values:
-    """What was read: one value of each group, and the fields of TrainingArguments that were given."""
-
-    groups: Mapping[type, Any]
-    extra: Mapping[str, Any]
-    given: frozenset[str]
-    notes: tuple[str, ...]
-
-    def __getitem__(self, group: type[T]) -> T:
-        return typing.cast(T, self.groups[group])
 
 
 @dataclass(frozen=True)
@@ -253,36 +201,20 @@ class Run:
 
 
 def read_run(argv: Sequence[str], about: str = "") -> Run:
-    """Read finetune.py's words; fill in what fits the method; raise OptionError with all problems at once."""
-    groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments]
-    values = read(argv, groups, about=about, trainer_fields=True)
+    """finetune.py's words as a run; OptionError with all problems at once."""
+    return read_run_and(argv, about=about)[0]
+
+
+def read_run_and(
+    argv: Sequence[str], *more: type, about: str = "", needs_data: bool = True
+) -> tuple[Run, Values]:
+    """The same with a script's own groups beside it, which stand in the Values; a plan needs no data."""
+    groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, *more]
+    values = read(argv, groups, about=about, others=training_fields.FLAGS)
     run = Run.of(values)
-    found = problems(run)
-    if found:
+    if found := problems(run, needs_data=needs_data):
         raise OptionError("\n".join(found))
-    return run
-
-
-def read(
-    argv: Sequence[str], groups: Sequence[type], *, about: str = "", trainer_fields: bool = False
-) -> Values:
-    """Read words into one value of each group. `-h` prints the help and ends. The last value given wins."""
-    options = [entry for group in groups for entry in _options(group)]
-    own = {entry.name: entry for entry in options}
-    if trainer_fields:
-        options += [e for e in trainer_options() if e.name not in own]
-    by_name = {name: entry for entry in options for name in (entry.name, *_plain(entry.names))}
-    if any(word in ("-h", "--help", "--help_all", "--help-all") for word in argv):
-        print(
-            _help(options if "all" in " ".join(argv) else list(own.values()), groups, about, trainer_fields)
-        )
-        raise SystemExit(0)
-    given, notes, wrong = _scan(argv, by_name)
-    if wrong:
-        raise OptionError("\n".join(wrong))
-    made = {g: g(**{f.name: given[f.name] for f in fields(g) if f.name in given}) for g in groups}
-    extra = {name: value for name, value in given.items() if name not in own}
-    return Values(made, extra, frozenset(given), tuple(notes))
+    return run, values
 
 
 def with_defaults(run: Run) -> Run:
@@ -319,7 +251,7 @@ def _warmup(train: TrainArguments) -> float:
 
 def _without_harmless(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Less the fields that may not be given but ask for what is done anyway (`--push_to_hub False`)."""
-    defaults = {entry.name: entry.default for entry in trainer_options()} if extra else {}
+    defaults = {entry.name: entry.default for entry in training_fields.trainer_options()} if extra else {}
     return {
         name: value
         for name, value in extra.items()
@@ -327,264 +259,16 @@ def _without_harmless(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------- words to values
-
-
-def _scan(argv: Sequence[str], by_name: Mapping[str, Option]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Walk over the words; return values by name, notes, and what is wrong."""
-    given: dict[str, Any] = {}
-    notes: list[str] = []
-    wrong: list[str] = []
-    at = 0
-    while at < len(argv):
-        word, equals, rest = argv[at].partition("=")
-        at += 1
-        if not _is_flag(word):
-            wrong.append(f"{word!r}: no flag stands before this value; flags begin with --")
-            continue
-        end = at
-        while end < len(argv) and not _is_flag(argv[end]):
-            end += 1
-        entry = _lookup(word, by_name, notes, wrong)
-        words = [rest] if equals else list(argv[at:end])
-        at = at if equals else end
-        if entry is None:
-            continue
-        try:
-            value = _value(entry, words)
-        except ValueError as error:
-            wrong.append(f"{word}: {error}")
-            continue
-        adds = entry.name in ("data_path", "eval_data_path", "adapter", "api_key") and entry.many
-        given[entry.name] = (*given.get(entry.name, ()), *value) if adds else value
-    return given, notes, wrong
-
-
-def _lookup(word: str, by_name: Mapping[str, Option], notes: list[str], wrong: list[str]) -> Option | None:
-    name = word.lstrip("-").replace("-", "_")
-    if name in ("local_rank", "local-rank"):  # the deepspeed launcher adds it; the environment says the same
-        return None
-    if name in OLD_NAMES:
-        notes.append(f"--{name} is called --{OLD_NAMES[name]} today; read as that")
-        name = OLD_NAMES[name]
-    if name in by_name:
-        return by_name[name]
-    if name in GONE:
-        wrong.append(f"--{name} is gone: {GONE[name]}")
-    elif MEANT.get(name, "-").split()[0].lstrip("-") in by_name:
-        wrong.append(f"{word}: unknown flag; did you mean {MEANT[name]}?")
-    else:
-        fields_of = training_fields.FIELDS
-        written = [n for n in by_name if n not in fields_of or fields_of[n].state == "works"]
-        near = difflib.get_close_matches(name, written, n=1, cutoff=0.5)
-        meant = f"; did you mean --{near[0]}?" if near and len(near[0]) > 1 else ""
-        wrong.append(f"{word}: unknown flag{meant or '; --help lists them'}")
-    return None
-
-
-def _is_flag(word: str) -> bool:
-    """`--name` or `-d`; `-1`, `-1e-5` and `-` are values."""
-    if not word.startswith("-") or len(word) < 2:
-        return False
-    try:
-        float(word)
-    except ValueError:
-        return True
-    return False
-
-
-def _value(entry: Option, words: list[str]) -> Any:
-    """The words after a flag as its type; ValueError says what was expected."""
-    if entry.many:
-        if not words:
-            raise ValueError("no value; expected at least one")
-        kind = get_args(entry.kind)[0]
-        return tuple(_convert(kind, part) for word in words for part in _parts(entry.name, word))
-    if not words:
-        if bool in _choices(entry.kind):
-            return True
-        raise ValueError(f"no value; expected {_describe(entry.kind)}")
-    if len(words) > 1:
-        raise ValueError(f"{len(words)} values ({' '.join(words)}); expected one; quote a value with spaces")
-    return _convert(entry.kind, words[0])
-
-
-def _parts(name: str, word: str) -> list[str]:
-    """Lists may be written a,b,c; paths and regular expressions hold commas of their own."""
-    if name in (
-        "data_path",
-        "eval_data_path",
-        "lora_target_modules",
-        "trainable_tokens",
-        "adapter",
-        "api_key",
-    ):
-        return [word]
-    return [part for part in word.split(",") if part]
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    """The alternatives of a type: `int | None` -> (int, NoneType); Literal's values stay one entry."""
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        return tuple(part for alternative in get_args(kind) for part in _choices(alternative))
-    return (kind,)
-
-
-def _convert(kind: Any, word: str) -> Any:
-    """One word as a type; the strictest alternative first, so that `bool | str` reads True as a bool."""
-    alternatives = _choices(kind)
-    if type(None) in alternatives and word.lower() in ("none", "null"):
-        return None
-    for alternative in alternatives:
-        if get_origin(alternative) is Literal and word in get_args(alternative):
-            return word
-    for plain in (bool, int, float, dict, list, str):
-        if plain in alternatives:
-            try:
-                return _plain_value(plain, word)
-            except ValueError:
-                continue
-    raise ValueError(f"{word!r}; expected {_describe(kind)}")
-
-
-def _plain_value(kind: type, word: str) -> Any:
-    if kind is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if word.lower() not in known:
-            raise ValueError
-        return known[word.lower()]
-    if kind in (dict, list):
-        value = json.loads(word)  # JSONDecodeError is a ValueError
-        if not isinstance(value, kind):
-            raise ValueError
-        return value
-    return kind(word)
-
-
-def _describe(kind: Any) -> str:
-    names = {
-        bool: "True or False",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "a JSON object",
-    }
-    names |= {list: "a JSON list", type(None): "None"}
-    parts = []
-    for alternative in _choices(kind):
-        literal = get_origin(alternative) is Literal
-        parts += list(get_args(alternative)) if literal else [names.get(alternative, str(alternative))]
-    return " or ".join(parts)
-
-
-def _plain(names: Sequence[str]) -> list[str]:
-    return [name.lstrip("-") for name in names]
-
-
-def _options(group: type) -> list[Option]:
-    kinds = typing.get_type_hints(group)
-    return [
-        Option(
-            f.name, kinds[f.name], f.default, f.metadata.get("help", ""), f.metadata.get("names", ()), group
-        )
-        for f in fields(group)
-    ]
-
-
-# ------------------------------------------------------------- transformers' TrainingArguments, not imported
-
-
-@lru_cache(maxsize=1)
-def trainer_options() -> tuple[Option, ...]:
-    """Every field of TrainingArguments, read from its source: importing it costs seconds and torch."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return ()
-    tree = ast.parse(Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8"))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
-    entries = [n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    return tuple(
-        Option(typing.cast(ast.Name, n.target).id, _kind(n.annotation), *_described(n.value)) for n in entries
-    )
-
-
-def _kind(annotation: ast.expr) -> Any:
-    """`float | None` -> float | None; names that are not plain types (SchedulerType) are written as text."""
-    plain: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
-    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
-    if "dict" in names or "list" in names:  # what stands inside the brackets is JSON's business
-        names -= {"bool", "Any"}
-    kinds: list[Any] = [plain[name] for name in sorted(names) if name in plain] or [str]
-    if any(isinstance(node, ast.Constant) and node.value is None for node in ast.walk(annotation)):
-        kinds.append(type(None))
-    return typing.Union[tuple(kinds)]  # noqa: UP007  a union of a list that is only known here
-
-
-def _described(value: ast.expr | None) -> tuple[Any, str]:
-    """The default and the help text of `field(default=..., metadata={"help": ...})`."""
-    default: Any = None
-    text = ""
-    for keyword in value.keywords if isinstance(value, ast.Call) else ():
-        try:
-            literal = ast.literal_eval(keyword.value)
-        except ValueError:
-            continue
-        if keyword.arg == "default":
-            default = literal
-        elif keyword.arg == "metadata":
-            text = " ".join(str(literal.get("help", "")).split())
-    return default, text
-
-
-# ---------------------------------------------------------------------------------------------------- --help
-
-
-def _help(options: Sequence[Option], groups: Sequence[type], about: str, trainer_fields: bool) -> str:
-    lines = [about.strip(), ""]
-    for group in (*groups, None):
-        entries = [entry for entry in options if entry.group is group]
-        refused = [entry for entry in entries if group is None and training_fields.refusal(entry.name)]
-        entries = [entry for entry in entries if entry not in refused]
-        if entries:
-            title = group.__doc__ if group is not None else "Fields of transformers' TrainingArguments"
-            lines += [f"{title}:", *(line for entry in entries for line in _help_lines(entry)), ""]
-        if refused:
-            lines += ["Fields of transformers' TrainingArguments that are refused:"]
-            lines += [f"  --{entry.name}: {training_fields.refusal(entry.name)}" for entry in refused]
-            lines += [""]
-    if trainer_fields:
-        lines += ["Fields of transformers' TrainingArguments are flags too: --help_all lists them."]
-    lines += ["A flag that is on or off takes True or False, or nothing (True). The last value given wins."]
-    return "\n".join(lines)
-
-
-def _help_lines(entry: Option) -> list[str]:
-    names = ", ".join(sorted([f"--{entry.name}", *entry.names], key=len))
-    default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
-    kinds = "|".join(
-        dict.fromkeys(_describe(get_args(entry.kind)[0] if entry.many else entry.kind).split(" or "))
-    )
-    head = f"  {names} {kinds}" + (" ..." if entry.many else "")
-    return [
-        head,
-        *textwrap.wrap(entry.help + default, 104, initial_indent=" " * 6, subsequent_indent=" " * 6),
-    ]
-
-
-def shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 # ----------------------------------------------------------------------------- combinations that cannot work
 
 
-def problems(run: Run) -> list[str]:
+def problems(run: Run, *, needs_data: bool = True) -> list[str]:
     """Every value or combination that cannot work, one line each: the flag, why, the cure."""
     return [
         *_range_problems(run),
         *_field_problems(run),
         *_part_problems(run),
-        *_data_problems(run),
+        *_data_problems(run, needs_data),
         *_lora_problems(run),
         *_device_problems(run),
         *_deepspeed_problems(run),
@@ -692,7 +376,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def _data_problems(run: Run) -> list[str]:
+def _data_problems(run: Run, needs_data: bool) -> list[str]:
     """What the data files do not allow, held-out ones above all."""
     data, train, extra, found = run.data, run.train, run.extra, []
     if data.data_weights and len(data.data_weights) != len(data.data_path):
@@ -702,7 +386,7 @@ def _data_problems(run: Run) -> list[str]:
         )
     if not all(weight >= 0 and math.isfinite(weight) for weight in data.data_weights):
         found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
-    if not data.data_path:
+    if needs_data and not data.data_path:
         found.append("no data: give the conversations with -d FILE")
     best = {
         "--keep_best": train.keep_best,

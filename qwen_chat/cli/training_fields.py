@@ -1,15 +1,22 @@
 """Every field of transformers' TrainingArguments, and what becomes of it here.
 
-In: nothing. Out: FIELDS, from which come the early refusals (arguments.py), `--help_all`, and the table in
-docs/finetune.md. A field without an entry is refused: what nobody has looked at may be ignored, or wrong.
-Neither torch nor transformers is imported.
+In: nothing. Out: FIELDS, from which come the early refusals (run_options.py), `--help_all`, and the table in
+docs/finetune.md; `trainer_options`, the fields as flags. A field without an entry is refused: what nobody has
+looked at may be ignored, or wrong. Neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
+
+from qwen_chat.cli.parser import Option, OtherFlags
 
 State = Literal["works", "ours", "refused"]
 
@@ -275,3 +282,69 @@ METRICS: Mapping[str, bool] = {"loss": False, "perplexity": False, "token_accura
 def more_is_better(metric: str) -> bool:
     """`eval_token_accuracy` -> True. KeyError for a metric that there is none of."""
     return METRICS[metric.removeprefix("eval_")]
+
+
+# ------------------------------------------------------------------------------------- the fields as flags
+
+OLD = {"use_cpu": ("no_cuda",)}
+# What earlier versions of transformers had.
+GONE = {
+    "push_to_hub_token": "every user of the machine sees a command line; set HF_TOKEN instead",
+    "group_by_length": "rows are always balanced by length; leave it out",
+    "overwrite_output_dir": "nothing is ever overwritten; give a new folder with -o",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
+    "jit_mode_eval": "held-out losses are computed as training computes them; leave it out",
+}
+
+
+@lru_cache(maxsize=1)
+def trainer_options() -> tuple[Option, ...]:
+    """Every field of TrainingArguments, read from its source: importing it costs seconds and torch."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return ()
+    tree = ast.parse(Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8"))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    entries = [n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    found = [(typing.cast(ast.Name, n.target).id, n.annotation, *_described(n.value)) for n in entries]
+    return tuple(
+        Option(name, _type(kind), default, text, old=OLD.get(name, ()), refused=refusal(name))
+        for name, kind, default, text in found
+    )
+
+
+def _type(annotation: ast.expr) -> object:
+    """`float | None` -> float | None; names that are not plain types (SchedulerType) are written as text."""
+    plain: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    if "dict" in names or "list" in names:  # what stands inside the brackets is JSON's business
+        names -= {"bool", "Any"}
+    kinds: list[Any] = [plain[name] for name in sorted(names) if name in plain] or [str]
+    if any(isinstance(node, ast.Constant) and node.value is None for node in ast.walk(annotation)):
+        kinds.append(type(None))
+    return typing.Union[tuple(kinds)]  # noqa: UP007  a union of a list that is only known here
+
+
+def _described(value: ast.expr | None) -> tuple[object, str]:
+    """The default and the help text of `field(default=..., metadata={"help": ...})`."""
+    default: object = None
+    text = ""
+    for keyword in value.keywords if isinstance(value, ast.Call) else ():
+        try:
+            literal = ast.literal_eval(keyword.value)
+        except ValueError:
+            continue
+        if keyword.arg == "default":
+            default = literal
+        elif keyword.arg == "metadata":
+            text = " ".join(str(literal.get("help", "")).split())
+    return default, text
+
+
+FLAGS = OtherFlags(
+    "Fields of transformers' TrainingArguments",
+    trainer_options,
+    gone=GONE,
+    # The deepspeed launcher adds it; the environment says the same.
+    unread=frozenset({"local_rank"}),
+)

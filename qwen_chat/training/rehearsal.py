@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import get_scheduler
 from transformers.trainer import Trainer
 
-from qwen_chat.cli import run_options
+from qwen_chat.cli import parser, run_options
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, OptionError
 from qwen_chat.training import attention, memory_plan
@@ -119,7 +119,7 @@ def _flags(run: Run, *names: str) -> str:
     """`--optim sgd --optim_args momentum=x`: these flags as they were given, the first one in any case."""
     options = run.as_dict()
     shown = [name for name in names if name == names[0] or options.get(name) is not None]
-    return " ".join(f"--{name} {run_options.shown(options.get(name))}" for name in shown)
+    return " ".join(f"--{name} {parser.shown(options.get(name))}" for name in shown)
 
 
 def _tried(flags: str, build: Callable[[], T]) -> T:

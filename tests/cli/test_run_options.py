@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware
-from qwen_chat.cli import run_options
-from qwen_chat.cli.run_options import DataArguments, ModelArguments, Run, option, read, read_run
+from qwen_chat.cli import run_options, training_fields
+from qwen_chat.cli.parser import option, read
+from qwen_chat.cli.run_options import DataArguments, ModelArguments, Run, read_run
 from qwen_chat.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +118,7 @@ def test_every_field_of_training_arguments_is_known() -> None:
 
     from transformers import TrainingArguments
 
-    found = {entry.name for entry in run_options.trainer_options()}
+    found = {entry.name for entry in training_fields.trainer_options()}
     assert found == {f.name for f in fields(TrainingArguments) if f.init}
 
 

@@ -20,8 +20,8 @@ import torch
 
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_options import read_run, trainer_options
-from qwen_chat.cli.training_fields import ENTRIES, FIELDS
+from qwen_chat.cli.run_options import read_run
+from qwen_chat.cli.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.data import mixture
 from qwen_chat.errors import OptionError
 from qwen_chat.training import attention, options, run_folder

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_chat.cli import run_options
+from qwen_chat.cli import training_fields
 from qwen_chat.cli.run_options import read_run
 from qwen_chat.data import mixture
 from qwen_chat.errors import OutputError
@@ -192,7 +192,7 @@ def test_what_may_change_when_a_run_goes_on() -> None:
 
 
 def test_every_option_that_may_change_is_an_option() -> None:
-    known = {*RUN.as_dict(), *(option.name for option in run_options.trainer_options())}
+    known = {*RUN.as_dict(), *(option.name for option in training_fields.trainer_options())}
     assert run_folder.free({"lr_scheduler_type": "constant"}) <= known
 
 

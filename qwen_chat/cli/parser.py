@@ -1,0 +1,315 @@
+"""Flags from dataclasses: each field is one, and every script reads its own groups of them.
+
+In: the words of a command line, and the dataclasses that hold a script's options. Out: frozen values of them, or
+one OptionError that names every flag that cannot be read, with its cure. Nothing heavy is imported.
+
+    values = read(argv, [ModelArguments, DataArguments, ShowArguments], about="...")
+    values[DataArguments].data_path
+
+Why not argparse: it ends at the first word that it cannot convert, reads `-data` as `-d ata` and `-1e-5` as a flag,
+and what it hands back of unknown flags no longer tells their values from stray words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from qwen_chat.errors import OptionError
+
+Group = TypeVar("Group")
+Default = TypeVar("Default")
+
+
+def option(
+    default: Default,
+    help: str,
+    *names: str,
+    old: str = "",
+    elsewhere: str = "",
+    hint: str = "",
+    appends: bool = False,
+    splits: bool = True,
+) -> Default:
+    """A dataclass field that is a flag. `names` are further spellings: `-m`, `--model_name_or_path`.
+
+    old: names that it had, read with a note. elsewhere: what other programs call it, answered with "did you mean
+    --name hint?". appends: a list that grows where the flag is given again. splits: a list that does not may be
+    written a,b,c; paths, keys and regular expressions hold commas of their own.
+    """
+    told = {"help": help, "names": names, "old": tuple(old.split()), "elsewhere": tuple(elsewhere.split())}
+    return field(default=default, metadata={**told, "hint": hint, "appends": appends, "splits": splits})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag: its name (no dashes), its type, what --help says; the rest as in `option`."""
+
+    name: str
+    kind: object
+    default: object
+    help: str
+    names: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    hint: str = ""
+    appends: bool = False
+    splits: bool = True
+    # Why it may not be given: it is known, but neither suggested nor listed among the others.
+    refused: str | None = None
+
+    @property
+    def many(self) -> bool:
+        return get_origin(self.kind) is tuple
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (self.name, *(name.lstrip("-") for name in self.names))
+
+
+@dataclass(frozen=True)
+class OtherFlags:
+    """Flags of a dataclass that is not ours, read by name into `Values.extra`.
+
+    gone: names that no version has any more, and the cure. unread: names passed over with their values.
+    """
+
+    title: str
+    options: Callable[[], Sequence[Option]]
+    gone: Mapping[str, str]
+    unread: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What was read: one value of each group, and the other flags that were given."""
+
+    groups: Mapping[type, Any]
+    extra: Mapping[str, Any]
+    given: frozenset[str]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, group: type[Group]) -> Group:
+        return typing.cast(Group, self.groups[group])
+
+
+def read(
+    argv: Sequence[str], groups: Sequence[type], *, about: str = "", others: OtherFlags | None = None
+) -> Values:
+    """Read words into one value of each group. `-h` prints the help and ends. The last value given wins."""
+    own = {group: _options(group) for group in groups}
+    names = {entry.name for entries in own.values() for entry in entries}
+    more = [entry for entry in others.options() if entry.name not in names] if others else []
+    if asked := {"-h", "--help", "--help_all", "--help-all"} & set(argv):
+        parts = {str(group.__doc__): entries for group, entries in own.items()}
+        print(_help(about, parts, others, more if asked - {"-h", "--help"} else []))
+        raise SystemExit(0)
+    reading = _Reading([*more, *(entry for entries in own.values() for entry in entries)], others)
+    for flag, words in _grouped(argv):
+        reading.take(flag, words)
+    if reading.wrong:
+        raise OptionError("\n".join(reading.wrong))
+    given = reading.given
+    made = {g: g(**{e.name: given[e.name] for e in entries if e.name in given}) for g, entries in own.items()}
+    extra = {name: value for name, value in given.items() if name not in names}
+    return Values(made, extra, frozenset(given), tuple(reading.notes))
+
+
+def _options(group: type) -> list[Option]:
+    kinds = typing.get_type_hints(group)
+    entries: Sequence[Field[object]] = fields(group)
+    return [Option(f.name, kinds[f.name], f.default, **f.metadata) for f in entries]
+
+
+def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words behind it; "" with a word that no flag stands before."""
+    found: list[tuple[str, list[str]]] = []
+    open_for_words = False
+    for word in argv:
+        if _is_flag(word):
+            flag, equals, value = word.partition("=")
+            found.append((flag, [value] if equals else []))
+            open_for_words = not equals
+        elif open_for_words:
+            found[-1][1].append(word)
+        else:
+            found.append(("", [word]))
+    return found
+
+
+def _is_flag(word: str) -> bool:
+    """`--name` or `-d`; `-1`, `-1e-5` and `-` are values."""
+    if not word.startswith("-") or len(word) < 2:
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
+
+
+class _Reading:
+    """What has been read so far: values by name, notes, and all that is wrong. Of equal names the last holds."""
+
+    def __init__(self, options: Sequence[Option], others: OtherFlags | None) -> None:
+        self.given: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.wrong: list[str] = []
+        self._others = others
+        self._known = {name: entry for entry in options for name in entry.spellings}
+        self._old = {name: entry for entry in options for name in entry.old}
+        self._elsewhere = {name: entry for entry in options for name in entry.elsewhere}
+
+    def take(self, flag: str, words: list[str]) -> None:
+        if not flag:
+            self.wrong.append(f"{words[0]!r}: no flag stands before this value; flags begin with --")
+        elif entry := self._find(flag):
+            try:
+                value = _value(entry, words)
+            except ValueError as error:
+                self.wrong.append(f"{flag}: {error}")
+                return
+            before = self.given.get(entry.name, ()) if entry.appends else ()
+            self.given[entry.name] = (*before, *value) if entry.many else value
+
+    def _find(self, flag: str) -> Option | None:
+        """The option that a flag means; None where there is none (then it is told), or where it is passed over."""
+        name = flag.lstrip("-").replace("-", "_")
+        gone = self._others.gone if self._others else {}
+        if self._others and name in self._others.unread:
+            return None
+        if entry := self._old.get(name):
+            self.notes.append(f"--{name} is called --{entry.name} today; read as that")
+            return entry
+        if entry := self._known.get(name):
+            return entry
+        if name in gone:
+            self.wrong.append(f"--{name} is gone: {gone[name]}")
+            return None
+        if entry := self._elsewhere.get(name):
+            meant = f"--{entry.name} {entry.hint}".rstrip()
+        else:
+            offered = [word for word, entry in self._known.items() if entry.refused is None]
+            near = difflib.get_close_matches(name, offered, n=1, cutoff=0.5)
+            meant = f"--{near[0]}" if near and len(near[0]) > 1 else ""
+        cure = f"did you mean {meant}?" if meant else "--help lists them"
+        self.wrong.append(f"{flag}: unknown flag; {cure}")
+        return None
+
+
+# ------------------------------------------------------------------------------------------- words to values
+
+
+def _value(entry: Option, words: list[str]) -> Any:
+    """The words after a flag as its type; ValueError says what was expected."""
+    if entry.many:
+        if not words:
+            raise ValueError("no value; expected at least one")
+        if entry.splits and not entry.appends:
+            words = [part for word in words for part in word.split(",") if part]
+        return tuple(_converted(get_args(entry.kind)[0], word) for word in words)
+    if not words:
+        if bool in _alternatives(entry.kind):
+            return True
+        raise ValueError(f"no value; expected {_expected(entry.kind)}")
+    if len(words) > 1:
+        raise ValueError(f"{len(words)} values ({' '.join(words)}); expected one; quote a value with spaces")
+    return _converted(entry.kind, words[0])
+
+
+def _json(kind: type) -> Callable[[str], object]:
+    def read(word: str) -> object:
+        value = json.loads(word)
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
+
+    return read
+
+
+SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# What --help calls each type, and what reads a word as it (ValueError or KeyError); the strictest first.
+KINDS: Mapping[object, tuple[str, Callable[[str], object]]] = {
+    bool: ("True or False", lambda word: SWITCH[word.lower()]),
+    int: ("a whole number", int),
+    float: ("a number", float),
+    dict: ("a JSON object", _json(dict)),
+    list: ("a JSON list", _json(list)),
+    str: ("text", str),
+}
+
+
+def _alternatives(kind: object) -> tuple[object, ...]:
+    """`int | None` -> (int, NoneType); Literal's values stay one entry."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(part for alternative in get_args(kind) for part in _alternatives(alternative))
+    return (kind,)
+
+
+def _converted(kind: object, word: str) -> object:
+    """One word as a type; `bool | str` reads True as a bool."""
+    alternatives = _alternatives(kind)
+    if type(None) in alternatives and word.lower() in ("none", "null"):
+        return None
+    if any(get_origin(part) is Literal and word in get_args(part) for part in alternatives):
+        return word
+    for plain, (_, reader) in KINDS.items():
+        if plain in alternatives:
+            try:
+                return reader(word)
+            except (ValueError, KeyError):
+                continue
+    raise ValueError(f"{word!r}; expected {_expected(kind)}")
+
+
+def _expected(kind: object) -> str:
+    parts: list[str] = []
+    for alternative in _alternatives(kind):
+        literal = get_origin(alternative) is Literal
+        parts += (
+            get_args(alternative) if literal else [KINDS[alternative][0] if alternative in KINDS else "None"]
+        )
+    return " or ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- --help
+
+
+def _help(
+    about: str, groups: Mapping[str, list[Option]], others: OtherFlags | None, more: Sequence[Option]
+) -> str:
+    if others and more:
+        groups = {**groups, others.title: [entry for entry in more if entry.refused is None]}
+    lines = [about.strip(), ""]
+    for title, entries in groups.items():
+        lines += [f"{title}:", *(line for entry in entries for line in _help_lines(entry)), ""]
+    if others:
+        if refused := [f"  --{entry.name}: {entry.refused}" for entry in more if entry.refused is not None]:
+            lines += [f"{others.title} that are refused:", *refused, ""]
+        lines += [f"{others.title} are flags too: --help_all lists them."]
+    lines += ["A flag that is on or off takes True or False, or nothing (True). The last value given wins."]
+    return "\n".join(lines)
+
+
+def _help_lines(entry: Option) -> list[str]:
+    names = ", ".join(sorted([f"--{entry.name}", *entry.names], key=len))
+    default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
+    kind = get_args(entry.kind)[0] if entry.many else entry.kind
+    kinds = "|".join(dict.fromkeys(_expected(kind).split(" or ")))
+    head = f"  {names} {kinds}" + (" ..." if entry.many else "")
+    indent = " " * 6
+    return [
+        head,
+        *textwrap.wrap(entry.help + default, 104, initial_indent=indent, subsequent_indent=indent),
+    ]
+
+
+def shown(value: object) -> str:
+    """A value as it is written after its flag."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
