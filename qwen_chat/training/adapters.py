@@ -1,4 +1,4 @@
-"""LoRA and Q-LoRA: wrap a model, save what was learnt. (Loading and merging: models.py.)
+"""LoRA and Q-LoRA: wrap a model, save what was trained. (Loading and merging: models.py.)
 
 In: a loaded model and the adapter's flags. Out: the same model, in which only the adapter learns; a folder
 that peft, vLLM and llama.cpp read over the untouched base. Loading one is `models.load_adapter`.

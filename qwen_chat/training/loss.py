@@ -8,7 +8,7 @@ logits become their own gradient in place, and backward only scales what is alre
 `ModelLoss` is what a trainer calls:
 
     loss = ModelLoss(model)              # after LoRA wrapping, before DeepSpeed / DDP wrapping
-    result = loss(wrapped_model, batch)  # batch: what dataset.Collator returns
+    result = loss(wrapped_model, batch)  # batch: what batches.Collator returns
     (result.loss_sum / supervised_tokens_of_the_global_step * ranks).backward()
 """
 
@@ -20,8 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qwen_chat.errors import ModelError
-
-CHUNK_BYTES = 256 * 2**20  # float32 logits that may exist at once; larger is hardly faster
+from qwen_chat.training.memory_plan import CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         learning = any(ctx.needs_input_grad)
         wanted = [hidden, *trainable]
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=torch.float64 if exact == torch.float64 else exact, device=hidden.device)
+        summed_in = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=summed_in, device=hidden.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grads = [torch.zeros_like(tensor) for tensor in wanted] if learning else []
         for start in range(0, len(targets), chunk):
@@ -56,13 +55,13 @@ class _ChunkedLoss(torch.autograd.Function):
             target = targets[start : start + chunk, None]
             with torch.set_grad_enabled(learning):
                 logits = head(part)
-            scores = logits.detach().to(exact)
+            scores = logits.detach().to(summed_in)
             top = scores.amax(-1, keepdim=True)
             picked = scores.gather(-1, target) - top
-            hits += (picked == 0).sum()  # an argmax would cost 1 % of a step; a tie counts as a hit
-            scores = scores.sub_(
-                top
-            ).exp_()  # logits are not needed again: their memory becomes the gradient's
+            # An argmax would cost 1 % of a step; a tie counts as a hit.
+            hits += (picked == 0).sum()
+            # The logits are not needed again: their memory becomes the gradient's.
+            scores = scores.sub_(top).exp_()
             total = scores.sum(-1, keepdim=True)
             loss += (total.log() - picked).sum()
             if not learning:
@@ -118,25 +117,26 @@ class ModelLoss:
         self._hits: torch.Tensor | None = None
         self._chunk_bytes = chunk_bytes
         self._vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        self._plain: Callable[[torch.Tensor], torch.Tensor] = head.forward
-        self._replaced = "forward" in vars(head)  # by a fused layer
+        self._own_forward: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        self._was_replaced = "forward" in vars(head)  # by a fused layer
         self._head = head
         head.forward = self._forward
 
     def remove(self) -> None:
         """Give the head back its own forward."""
-        if self._replaced:
-            self._head.forward = self._plain
+        if self._was_replaced:
+            self._head.forward = self._own_forward
         else:
             del self._head.forward
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The head's forward. In a call of ours it gives the loss where the model expects logits."""
         if self._targets is None:
-            return self._plain(hidden, *args, **kwargs)
+            return self._own_forward(hidden, *args, **kwargs)
         learning = torch.is_grad_enabled()  # evaluation under no_grad must not form a gradient
         trainable = [p for p in self._head.parameters() if p.requires_grad and learning]
         loss, self._hits = chunked_loss(
-            self._plain,
+            self._own_forward,
             hidden.flatten(0, -2),
             self._targets,
             trainable=trainable,
@@ -159,4 +159,5 @@ class ModelLoss:
                 " this model type cannot be trained here"
             )
         hits, self._hits = self._hits, None
-        return LossResult(output.logits, hits, tokens)
+        # The head returned the loss (see `_forward`), and the model passes on what its head returns as `logits`.
+        return LossResult(loss_sum=output.logits, correct=hits, tokens=tokens)

@@ -31,11 +31,10 @@ MIB = hardware.MIB
 # Measured on a CPU: the interpreter with torch, transformers and peft; DeepSpeed and its process group.
 RUNTIME = {"cpu": 640 * MIB, "cuda": 900 * MIB}
 DEEPSPEED = 200 * MIB
-LIVE = 10**9  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters of ds_config_zero3.json)
 # On a CPU, where weights come and go a layer at a time (4 bits, ZeRO-3): the holes that they leave in the heap, and
 # a share of the activations for those between them.
 HOLES = (560 * MIB, 0.16)
-CHUNK_BYTES = 256 * MIB  # of float32 logits at once (loss.py)
+CHUNK_BYTES = 256 * MIB  # float32 logits that loss.py has at once; larger is hardly faster
 ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
 # A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -211,12 +210,15 @@ def _biases(kind: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the memory of one rank. `row`: tokens; `supervised`: of them learnt, in one row."""
+    """What decides the memory of one rank. `row`: tokens; `supervised`: how many of them are."""
 
     method: Method = "full"
     zero: int = 0
     offload_optimizer: bool = False
     offload_weights: bool = False
+    live: int = (
+        10**9
+    )  # weights that ZeRO-3 may keep gathered: stage3_max_live_parameters, here DeepSpeed's default
     ranks: int = 1
     ranks_here: int = 1
     checkpointing: bool = False
@@ -280,19 +282,19 @@ def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False
     """The Setup of a Run on this machine."""
     cuda = on_accelerator(run)
     half = number_type(run)[0] != "float32"
-    zero, offload_optimizer, offload_weights = 0, False, False
+    block: Mapping[str, Any] = {}
     if run.train.deepspeed is not None:
         block = read_deepspeed(run.train.deepspeed)[0].get("zero_optimization", {})
-        zero = int(block.get("stage", 0))
-        offload_optimizer = _offloads(block.get("offload_optimizer"))
-        offload_weights = _offloads(block.get("offload_param"))
+    zero = int(block.get("stage", 0))
+    live = block.get("stage3_max_live_parameters")
     optim = str(run.extra.get("optim", "adamw_torch"))
     known = [size for name, size in MOMENTS.items() if name in optim]
     return Setup(
         method=run.method,
         zero=zero,
-        offload_optimizer=offload_optimizer,
-        offload_weights=offload_weights,
+        offload_optimizer=_offloads(block.get("offload_optimizer")),
+        offload_weights=_offloads(block.get("offload_param")),
+        live=int(live) if isinstance(live, int | float) else Setup.live,
         ranks=ranks(),
         ranks_here=ranks_here(),
         checkpointing=checkpointing,
@@ -403,15 +405,15 @@ class Need:
 
 def need(shape: Shape, setup: Setup) -> Need:
     """What one rank takes."""
-    learnt = trainable(shape, setup)
-    weights, gradients, optimizer, host = _states(shape, setup, learnt)
+    trained = trainable(shape, setup)
+    weights, gradients, optimizer, host = _states(shape, setup, trained)
     runtime = RUNTIME[setup.device] + (DEEPSPEED if setup.zero else 0)
     file = shape.parameters * shape.stored
     size = 2 if setup.half and setup.device == "cuda" else 4
     load = runtime + (0 if setup.device == "cuda" else _load_peak(shape, setup, file, size))
     return Need(
         parameters=shape.parameters,
-        trainable=learnt,
+        trainable=trained,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
@@ -446,41 +448,43 @@ def _four_bit_weights(shape: Shape) -> int:
     return int(NF4 * shape.in_linears) + 4 * rest
 
 
-def _states(shape: Shape, setup: Setup, learnt: int) -> tuple[int, int, int, int]:
-    """(weights, gradients, optimizer, of them on the host where they are offloaded)."""
-    split = setup.ranks if setup.zero >= 2 else 1
-    split_states = setup.ranks if setup.zero >= 1 else 1  # ZeRO-1 splits the optimizer alone
+def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, int]:
+    """(weights, gradients, optimizer, of them on the host where they are offloaded), each a sum of named terms."""
     pure_half = setup.half and setup.device == "cuda" and (setup.zero > 0 or setup.method != "full")
-    size = 2 if pure_half else 4
-    frozen = shape.parameters if setup.method != "full" else 0
-    weights = _four_bit_weights(shape) if setup.method == "qlora" else size * frozen
-    own = 4 if setup.method != "full" and setup.zero == 0 else size  # an adapter's weights stay float32
-    weights += own * learnt
-    if setup.zero == 3:
-        gathered = size * _gathered(shape)
-        weights = weights // split + gathered
-    gradients = (own * learnt) // split
-    if setup.zero == 0 and setup.ranks > 1:
-        gradients *= 2  # DDP's buckets hold them once more
-    optimizer = int(setup.moments * learnt) // split_states
-    if setup.zero:
-        optimizer += 4 * learnt // split_states  # DeepSpeed's own float32 copy
-        if setup.zero == 2 and setup.device == "cpu":
-            gradients += 2 * own * learnt // split  # flattened for the step; gloo's copy of what is gathered
-    if not pure_half and setup.half:
-        weights += 2 * shape.parameters  # autocast keeps half-precision copies for the step
+    size = 2 if pure_half else 4  # bytes of a weight
+    trained_size = (
+        4 if setup.method != "full" and setup.zero == 0 else size
+    )  # an adapter's weights stay float32
+    sharing = setup.ranks if setup.zero >= 2 else 1
+    sharing_optimizer = setup.ranks if setup.zero >= 1 else 1  # ZeRO-1 splits the optimizer alone
+
+    base = 0 if setup.method == "full" else size * shape.parameters
+    if setup.method == "qlora":
+        base = _four_bit_weights(shape)
+    own, gathered = base + trained_size * trained, 0
+    if setup.zero == 3:  # a share, and whole those in use and as many of the others as may stay
+        own //= sharing
+        gathered = size * max(shape.embedding + 2 * shape.largest, min(shape.parameters, setup.live))
+    autocast = (
+        2 * shape.parameters if setup.half and not pure_half else 0
+    )  # half-precision copies for the step
+    weights = own + gathered + autocast
+
+    share = trained_size * trained // sharing
+    buckets = share if setup.zero == 0 and setup.ranks > 1 else 0  # DDP holds them once more
+    # Flattened for the step; gloo's copy of what is gathered.
+    flattened = 2 * trained_size * trained // sharing if setup.zero == 2 and setup.device == "cpu" else 0
+    gradients = share + buckets + flattened
+
+    masters = 4 * trained // sharing_optimizer if setup.zero else 0  # DeepSpeed's own float32 copy
+    optimizer = int(setup.moments * trained) // sharing_optimizer + masters
+
     host = 0
     if setup.device == "cuda" and setup.offload_optimizer:
-        host, optimizer = host + optimizer + gradients, 0
+        host, optimizer = optimizer + gradients, 0
     if setup.device == "cuda" and setup.offload_weights and setup.zero == 3:
-        kept = size * _gathered(shape)
-        host, weights = host + weights - kept, kept
+        host, weights = host + weights - gathered, gathered
     return weights, gradients, optimizer, host
-
-
-def _gathered(shape: Shape) -> int:
-    """Weights that a rank holds whole under ZeRO-3: those in use, and as many of the others as may stay."""
-    return max(shape.embedding + 2 * shape.largest, min(shape.parameters, LIVE))
 
 
 def layer_bytes(shape: Shape, setup: Setup, *, sparse: bool = False) -> int:
@@ -718,11 +722,11 @@ def recommend(rows: list[dict[str, Any]], method: str) -> dict[str, Any] | None:
 
 
 def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
-    """One checkpoint: what is learnt and its optimizer; an adapter's does not carry the base."""
-    learnt = trainable(shape, setup)
+    """One checkpoint: what is trained and its optimizer; an adapter's does not carry the base."""
+    trained = trainable(shape, setup)
     size = 2 if setup.half and setup.zero and setup.device == "cuda" else 4
-    states = (4 + size) * learnt if setup.zero else 0  # DeepSpeed writes its own copy of the weights too
-    return int((size + setup.moments) * learnt) + states + 20 * MIB  # tokenizer, RNG states
+    states = (4 + size) * trained if setup.zero else 0  # DeepSpeed writes its own copy of the weights too
+    return int((size + setup.moments) * trained) + states + 20 * MIB  # tokenizer, RNG states
 
 
 def result_bytes(shape: Shape, setup: Setup) -> int:

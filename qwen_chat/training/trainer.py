@@ -193,7 +193,7 @@ class ChatTrainer(Trainer, TrainerCallback):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This row's loss / supervised tokens of the global step, times ranks (DDP averages gradients)."""
-        count = max(1, int(num_items_in_batch or 0))  # 0: a step in which no message is learnt
+        count = max(1, int(num_items_in_batch or 0))  # 0: a step in which no token is supervised
         loss = self.model_loss(model, inputs).loss_sum * (self.accelerator.num_processes / count)
         self.totals.add(loss, inputs)
         return (loss, {}) if return_outputs else loss

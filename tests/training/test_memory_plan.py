@@ -444,3 +444,16 @@ def test_a_config_without_sizes_is_named() -> None:
         Shape.of({"model_type": "qwen2"})
     with pytest.raises(ModelError, match=r"config\.json"):
         models.read_config(ROOT / "nowhere")
+
+
+def test_weights_that_zero_3_keeps_gathered_are_those_of_the_file(tmp_path: Path) -> None:
+    def live(**block: object) -> int:
+        file = tmp_path / "zero3.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3, **block}}))
+        run = run_options.read_run(["-d", "x", "--deepspeed", str(file)])
+        return memory_plan.setup_of(run, 1, 1).live
+
+    assert live(stage3_max_live_parameters=5e8) == 500_000_000
+    shipped = json.loads((ROOT / "finetune" / "ds_config_zero3.json").read_text(encoding="utf-8"))
+    default = shipped["zero_optimization"]["stage3_max_live_parameters"]
+    assert live() == live(stage3_max_live_parameters="auto") == memory_plan.Setup().live == default
