@@ -36,8 +36,10 @@ from qwen_chat.service.protocol import (
     WireLogprob,
 )
 
-CUT_OFF = ("length", "deadline")  # the engine's reasons for an answer that might have gone on
-CallMode = Literal["free", "strict", "named", "none"]  # strict: tagged calls alone; none: all is text
+# The engine's reasons for an answer that might have gone on.
+CUT_OFF = ("length", "deadline")
+# `strict`: tagged calls alone; `none`: all is text.
+CallMode = Literal["free", "strict", "named", "none"]
 
 
 class Assembly(Protocol):
@@ -69,9 +71,11 @@ class Assembly(Protocol):
 class _ChatChoice:
     parser: StreamParser | None
     calls: int = 0
-    one_too_many: bool = False  # a second call began where one is allowed
+    # A second call began where one is allowed.
+    one_too_many: bool = False
     finished: bool = False
-    logprobs: list[WireLogprob] = field(default_factory=list)  # of tokens whose text is still held back
+    # Those of tokens whose text is still held back.
+    logprobs: list[WireLogprob] = field(default_factory=list)
 
 
 class ChatAssembly:
@@ -155,7 +159,8 @@ class ChatAssembly:
             if piece.reasoning:
                 deltas.append(ChunkDelta(reasoning_content=piece.reasoning))
             if piece.name is not None and not self._parallel and state.calls == 1:
-                state.one_too_many = True  # one call was allowed, and it is whole
+                # One call was allowed, and it is whole.
+                state.one_too_many = True
                 break
             deltas += self._call_deltas(state, piece)
         return deltas
@@ -189,7 +194,8 @@ class ChatAssembly:
     def _finish_reason(self, state: _ChatChoice, reason: str) -> WireFinish:
         if reason in CUT_OFF:
             return "length"
-        cut = state.parser is not None and state.parser.cut  # by a stop string of the client's
+        # A stop string of the client's cut it.
+        cut = state.parser is not None and state.parser.cut
         return "tool_calls" if state.calls and self._mode != "named" and not cut else "stop"
 
     def _piece(self, choice: int, delta: ChunkDelta) -> Answer:

@@ -18,15 +18,22 @@ from qwen_chat.conversation import Json
 from qwen_chat.service.errors import APIError, bad_value
 from qwen_chat.tools.validate import is_everyday
 
-Problem = tuple[str, str]  # a sentence with {param} in it, and OpenAI's code
+# A sentence with {param} in it, and OpenAI's code.
+Problem = tuple[str, str]
 
-SCHEMA_DEPTH = 24  # nesting of a JSON Schema
-SCHEMA_NODES = 4000  # objects, lists and values in one
-MOST_SCHEMA_NODES = 40_000  # in all those of a request
-PATTERN_LENGTH = 500  # characters of a regular expression in one
-LARGEST_REPEAT = 2000  # of minItems, maxLength and the like: a grammar unrolls them
+# Nesting of a JSON Schema.
+SCHEMA_DEPTH = 24
+# Objects, lists and values in one schema.
+SCHEMA_NODES = 4000
+# Objects, lists and values in all schemas of a request.
+MOST_SCHEMA_NODES = 40_000
+# Characters of a regular expression in a schema.
+PATTERN_LENGTH = 500
+# The most of minItems, maxLength and the like: a grammar unrolls them.
+LARGEST_REPEAT = 2000
 _REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
-_REMEMBERED = 4096  # schemas
+# Schemas whose verdict is kept.
+_REMEMBERED = 4096
 
 # What llguidance has no rules for, and what says nothing of a value.
 _UNHELD = frozenset(
@@ -38,9 +45,11 @@ _UNHELD = _UNHELD | {"$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$schema"
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema
+# Keywords whose value is name -> schema.
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _NESTED = ("items", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf", "prefixItems")
-_UNHELD_PATTERN = re.compile(r"\(\?(?:[=!]|<[=!])|\\[bB1-9]")  # looks around, or back
+# What looks around, or back.
+_UNHELD_PATTERN = re.compile(r"\(\?(?:[=!]|<[=!])|\\[bB1-9]")
 
 
 class _Verdicts:
@@ -53,7 +62,8 @@ class _Verdicts:
     def of(self, schema: Json, *, bound: bool) -> tuple[int, Problem | None]:
         """Nodes of a schema, and what is wrong with it."""
         try:
-            content = marshal.dumps(schema, 2)  # version 2: equal values give equal bytes
+            # In version 2 equal values give equal bytes.
+            content = marshal.dumps(schema, 2)
         except ValueError:
             return 0, (f"a schema nested more than {SCHEMA_DEPTH} deep is too large", "schema_too_large")
         key = hashlib.sha256(content).digest() + bytes([bound])
@@ -93,7 +103,8 @@ def held(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     kept = {key: value for key, value in schema.items() if key not in _UNHELD and not _is_unheld(key, value)}
-    if "oneOf" in kept:  # one of several, where a grammar knows only any of them
+    # One of several, where a grammar knows only any of them.
+    if "oneOf" in kept:
         choices = kept.pop("oneOf")
         if "anyOf" not in kept:
             kept["anyOf"] = choices

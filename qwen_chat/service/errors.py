@@ -15,7 +15,8 @@ from starlette.responses import JSONResponse
 
 from qwen_chat.conversation import Json
 
-LONGEST_ECHO = 80  # characters of a client's own value that an error repeats
+# Characters of a client's own value that an error repeats.
+LONGEST_ECHO = 80
 
 # HTTP status -> OpenAI's error type.
 _TYPES = {401: "invalid_request_error", 429: "rate_limit_error", 503: "server_error", 504: "server_error"}
@@ -66,7 +67,8 @@ class APIError(Exception):
             headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if self.status == 431:  # where the body was not read the server says so itself
+        # Where the body was not read the server says so itself.
+        if self.status == 431:
             headers["Connection"] = "close"
         return headers
 
@@ -277,8 +279,7 @@ def _other(name: str | None, shown: str, detail: ErrorDetails) -> APIError:
         text = f"Invalid {shown}: string does not match pattern. Expected a string that matches '{pattern}'."
         return APIError(400, text, param=name, code="invalid_value")
     if detail["type"] in ("unsupported_parameter", "unsupported_value", "invalid_value"):
-        param = detail.get("ctx", {}).get(
-            "param", name
-        )  # a check of several parameters names the one to change
+        # A check of several parameters names the one to change.
+        param = detail.get("ctx", {}).get("param", name)
         return APIError(400, detail["msg"].replace("{param}", shown), param=param, code=detail["type"])
     return APIError(400, f"Invalid value for {shown}: {detail['msg']}.", param=name, code="invalid_value")

@@ -22,13 +22,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_chat.service.errors import APIError, echo, shutting_down
 from qwen_chat.service.request_log import Record
 
-LEFT = 499  # nginx's status for a client that closed the connection before it was answered
+# What nginx logs for a client that closed the connection before it was answered.
+LEFT = 499
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})  # nothing of anybody's is told there
-UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
-LONGEST_PATH = 200  # characters of a path in the log
+# Nothing of anybody's is told there.
+OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})
+# Asked every few seconds by machines.
+UNLOGGED_PATHS = frozenset({"/health", "/ready", "/metrics"})
+# Characters of a path in the log.
+LONGEST_PATH = 200
 MOST_HEADERS = 100
-HEADER_BYTES = 32 * 1024  # of all headers together
+# Bytes of all headers together.
+HEADER_BYTES = 32 * 1024
 
 
 class Journal:
@@ -68,7 +73,8 @@ class Journal:
             await self.app(scope, receive, answer)
         except ClientDisconnect:
             answer.status = LEFT
-        except asyncio.CancelledError:  # by the server, which waited long enough: it ends here
+        # By the server, which waited long enough: it ends here.
+        except asyncio.CancelledError:
             await self._fail(shutting_down(), record, answer, scope, receive)
         except Exception as error:
             await self._fail(error, record, answer, scope, receive)
@@ -153,7 +159,8 @@ class Gate:
         """A page elsewhere must not make a user's browser ask: what it sends needs no leave of ours to arrive."""
         origin, site = named.get(b"origin"), named.get(b"sec-fetch-site", b"")
         if origin is None and site != b"cross-site":
-            return  # no browser, or a page of our own
+            # No browser, or a page of our own.
+            return
         text = (origin or b"").decode("latin-1")
         host = named.get(b"host", b"").decode("latin-1")
         ours = site == b"same-origin" or (host != "" and text.partition("://")[2] == host)

@@ -25,11 +25,13 @@ from pydantic_core import PydanticCustomError
 
 from qwen_chat.conversation import Json
 
-MOST_CHOICES = 16  # n; each choice takes a place in the batch
+# The largest `n`; each choice takes a place in the batch.
+MOST_CHOICES = 16
 MOST_MESSAGES = 4096
 MOST_CONTENT_PARTS = 4096
-MOST_TOOLS = 128  # OpenAI's limit
-MOST_STOPS = 4  # OpenAI's limit
+# OpenAI's limits.
+MOST_TOOLS = 128
+MOST_STOPS = 4
 MOST_BIASES = 1024
 MOST_TOKENS = 2**31 - 1
 MOST_PROMPT_TOKENS = 2**20
@@ -51,10 +53,8 @@ HINTS: dict[str, str] = {
     "messages.name": "a participant's name, which the chat formats have no place for",
     "tools.cache_control": "the same, on a tool",
 }
-_USUAL: dict[str, tuple[object, ...]] = {
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-}  # ask for nothing
+# Values of them that ask for nothing.
+_USUAL: dict[str, tuple[object, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
 
 
 class Request(BaseModel):
@@ -110,7 +110,8 @@ BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 User = Annotated[str, Field(max_length=512)]
-HintKey = Annotated[str, Field(max_length=64)]  # OpenAI's limits of metadata
+# OpenAI's limits of metadata.
+HintKey = Annotated[str, Field(max_length=64)]
 HintText = Annotated[str, Field(max_length=512)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -175,7 +176,8 @@ class CallParam(Request):
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"]
     function: CalledFunction
-    index: int | None = None  # left over where a client folds a stream by hand
+    # Left over where a client folds a stream by hand.
+    index: int | None = None
 
 
 class SystemMessage(Request):
@@ -202,7 +204,8 @@ class AssistantMessage(Request):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None  # another name of it
+    # Another name of it.
+    reasoning: str | None = None
     tool_calls: Annotated[list[CallParam], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     name: str | None = None
     cache_control: CacheControl | None = None
@@ -337,7 +340,8 @@ class SamplingRequest(Request):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None  # 0 and -1: no limit
+    # No limit: 0 and -1.
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     min_p: Share | None = None
     seed: Seed | None = None
     stop: Stop | None = None
@@ -410,7 +414,8 @@ class ChatRequest(SamplingRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise _not_alone("top_logprobs", "'logprobs' is enabled")
-        harmless = (None, "none") if self.tools is None else (None, "none", "auto")  # beside an empty list
+        # Beside an empty list.
+        harmless = (None, "none") if self.tools is None else (None, "none", "auto")
         if not self.tools and self.tool_choice not in harmless:
             raise _not_alone("tool_choice", "'tools' are specified")
         if self.tools is None and self.parallel_tool_calls is not None:
@@ -502,7 +507,8 @@ class CompletionRequest(SamplingRequest):
         ],
         Discriminator(_prompt_kind),
     ]
-    max_tokens: Count | None = 16  # OpenAI's default
+    # OpenAI's default.
+    max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Annotated[bool | None, _only(False)] = None
     best_of: Annotated[int | None, _only(1)] = None

@@ -24,7 +24,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health"})  # asked by a load balancer, which has no key
+# What a load balancer asks, which has no key.
+OPEN = frozenset({"/health"})
 # vLLM's own key guards only what begins with /v1, and beside inference it serves paths that stop the engine,
 # change its weights or load files. What is not named here is not there.
 SERVED = OPEN | {
@@ -37,7 +38,8 @@ SERVED = OPEN | {
     ),
     *("/v1/models", "/tokenize", "/detokenize", "/metrics", "/version"),
 }
-RETRY_AFTER = 2  # seconds
+# Seconds until a client that was turned away may try again.
+RETRY_AFTER = 2
 
 
 class QueueBound:
@@ -54,7 +56,8 @@ class QueueBound:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # a WebSocket: nothing of ours, and no key was ever asked there
+        # A WebSocket: nothing of ours, and no key was ever asked there.
+        if scope["type"] != "http":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return

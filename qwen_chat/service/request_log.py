@@ -21,10 +21,14 @@ from typing import Any
 
 from qwen_chat.errors import OutputError
 
-MAX_BYTES = 10_000_000  # of one file of the service log
-STRANGERS_SHARE = 0.1  # of each file, for requests that did not pass the gate: alone they never fill one
-KEPT_FILES = 5  # rotated files beside the current one: six files, 60 MB in all
-LONGEST_TEXT = 64_000  # characters of one text field; a logged prompt may not fill a file on its own
+# Bytes of one file of the service log.
+MAX_BYTES = 10_000_000
+# The share of each file for requests that did not pass the gate: alone they never fill one.
+STRANGERS_SHARE = 0.1
+# Rotated files beside the current one: six files, 60 MB in all.
+KEPT_FILES = 5
+# Characters of one text field; a logged prompt may not fill a file on its own.
+LONGEST_TEXT = 64_000
 
 
 @dataclass(slots=True)
@@ -39,14 +43,17 @@ class Record:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
-    first_token: float | None = None  # seconds since `began`
+    # Seconds since `began`.
+    first_token: float | None = None
     finish_reason: str | None = None
     error: str | None = None
     user: str | None = None
     prompt: object = None
     reply: str | None = None
-    ignored: Sequence[str] = ()  # hints of the request that change no answer, by name
-    admitted: bool = False  # it passed the gate, with a key where there are keys
+    # Hints of the request that change no answer, by name.
+    ignored: Sequence[str] = ()
+    # It passed the gate, with a key where there are keys.
+    admitted: bool = False
 
     def line(self, status: int) -> dict[str, object]:
         """The log's line. Times in milliseconds; fields that do not apply are left out."""
@@ -138,22 +145,27 @@ class _OwnFile(RotatingFileHandler):
     each line."""
 
     failures = 0
-    strangers = 0  # bytes of strangers' lines in the current file
+    # Bytes of strangers' lines in the current file.
+    strangers = 0
 
     def _open(self) -> Any:
         self.strangers = 0
         stream = open(  # noqa: SIM115  logging closes it
             self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private
         )
-        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # neither /dev/null nor a pipe is ours alone
+        # Neither /dev/null nor a pipe is ours alone.
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             try:
-                os.fchmod(stream.fileno(), 0o600)  # a file of earlier may have been open to all
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+                # An older file may have been open to all.
+                os.fchmod(stream.fileno(), 0o600)
+                # Held until the file is closed.
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stream.close()
                 raise
             except OSError:
-                pass  # somebody else's file, or a file system without locks
+                # Somebody else's file, or a file system without locks.
+                pass
         return stream
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -27,8 +27,10 @@ from qwen_chat.service.request_log import Record
 
 # Characters that JSON leaves as they are and at which Python's splitlines ends a line (httpx reads streams with it).
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-_ENDING_SECONDS = 1.0  # to say why a stream breaks off, where the service ends
-TIMED_OUT = "deadline"  # the engine's finish reason where a request's time is over
+# Seconds to say why a stream breaks off, where the service ends.
+_ENDING_SECONDS = 1.0
+# The engine's finish reason where a request's time is over.
+TIMED_OUT = "deadline"
 
 
 class Work:
@@ -52,7 +54,8 @@ class Work:
         self._release = release
         self._log_reply = log_reply
         self._completion_tokens = 0
-        self._last_token: dict[int, float] = {}  # of each choice
+        # When the last token of each choice came.
+        self._last_token: dict[int, float] = {}
         self._closed = False
 
     async def chunks(self) -> AsyncGenerator[Answer, None]:
@@ -158,11 +161,13 @@ class Delivery(Response):
         except (ClientDisconnect, TimeoutError):
             self._work.record.finish_reason = "cancelled"
             raise ClientDisconnect from None
-        except asyncio.CancelledError:  # the service ends and has waited long enough
+        # The service ends and has waited long enough.
+        except asyncio.CancelledError:
             self._work.record.finish_reason = "cancelled"
             await _stop(writer)
             if self._state != "streaming":
-                raise  # still time for a status, or nothing left to say
+                # Still time for a status, or nothing left to say.
+                raise
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ENDING_SECONDS):
                     await self._break_off(send, shutting_down())
@@ -192,7 +197,8 @@ class Delivery(Response):
                     await self._send(send, _event(chunk.json_text()))
             except APIError as refusal:
                 if self._state == "unsent":
-                    raise  # still time for a status of its own
+                    # Still time for a status of its own.
+                    raise
                 await self._break_off(send, refusal)
                 return
             finally:
@@ -217,7 +223,8 @@ class Delivery(Response):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # nginx would else keep the pieces together
+            # Without it nginx would keep the pieces together.
+            (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 

@@ -32,25 +32,34 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qwen_chat.errors import OptionError
 from qwen_chat.service.errors import APIError
 
-HEADER_SECONDS = 10.0  # from the connection, or the last answer's first new byte, to the end of the headers
+# Seconds from the connection, or the last answer's first new byte, to the end of the headers.
+HEADER_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 30
-LINGER_SECONDS = 2.0  # that a peer may go on sending after the last answer
-LINGER_BYTES = 16 * 2**20  # of it that are read (and forgotten), so that the peer gets to read its answer
-WRITE_SECONDS = 60.0  # in which a peer must read LEAST_READ bytes of what waits for it, or all of it
+# Seconds that a peer may go on sending after the last answer.
+LINGER_SECONDS = 2.0
+# Bytes of it that are read (and forgotten), so that the peer gets to read its answer.
+LINGER_BYTES = 16 * 2**20
+# Seconds in which a peer must read LEAST_READ bytes of what waits for it, or all of it.
+WRITE_SECONDS = 60.0
 LEAST_READ = 16 * 1024
-UNREAD_BYTES = (
-    256 * 1024
-)  # that the kernel keeps for a peer; left alone it keeps megabytes, and we see no lag
-DRAIN_SECONDS = 30  # from SIGTERM until what still runs is cut off
-BACKLOG = 512  # connections that the kernel keeps until they are accepted
-ACCEPTED_AT_ONCE = 16  # of them in one turn of the event loop; asyncio would take BACKLOG
-READ_HEADER_BYTES = 72 * 1024  # beyond gate.py's limit, which has a status of its own
-READ_HEADER_LINES = 1000  # each costs 10 us and more to parse
-READ_BYTES = (
-    4096  # at once; 256 KB (asyncio's choice) of one-byte chunks hold up the event loop for half a second
-)
-MOST_CONNECTIONS = 1000  # at once; one peer may hold half of them
-SAID_EVERY = 60.0  # seconds between two lines about what goes on all the time
+# What the kernel keeps for a peer; left alone it keeps megabytes, and we see no lag.
+UNREAD_BYTES = 256 * 1024
+# Seconds from SIGTERM until what still runs is cut off.
+DRAIN_SECONDS = 30
+# Connections that the kernel keeps until they are accepted.
+BACKLOG = 512
+# How many of them one turn of the event loop takes; asyncio would take BACKLOG.
+ACCEPTED_AT_ONCE = 16
+# Beyond middleware.py's limit, which has a status of its own.
+READ_HEADER_BYTES = 72 * 1024
+# Each line costs 10 us and more to parse.
+READ_HEADER_LINES = 1000
+# Read at once; 256 KB (asyncio's choice) of one-byte chunks hold up the event loop for half a second.
+READ_BYTES = 4096
+# Open at once; one peer may hold half of them.
+MOST_CONNECTIONS = 1000
+# Seconds between two lines about what goes on all the time.
+SAID_EVERY = 60.0
 
 REQUEST_LINE_HELP = "The request is not valid HTTP/1.1"
 
@@ -64,8 +73,10 @@ class PatientProtocol(H11Protocol):
     most_connections = MOST_CONNECTIONS
     transport: Line
     _header_timer: asyncio.TimerHandle | None = None
-    _header_lines = 0  # so far, of headers that are not whole yet
-    _forgotten = 0  # bytes that came after the last answer
+    # Lines so far of headers that are not whole yet.
+    _header_lines = 0
+    # Bytes that came after the last answer.
+    _forgotten = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         line = Line(transport, self.loop, write_seconds=self.write_seconds, close=self._close)
@@ -88,7 +99,8 @@ class PatientProtocol(H11Protocol):
                 self.transport.inner.pause_reading()
             return
         if self._header_timer is None and self.conn.their_state is h11.IDLE:
-            self._wait_for_headers()  # the first byte of one more request on a kept connection
+            # The first byte of one more request on a kept connection.
+            self._wait_for_headers()
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
@@ -145,7 +157,8 @@ class PatientProtocol(H11Protocol):
         """uvicorn has done with the connection: an answer is whole, broken off, or none was asked for."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self._stop_waiting()
-            self.transport.reset()  # there is no whole answer to wait for
+            # There is no whole answer to wait for.
+            self.transport.reset()
             return
         unread = self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self.conn.trailing_data[0])
         self._end(linger=unread)
@@ -183,7 +196,8 @@ class Line(asyncio.Transport):
         self._on_close = close
         self._lingers = False
         self._written = 0
-        self._read_before = 0  # what the peer had read when the write timer was started
+        # What the peer had read when the write timer was started.
+        self._read_before = 0
         self._write_timer: asyncio.TimerHandle | None = None
         self._end_timer: asyncio.TimerHandle | None = None
         if hasattr(inner, "max_size"):
@@ -239,7 +253,8 @@ class Line(asyncio.Transport):
                 timer.cancel()
 
     def _end(self, seconds: float) -> None:
-        if self.inner.get_write_buffer_size():  # it reads: the write timer says how long
+        # The peer still reads: the write timer says for how long.
+        if self.inner.get_write_buffer_size():
             self._end_timer = self._loop.call_later(seconds, self._end, seconds)
         else:
             self.inner.abort()
@@ -301,7 +316,8 @@ class DrainingServer(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(_on_loop_error)
         await super().startup(sockets)
         for listener in sockets or ():
-            listener.listen(BACKLOG)  # asyncio has one number for this and for ACCEPTED_AT_ONCE
+            # asyncio has one number for this and for ACCEPTED_AT_ONCE.
+            listener.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -377,9 +393,11 @@ def bind(host: str, port: int) -> socket.socket:
         raise OptionError(f"--host {host}: no such address; use 127.0.0.1 or one of this machine's") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)  # its connections inherit it
+    # The listener's connections inherit it.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
     try:
-        listener.bind(address)  # not listening yet: until the model is loaded, clients are refused, not kept
+        # Not listening yet: until the model is loaded, clients are refused, not kept.
+        listener.bind(address)
     except OSError as error:
         listener.close()
         raise OptionError(f"--host {host} --port {port}: {_bind_problem(error)}") from None
@@ -418,5 +436,6 @@ def serve(app: Any, listener: socket.socket, *, drain_seconds: int = DRAIN_SECON
     server = make_server(app, drain_seconds=drain_seconds)
     try:
         asyncio.run(server.serve(sockets=[listener]))
-    except OSError as error:  # somebody else began to listen while the model was being loaded
+    # Somebody else began to listen while the model was being loaded.
+    except OSError as error:
         raise OptionError(f"--port {listener.getsockname()[1]}: {_bind_problem(error)}") from None

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM lets --max-lora-rank be
+# What vLLM lets --max-lora-rank be.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MODULE = "vllm.entrypoints.openai.api_server"
 
 
@@ -99,7 +100,8 @@ def command(
         "QWEN_CHAT_HOSTS": " ".join(sorted(hosts or ())),
         "PYTHONPATH": str(ROOT),
     }
-    if len(api_keys) == 1:  # vLLM's own check too; of several it would take the first alone, so ours must do
+    # vLLM's own check too; of several it would take the first alone, so ours must do.
+    if len(api_keys) == 1:
         environment["VLLM_API_KEY"] = api_keys[0]
     return Command((*words, *shlex.split(more)), environment)
 
@@ -183,7 +185,8 @@ def _one_template(model: Path, adapters: Mapping[str, Path]) -> Path:
     found: list[Path] = []
     try:
         found.append(write_template(model))
-    except FormatError:  # a base model: its adapters bring their format along
+    # A base model: its adapters bring their format along.
+    except FormatError:
         if not folders:
             raise
     for folder in folders:

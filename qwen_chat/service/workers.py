@@ -25,7 +25,8 @@ class Workers:
         self.name = name
         self._threads = threads
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._since: dict[int, float] = {}  # thread -> when it began what it does now
+        # When each thread began what it does now.
+        self._since: dict[int, float] = {}
         self._lock = threading.Lock()
         self._started = False
 
@@ -81,9 +82,11 @@ class Workers:
                 result = work()
             except BaseException as error:
                 failure = error
-            del self._since[number]  # before anybody hears of it
+            # Before anybody hears of it.
+            del self._since[number]
             if failure is None:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
-            del future, work, result, failure  # what is waited for next must not keep them
+            # What is waited for next must not keep them.
+            del future, work, result, failure
