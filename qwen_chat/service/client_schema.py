@@ -1,6 +1,6 @@
 """A client's JSON Schema: is it one, is it small enough, and what of it decoding can be bound to.
 
-In: schemas of tools and of `response_format`, as they came. Out: nothing, or a APIError that names the parameter;
+In: schemas of tools and of `response_format`, as they came. Out: nothing, or an APIError that names the parameter;
 and for a tool that is not strict, the part of its schema that a grammar holds. What a schema comes to is
 remembered by its content: an agent sends the same tools with each request.
 """
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import marshal
+import math
 import re
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from qwen_chat.conversation import Json
-from qwen_chat.service.errors import APIError, bad_value
+from qwen_chat.service.errors import bad_value
 from qwen_chat.tools.validate import is_everyday
 
 # A sentence with {param} in it, and OpenAI's code.
-Problem = tuple[str, str]
+Fault = tuple[str, str]
 
 # Nesting of a JSON Schema.
 SCHEMA_DEPTH = 24
@@ -33,7 +34,7 @@ PATTERN_LENGTH = 500
 LARGEST_REPEAT = 2000
 _REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 # Schemas whose verdict is kept.
-_REMEMBERED = 4096
+_MOST_VERDICTS = 4096
 
 # What llguidance has no rules for, and what says nothing of a value.
 _UNHELD = frozenset(
@@ -56,10 +57,10 @@ class _Verdicts:
     """What was found of the schemas that came lately, by their content."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[int, Problem | None]] = {}
+        self._known: dict[bytes, tuple[int, Fault | None]] = {}
         self._lock = threading.Lock()
 
-    def of(self, schema: Json, *, bound: bool) -> tuple[int, Problem | None]:
+    def of(self, schema: Json, *, bound: bool) -> tuple[int, Fault | None]:
         """Nodes of a schema, and what is wrong with it."""
         try:
             # In version 2 equal values give equal bytes.
@@ -70,10 +71,10 @@ class _Verdicts:
         with self._lock:
             found = self._known.pop(key, None)
         if found is None:
-            found = _judge(schema, bound)
+            found = _verdict_on(schema, bound)
         with self._lock:
             self._known[key] = found
-            while len(self._known) > _REMEMBERED:
+            while len(self._known) > _MOST_VERDICTS:
                 self._known.pop(next(iter(self._known)))
         return found
 
@@ -91,11 +92,8 @@ def check_schemas(schemas: Sequence[tuple[str, Json, bool]]) -> None:
         if total > MOST_SCHEMA_NODES:
             problem = f"the schemas have over {MOST_SCHEMA_NODES} parts together", "schema_too_large"
         if problem is not None:
-            raise _refusal(param, problem)
-
-
-def _refusal(param: str, problem: Problem) -> APIError:
-    return bad_value(param, f"Invalid schema for '{param}': {problem[0]}.", problem[1])
+            text, code = problem
+            raise bad_value(param, f"Invalid schema for '{param}': {text}.", code)
 
 
 def held(schema: Any) -> Any:
@@ -126,15 +124,10 @@ def _is_unheld(key: str, value: object) -> bool:
     return key == "format" and value not in _FORMATS
 
 
-def _judge(schema: Json, bound: bool) -> tuple[int, Problem | None]:
+def _verdict_on(schema: Json, bound: bool) -> tuple[int, Fault | None]:
     nodes, problem = _measure(schema, bound)
-    return nodes, problem or _fault(schema)
-
-
-def _fault(schema: Json) -> Problem | None:
-    """Why this is no JSON Schema."""
-    if is_everyday(schema):
-        return None
+    if problem is not None or is_everyday(schema):
+        return nodes, problem
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
 
@@ -142,11 +135,11 @@ def _fault(schema: Json) -> Problem | None:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         place = "/".join(str(part) for part in error.absolute_path)
-        return f"{error.message[:200]} (at '{place[:200]}')", "invalid_value"
-    return None
+        return nodes, (f"{error.message[:200]} (at '{place[:200]}')", "invalid_value")
+    return nodes, None
 
 
-def _measure(schema: Json, bound: bool) -> tuple[int, Problem | None]:
+def _measure(schema: Json, bound: bool) -> tuple[int, Fault | None]:
     """The nodes of a schema, and where it is too large."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     nodes = 0
@@ -178,17 +171,8 @@ def _keywords(node: Json) -> str | None:
 
 
 def _is_large(pattern: str) -> bool:
-    repeats = [
-        int(number)
-        for number in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", pattern[: PATTERN_LENGTH + 1])))
-    ]
-    return len(pattern) > PATTERN_LENGTH or _product(repeats) > LARGEST_REPEAT
-
-
-def _product(numbers: Sequence[int]) -> int:
-    product = 1
-    for number in numbers:
-        product *= max(number, 1)
-        if product > LARGEST_REPEAT:
-            break
-    return product
+    """Whether a regular expression is long, or repeats inside repeats too often."""
+    if len(pattern) > PATTERN_LENGTH:
+        return True
+    counts = re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", pattern)))
+    return math.prod(max(int(count), 1) for count in counts) > LARGEST_REPEAT

@@ -7,7 +7,7 @@ Wording and codes follow the answers of api.openai.com, which clients match on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -17,9 +17,6 @@ from qwen_chat.conversation import Json
 
 # Characters of a client's own value that an error repeats.
 LONGEST_ECHO = 80
-
-# HTTP status -> OpenAI's error type.
-_TYPES = {401: "invalid_request_error", 429: "rate_limit_error", 503: "server_error", 504: "server_error"}
 
 
 class APIError(Exception):
@@ -44,7 +41,9 @@ class APIError(Exception):
     @property
     def type(self) -> str:
         """OpenAI's error type for the status."""
-        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return _ERROR_TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
 
     @property
     def name(self) -> str:
@@ -129,7 +128,7 @@ def too_long(
 def from_validation(error: ValidationError, body: object) -> APIError:
     """400: the first thing wrong with `body`, by the name that the client gave it."""
     detail = error.errors(include_url=False, include_context=True)[0]
-    return _explain(detail, param_name(detail["loc"], body, absent=detail["type"] == "missing"))
+    return _explain(param_name(detail["loc"], body, absent=detail["type"] == "missing"), detail)
 
 
 def echo(value: object) -> str:
@@ -193,36 +192,8 @@ def kind(value: object) -> str:
     return next((name for types, name in _KINDS if isinstance(value, types)), "something else")
 
 
-def _explain(detail: ErrorDetails, name: str | None) -> APIError:
-    problem, found = detail["type"], detail["input"]
-    shown = f"'{name}'" if name else "the request body"
-    context = detail.get("ctx", {})
-    if problem == "missing":
-        return APIError(
-            400, f"Missing required parameter: {shown}.", param=name, code="missing_required_parameter"
-        )
-    if problem == "extra_forbidden":
-        return APIError(400, f"Unknown parameter: {shown}.", param=name, code="unknown_parameter")
-    if problem in _EXPECTED:
-        text = f"Invalid type for {shown}: expected {_EXPECTED[problem]}, but got {kind(found)} instead."
-        return APIError(400, text, param=name, code="invalid_type")
-    if problem in _BOUNDS:
-        return _out_of_bounds(name, problem, found, context)
-    if problem in ("too_long", "too_short"):
-        return _wrong_count(name, problem, context)
-    if problem in ("string_too_long", "string_too_short"):
-        return _wrong_length(name, problem, context, found)
-    if problem in ("literal_error", "union_tag_invalid"):
-        return _not_among(name, detail, context)
-    if problem == "union_tag_not_found":
-        missing = f"{name}.{context['discriminator'].strip(chr(39))}" if name else None
-        return APIError(
-            400, f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter"
-        )
-    return _other(name, shown, detail)
-
-
-def _out_of_bounds(name: str | None, problem: str, found: object, context: Json) -> APIError:
+def _out_of_bounds(name: str | None, detail: ErrorDetails) -> APIError:
+    problem, found, context = detail["type"], detail["input"], detail["ctx"]
     side, sign, key, code = _BOUNDS[problem]
     noun = "integer" if isinstance(found, int) and isinstance(context[key], int) else "decimal"
     text = (
@@ -232,9 +203,10 @@ def _out_of_bounds(name: str | None, problem: str, found: object, context: Json)
     return APIError(400, text, param=name, code=f"{noun}_{code}")
 
 
-def _wrong_count(name: str | None, problem: str, context: Json) -> APIError:
+def _wrong_count(name: str | None, detail: ErrorDetails) -> APIError:
+    context = detail["ctx"]
     count = context.get("actual_length")
-    if problem == "too_short":
+    if detail["type"] == "too_short":
         text = (
             f"Invalid '{name}': empty array. Expected an array with minimum length {context['min_length']}."
         )
@@ -247,8 +219,9 @@ def _wrong_count(name: str | None, problem: str, context: Json) -> APIError:
     return APIError(400, text, param=name, code="array_above_max_length")
 
 
-def _wrong_length(name: str | None, problem: str, context: Json, found: object) -> APIError:
-    if problem == "string_too_short":
+def _wrong_length(name: str | None, detail: ErrorDetails) -> APIError:
+    found, context = detail["input"], detail["ctx"]
+    if detail["type"] == "string_too_short":
         text = (
             f"Invalid '{name}': empty string. Expected a string with minimum length {context['min_length']}."
         )
@@ -261,7 +234,8 @@ def _wrong_length(name: str | None, problem: str, context: Json, found: object) 
     return APIError(400, text, param=name, code="string_above_max_length")
 
 
-def _not_among(name: str | None, detail: ErrorDetails, context: Json) -> APIError:
+def _not_among(name: str | None, detail: ErrorDetails) -> APIError:
+    context = detail["ctx"]
     if detail["type"] == "union_tag_invalid":
         found, allowed = context["tag"], context["expected_tags"]
         field = str(context["discriminator"]).strip("'")
@@ -272,14 +246,43 @@ def _not_among(name: str | None, detail: ErrorDetails, context: Json) -> APIErro
     return APIError(400, text, param=name, code="invalid_value")
 
 
-def _other(name: str | None, shown: str, detail: ErrorDetails) -> APIError:
-    """Errors of our own validators carry OpenAI's code as their type; all else is a value that cannot be."""
-    if detail["type"] == "string_pattern_mismatch":
+# pydantic's name of an error -> what tells it.
+_EXPLAINED: dict[str, Callable[[str | None, ErrorDetails], APIError]] = {
+    "too_long": _wrong_count,
+    "too_short": _wrong_count,
+    "string_too_long": _wrong_length,
+    "string_too_short": _wrong_length,
+    "literal_error": _not_among,
+    "union_tag_invalid": _not_among,
+    **dict.fromkeys(_BOUNDS, _out_of_bounds),
+}
+
+
+def _explain(name: str | None, detail: ErrorDetails) -> APIError:
+    """Errors of our own validators carry OpenAI's code as their type; those of no kind here cannot be."""
+    problem = detail["type"]
+    if problem in _EXPLAINED:
+        return _EXPLAINED[problem](name, detail)
+    shown = f"'{name}'" if name else "the request body"
+    if problem == "missing":
+        text = f"Missing required parameter: {shown}."
+        return APIError(400, text, param=name, code="missing_required_parameter")
+    if problem == "union_tag_not_found":
+        missing = f"{name}.{detail['ctx']['discriminator'].strip(chr(39))}" if name else None
+        text = f"Missing required parameter: '{missing}'."
+        return APIError(400, text, param=missing, code="missing_required_parameter")
+    if problem == "extra_forbidden":
+        return APIError(400, f"Unknown parameter: {shown}.", param=name, code="unknown_parameter")
+    if problem in _EXPECTED:
+        found = kind(detail["input"])
+        text = f"Invalid type for {shown}: expected {_EXPECTED[problem]}, but got {found} instead."
+        return APIError(400, text, param=name, code="invalid_type")
+    if problem == "string_pattern_mismatch":
         pattern = detail["ctx"]["pattern"]
         text = f"Invalid {shown}: string does not match pattern. Expected a string that matches '{pattern}'."
         return APIError(400, text, param=name, code="invalid_value")
-    if detail["type"] in ("unsupported_parameter", "unsupported_value", "invalid_value"):
+    if problem in ("unsupported_parameter", "unsupported_value", "invalid_value"):
         # A check of several parameters names the one to change.
         param = detail.get("ctx", {}).get("param", name)
-        return APIError(400, detail["msg"].replace("{param}", shown), param=param, code=detail["type"])
+        return APIError(400, detail["msg"].replace("{param}", shown), param=param, code=problem)
     return APIError(400, f"Invalid value for {shown}: {detail['msg']}.", param=name, code="invalid_value")

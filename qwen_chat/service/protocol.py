@@ -73,7 +73,7 @@ class Answer(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
-def _refuse(value: object) -> object:
+def _unless_null(value: object) -> object:
     if value is not None:
         raise PydanticCustomError(
             "unsupported_parameter", "Unsupported parameter: {param} is not supported here."
@@ -96,7 +96,7 @@ def _only(*allowed: object) -> BeforeValidator:
 
 
 # OpenAI parameters that this service does not have: null is what leaving them out means, all else is refused.
-Unsupported = Annotated[None, BeforeValidator(_refuse)]
+Unsupported = Annotated[None, BeforeValidator(_unless_null)]
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]

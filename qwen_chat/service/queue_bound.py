@@ -19,24 +19,26 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Event, Receive, Send], Awaitable[None]]
 
 # What a load balancer asks, which has no key.
-OPEN = frozenset({"/health"})
+KEYLESS = frozenset({"/health"})
 # vLLM's own key guards only what begins with /v1, and beside inference it serves paths that stop the engine,
 # change its weights or load files. What is not named here is not there.
-SERVED = OPEN | {
-    *(
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-    ),
-    *("/v1/models", "/tokenize", "/detokenize", "/metrics", "/version"),
+SERVED = KEYLESS | {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/metrics",
+    "/version",
 }
 # Seconds until a client that was turned away may try again.
 RETRY_AFTER = 2
@@ -52,7 +54,7 @@ class QueueBound:
         self.hosts = frozenset(os.environ.get("QWEN_CHAT_HOSTS", "").lower().split())
         self.inside = 0
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -61,9 +63,9 @@ class QueueBound:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await _refuse(send, *refusal)
+        problem = self._problem(scope)
+        if problem is not None:
+            await _turn_away(send, *problem)
         elif scope["method"] != "POST":
             await self.app(scope, receive, send)
         else:
@@ -73,7 +75,7 @@ class QueueBound:
             finally:
                 self.inside -= 1
 
-    def _refusal(self, scope: Message) -> tuple[int, str, str] | None:
+    def _problem(self, scope: Event) -> tuple[int, str, str] | None:
         """Status, code and message of what stands against a request, or None."""
         headers = dict(scope["headers"])
         path = scope["path"]
@@ -84,7 +86,7 @@ class QueueBound:
         if self.hosts and host not in self.hosts:
             return 403, "host_not_allowed", "This service is only for its own machine."
         # A browser asks beforehand (OPTIONS) without a key; nothing but its CORS answer comes of that.
-        if self.keys and path not in OPEN and scope["method"] != "OPTIONS":
+        if self.keys and path not in KEYLESS and scope["method"] != "OPTIONS":
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = hashlib.sha256(key.strip()).digest()
             if scheme.lower() != b"bearer" or not key.strip():
@@ -101,8 +103,8 @@ class QueueBound:
         return None
 
 
-async def _refuse(send: Send, status: int, code: str, message: str) -> None:
-    """The refusal, in OpenAI's shape. The body was not read, so the connection ends with it."""
+async def _turn_away(send: Send, status: int, code: str, message: str) -> None:
+    """The error, in OpenAI's shape. The body was not read, so the connection ends with it."""
     kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     error = {
         "message": message,

@@ -24,7 +24,6 @@ from qwen_chat.files import cache_dir
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
-ROOT = Path(__file__).resolve().parents[2]
 # What vLLM lets --max-lora-rank be.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -62,60 +61,47 @@ def command(
     vLLM renders the base and all adapters with one template, so they must have the same.
     hosts: names that the Host header may give; None allows all.
     """
-    words = [python, "-m", MODULE, "--model", str(model), "--served-model-name", name, "default"]
-    words += ["--host", host, "--port", str(port), "--dtype", dtype]
-    words += ["--chat-template", str(_one_template(model, adapters))]
-    words += [
-        "--enable-auto-tool-choice",
-        "--tool-call-parser",
-        "hermes",
-        "--exclude-tools-when-tool-choice-none",
-    ]
-    templated = (f for f in adapters.values() if (f / "tokenizer_config.json").is_file())
-    if _thinks(_format(next(templated, model))):
-        words += ["--reasoning-parser", "qwen3"]
-    words += ["--max-num-seqs", str(max_batch), "--middleware", "qwen_chat.service.queue_bound.QueueBound"]
-    words += [
-        "--tensor-parallel-size",
-        str(tensor_parallel),
-        "--pipeline-parallel-size",
-        str(pipeline_parallel),
-    ]
-    words += ["--allowed-origins", json.dumps(list(cors_origins))]
-    if adapters:
-        rank = max(_rank(folder) for folder in adapters.values())
-        words += [
-            "--enable-lora",
-            "--max-loras",
-            str(len(adapters)),
-            "--max-lora-rank",
-            str(_vllm_rank(rank)),
-        ]
-        words += ["--lora-modules", *(_module(known, folder) for known, folder in adapters.items())]
-    if trust_remote_code:
-        words.append("--trust-remote-code")
+    template = _one_template(model, adapters)
+    templated = (folder for folder in adapters.values() if (folder / "tokenizer_config.json").is_file())
+    thinks = _thinks(_format(next(templated, model)))
+    flags: dict[str, Sequence[str]] = {
+        "--model": [str(model)],
+        "--served-model-name": [name, "default"],
+        "--host": [host],
+        "--port": [str(port)],
+        "--dtype": [dtype],
+        "--chat-template": [str(template)],
+        "--enable-auto-tool-choice": [],
+        "--tool-call-parser": ["hermes"],
+        "--exclude-tools-when-tool-choice-none": [],
+        **({"--reasoning-parser": ["qwen3"]} if thinks else {}),
+        "--max-num-seqs": [str(max_batch)],
+        "--middleware": ["qwen_chat.service.queue_bound.QueueBound"],
+        "--tensor-parallel-size": [str(tensor_parallel)],
+        "--pipeline-parallel-size": [str(pipeline_parallel)],
+        "--allowed-origins": [json.dumps(list(cors_origins))],
+        **(_lora_flags(adapters) if adapters else {}),
+        **({"--trust-remote-code": []} if trust_remote_code else {}),
+    }
+    words = [word for flag, values in flags.items() for word in (flag, *values)]
     environment = {
         "QWEN_CHAT_MAX_REQUESTS": str(max_batch + max_queue),
         "QWEN_CHAT_KEYS": " ".join(hashlib.sha256(key.encode()).hexdigest() for key in api_keys),
         "QWEN_CHAT_HOSTS": " ".join(sorted(hosts or ())),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
     # vLLM's own check too; of several it would take the first alone, so ours must do.
     if len(api_keys) == 1:
         environment["VLLM_API_KEY"] = api_keys[0]
-    return Command((*words, *shlex.split(more)), environment)
+    return Command((python, "-m", MODULE, *words, *shlex.split(more)), environment)
 
 
 def replace_process(command: Command) -> None:
     """Become vLLM. Raises MissingDependency where the chosen Python does not have it."""
     python = command.words[0]
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        probe = [
-            python,
-            "-c",
-            "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)",
-        ]
-        missing = subprocess.run(probe, check=False).returncode != 0
+        missing = subprocess.run([python, "-c", probe], check=False).returncode != 0
     except OSError as error:
         raise OptionError(f"--vllm_python {python}: cannot be run ({error.strerror})") from None
     if missing:
@@ -199,15 +185,21 @@ def _one_template(model: Path, adapters: Mapping[str, Path]) -> Path:
     return found[0]
 
 
-def _rank(adapter: Path) -> int:
-    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("r")
-    if not isinstance(rank, int):
-        raise OptionError(f"{adapter / 'adapter_config.json'}: no rank 'r' in it; expected a LoRA adapter")
-    return rank
-
-
-def _vllm_rank(rank: int) -> int:
-    fitting = [known for known in RANKS if known >= rank]
+def _lora_flags(adapters: Mapping[str, Path]) -> dict[str, Sequence[str]]:
+    """vLLM keeps room for the largest rank, and knows only some of them."""
+    largest = 0
+    for folder in adapters.values():
+        config = folder / "adapter_config.json"
+        rank = json.loads(config.read_text(encoding="utf-8")).get("r")
+        if not isinstance(rank, int):
+            raise OptionError(f"{config}: no rank 'r' in it; expected a LoRA adapter")
+        largest = max(largest, rank)
+    fitting = [known for known in RANKS if known >= largest]
     if not fitting:
-        raise OptionError(f"an adapter of rank {rank}; vLLM takes at most {RANKS[-1]}: merge it first")
-    return fitting[0]
+        raise OptionError(f"an adapter of rank {largest}; vLLM takes at most {RANKS[-1]}: merge it first")
+    return {
+        "--enable-lora": [],
+        "--max-loras": [str(len(adapters))],
+        "--max-lora-rank": [str(fitting[0])],
+        "--lora-modules": [_module(name, folder) for name, folder in adapters.items()],
+    }

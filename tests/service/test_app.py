@@ -24,11 +24,11 @@ from starlette.testclient import TestClient
 from qwen_chat.inference.engine import Engine, _Adapter, load_engine
 from qwen_chat.service.admission import Admission
 from qwen_chat.service.app import create_app
+from qwen_chat.service.connections import PatientProtocol
 from qwen_chat.service.errors import APIError
 from qwen_chat.service.prepare import chat_job
 from qwen_chat.service.protocol import ErrorAnswer
 from qwen_chat.service.request_log import RequestLog
-from qwen_chat.service.server import PatientProtocol
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import CONTEXT, END, TEMPLATE, VOCABULARY, LiveService, make_engine
 

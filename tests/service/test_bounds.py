@@ -426,9 +426,11 @@ def test_what_must_hold_and_cannot_is_refused_clearly(
 
 def test_schemas_are_judged_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[Any] = []
-    judge = client_schema._judge
+    judge = client_schema._verdict_on
     monkeypatch.setattr(client_schema, "_VERDICTS", client_schema._Verdicts())
-    monkeypatch.setattr(client_schema, "_judge", lambda one, bound: judged.append(one) or judge(one, bound))
+    monkeypatch.setattr(
+        client_schema, "_verdict_on", lambda one, bound: judged.append(one) or judge(one, bound)
+    )
     tools = [tool(schema(**{f"p{k}": {"type": "string", "minLength": k}}), name=f"f{k}") for k in range(20)]
     for _ in range(3):
         assert client.post(CHAT, json=ask("say x", tools=tools)).status_code == 200
@@ -436,7 +438,7 @@ def test_schemas_are_judged_once(client: TestClient, monkeypatch: pytest.MonkeyP
     bad = ask("say x", tools=[tool({"type": "nonsense"})])
     messages = {client.post(CHAT, json=bad).json()["error"]["message"] for _ in range(2)}
     assert len(judged) == 21 and len(messages) == 1
-    monkeypatch.setattr(client_schema, "_REMEMBERED", 5)
+    monkeypatch.setattr(client_schema, "_MOST_VERDICTS", 5)
     client.post(CHAT, json=ask("say x", tools=[tool(schema(z={"type": "null"}))]))
     assert len(client_schema._VERDICTS._known) == 5
 

@@ -19,8 +19,8 @@ import requests
 from starlette.testclient import TestClient
 
 from qwen_chat.service.app import create_app
+from qwen_chat.service.connections import PatientProtocol
 from qwen_chat.service.request_log import RequestLog
-from qwen_chat.service.server import PatientProtocol
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
 
@@ -263,7 +263,7 @@ CROWDED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
 sys.path.insert(0, {root!r})
-from qwen_chat.service import server
+from qwen_chat.service import connections, server
 
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
@@ -273,7 +273,7 @@ async def app(scope, receive, send):
     await send({{"type": "http.response.start", "status": 204, "headers": []}})
     await send({{"type": "http.response.body", "body": b""}})
 
-server.connections_allowed = lambda: 1000  # so that the files run out first
+connections.connections_allowed = lambda: 1000  # so that the files run out first
 listener = server.bind("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
 server.serve(app, listener)
