@@ -98,14 +98,19 @@ class ChatAssembly:
         `end_tokens`: not part of the answer, nor are their log probabilities. `counts_usage`: every chunk has
         a `usage`, null until the last.
         """
-        self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        self._model = model
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
+        if counts_usage:
+            self._chunk_head["usage"] = None
         self._choices = [_ChatChoice(parser()) for _ in range(choices)]
         self._mode = call_mode
         self._parallel = parallel
         self._with_logprobs = with_logprobs
         self._end_tokens = end_tokens
-        self._counts_usage = counts_usage
         self._folds = [_ChatFold() for _ in range(choices)]
 
     def opening(self) -> list[Answer]:
@@ -120,7 +125,11 @@ class ChatAssembly:
             return []
         if self._with_logprobs:
             state.logprobs += token_logprobs(event, self._end_tokens)
-        chunks = [self._piece(choice, delta) for delta in self._read(state, event.text)]
+        if state.parser is not None:
+            deltas = self._deltas(state, state.parser.feed(event.text))
+        else:
+            deltas = [ChunkDelta(content=event.text)] if event.text else []
+        chunks = [self._piece(choice, delta) for delta in deltas]
         if state.one_too_many:
             state.finished = True
             chunks.append(self._chunk(choice, ChunkDelta(), self._finish_reason(state, "stop")))
@@ -132,24 +141,15 @@ class ChatAssembly:
         return self._choices[choice].finished
 
     def usage(self, usage: Usage) -> Answer:
-        return ChatChunk(
-            **self._head, object="chat.completion.chunk", model=self._model, choices=[], usage=usage
-        )
+        return ChatChunk(**{**self._chunk_head, "choices": [], "usage": usage})
 
     def whole(self, usage: Usage) -> Answer:
         choices = [fold.choice(k, self._with_logprobs) for k, fold in enumerate(self._folds)]
-        return ChatCompletion(
-            **self._head, object="chat.completion", model=self._model, choices=choices, usage=usage
-        )
+        return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage)
 
     def text(self) -> str:
         """What was answered, for the log."""
         return "\n".join(fold.content for fold in self._folds)
-
-    def _read(self, state: _ChatChoice, text: str) -> list[ChunkDelta]:
-        if state.parser is None:
-            return [ChunkDelta(content=text)] if text else []
-        return self._deltas(state, state.parser.feed(text))
 
     def _deltas(self, state: _ChatChoice, parsed: Sequence[Delta]) -> list[ChunkDelta]:
         deltas = []
@@ -213,10 +213,7 @@ class ChatAssembly:
     ) -> Answer:
         part = ChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=reason)
         self._folds[choice].add(part)
-        extra: dict[str, Any] = {"usage": None} if self._counts_usage else {}
-        return ChatChunk(
-            **self._head, object="chat.completion.chunk", model=self._model, choices=[part], **extra
-        )
+        return ChatChunk(**self._chunk_head, choices=[part])
 
 
 class _ChatFold:
@@ -233,7 +230,14 @@ class _ChatFold:
         self.content += chunk.delta.content or ""
         self.reasoning += chunk.delta.reasoning_content or ""
         for piece in chunk.delta.tool_calls or ():
-            self._add_call(piece)
+            if piece.id is not None:
+                function = Function(name=piece.function.name, arguments=piece.function.arguments or "")
+                self.calls.append(Call(id=piece.id, type="function", function=function))
+            else:
+                function = self.calls[-1].function
+                arguments = (function.arguments or "") + (piece.function.arguments or "")
+                function = Function(name=function.name, arguments=arguments)
+                self.calls[-1] = self.calls[-1].model_copy(update={"function": function})
         if chunk.logprobs is not None:
             self.logprobs += chunk.logprobs.content or ()
         self.reason = chunk.finish_reason or self.reason
@@ -250,16 +254,6 @@ class _ChatFold:
             logprobs=Logprobs(content=self.logprobs, refusal=None) if with_logprobs else None,
             finish_reason=self.reason or "stop",
         )
-
-    def _add_call(self, piece: CallDelta) -> None:
-        if piece.id is not None:
-            function = Function(name=piece.function.name, arguments=piece.function.arguments or "")
-            self.calls.append(Call(id=piece.id, type="function", function=function))
-            return
-        call = self.calls[-1]
-        arguments = (call.function.arguments or "") + (piece.function.arguments or "")
-        function = Function(name=call.function.name, arguments=arguments)
-        self.calls[-1] = call.model_copy(update={"function": function})
 
 
 # --- plain completions ---------------------------------------------------------------------------
@@ -284,9 +278,9 @@ class TextAssembly:
             "created": int(time.time()),
             "model": model,
         }
+        self._nulls: dict[str, Any] = {"usage": None} if counts_usage else {}
         self._with_logprobs = with_logprobs
         self._end_tokens = end_tokens
-        self._counts_usage = counts_usage
         self._parts: list[list[CompletionChoice]] = [[] for _ in range(choices)]
         self._offsets = [0] * choices
         self._finished = [False] * choices
@@ -296,14 +290,15 @@ class TextAssembly:
 
     def event(self, choice: int, event: TokenEvent) -> list[Answer]:
         logprobs = self._logprobs(choice, event)
-        reason = _text_reason(event.finish_reason)
+        reason: WireFinish | None = None
+        if event.finish_reason is not None:
+            reason = "length" if event.finish_reason in CUT_OFF else "stop"
         if self._finished[choice] or not (event.text or reason or logprobs):
             return []
         self._finished[choice] = reason is not None
         part = CompletionChoice(index=choice, text=event.text, logprobs=logprobs, finish_reason=reason)
         self._parts[choice].append(part)
-        extra: dict[str, Any] = {"usage": None} if self._counts_usage else {}
-        return [TextCompletion(**self._head, choices=[part], **extra)]
+        return [TextCompletion(**self._head, choices=[part], **self._nulls)]
 
     def is_done(self, choice: int) -> bool:
         return self._finished[choice]
@@ -316,7 +311,7 @@ class TextAssembly:
             CompletionChoice(
                 index=k,
                 text="".join(part.text for part in parts),
-                logprobs=_joined([part.logprobs for part in parts]),
+                logprobs=_all_logprobs([part.logprobs for part in parts]),
                 finish_reason=parts[-1].finish_reason if parts else "stop",
             )
             for k, parts in enumerate(self._parts)
@@ -329,12 +324,12 @@ class TextAssembly:
 
     def _logprobs(self, choice: int, event: TokenEvent) -> CompletionLogprobs | None:
         found = token_logprobs(event, self._end_tokens) if self._with_logprobs else []
+        if not found:
+            return None
         offsets = []
         for one in found:
             offsets.append(self._offsets[choice])
             self._offsets[choice] += len(one.token)
-        if not found:
-            return None
         return CompletionLogprobs(
             tokens=[one.token for one in found],
             token_logprobs=[one.logprob for one in found],
@@ -343,11 +338,7 @@ class TextAssembly:
         )
 
 
-def _text_reason(reason: str | None) -> WireFinish | None:
-    return None if reason is None else "length" if reason in CUT_OFF else "stop"
-
-
-def _joined(parts: Sequence[CompletionLogprobs | None]) -> CompletionLogprobs | None:
+def _all_logprobs(parts: Sequence[CompletionLogprobs | None]) -> CompletionLogprobs | None:
     found = [part for part in parts if part is not None]
     if not found:
         return None
@@ -365,7 +356,7 @@ def _joined(parts: Sequence[CompletionLogprobs | None]) -> CompletionLogprobs | 
 def token_logprobs(event: TokenEvent, end_tokens: Collection[int]) -> list[WireLogprob]:
     """The log probabilities of an event's tokens in OpenAI's shape."""
     return [
-        WireLogprob(**_named(taken), top_logprobs=[TopLogprob(**_named(top)) for top in taken.top])
+        WireLogprob(**_wire_token(taken), top_logprobs=[TopLogprob(**_wire_token(top)) for top in taken.top])
         for taken in event.logprobs
         if taken.token_id not in end_tokens
     ]
@@ -381,6 +372,6 @@ def usage_of(prompt: int, cached: int, completion: int) -> Usage:
     )
 
 
-def _named(taken: TokenLogprob) -> dict[str, Any]:
+def _wire_token(taken: TokenLogprob) -> dict[str, Any]:
     """JSON has no infinity: OpenAI writes -9999.0 for a token that cannot be."""
     return {"token": taken.token, "logprob": max(taken.logprob, -9999.0), "bytes": list(taken.raw)}

@@ -20,7 +20,7 @@ from qwen_chat.service.errors import bad_value
 from qwen_chat.tools.validate import is_everyday
 
 # A sentence with {param} in it, and OpenAI's code.
-Fault = tuple[str, str]
+SchemaFault = tuple[str, str]
 
 # Nesting of a JSON Schema.
 SCHEMA_DEPTH = 24
@@ -57,10 +57,10 @@ class _Verdicts:
     """What was found of the schemas that came lately, by their content."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[int, Fault | None]] = {}
+        self._known: dict[bytes, tuple[int, SchemaFault | None]] = {}
         self._lock = threading.Lock()
 
-    def of(self, schema: Json, *, bound: bool) -> tuple[int, Fault | None]:
+    def of(self, schema: Json, *, bound: bool) -> tuple[int, SchemaFault | None]:
         """Nodes of a schema, and what is wrong with it."""
         try:
             # In version 2 equal values give equal bytes.
@@ -124,7 +124,7 @@ def _is_unheld(key: str, value: object) -> bool:
     return key == "format" and value not in _FORMATS
 
 
-def _verdict_on(schema: Json, bound: bool) -> tuple[int, Fault | None]:
+def _verdict_on(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
     nodes, problem = _measure(schema, bound)
     if problem is not None or is_everyday(schema):
         return nodes, problem
@@ -139,7 +139,7 @@ def _verdict_on(schema: Json, bound: bool) -> tuple[int, Fault | None]:
     return nodes, None
 
 
-def _measure(schema: Json, bound: bool) -> tuple[int, Fault | None]:
+def _measure(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
     """The nodes of a schema, and where it is too large."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     nodes = 0

@@ -41,9 +41,9 @@ class APIError(Exception):
     @property
     def type(self) -> str:
         """OpenAI's error type for the status."""
-        return _ERROR_TYPES.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
     @property
     def name(self) -> str:

@@ -19,10 +19,10 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Event, Receive, Send], Awaitable[None]]
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
+App = Callable[[ASGIMessage, Receive, Send], Awaitable[None]]
 
 # What a load balancer asks, which has no key.
 KEYLESS = frozenset({"/health"})
@@ -54,7 +54,7 @@ class QueueBound:
         self.hosts = frozenset(os.environ.get("QWEN_CHAT_HOSTS", "").lower().split())
         self.inside = 0
 
-    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIMessage, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -75,7 +75,7 @@ class QueueBound:
             finally:
                 self.inside -= 1
 
-    def _problem(self, scope: Event) -> tuple[int, str, str] | None:
+    def _problem(self, scope: ASGIMessage) -> tuple[int, str, str] | None:
         """Status, code and message of what stands against a request, or None."""
         headers = dict(scope["headers"])
         path = scope["path"]

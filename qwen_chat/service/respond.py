@@ -29,8 +29,12 @@ from qwen_chat.service.request_log import Record
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 # Seconds to say why a stream breaks off, where the service ends.
 _ENDING_SECONDS = 1.0
-# The engine's finish reason where a request's time is over.
-TIMED_OUT = "deadline"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Without it nginx would keep the pieces together.
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class Work:
@@ -62,6 +66,7 @@ class Work:
         """Everything that a stream sends. Nothing comes before the first token: until then all can fail."""
         opened = False
         async for choice, event in _merged(self._generations):
+            self._check(choice, event)
             self._note(choice, event)
             if not opened:
                 opened = True
@@ -92,39 +97,6 @@ class Work:
         for generation in self._generations:
             generation.cancel()
         self._release()
-        self._count()
-
-    def _note(self, choice: int, event: TokenEvent) -> None:
-        now = time.monotonic()
-        model = self.record.model or ""
-        if event.finish_reason == "error":
-            raise _failure(event)
-        if event.finish_reason == "cancelled" and not self.job.assembly.is_done(choice):
-            raise shutting_down()
-        if event.finish_reason == TIMED_OUT and self._completion_tokens == 0 and not event.token_ids:
-            raise APIError(
-                503, "No place in the batch became free in time.", code="overloaded", retry_after=10
-            )
-        if event.token_ids and self.record.first_token is None:
-            self.record.first_token = now - self.record.began
-            self._metrics.first_token.labels(model).observe(self.record.first_token)
-        if event.token_ids:
-            last = self._last_token.get(choice)
-            if last is not None:
-                self._metrics.per_token.labels(model).observe((now - last) / len(event.token_ids))
-            self._last_token[choice] = now
-        self._completion_tokens += len(event.token_ids)
-        if event.finish_reason is not None:
-            self.record.finish_reason = event.finish_reason
-            self._metrics.finished.labels(model, event.finish_reason).inc()
-
-    def _cached_tokens(self) -> int:
-        """Each prompt counts once, as in `prompt_tokens`, however many choices it has."""
-        choices = len(self._generations) // self.job.prompts
-        cached = [generation.cached_tokens for generation in self._generations]
-        return sum(max(cached[k : k + choices]) for k in range(0, len(cached), choices))
-
-    def _count(self) -> None:
         record, model = self.record, self.record.model or ""
         record.prompt_tokens = self.job.prompt_tokens
         record.cached_tokens = self._cached_tokens()
@@ -135,6 +107,39 @@ class Work:
         self._metrics.cached_tokens.labels(model).inc(record.cached_tokens)
         self._metrics.generation_tokens.labels(model).inc(self._completion_tokens)
         self._metrics.whole.labels(model).observe(time.monotonic() - record.began)
+
+    def _check(self, choice: int, event: TokenEvent) -> None:
+        """Raise what ends the whole answer with an error."""
+        if event.finish_reason == "error":
+            if event.fault == "request":
+                raise APIError(400, f"Invalid schema: {event.error}.", code="invalid_value")
+            raise APIError(500, "The server had an error while processing your request.", code="engine_error")
+        if event.finish_reason == "cancelled" and not self.job.assembly.is_done(choice):
+            raise shutting_down()
+        if event.finish_reason == "deadline" and self._completion_tokens == 0 and not event.token_ids:
+            text = "No place in the batch became free in time."
+            raise APIError(503, text, code="overloaded", retry_after=10)
+
+    def _note(self, choice: int, event: TokenEvent) -> None:
+        now, model = time.monotonic(), self.record.model or ""
+        if event.token_ids:
+            if self.record.first_token is None:
+                self.record.first_token = now - self.record.began
+                self._metrics.first_token.labels(model).observe(self.record.first_token)
+            if choice in self._last_token:
+                seconds = (now - self._last_token[choice]) / len(event.token_ids)
+                self._metrics.per_token.labels(model).observe(seconds)
+            self._last_token[choice] = now
+            self._completion_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self.record.finish_reason = event.finish_reason
+            self._metrics.finished.labels(model, event.finish_reason).inc()
+
+    def _cached_tokens(self) -> int:
+        """Each prompt counts once, as in `prompt_tokens`, however many choices it has."""
+        choices = len(self._generations) // self.job.prompts
+        cached = [generation.cached_tokens for generation in self._generations]
+        return sum(max(cached[k : k + choices]) for k in range(0, len(cached), choices))
 
 
 class Delivery(Response):
@@ -195,38 +200,29 @@ class Delivery(Response):
                         break
                     coming = asyncio.ensure_future(anext(chunks, None))
                     await self._send(send, _event(chunk.json_text()))
-            except APIError as refusal:
+            except APIError as error:
                 if self._state == "unsent":
                     # Still time for a status of its own.
                     raise
-                await self._break_off(send, refusal)
+                await self._break_off(send, error)
                 return
             finally:
                 await _stop(coming)
         await self._send(send, _event("[DONE]"))
         await self._end(send)
 
-    async def _break_off(self, send: Send, refusal: APIError) -> None:
+    async def _break_off(self, send: Send, error: APIError) -> None:
         """The status is sent: what went wrong is the last event, and no [DONE] follows."""
-        self._work.record.error = refusal.name
-        await self._send(send, _event(json.dumps(refusal.body())))
+        self._work.record.error = error.name
+        await self._send(send, _event(json.dumps(error.body())))
         await self._end(send)
 
     async def _send(self, send: Send, text: str) -> None:
         async with asyncio.timeout(self._write_seconds):
             if self._state == "unsent":
-                await self._start(send)
+                await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 self._state = "streaming"
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
-    async def _start(self, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            # Without it nginx would keep the pieces together.
-            (b"x-accel-buffering", b"no"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _end(self, send: Send) -> None:
         self._state = "ended"
@@ -241,13 +237,6 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _failure(event: TokenEvent) -> APIError:
-    """Why a generation ended with an error: the engine's fault, or a grammar that led nowhere."""
-    if event.fault == "request":
-        return APIError(400, f"Invalid schema: {event.error}.", code="invalid_value")
-    return APIError(500, "The server had an error while processing your request.", code="engine_error")
 
 
 async def _until_left(receive: Receive) -> None:

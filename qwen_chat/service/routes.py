@@ -40,7 +40,7 @@ _EVENT = {
     "required": ["data"],
 }
 _STREAM = {"text/event-stream": {"schema": _EVENT}}
-_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+_PLAIN_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ ENDPOINTS = (
     Endpoint("POST", "/detokenize", "detokenize", protocol.DetokenizeRequest, protocol.Detokenized, _WRITING),
     Endpoint("GET", "/health", "health", None, protocol.Health),
     Endpoint("GET", "/ready", "ready", None, protocol.Health, (*_READING, 503)),
-    Endpoint("GET", "/metrics", "scrape", content=_TEXT),
+    Endpoint("GET", "/metrics", "scrape", content=_PLAIN_TEXT),
 )  # fmt: skip
 
 # Those that are counted by their path; all others count as one.
