@@ -42,7 +42,7 @@ from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.evaluation import run as evaluation_run
-from qwen_chat.threads import apart
+from qwen_chat.threads import in_own_thread
 
 WHEEL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
 TRL = ("trl==1.16.0", "datasets==5.2.0")
@@ -433,7 +433,7 @@ def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Seque
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.inference.engine import Engine
 
-    model, tokenizer = apart(load_merged)(base, adapter)
+    model, tokenizer = in_own_thread(load_merged)(base, adapter)
     fmt = ChatFormat(tokenizer)
     cases = [case_of(item) for item in held]
     found: Json = {}

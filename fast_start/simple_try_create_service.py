@@ -75,7 +75,7 @@ class LimitArguments:
     cache_tokens: int = option(16_384, "tokens of prompts kept for the next that begins alike; 0: none")
     max_body_mb: float = option(4.0, "largest request body, in MiB")
     request_seconds: float = option(600.0, "longest time for one request")
-    drain_seconds: int = option(30, "on SIGTERM: how long what runs may go on")
+    drain_seconds: int = option(30, "seconds that running requests may take to finish after SIGTERM")
 
 
 @dataclass(frozen=True)

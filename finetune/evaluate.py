@@ -27,7 +27,7 @@ from qwen_chat.console import rank_zero
 from qwen_chat.data import records
 from qwen_chat.errors import DataError, FormatError, OptionError
 from qwen_chat.evaluation import run as evaluation_run
-from qwen_chat.threads import apart
+from qwen_chat.threads import in_own_thread
 
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
@@ -172,7 +172,7 @@ def run(
 
     kept = open_kept(side, data, options)
     device = choose_device(bool(cases))
-    model, fmt = apart(load_and_score)(side, data, kept, chosen, options, device)
+    model, fmt = in_own_thread(load_and_score)(side, data, kept, chosen, options, device)
     if not cases:
         return
     with Engine(model, fmt.tokenizer, max_batch=options.batch_size) as engine:

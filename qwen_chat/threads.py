@@ -14,12 +14,12 @@ ParametersT = ParamSpec("ParametersT")
 ResultT = TypeVar("ResultT")
 
 
-def apart(function: Callable[ParametersT, ResultT]) -> Callable[ParametersT, ResultT]:
+def in_own_thread(function: Callable[ParametersT, ResultT]) -> Callable[ParametersT, ResultT]:
     """Run `function` in a thread that ends with it; its result or its exception is the caller's.
 
-    A thread that has computed with torch keeps OpenMP workers until it ends. Where those of several threads
-    are more than the machine has cores, libgomp no longer lets them wait actively: they sleep after every
-    product. A model loaded in the main thread so halved the speed of the engine in its thread.
+    A thread that has computed with torch keeps its OpenMP workers until it ends. Where the workers of several
+    threads are more than the machine has cores, libgomp no longer lets them spin: they sleep after every
+    product. Loading a model in the main thread therefore halved the engine's speed.
     """
 
     @functools.wraps(function)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_chat.threads import apart
+from qwen_chat.threads import in_own_thread
 
 
 def threads_of_this_process() -> int:
@@ -18,7 +18,7 @@ def threads_of_this_process() -> int:
 def test_result_and_arguments() -> None:
     seen = []
 
-    @apart
+    @in_own_thread
     def add(a: int, *, b: int) -> int:
         seen.append(threading.current_thread())
         return a + b
@@ -30,7 +30,7 @@ def test_result_and_arguments() -> None:
 
 
 def test_an_exception_is_the_callers() -> None:
-    @apart
+    @in_own_thread
     def fail() -> None:
         raise ValueError("as it was")
 
@@ -46,7 +46,7 @@ def test_workers_end_with_the_thread() -> None:
         torch.mm(left, left)
         return threads_of_this_process()
 
-    inside = apart(multiply)()
+    inside = in_own_thread(multiply)()
     deadline = time.monotonic() + 10  # the workers end a moment after their thread
     while threads_of_this_process() > inside - 2 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -40,7 +40,7 @@ from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.inference.lora import Lora, why_merged
 from qwen_chat.inference.quantize import check_dtype
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
-from qwen_chat.threads import apart
+from qwen_chat.threads import in_own_thread
 
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
@@ -557,7 +557,7 @@ class Engine:
         row.generation.put(event)
 
 
-@apart
+@in_own_thread
 def load_engine(
     model_path: str | Path | None,
     *,
