@@ -42,7 +42,7 @@ from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json, ToolCall
-from qwen_chat.data import records
+from qwen_chat.data import checks, records
 from qwen_chat.errors import DataError, FormatError, OptionError, OutputError, Problem, ToolError
 from qwen_chat.tools.loop import check_tools, tool_schema
 from qwen_chat.tools.validate import check_call
@@ -386,7 +386,7 @@ class Writer:
 
     def _finish(self, kind: str, messages: list[Json], tools: list[Json]) -> Json:
         line = {"type": kind, "source": "make_tool_data", "messages": messages, "tools": tools}
-        problems = records.check(Conversation.from_openai(line))
+        problems = checks.check(Conversation.from_openai(line))
         if problems:
             raise DataError(
                 f"a {kind} conversation is not valid: {problems[0]}; this is a defect of the script"

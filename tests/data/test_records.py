@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_chat.conversation import Conversation, Message, ToolCall
-from qwen_chat.data import records
+from qwen_chat.data import checks, formats, records, source
 from qwen_chat.data.records import open_records
 from qwen_chat.errors import DataError
 
@@ -440,7 +440,7 @@ DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
             {"messages": [USER, REPLY], "tools": "["},
             "tools: text that is no JSON (Expecting value: line 1 column 2 (char 1)); expected a list of tools",
         ),
-        ({"conversations": [{"from": "me", "value": ""}]}, "conversations[0]: from 'me'; expected one of " + ", ".join(records.SHAREGPT_ROLES)),
+        ({"conversations": [{"from": "me", "value": ""}]}, "conversations[0]: from 'me'; expected one of " + ", ".join(formats.SHAREGPT_ROLES)),
         ({"conversations": [["human", "hi"]]}, "conversations[0]: ['human', 'hi']; expected an object with 'from' and 'value'"),
         ({"instruction": "a"}, "no 'output' beside 'instruction'; expected the reply"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: no list of pairs; expected [[question, answer], ...]"),
@@ -455,7 +455,7 @@ def test_depth(depth: int, beyond: bool) -> None:
     value: Any = 1
     for k in range(depth):
         value = {"a": 1, "b": value} if k % 2 else [value, "x"]
-    assert records._depth_beyond(value, 64) is beyond
+    assert checks.is_deeper(value, 64) is beyond
 
 
 def test_results_in_another_order(tmp_path: Path) -> None:
@@ -741,16 +741,38 @@ def test_no_conversation_of_a_damaged_file_is_lost_in_silence(tmp_path_factory: 
     )
 )
 def test_the_quick_check_agrees_with_the_thorough_one(messages: list[dict[str, str]]) -> None:
-    quick = records._plain_identity({"messages": messages})
+    turns = checks.plain_turns({"messages": messages})
     if not messages:
-        assert quick is None
+        assert turns is None
         return
     conversation = Conversation.from_openai({"messages": messages})
-    if quick is not None:
-        assert records.check(conversation) == []
-        assert records._identity(conversation) == quick
-    elif not any(message["role"] == "tool" for message in messages):
-        assert records.check(conversation) != []
+    if turns is not None:
+        assert checks.check(conversation) == []
+        assert turns == tuple(zip(*((m.role, m.content) for m in conversation.messages), strict=True))
+    elif all(message["role"] != "tool" and message["content"].strip() for message in messages):
+        assert checks.check(conversation) != []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {},
+        {"messages": None},
+        {"messages": ""},
+        {"messages": "hi"},
+        {"messages": {"role": "user"}},
+        {"messages": [USER, "hi"]},
+        {"messages": [USER, ["role", "content"]]},
+        {"messages": [USER, {"role": ["assistant"], "content": "hi"}]},
+        {"messages": [USER, {"role": "assistant", "content": ["hi"]}]},
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        {"messages": [USER, REPLY | {"train": False}]},
+        {"messages": [USER, REPLY], "tools": [TOOL]},
+    ],
+)
+def test_what_is_no_list_of_roles_and_texts_is_read_thoroughly(record: Any) -> None:
+    assert checks.plain_turns(record) is None
 
 
 def test_a_ten_megabyte_line(tmp_path: Path) -> None:
@@ -764,7 +786,7 @@ def test_a_ten_megabyte_line(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(source, "LONGEST_LINE", 1000)
     good = {"messages": [USER, REPLY]}
     data = open_records(write(tmp_path / "data.jsonl", good, b"x" * 5000, good), on_error="skip")
     assert [data.where(i) for i in range(len(data))] == ["data.jsonl:1", "data.jsonl:3"]
