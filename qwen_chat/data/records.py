@@ -233,8 +233,9 @@ class _Scan:
         self.index.offsets.append(offset)
         self.index.lines.append(line)
         tools, roles, texts = said
-        self._prompts.append(hash((tools, roles, texts[:-1])) & _MASK)
-        self._wholes.append(hash(said) & _MASK)
+        prompt = hash((tools, roles, texts[:-1]))
+        self._prompts.append(prompt & _MASK)
+        self._wholes.append(hash((prompt, texts[-1])) & _MASK)
         if ("<|" in text or "\\u00" in text) and any(_CONTROL.search(str(part)) for part in (tools, *texts)):
             self._control += 1
             if self._control <= 3:
