@@ -13,14 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors, models
-from qwen_chat.cli import run_options
+from qwen_chat.cli import run_problems
 from qwen_chat.console import is_rank_zero, rank_zero
 from qwen_chat.training import checkpoints, memory_plan, run_folder, stop_signal
 
 
 def main() -> int:
     stop_signal.die_with_parent()
-    run = run_options.read_run(sys.argv[1:], about=__doc__ or "")
+    run = run_problems.read_run(sys.argv[1:], about=__doc__ or "")
     for note in run.notes:
         rank_zero(f"note: {note}")
     folder = run_folder.choose(run)

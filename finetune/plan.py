@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors, models
-from qwen_chat.cli import run_options
+from qwen_chat.cli import run_problems
 from qwen_chat.cli.parser import option
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, ModelError, OptionError
@@ -39,7 +39,7 @@ class PlanArguments:
 
 
 def main() -> int:
-    run, values = run_options.read_run_and(sys.argv[1:], PlanArguments, about=str(__doc__), needs_data=False)
+    run, values = run_problems.read_run_and(sys.argv[1:], PlanArguments, about=str(__doc__), needs_data=False)
     options = values[PlanArguments]
     config = read_config(run.model.model)
     shape = memory_plan.Shape.of(config)

@@ -1,26 +1,18 @@
-"""The options of a training run: their dataclasses, the defaults by method, and what cannot work together.
+"""The options of a training run: their dataclasses, and the defaults that fit the method.
 
-In: a list of words from the command line. Out: a `Run`, with the defaults that fit the method filled in, or one
-OptionError that names every flag that cannot work, with its cure. Neither torch nor transformers is imported:
-`--help` and every refusal come at once.
-
-`read_run` is the whole of `finetune.py`: it also takes any field of transformers' TrainingArguments by name.
+In: the values that the parser read. Out: a `Run`, complete; `run_problems` says whether it can work. It also takes
+any field of transformers' TrainingArguments by name.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from qwen_chat import hardware
 from qwen_chat.cli import training_fields
-from qwen_chat.cli.parser import Values, option, read
-from qwen_chat.errors import OptionError
+from qwen_chat.cli.parser import Values, option
 
 LEARNING_RATES = {
     # A full fine-tune moves every weight, so in small steps; an adapter starts from zero and has few weights.
@@ -177,16 +169,16 @@ class Run:
     @classmethod
     def of(cls, values: Values) -> Run:
         """The groups of a run among the values read, with what depends on the method filled in."""
-        run = cls(
+        groups = (
             values[ModelArguments],
             values[DataArguments],
             values[LoraArguments],
             values[TrainArguments],
-            values.extra,
-            values.given,
-            values.notes,
         )
-        return with_defaults(run)
+        run = cls(*groups, _without_harmless(values.extra), values.given, values.notes)
+        if run.lora.q_lora:
+            run = replace(run, lora=replace(run.lora, use_lora=True))
+        return replace(run, train=_with_defaults(run))
 
     @property
     def method(self) -> Literal["full", "lora", "qlora"]:
@@ -200,29 +192,9 @@ class Run:
         return {**flat, **self.extra}
 
 
-def read_run(argv: Sequence[str], about: str = "") -> Run:
-    """finetune.py's words as a run; OptionError with all problems at once."""
-    return read_run_and(argv, about=about)[0]
-
-
-def read_run_and(
-    argv: Sequence[str], *more: type, about: str = "", needs_data: bool = True
-) -> tuple[Run, Values]:
-    """The same with a script's own groups beside it, which stand in the Values; a plan needs no data."""
-    groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, *more]
-    values = read(argv, groups, about=about, others=training_fields.FLAGS)
-    run = Run.of(values)
-    if found := problems(run, needs_data=needs_data):
-        raise OptionError("\n".join(found))
-    return run, values
-
-
-def with_defaults(run: Run) -> Run:
-    """Fill in what depends on the method and on other flags."""
-    lora, train = run.lora, run.train
-    if lora.q_lora and not lora.use_lora:
-        lora = replace(lora, use_lora=True)
-    run = replace(run, lora=lora, extra=_without_harmless(run.extra))
+def _with_defaults(run: Run) -> TrainArguments:
+    """The training's options, with what depends on the method and on other flags filled in."""
+    train = run.train
     limit, strategy = train.save_total_limit, train.save_strategy
     if "save_steps" in run.given and "save_strategy" not in run.given:
         strategy = "steps"
@@ -230,15 +202,12 @@ def with_defaults(run: Run) -> Run:
     if strategy == "steps" and (train.keep_best or run.extra.get("load_best_model_at_end")):
         when = "steps"  # the best checkpoint is measured where it is written
     return replace(
-        run,
-        train=replace(
-            train,
-            learning_rate=LEARNING_RATES[run.method] if train.learning_rate is None else train.learning_rate,
-            eval_strategy=train.eval_strategy or (when if run.data.eval_data_path else "no"),
-            warmup_steps=_warmup(train),
-            save_strategy=strategy,
-            save_total_limit=None if limit is not None and limit < 1 else limit,
-        ),
+        train,
+        learning_rate=LEARNING_RATES[run.method] if train.learning_rate is None else train.learning_rate,
+        eval_strategy=train.eval_strategy or (when if run.data.eval_data_path else "no"),
+        warmup_steps=_warmup(train),
+        save_strategy=strategy,
+        save_total_limit=None if limit is not None and limit < 1 else limit,
     )
 
 
@@ -257,337 +226,3 @@ def _without_harmless(extra: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in extra.items()
         if not training_fields.harmless(name, value, defaults.get(name))
     }
-
-
-# ----------------------------------------------------------------------------- combinations that cannot work
-
-
-def problems(run: Run, *, needs_data: bool = True) -> list[str]:
-    """Every value or combination that cannot work, one line each: the flag, why, the cure."""
-    return [
-        *_range_problems(run),
-        *_field_problems(run),
-        *_part_problems(run),
-        *_data_problems(run, needs_data),
-        *_lora_problems(run),
-        *_device_problems(run),
-        *_deepspeed_problems(run),
-    ]
-
-
-_ABOVE_0: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "a number above 0")
-_FROM_0: tuple[Callable[[float], bool], str] = (lambda value: value >= 0, "0 or more")
-_SHARE: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "a share from 0 up to 1")
-_SEED: tuple[Callable[[float], bool], str] = (
-    lambda value: 0 <= value < 2**32,
-    "a whole number from 0 to 4294967295",
-)
-RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ABOVE_0),
-    **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
-    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
-    **dict.fromkeys(("torch_empty_cache_steps", "ddp_timeout", "ddp_bucket_cap_mb"), _ABOVE_0),
-    **dict.fromkeys(("dataloader_prefetch_factor",), _ABOVE_0),
-    "learning_rate": (lambda value: 0 < value < 1, "a number between 0 and 1, such as 2e-4"),
-    "warmup_ratio": (lambda value: 0 <= value <= 1, "a share between 0 and 1"),
-    "max_steps": (lambda value: value > 0 or value == -1, "a number above 0, or -1: --num_train_epochs says"),
-    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), _SHARE),
-    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), _FROM_0),
-    **dict.fromkeys(("eval_delay", "dataloader_num_workers"), _FROM_0),
-    **dict.fromkeys(("seed", "data_seed"), _SEED),
-}
-
-
-def _range_problems(run: Run) -> list[str]:
-    options, found = run.as_dict(), []
-    for name, (holds, expected) in RANGES.items():
-        value = options.get(name)
-        if name == "warmup_steps" and "warmup_steps" not in run.given:
-            continue  # --warmup_ratio's
-        if value is not None and not (math.isfinite(value) and holds(value)):
-            found.append(f"--{name} {value}: expected {expected}")
-    if {"warmup_ratio", "warmup_steps"} <= run.given:
-        found.append("--warmup_ratio and --warmup_steps: give one of them")
-    return found
-
-
-def _field_problems(run: Run) -> list[str]:
-    """Fields of TrainingArguments that the table refuses, by its reasons."""
-    refusals = {name: training_fields.refusal(name) for name in run.extra}
-    return [
-        f"--{name} {reason}" if reason.startswith("is ") else f"--{name}: {reason}"
-        for name, reason in refusals.items()
-        if reason is not None
-    ]
-
-
-def _part_problems(run: Run) -> list[str]:
-    """Optimizer, schedule and workers: names, and options that the named one would ignore."""
-    train, extra, found = run.train, run.extra, []
-    optimizer, schedule = str(extra.get("optim", "adamw_torch")), train.lr_scheduler_type
-    if optimizer in training_fields.REFUSED_OPTIMIZERS:
-        reason = training_fields.REFUSED_OPTIMIZERS[optimizer]
-        found.append(f"--optim {optimizer}: {reason}; expected one of {_listed(training_fields.OPTIMIZERS)}")
-    elif optimizer not in training_fields.OPTIMIZERS:
-        found.append(
-            f"--optim {optimizer}: no such optimizer; expected one of {_listed(training_fields.OPTIMIZERS)}"
-        )
-    else:
-        package = training_fields.OPTIMIZERS[optimizer]
-        if package is not None and importlib.util.find_spec(package) is None:
-            found.append(f"--optim {optimizer} needs the package '{package}'; run: pip install {package}")
-        if extra.get("optim_args") and optimizer not in training_fields.WITH_ARGUMENTS:
-            found.append(
-                f"--optim_args with --optim {optimizer}, which takes none; leave it out, or choose one of"
-                f" {_listed(sorted(training_fields.WITH_ARGUMENTS))}"
-            )
-    if schedule not in training_fields.SCHEDULES:
-        known = _listed(training_fields.SCHEDULES)
-        found.append(f"--lr_scheduler_type {schedule}: no such schedule; expected one of {known}")
-    if extra.get("lr_scheduler_kwargs") and schedule in training_fields.WITHOUT_KWARGS:
-        found.append(
-            f"--lr_scheduler_kwargs with --lr_scheduler_type {schedule}, which takes none; leave it out"
-        )
-    warming = {"warmup_ratio", "warmup_steps"} & run.given
-    if warming and train.warmup_steps and schedule in training_fields.WITHOUT_WARMUP:
-        found.append(
-            f"--{min(warming)} with --lr_scheduler_type {schedule}, which does not warm up; leave it out"
-            + (", or use constant_with_warmup" if schedule == "constant" else "")
-        )
-    if not extra.get("dataloader_num_workers"):
-        found += [
-            f"--{name} without --dataloader_num_workers: there is no worker; give a number of them"
-            for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
-            if extra.get(name)
-        ]
-    if run.model.attn_implementation not in (None, "qwen_chat") and train.layout == "shared_prefix":
-        found.append(
-            f"--attn_implementation {run.model.attn_implementation}: knows nothing of prefixes that conversations "
-            "share; add --layout packed, or leave it out"
-        )
-    if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
-        found.append(
-            f"--resume {train.resume}: no such folder; expected auto, never or a checkpoint's folder"
-        )
-    return found
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _data_problems(run: Run, needs_data: bool) -> list[str]:
-    """What the data files do not allow, held-out ones above all."""
-    data, train, extra, found = run.data, run.train, run.extra, []
-    if data.data_weights and len(data.data_weights) != len(data.data_path):
-        found.append(
-            f"--data_weights has {len(data.data_weights)} numbers for {len(data.data_path)} data files; "
-            "give one for each -d, in the same order"
-        )
-    if not all(weight >= 0 and math.isfinite(weight) for weight in data.data_weights):
-        found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
-    if needs_data and not data.data_path:
-        found.append("no data: give the conversations with -d FILE")
-    best = {
-        "--keep_best": train.keep_best,
-        "--save_strategy best": train.save_strategy == "best",
-        "--load_best_model_at_end": extra.get("load_best_model_at_end"),
-        "--metric_for_best_model": extra.get("metric_for_best_model"),
-    }
-    asked = [flag for flag, on in best.items() if on]
-    needing = {
-        f"--lr_scheduler_type {train.lr_scheduler_type}": train.lr_scheduler_type
-        in training_fields.BY_METRIC,
-        f"--eval_strategy {train.eval_strategy}": train.eval_strategy not in (None, "no"),
-        **{f"--{name}": extra.get(name) for name in ("eval_steps", "eval_delay", "eval_on_start")},
-    }
-    if not data.eval_data_path:
-        found += [
-            f"{flag} without --eval_data_path: the best is found on held-out conversations; give some"
-            for flag in asked
-        ]
-        found += [
-            f"{flag} without --eval_data_path: give held-out conversations"
-            for flag, on in needing.items()
-            if on
-        ]
-    elif asked and train.eval_strategy == "no":
-        found.append(f"{asked[0]} with --eval_strategy no: nothing would be compared; leave that out")
-    return [*found, *_best_problems(run)]
-
-
-def _best_problems(run: Run) -> list[str]:
-    """The metric by which a checkpoint is the best one, and whether there is a checkpoint where it is measured."""
-    train, extra, found = run.train, run.extra, []
-    metric = str(extra.get("metric_for_best_model", "loss"))
-    if metric.removeprefix("eval_") not in training_fields.METRICS:
-        found.append(
-            f"--metric_for_best_model {metric}: not measured; expected one of {_listed(training_fields.METRICS)}"
-        )
-        return found
-    more = training_fields.more_is_better(metric)
-    if extra.get("greater_is_better") not in (None, more):
-        found.append(
-            f"--greater_is_better {not more}: of {metric} {'more' if more else 'less'} is better; leave it out"
-        )
-    mode = (extra.get("lr_scheduler_kwargs") or {"mode": "min"}) if more else None
-    if (
-        train.lr_scheduler_type in training_fields.BY_METRIC
-        and isinstance(mode, dict)
-        and mode.get("mode") != "max"
-    ):
-        found.append(
-            f"--lr_scheduler_type {train.lr_scheduler_type} with --metric_for_best_model {metric}: it looks for a"
-            ' minimum; add --lr_scheduler_kwargs \'{"mode": "max"}\''
-        )
-    if train.keep_best and run.data.eval_data_path and train.save_strategy != "best":
-        apart = train.save_strategy != train.eval_strategy
-        if train.save_strategy == "steps" and extra.get("eval_steps") not in (None, train.save_steps):
-            apart = True
-        if apart and train.eval_strategy != "no":
-            found.append(
-                "--keep_best where evaluation and checkpoint are not at the same step: give --save_strategy and"
-                " --eval_strategy (and --save_steps and --eval_steps) the same values, or --save_strategy best"
-            )
-    return found
-
-
-def _lora_problems(run: Run) -> list[str]:
-    lora, found = run.lora, []
-    adapter_flags = {f.name for f in fields(LoraArguments)} - {"use_lora", "q_lora"}
-    stray = sorted(adapter_flags & run.given)
-    if stray and not lora.use_lora:
-        names = ", ".join(f"--{name}" for name in stray)
-        found.append(f"{names} without --use_lora: a full fine-tune has no adapter; add --use_lora True")
-    if lora.q_lora and lora.lora_init.startswith("pissa"):
-        found.append(
-            "--q_lora with --lora_init pissa: PiSSA changes the base, 4 bits cannot; use --use_lora alone"
-        )
-    if lora.lora_init != "default" and lora.lora_init != "pissa" and not _is_niter(lora.lora_init):
-        found.append(f"--lora_init {lora.lora_init}: expected default, pissa or pissa_niter_N")
-    if lora.lora_weight_path and lora.lora_init != "default":
-        found.append(
-            "--lora_weight_path with --lora_init: an adapter that is continued is not initialised anew"
-        )
-    shape = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias"}
-    shape |= {"use_dora", "use_rslora", "trainable_tokens"}
-    if lora.lora_weight_path and shape & run.given:
-        names = ", ".join(f"--{name}" for name in sorted(shape & run.given))
-        found.append(f"{names} with --lora_weight_path: the adapter brings its own; leave them out")
-    if lora.lora_weight_path and not (Path(lora.lora_weight_path) / "adapter_config.json").is_file():
-        found.append(
-            f"--lora_weight_path {lora.lora_weight_path}: no adapter_config.json there; expected an adapter"
-        )
-    if lora.loraplus_lr_ratio is not None and lora.loraplus_lr_ratio < 1:
-        found.append(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: expected 1 or more; 16 is usual")
-    return found
-
-
-def _is_niter(name: str) -> bool:
-    head, _, count = name.rpartition("_")
-    return head == "pissa_niter" and count.isdigit()
-
-
-def _device_problems(run: Run) -> list[str]:
-    train, found = run.train, []
-    if train.bf16 and train.fp16:
-        found.append("--bf16 and --fp16: give one of them")
-    if hardware.has_accelerator():
-        return found
-    if run.extra.get("ddp_backend") not in (None, "gloo", "mpi"):
-        found.append(f"--ddp_backend {run.extra['ddp_backend']} needs an accelerator; leave it out here")
-    if train.fp16:
-        found.append("--fp16 needs an accelerator; leave it out here")
-    return found
-
-
-def _deepspeed_problems(run: Run) -> list[str]:
-    path = run.train.deepspeed
-    if path is None:
-        return []
-    config, problem = read_deepspeed(path)
-    if problem:
-        return [problem]
-    found = []
-    zero = config.get("zero_optimization", {})
-    if run.lora.q_lora and zero.get("stage", 0) == 3:
-        found.append(
-            f"--q_lora with ZeRO-3 ({path}): 4-bit weights cannot be split over processes; "
-            "use --deepspeed finetune/ds_config_zero2.json"
-        )
-    whole = "stage3_gather_16bit_weights_on_model_save"
-    if run.method == "full" and zero.get("stage", 0) == 3 and zero.get(whole) is not True:
-        found.append(
-            f"--deepspeed {path}: a full fine-tune could not be saved; add {whole}: true to zero_optimization"
-        )
-    found += [
-        f"--deepspeed {path}: has a {block!r} block, which overrides the flags; remove it"
-        for block in ("scheduler", "optimizer")
-        if block in config
-    ]
-    numbers = "float16" if run.train.fp16 else None if hardware.has_accelerator() else "float32"
-    return [*found, *deepspeed_contradictions(run, config, numbers=numbers)]
-
-
-def deepspeed_contradictions(
-    run: Run, config: Mapping[str, Any], *, numbers: str | None, ranks: int | None = None
-) -> list[str]:
-    """Values of a DeepSpeed file that a flag, or its default, contradicts.
-
-    numbers: what the run computes in ("float32", "bfloat16", "float16"); None, and ranks None: not known yet.
-    """
-    train, found = run.train, []
-    batch, rows = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    expected: dict[str, tuple[Any, str]] = {
-        "gradient_clipping": (run.extra.get("max_grad_norm", 1.0), "--max_grad_norm"),
-        "gradient_accumulation_steps": (rows, "--gradient_accumulation_steps"),
-        "train_micro_batch_size_per_gpu": (batch, "--per_device_train_batch_size"),
-        "train_batch_size": (
-            None if ranks is None else batch * rows * ranks,
-            "batch size x accumulation x processes",
-        ),
-        "fp16": (None if numbers is None else numbers == "float16", "--fp16"),
-        "bf16": (None if numbers is None else numbers == "bfloat16", "--bf16"),
-    }
-    for key, (value, flag) in expected.items():
-        given = config.get(key)
-        if key in ("fp16", "bf16"):
-            key, given = f"{key}.enabled", given.get("enabled", "auto") if isinstance(given, dict) else given
-        if value is not None and given != "auto" and given != value:
-            found.append(
-                f'--deepspeed {train.deepspeed}: {key} is {json.dumps(given)}, {flag} is {value}; write "auto" there'
-            )
-    return found
-
-
-def read_deepspeed(path: str) -> tuple[dict[str, Any], str | None]:
-    """The config as a dict, or the one line that says why it cannot be read.
-
-    What it leaves out is filled with "auto", so that the flag holds: without the key gradient_clipping, for one,
-    DeepSpeed would not clip at all.
-    """
-    shape = "expected a JSON file such as finetune/ds_config_zero2.json"
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}, f"--deepspeed {path}: no such file; {shape}"
-    except OSError as error:
-        return {}, f"--deepspeed {path}: cannot be read ({error.strerror}); {shape}"
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        return {}, f"--deepspeed {path}: no JSON ({error}); {shape}"
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        return {}, f"--deepspeed {path}: not DeepSpeed's shape; {shape}"
-    for key in _FOLLOW_FLAGS:
-        config.setdefault(key, "auto")
-    for key in ("bf16", "fp16"):
-        if isinstance(config.setdefault(key, {}), dict):
-            config[key].setdefault("enabled", "auto")
-    return config, None
-
-
-_FOLLOW_FLAGS = (
-    "gradient_clipping",
-    "gradient_accumulation_steps",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-)

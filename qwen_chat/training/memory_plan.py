@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_chat import hardware
-from qwen_chat.cli.run_options import Run, read_deepspeed
+from qwen_chat.cli.deepspeed_file import read_deepspeed
+from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import ModelError
 
 Method = Literal["full", "lora", "qlora"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from qwen_chat.cli import run_options, training_fields
+from qwen_chat.cli import deepspeed_file, training_fields
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import TrainingError
 from qwen_chat.training import memory_plan
@@ -86,7 +86,7 @@ def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
     numbers, decisions = memory_plan.number_type(run)
     chosen: dict[str, Any] = {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
     if train.deepspeed is not None:
-        chosen["deepspeed"] = run_options.read_deepspeed(train.deepspeed)[0]
+        chosen["deepspeed"] = deepspeed_file.read_deepspeed(train.deepspeed)[0]
         start_deepspeed(accelerator)
         chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
         if not accelerator:

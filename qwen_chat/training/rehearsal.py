@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import get_scheduler
 from transformers.trainer import Trainer
 
-from qwen_chat.cli import parser, run_options
+from qwen_chat.cli import deepspeed_file, parser
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, OptionError
 from qwen_chat.training import attention, memory_plan
@@ -108,9 +108,9 @@ def _deepspeed(run: Run, path: str, numbers: str) -> None:
         from deepspeed.runtime.zero.config import get_zero_config
     except ImportError:
         raise MissingDependency("deepspeed", f"--deepspeed {path}") from None
-    config, _ = run_options.read_deepspeed(path)
+    config, _ = deepspeed_file.read_deepspeed(path)
     _tried(f"--deepspeed {path}", lambda: get_zero_config(config))
-    found = run_options.deepspeed_contradictions(run, config, numbers=numbers, ranks=memory_plan.ranks())
+    found = deepspeed_file.deepspeed_contradictions(run, config, numbers=numbers, ranks=memory_plan.ranks())
     if found:
         raise OptionError("\n".join(found))
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwen_chat.cli import run_options
+from qwen_chat.cli import deepspeed_file
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import CheckpointError, OutputError
 from qwen_chat.training import checkpoints, memory_plan
@@ -118,7 +118,7 @@ def shaped_by(run: Run, data: str, model: Path) -> dict[str, Any]:
     """Everything that shapes the weights: a resumed run must agree with it. `data`: its fingerprint."""
     options = run.as_dict()
     if run.train.deepspeed is not None:
-        options["deepspeed"] = run_options.read_deepspeed(run.train.deepspeed)[0]
+        options["deepspeed"] = deepspeed_file.read_deepspeed(run.train.deepspeed)[0]
     return {
         "options": options,
         "data": data,

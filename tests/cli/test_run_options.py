@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware
-from qwen_chat.cli import run_options, training_fields
+from qwen_chat.cli import deepspeed_file, training_fields
 from qwen_chat.cli.parser import option, read
-from qwen_chat.cli.run_options import DataArguments, ModelArguments, Run, read_run
+from qwen_chat.cli.run_options import DataArguments, ModelArguments, Run
+from qwen_chat.cli.run_problems import read_run
 from qwen_chat.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +250,7 @@ def test_what_a_deepspeed_file_leaves_out_follows_the_flags(tmp_path: Path) -> N
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "bf16": {}}')
     assert read_run([*DATA, "--deepspeed", str(file)]).train.deepspeed == str(file)
-    assert run_options.read_deepspeed(str(file)) == (
+    assert deepspeed_file.read_deepspeed(str(file)) == (
         {
             "zero_optimization": {"stage": 2},
             "gradient_clipping": 1.0,
@@ -406,7 +407,7 @@ def test_help_names_every_flag_and_needs_no_torch(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert [name for name in SEED if f"--{name}" not in text] == []
-    program = "import sys\nfrom qwen_chat.cli.run_options import read_run\nread_run(['-d', 'x', '--max_steps', '2'])\n"
+    program = "import sys\nfrom qwen_chat.cli.run_problems import read_run\nread_run(['-d', 'x', '--max_steps', '2'])\n"
     program += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     start = time.perf_counter()
     done = subprocess.run(

@@ -20,7 +20,7 @@ import torch
 
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_options import read_run
+from qwen_chat.cli.run_problems import read_run
 from qwen_chat.cli.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.data import mixture
 from qwen_chat.errors import OptionError

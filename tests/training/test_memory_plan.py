@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware, models
-from qwen_chat.cli import run_options
+from qwen_chat.cli import run_options, run_problems
 from qwen_chat.errors import ModelError
 from qwen_chat.training import memory_plan
 from qwen_chat.training.memory_plan import GIB, Setup, Shape
@@ -21,7 +21,7 @@ SEVEN_BILLION = Shape.of(QWEN2_5_SEVEN_BILLION)
 
 
 def run_of(*words: str) -> run_options.Run:
-    return run_options.read_run(["-d", "data.jsonl", *words])
+    return run_problems.read_run(["-d", "data.jsonl", *words])
 
 
 def test_bfloat16_that_the_cpu_lacks_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_options import read_run
+from qwen_chat.cli.run_problems import read_run
 from qwen_chat.data import mixture
 from qwen_chat.errors import OutputError
 from qwen_chat.training import options, ranks, result, run_folder, session, step_log, trainer, tuned_model
