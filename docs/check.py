@@ -25,6 +25,9 @@ PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|t
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
 MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
+ROOMS = [room for floor in FLOORS for room in floor]
+HOP = re.compile(r"`([a-z_]+(?:\.\w+)+)(?<!\.py)`")
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Fault = str
 
 
@@ -154,9 +157,8 @@ def floors_table() -> str:
 
 def modules_table() -> str:
     """Every module and the first sentence of its docstring: the single ones, then wing by wing, in floor order."""
-    rooms = [room for floor in FLOORS for room in floor]
-    wings = {f"`{room}/`": sorted((PACKAGE / room).glob("[a-z]*.py")) for room in rooms if _slash(room)}
-    single = [PACKAGE / f"{room}.py" for room in rooms if not _slash(room)]
+    wings = {f"`{room}/`": sorted((PACKAGE / room).glob("[a-z]*.py")) for room in ROOMS if _slash(room)}
+    single = [PACKAGE / f"{room}.py" for room in ROOMS if not _slash(room)]
     parts = []
     for title, files in {"Single modules": single, **wings}.items():
         rows = "".join(f"| `{file.name}` | {first_sentence(file)} |\n" for file in files)
@@ -200,10 +202,33 @@ def write_tables() -> None:
 
 def homeless_modules() -> Iterator[Fault]:
     """Modules whose room stands on no floor, so that no table of docs/architecture.md names them."""
-    rooms = {room for floor in FLOORS for room in floor}
     for file in sorted(PACKAGE.rglob("[a-z]*.py")):
-        if file.relative_to(PACKAGE).with_suffix("").parts[0] not in rooms:
+        if file.relative_to(PACKAGE).with_suffix("").parts[0] not in ROOMS:
             yield f"docs/measure.py: FLOORS does not name the room of {file.relative_to(ROOT)}"
+
+
+def unknown_hops() -> Iterator[Fault]:
+    """Functions and classes that docs/architecture.md walks through by dotted name, and that are not there."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for name in sorted(set(HOP.findall(page))):
+        if name.split(".")[0] in ROOMS and not is_defined(name):
+            yield f"docs/architecture.md: walks through {name}, which does not exist"
+
+
+def is_defined(name: str) -> bool:
+    """Whether `wing.module.Class.method`, or a shorter way down, leads to a definition in the package."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        file = PACKAGE.joinpath(*parts[:depth]).with_suffix(".py")
+        if file.exists():
+            body = ast.parse(file.read_text(encoding="utf-8")).body
+            for part in parts[depth:]:
+                found = [node for node in body if isinstance(node, DEFINITION) and node.name == part]
+                if not found:
+                    return False
+                body = found[0].body
+            return True
+    return False
 
 
 def faults() -> list[Fault]:
@@ -214,7 +239,7 @@ def faults() -> list[Fault]:
         for check in (broken_links, missing_paths, unknown_flags, long_lines)
         for fault in check(page)
     ]
-    return [*found, *unequal_languages(), *homeless_modules(), *stale_tables()]
+    return [*found, *unequal_languages(), *homeless_modules(), *unknown_hops(), *stale_tables()]
 
 
 def main() -> int:

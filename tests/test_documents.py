@@ -57,6 +57,20 @@ def test_a_module_s_line_is_the_first_sentence_of_its_docstring(tmp_path: Path) 
     assert check.first_sentence(module) == "Rows: a \\| b, in order"
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("conversation.Conversation.from_openai", True),
+        ("chat.format.ChatFormat", True),
+        ("chat.format.ChatFormat.no_such", False),
+        ("chat.no_such.ChatFormat", False),
+        ("conversation.no_such", False),
+    ],
+)
+def test_a_hop_is_a_definition_of_the_package(name: str, known: bool) -> None:
+    assert check.is_defined(name) is known
+
+
 def test_a_table_that_the_code_has_left_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "first_sentence", lambda file: "something else")
     assert list(check.stale_tables()) == [
