@@ -55,7 +55,7 @@ class Conversation:
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise FormatError(f"messages: {_kind(messages)}; expected a list with at least one message")
         return cls(
-            messages=tuple(read_message(message, f"message {k}") for k, message in enumerate(messages)),
+            messages=tuple(read_message(message, k) for k, message in enumerate(messages)),
             tools=read_tools(record.get("tools")),
             parallel_tool_calls=record.get("parallel_tool_calls") is not False,
         )
@@ -70,8 +70,16 @@ class Conversation:
         return record
 
 
-def read_message(message: object, where: str) -> Message:
-    """One OpenAI-shaped message; `where` ("message 3") begins every FormatError."""
+def read_message(message: object, number: int) -> Message:
+    """One OpenAI-shaped message; every FormatError begins with its number, and has it."""
+    try:
+        return _read_message(message, f"message {number}")
+    except FormatError as error:
+        error.message = number
+        raise
+
+
+def _read_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise FormatError(f"{where}: {_kind(message)}; expected an object with 'role' and 'content'")
     role, content = message.get("role"), message.get("content")

@@ -51,7 +51,11 @@ class DataError(ChatError):
 
 
 class FormatError(ChatError):
-    """A conversation that the chat template cannot carry."""
+    """A conversation that the chat template cannot carry. `message`: the number of the one at fault, if it is one."""
+
+    def __init__(self, text: str, message: int | None = None) -> None:
+        self.message = message
+        super().__init__(text)
 
 
 class OptionError(ChatError):

@@ -136,7 +136,7 @@ BAD_MESSAGES = [
 def test_a_bad_message_is_named(message: Any, expected: str) -> None:
     with pytest.raises(FormatError) as caught:
         read(QUESTION, message)
-    assert str(caught.value) == expected
+    assert (str(caught.value), caught.value.message) == (expected, 1)
 
 
 BAD_RECORDS = [
@@ -155,7 +155,7 @@ BAD_RECORDS = [
 def test_a_bad_record_is_named(record: Any, expected: str) -> None:
     with pytest.raises(FormatError) as caught:
         Conversation.from_openai(record)
-    assert str(caught.value) == expected
+    assert (str(caught.value), caught.value.message) == (expected, None)
 
 
 @pytest.mark.parametrize("arguments", [float("nan"), {1, 2}])

@@ -293,7 +293,7 @@ class ChatFormat:
         after = turn.rfind(end) + 1
         if not turn.startswith(begun) or after <= len(begun):
             raise FormatError(
-                f"message {k}: the chat template writes this reply otherwise than its prompt begins it"
+                f"message {k}: the chat template writes this reply otherwise than its prompt begins it", k
             )
         return [_Piece(prompt), _Piece(turn[len(begun) : after], k), _Piece(turn[after:])]
 

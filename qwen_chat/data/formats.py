@@ -127,7 +127,7 @@ def _conversation(record: Record, messages: object) -> Conversation:
             and "content" not in message
             and message.get("role") in _NEEDS_CONTENT
         ):
-            raise FormatError(f"message {k}: no 'content' among {_keys(message)}; expected text")
+            raise FormatError(f"message {k}: no 'content' among {_keys(message)}; expected text", k)
     tools = record.get("tools")
     return Conversation.from_openai(
         {

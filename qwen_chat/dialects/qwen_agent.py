@@ -68,7 +68,7 @@ def is_open(plain: Sequence[Json]) -> bool:
 def _add_result(plain: list[Json], message: Message, k: int) -> None:
     if not plain or plain[-1]["role"] != "assistant":
         raise FormatError(
-            f"message {k} is a tool result with no call before it; expected an assistant's call first"
+            f"message {k} is a tool result with no call before it; expected an assistant's call first", k
         )
     before = plain[-1]["content"].removesuffix(_ANSWER)
     result = _MARK.sub(f"{_FLOWER} ", message.content)

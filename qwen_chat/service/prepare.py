@@ -7,7 +7,6 @@ worker thread, for a long prompt takes a while to tokenise.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -203,8 +202,8 @@ def _without_hint(part: Json) -> Json:
 
 
 def _bad_messages(error: FormatError) -> APIError:
-    found = re.match(r"message (\d+)", str(error))
-    return bad_value(f"messages[{found[1]}]" if found else "messages", f"Invalid 'messages': {error}.")
+    where = "messages" if error.message is None else f"messages[{error.message}]"
+    return bad_value(where, f"Invalid 'messages': {error}.")
 
 
 def _prompt_ids(prompt: str | list[int], model: Served) -> tuple[int, ...]:

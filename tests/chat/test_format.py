@@ -612,8 +612,9 @@ def test_qwen_agent_answers_go_on_inside_the_assistants_turn(qwen2_tokenizer: An
     )
     first, second = fmt.encode([*messages, ANSWER], TOOLS)
     assert learnt_texts(fmt, [first, second]) == [["✿FUNCTION✿: now\n✿ARGS✿: {}<|im_end|>"], ["a<|im_end|>"]]
-    with pytest.raises(FormatError, match="message 1 is a tool result with no call before it"):
+    with pytest.raises(FormatError, match="message 1 is a tool result with no call before it") as caught:
         fmt.text([QUESTION, {"role": "tool", "content": "8"}], TOOLS)
+    assert caught.value.message == 1
 
 
 @pytest.mark.parametrize(
