@@ -73,8 +73,9 @@ class Answering:
         """Hand all to the engine, or none."""
         generations: list[Generation] = []
         try:
+            # One by one: where one fails, those before it are cancelled.
             for request in requests:
-                generations.append(self._engine.submit(request))  # noqa: PERF401  where one fails the others are cancelled
+                generations.append(self._engine.submit(request))  # noqa: PERF401
         except BaseException as error:
             _cancel(generations)
             raise _as_answer(error) from error

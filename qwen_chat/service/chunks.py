@@ -68,7 +68,7 @@ class Assembly(Protocol):
 
 
 @dataclass(slots=True)
-class _ChatChoice:
+class _ChoiceState:
     parser: StreamParser | None
     calls: int = 0
     # A second call began where one is allowed.
@@ -106,7 +106,7 @@ class ChatAssembly:
         self._chunk_head = {**self._head, "object": "chat.completion.chunk"}
         if counts_usage:
             self._chunk_head["usage"] = None
-        self._choices = [_ChatChoice(parser()) for _ in range(choices)]
+        self._choices = [_ChoiceState(parser()) for _ in range(choices)]
         self._mode = call_mode
         self._parallel = parallel
         self._with_logprobs = with_logprobs
@@ -151,7 +151,7 @@ class ChatAssembly:
         """What was answered, for the log."""
         return "\n".join(fold.content for fold in self._folds)
 
-    def _deltas(self, state: _ChatChoice, parsed: Sequence[Delta]) -> list[ChunkDelta]:
+    def _deltas(self, state: _ChoiceState, parsed: Sequence[Delta]) -> list[ChunkDelta]:
         deltas = []
         for piece in parsed:
             if piece.content:
@@ -165,7 +165,7 @@ class ChatAssembly:
             deltas += self._call_deltas(state, piece)
         return deltas
 
-    def _call_deltas(self, state: _ChatChoice, piece: Delta) -> list[ChunkDelta]:
+    def _call_deltas(self, state: _ChoiceState, piece: Delta) -> list[ChunkDelta]:
         index = piece.index if piece.index is not None else state.calls - 1
         deltas = []
         if piece.name is not None:
@@ -191,7 +191,7 @@ class ChatAssembly:
         state.finished = True
         return [*chunks, self._chunk(choice, ChunkDelta(), self._finish_reason(state, reason))]
 
-    def _finish_reason(self, state: _ChatChoice, reason: str) -> WireFinish:
+    def _finish_reason(self, state: _ChoiceState, reason: str) -> WireFinish:
         if reason in CUT_OFF:
             return "length"
         # A stop string of the client's cut it.

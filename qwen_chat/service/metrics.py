@@ -50,7 +50,8 @@ class Metrics:
 
     def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
         """`figures` is asked at each scrape; see ENGINE_FIGURES for the names."""
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for when each counter began doubles the text and tells nothing
+        # A series for when each counter began doubles the text and tells nothing.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.registry.register(_EngineFigures(figures))
         self.requests = Counter(

@@ -31,14 +31,10 @@ from qwen_chat.service.app import MOST_TOKENIZING, create_app
 from qwen_chat.service.protocol import HINTS, ChatRequest
 from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.service.workers import Workers
+from tests.support.chats import CHAT, ask
 from tests.support.scripted import CONTEXT, LiveService, make_engine
 
-CHAT = "/v1/chat/completions"
 STEP = 100_000_007
-
-
-def ask(text: str, **more: Any) -> dict[str, Any]:
-    return {"model": "default", "messages": [{"role": "user", "content": text}], **more}
 
 
 def schema(**properties: Any) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from starlette.testclient import TestClient
 from qwen_chat.inference.engine import Engine
 from qwen_chat.service.app import create_app
 from qwen_chat.service.middleware import LOOPBACK_HOSTS
+from tests.support.chats import CHAT
 from tests.support.scripted import make_engine
 
-CHAT = "/v1/chat/completions"
 BODY = {"model": "default", "messages": [{"role": "user", "content": "say hi"}]}
 HERE = "http://127.0.0.1:8000"
 PAGE = "https://a.example"

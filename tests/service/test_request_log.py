@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import OutputError
+from qwen_chat.service.app import create_app
 from qwen_chat.service.request_log import RequestLog, json_line, request_log
+from qwen_chat.service.settings import ServiceSettings
+from tests.support.chats import CHAT, ask
+from tests.support.scripted import make_engine
 
 
 def test_one_line_each(tmp_path: Path) -> None:
@@ -144,3 +149,36 @@ def test_strangers_cannot_push_the_others_out(tmp_path: Path) -> None:
     log.write({"id": "late"}, stranger=True)
     log.close()
     assert json.loads(log.path.read_text().splitlines()[-1]) == {"id": "late"}
+
+
+def test_log(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "log")
+    with TestClient(create_app(make_engine(), log=log, settings=ServiceSettings(model_name="m"))) as client:
+        client.post(CHAT, json=ask("say secret words", user="some\x1b[31mbody\n{}"))
+        client.post(CHAT, json=ask("say hi", stream=True, stream_options={"include_usage": True}))
+        client.post(CHAT, json=ask("hi", temperature=9))
+        client.get("/v1/%1b[2Jnothing%0a")
+        client.get("/health")
+    raw = (tmp_path / "log").read_bytes()
+    assert b"secret" not in raw
+    assert not any(byte < 0x20 and byte != 0x0A for byte in raw)
+    plain, streamed, bad, unknown = [json.loads(line) for line in raw.splitlines()]
+    assert set(plain) == {
+        "time", "id", "path", "status", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
+        "first_token_ms", "ms", "finish_reason", "user",
+    }  # fmt: skip
+    assert (plain["status"], plain["model"], plain["finish_reason"]) == (200, "m", "stop")
+    assert plain["completion_tokens"] == len("secret words") + 1
+    assert 0 <= plain["first_token_ms"] <= plain["ms"]
+    assert (streamed["stream"], streamed["status"], streamed["completion_tokens"]) == (True, 200, 3)
+    assert (bad["status"], bad["error"]) == (400, "decimal_above_max_value")
+    assert (unknown["status"], unknown["error"]) == (404, "unknown_url")
+
+
+def test_log_with_prompts(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "log")
+    with TestClient(create_app(make_engine(), log=log, settings=ServiceSettings(log_prompts=True))) as client:
+        client.post(CHAT, json=ask("say 秘密"))
+    line = json.loads((tmp_path / "log").read_text(encoding="utf-8"))
+    assert line["prompt"] == [{"role": "user", "content": "say 秘密"}]
+    assert line["reply"] == "秘密"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,17 @@ from qwen_chat.service.app import create_app
 from qwen_chat.service.connections import PatientProtocol
 from qwen_chat.service.request_log import RequestLog
 from qwen_chat.service.settings import ServiceSettings
+from tests.support.chats import CHAT, ask, wait_until
 from tests.support.scripted import LiveService, make_engine
 
-CHAT = "/v1/chat/completions"
 KEY = {"authorization": "Bearer secret"}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 KEYED = HEAD + b"Authorization: Bearer secret\r\n"
 
 
-def ask(text: str, **more: Any) -> dict[str, Any]:
-    return {"model": "default", "messages": [{"role": "user", "content": text}], **more}
-
-
 def posted(body: dict[str, Any], head: bytes = KEYED) -> bytes:
     raw = json.dumps(body).encode()
     return head + b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def connections(live: LiveService) -> int:

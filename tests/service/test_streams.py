@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
@@ -19,21 +18,8 @@ from qwen_chat.inference.engine import Engine
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.tools.loop import HttpClient, run_tools
+from tests.support.chats import CHAT, ask, wait_until
 from tests.support.scripted import LiveService, make_engine
-
-CHAT = "/v1/chat/completions"
-
-
-def ask(text: str, **more: Any) -> dict[str, Any]:
-    return {"model": "default", "messages": [{"role": "user", "content": text}], **more}
-
-
-def wait_until(condition: Any, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
-
 
 # --- silence -------------------------------------------------------------------------------------
 
