@@ -265,12 +265,12 @@ def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
 
 
 def _qwen_template(family: Family) -> str | None:
-    from qwen_chat.chat.template import hermes_prelude
+    from qwen_chat.dialects.hermes import Hermes
 
     if family == "qwen2":
         return _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_SYSTEM)
     if family == "qwen2_5":
-        return hermes_prelude(_QWEN2_5_SYSTEM) + _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_5_SYSTEM)
+        return Hermes().prelude(_QWEN2_5_SYSTEM) + _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_5_SYSTEM)
     return None
 
 

@@ -10,57 +10,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from qwen_chat.chat.control_tokens import ControlTokens
 from qwen_chat.chat.encoded import Encoded
-from qwen_chat.chat.template import END, START, TOOLS_HEAD, TOOLS_TAIL, ChatTemplate, plain_messages
+from qwen_chat.chat.quick_renderer import Piece, QuickRenderer
+from qwen_chat.chat.template import END, START, ChatTemplate
 from qwen_chat.conversation import Conversation, Json, Message
-from qwen_chat.dialects import qwen_agent
-from qwen_chat.dialects.reader import FLOWER_STOPS, normalise_arguments
+from qwen_chat.dialects import known
+from qwen_chat.dialects.dialect import Carried, Dialect
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.hermes import Hermes
+from qwen_chat.dialects.known import Calls
+from qwen_chat.dialects.qwen_agent import Language, QwenAgent
+from qwen_chat.dialects.reader import END_THINK, THINK, Reply, StreamParser
 from qwen_chat.errors import FormatError, OptionError
 
 ToolStyle = Literal["auto", "hermes", "qwen_agent"]
-Language = Literal["auto", "en", "zh"]
 TrainOn = Literal["last", "all", "everything"]
-_AUDIT = 64  # every so many conversations the quick renderer is compared with the template, on the real data
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
-# A tokenizer tuned under qwen_agent says so in its template, where "auto" finds it again.
-_STYLE_NOTE = "{{#- qwen_chat: tool_style=qwen_agent language={} parallel={} #}}"
-_NOTE_PATTERN = re.compile(r"\{#- qwen_chat: tool_style=qwen_agent language=(\w+) parallel=(\w+) #\}")
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model is given, as token ids; `in_reasoning`: it ends inside `<think>`, so the reply begins with
-    a thought."""
+    """What the model is given, as text and as token ids; `in_reasoning`: it ends inside a thought, so the reply
+    begins with one."""
 
+    text: str
     ids: list[int]
     in_reasoning: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a sequence, tokenised by itself. `reply`: the index of the message it is; None: context."""
-
-    text: str  # marked: see control_tokens
-    reply: int | None = None
 
 
 class ChatFormat:
     """How the conversations of one model are written.
 
     `tool_style`: "hermes" (`<tool_call>` tags), "qwen_agent" (Qwen2's flower marks), "auto": what the
-    template was saved with, else hermes. `language` and `parallel`: the wording of qwen_agent; "auto" is
-    Chinese where the system text or the first question has Chinese characters. A template without tools is
+    template was saved with, else what it is found to write. `language` and `parallel`: the wording of qwen_agent;
+    "auto" is Chinese where the system text or the first question has Chinese characters. A template without tools is
     completed (see `template`).
 
     Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens).
@@ -82,20 +74,24 @@ class ChatFormat:
             raise FormatError(
                 f"the vocabulary has no tokens {START} and {END}; expected a ChatML model's tokenizer"
             )
-        note = _NOTE_PATTERN.search(self._template.source)
-        if tool_style == "auto" and note:
-            tool_style, language, parallel = "qwen_agent", cast(Language, note[1]), note[2] == "true"
-        self.tool_style: ToolStyle = "hermes" if tool_style == "auto" else tool_style
-        self.language, self.parallel = language, parallel
-        self._quick = _QuickRenderer(self._template.default_system, self._tokens)
+        self.dialect = self._found(tool_style, language, parallel)
+        self._quick = QuickRenderer(self._template.default_system, self._tokens)
         self._is_quick = (
-            self.tool_style == "hermes"
+            self.dialect == Hermes()
             and self._template.keeps_prefixes
             and not self._tokens.swallow
             and self._template.agrees(self._quick.text)
         )
         self._newline_separates = self._probe_newline()
-        self._encoded = 0  # conversations so far
+
+    def _found(self, style: ToolStyle, language: Language, parallel: bool) -> Dialect:
+        """The dialect that was asked for; else the one a tuned template names, or the one its own words are in."""
+        if style == "qwen_agent":
+            return QwenAgent(language, parallel)
+        noted = QwenAgent.noted(self._template.source)
+        if style == "hermes" or noted is None:
+            return next(filter(self._template.speaks, known.KNOWN), Hermes()) if style == "auto" else Hermes()
+        return noted
 
     # --------------------------------------------------------------------------------------------------- text
 
@@ -111,27 +107,51 @@ class ChatFormat:
         """The tokens of `prompt`. A control token that is spelled out in a message stays text."""
         return self._tokens.encode([self._marked(_read(messages, tools), generation=True)])[0]
 
-    def prompt_within(self, messages: Messages, tools: Tools = None, *, most: int | None = None) -> Prompt:
-        """`prompt_ids`, rendered once, and where the reply begins. Raises TooManyTokens where a long prompt has
-        more than `most` tokens; a short one is tokenised whatever it has."""
+    def render(self, messages: Messages, tools: Tools = None, *, most: int | None = None) -> Prompt:
+        """`prompt`, its tokens, and where the reply begins, rendered once. Raises TooManyTokens where a long prompt
+        has more than `most` tokens; a short one is tokenised whatever it has."""
         marked = self._marked(_read(messages, tools), generation=True)
         opened = self._tokens.text(marked[max(marked.rfind(self._tokens.mark(START)), 0) :])
-        return Prompt(self._tokens.encode_within(marked, most), self.in_reasoning(opened))
+        ids = self._tokens.encode_within(marked, most)
+        return Prompt(self._tokens.text(marked), ids, self.in_reasoning(opened))
 
     def text_ids(self, text: str, *, most: int | None = None) -> list[int]:
-        """The tokens of a text as it is, control tokens in it included. TooManyTokens as in `prompt_within`."""
+        """The tokens of a text as it is, control tokens in it included. TooManyTokens as in `render`."""
         return self._tokens.raw_ids(self.tokenizer, text, most)
 
-    def rendered(self, messages: Messages, tools: Tools = None) -> list[Json]:
-        """The messages that the template is given: under qwen_agent plain ones, with everything about tools
-        in them.
-        """
-        return self._plain(_read(messages, tools))
-
     def in_reasoning(self, prompt: str) -> bool:
-        """Whether a prompt ends inside `<think>`, so that the reply begins with a thought."""
+        """Whether a prompt ends inside a thought, so that the reply begins with one."""
         opened = prompt.rpartition(f"{START}assistant\n")[2]
-        return opened.rfind("<think>") > opened.rfind("</think>")
+        return opened.rfind(THINK) > opened.rfind(END_THINK)
+
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether the template writes thoughts."""
+        return THINK in self._template.source
+
+    # ---------------------------------------------------------------------------------------------- replies
+
+    def parse(self, text: str, tools: Tools = None, *, in_reasoning: bool = False) -> Reply:
+        """Read a whole reply. Never raises on any text. `in_reasoning`: the prompt ended inside a thought."""
+        return known.parse(text, tools, in_reasoning=in_reasoning)
+
+    def stream_parser(
+        self, tools: Tools = None, *, in_reasoning: bool = False, calls: Calls = "any"
+    ) -> StreamParser:
+        """Read a reply piece by piece; the deltas, folded, are what `parse` gives. `calls`: what counts as one."""
+        return known.stream_parser(tools, in_reasoning=in_reasoning, calls=calls)
+
+    def call_grammar(
+        self, tools: Sequence[Mapping[str, Any]], *, name: str | None = None, parallel: bool = False
+    ) -> Grammar:
+        """The grammar of a reply that is one call (or more, where `parallel`) of the tool `name`, or of any of
+        `tools`, with valid arguments. Raises ToolError where there is no such tool or a schema cannot be used."""
+        return self.dialect.call_grammar(tools, name=name, parallel=parallel)
+
+    def text_grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+        """The grammar of a reply in which a call may be begun: under the schema of its tool where that says
+        `strict`, else with any object as arguments. Raises ToolError as `call_grammar`."""
+        return self.dialect.text_grammar(tools)
 
     # ------------------------------------------------------------------------------------------------- tokens
 
@@ -165,9 +185,13 @@ class ChatFormat:
             for conversation, several in zip(conversations, sequences, strict=True)
         ]
 
-    def typed_control_tokens(self, conversation: Conversation) -> list[str]:
-        """The control tokens that messages and tools spell out; in prompts and labels they are text."""
-        return [token for text in _strings(conversation.to_openai()) for token in self._tokens.typed(text)]
+    def audit(self, conversations: Iterable[Conversation]) -> None:
+        """Compare the quick renderer with the template on some of the real data, before any of it is encoded; where
+        they differ, the template alone is used from here on. (That they agree on the probes was seen before.)"""
+        self._is_quick = self._is_quick and all(
+            self._quick.text(conversation) == self._render(conversation, generation=False)
+            for conversation in conversations
+        )
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -177,18 +201,20 @@ class ChatFormat:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The strings that end a reply: a call in the Qwen-Agent style ends where its result would begin."""
-        return FLOWER_STOPS if self.tool_style == "qwen_agent" else ()
+        """The strings that end a reply, beside the end of turn."""
+        return self.dialect.stop_strings
+
+    @property
+    def tool_style(self) -> str:
+        """The dialect's name, as --tool_style has it."""
+        return self.dialect.name
 
     # -------------------------------------------------------------------------------------------- to be saved
 
     @property
     def template(self) -> str:
         """The chat template that a tuned model is saved with: the model's own, with tools if it had none."""
-        source = _NOTE_PATTERN.sub("", self._template.source)
-        if self.tool_style == "qwen_agent":
-            return _STYLE_NOTE.format(self.language, str(self.parallel).lower()) + source
-        return source
+        return self.dialect.note + QwenAgent.without_note(self._template.source)
 
     def complete_tokenizer(self) -> None:
         """Give the tokenizer `template`, so that saving it saves the format."""
@@ -197,47 +223,35 @@ class ChatFormat:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides ids and labels: template, style, vocabulary. 64 hex digits."""
-        parts = [self.template, self.tool_style, self.language, self.parallel]
+        parts = [self.template, repr(self.dialect)]
         digest = hashlib.sha256(json.dumps(parts).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return digest.hexdigest()
 
     # ---------------------------------------------------------------------------------------------- rendering
 
-    def _plain(self, conversation: Conversation) -> list[Json]:
-        if self.tool_style == "hermes":
-            return plain_messages(conversation.messages)
-        language = self.language
-        if language == "auto":
-            language = qwen_agent.language_of(conversation.messages)
-        parallel = self.parallel and conversation.parallel_tool_calls
-        return qwen_agent.plain_messages(conversation, language, parallel)
-
     def _render(self, conversation: Conversation, *, generation: bool) -> str:
-        return self._template_text(self._plain(conversation), conversation.tools, generation)
+        return self._written(self.dialect.carry(conversation), generation)
 
-    def _template_text(self, plain: list[Json], tools: Sequence[Json], generation: bool) -> str:
-        if self.tool_style == "hermes":
-            return self._template.render(plain, tools, generation=generation)
-        if generation and qwen_agent.is_open(plain):  # the model goes on inside the last message
-            text = self._template.render(plain)
+    def _written(self, carried: Carried, generation: bool) -> str:
+        if generation and carried.is_open:  # the model goes on inside the last message
+            text = self._template.render(carried.messages, carried.tools)
             return text[: text.rindex(END)]
-        return self._template.render(plain, generation=generation)
+        return self._template.render(carried.messages, carried.tools, generation=generation)
 
     def _marked(self, conversation: Conversation, *, generation: bool) -> str:
         """`_render` with marks for control tokens."""
         if self._is_quick:
             return "".join(piece.text for piece in self._quick.pieces(conversation, generation=generation))
-        plain, tools = self._plain(conversation), conversation.tools
-        rendered = self._template_text(plain, tools, generation)
+        carried = self.dialect.carry(conversation)
+        rendered = self._written(carried, generation)
         self._tokens.refuse_marks(rendered)
-        if not any(map(self._tokens.typed, _strings([plain, *tools]))):
+        if not any(map(self._tokens.typed, _strings([carried.messages, carried.tools]))):
             return self._tokens.marked(rendered)
         for thoughts_apart in (True, False) if self._template.writes_reasoning else (False,):
-            told = [_thought_apart(message) for message in plain] if thoughts_apart else plain
-            shielded = self._template_text(
-                _shielded(told, self._tokens), _shielded(list(tools), self._tokens), generation
-            )
+            told = [_thought_apart(m) for m in carried.messages] if thoughts_apart else carried.messages
+            messages, tools = (_shielded(part, self._tokens) for part in (told, carried.tools))
+            shielded = self._written(replace(carried, messages=messages, tools=tools), generation)
             if self._tokens.unshield(shielded) == rendered:
                 return self._tokens.marked(shielded)
         raise FormatError(
@@ -247,13 +261,10 @@ class ChatFormat:
 
     # ---------------------------------------------------------------------------------------------- sequences
 
-    def _sequences(self, conversation: Conversation, train_on: TrainOn) -> list[list[_Piece]]:
+    def _sequences(self, conversation: Conversation, train_on: TrainOn) -> list[list[Piece]]:
         """The training sequences of a conversation, in pieces."""
-        if self._is_quick and self._encoded % _AUDIT == 0:
-            self._is_quick = self._quick.text(conversation) == self._render(conversation, generation=False)
-        self._encoded += 1
         if train_on == "everything":
-            return [[_Piece(self._marked(conversation, generation=False), reply=0)]]
+            return [[Piece(self._marked(conversation, generation=False), reply=0)]]
         replies = _replies(conversation.messages)
         if self._is_quick or self._template.keeps_prefixes or not replies:
             pieces = self._one_sequence(conversation, replies)
@@ -263,7 +274,7 @@ class ChatFormat:
         kept = [k for k in replies if k in supervised] or replies[-1:]
         return [self._turn(conversation, k) for k in kept]
 
-    def _one_sequence(self, conversation: Conversation, replies: list[int]) -> list[_Piece] | None:
+    def _one_sequence(self, conversation: Conversation, replies: list[int]) -> list[Piece] | None:
         """The whole conversation, or None where some earlier turn's tokens do not stay as they were."""
         if self._is_quick:
             pieces = self._quick.pieces(conversation)
@@ -274,15 +285,15 @@ class ChatFormat:
                 before, answer, _ = (piece.text for piece in self._turn(conversation, k))
                 if len(before) < position or not whole.startswith(before + answer):
                     return None
-                pieces += [_Piece(whole[position : len(before)]), _Piece(answer, k)]
+                pieces += [Piece(whole[position : len(before)]), Piece(answer, k)]
                 position = len(before) + len(answer)
-            pieces.append(_Piece(whole[position:]))
+            pieces.append(Piece(whole[position:]))
         for context, reply in zip(pieces[:-3:2], pieces[1:-2:2], strict=False):
             if not self._separate(context.text, reply.text):
                 return None
         return pieces
 
-    def _turn(self, conversation: Conversation, k: int) -> list[_Piece]:
+    def _turn(self, conversation: Conversation, k: int) -> list[Piece]:
         """Prompt, reply k, and what the template writes after it."""
         before = replace(conversation, messages=conversation.messages[:k])
         until = replace(conversation, messages=conversation.messages[: k + 1])
@@ -295,7 +306,7 @@ class ChatFormat:
             raise FormatError(
                 f"message {k}: the chat template writes this reply otherwise than its prompt begins it", k
             )
-        return [_Piece(prompt), _Piece(turn[len(begun) : after], k), _Piece(turn[after:])]
+        return [Piece(prompt), Piece(turn[len(begun) : after], k), Piece(turn[after:])]
 
     def _separate(self, context: str, reply: str) -> bool:
         """Whether a prompt that holds context and reply in one has the tokens of the two apart."""
@@ -323,73 +334,6 @@ class ChatFormat:
         return all(self._tokens.splits("assistant\n", text) for text in texts)
 
 
-class _QuickRenderer:
-    """Hermes-style ChatML written directly, for templates that were found to write exactly this.
-
-    A chat template is rendered in about 20 microseconds, twice for each turn; this takes a few for the
-    conversation.
-    """
-
-    def __init__(self, default_system: str | None, tokens: ControlTokens) -> None:
-        self._tokens = tokens
-        mark = tokens.mark
-        self._start, self._end = mark(START), mark(END)
-        self._call = f'{mark("<tool_call>")}\n{{"name": "', '", "arguments": ', f"}}\n{mark('</tool_call>')}"
-        self._result = f"\n{mark('<tool_response>')}\n", f"\n{mark('</tool_response>')}"
-        self._head, self._tail = tokens.marked(TOOLS_HEAD), tokens.marked(TOOLS_TAIL)
-        self._default = default_system
-
-    def text(self, conversation: Conversation) -> str:
-        """The conversation as a template would write it."""
-        return self._tokens.text("".join(piece.text for piece in self.pieces(conversation)))
-
-    def pieces(self, conversation: Conversation, *, generation: bool = False) -> list[_Piece]:
-        """Context, reply, context, ..., reply, context: an odd number of pieces."""
-        messages = conversation.messages
-        start, end = self._start, self._end
-        pieces: list[_Piece] = []
-        context = self._opening(conversation)
-        for k, message in enumerate(messages):
-            self._tokens.refuse_marks(message.content)
-            role = message.role
-            if role == "assistant":
-                context += f"{start}assistant\n"
-                reply = self._reply(message) + end
-                if k:
-                    pieces += [_Piece(context), _Piece(reply, k)]
-                    context = "\n"
-                else:
-                    context += f"{reply}\n"  # nobody asked: a greeting is context
-            elif role == "tool":
-                first = k == 0 or messages[k - 1].role != "tool"
-                last = k + 1 == len(messages) or messages[k + 1].role != "tool"
-                context += f"{start}user" * first + message.content.join(self._result) + f"{end}\n" * last
-            elif k or role != "system":
-                context += f"{start}{role}\n{message.content}{end}\n"
-        pieces.append(_Piece(f"{context}{start}assistant\n" if generation else context))
-        return pieces
-
-    def _opening(self, conversation: Conversation) -> str:
-        first = conversation.messages[0]
-        system = first.content if first.role == "system" else self._default
-        if conversation.tools:
-            lines = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in conversation.tools)
-            self._tokens.refuse_marks(lines)
-            block = f"{self._head}{lines}{self._tail}"
-            system = block if system is None else f"{system}\n\n{block}"
-        return "" if system is None else f"{self._start}system\n{system}{self._end}\n"
-
-    def _reply(self, message: Message) -> str:
-        if not message.tool_calls:
-            return message.content
-        name, arguments, close = self._call
-        calls = []
-        for call in message.tool_calls:
-            self._tokens.refuse_marks(call.name + call.arguments)
-            calls.append(f"{name}{call.name}{arguments}{normalise_arguments(call.arguments)}{close}")
-        return "\n".join([message.content, *calls] if message.content else calls)
-
-
 def _read(messages: Messages, tools: Tools) -> Conversation:
     return Conversation.from_openai({"messages": messages, "tools": tools})
 
@@ -406,7 +350,7 @@ def _supervised(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
     return {k for k in (replies[-1:] if train_on == "last" else replies) if messages[k].train is not False}
 
 
-def _assemble(pieces: list[_Piece], ids: Iterator[list[int]], supervised: set[int]) -> Encoded:
+def _assemble(pieces: list[Piece], ids: Iterator[list[int]], supervised: set[int]) -> Encoded:
     input_ids: list[int] = []
     spans: list[tuple[int, int]] = []
     for piece in pieces:
@@ -448,10 +392,10 @@ def _thought_apart(message: Json) -> Json:
     cuts it.
     """
     content = message["content"]
-    if message["role"] != "assistant" or "reasoning_content" in message or "</think>" not in content:
+    if message["role"] != "assistant" or "reasoning_content" in message or END_THINK not in content:
         return message
-    thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
-    return message | {"reasoning_content": thought, "content": content.split("</think>")[-1].lstrip("\n")}
+    thought = content.split(END_THINK)[0].rstrip("\n").split(THINK)[-1].lstrip("\n")
+    return message | {"reasoning_content": thought, "content": content.split(END_THINK)[-1].lstrip("\n")}
 
 
 def _check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:

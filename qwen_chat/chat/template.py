@@ -6,61 +6,16 @@ What a template does is found out by rendering small conversations (probes), nev
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwen_chat.conversation import Conversation, Json, Message, write_message
-from qwen_chat.dialects.reader import tools_block
+from qwen_chat.conversation import Conversation, Json
+from qwen_chat.dialects.dialect import Dialect, Tools
+from qwen_chat.dialects.hermes import RESULT, Hermes
+from qwen_chat.dialects.reader import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
 START, END = "<|im_start|>", "<|im_end|>"
-
-TOOLS_HEAD, TOOLS_TAIL = tools_block([{}]).split("\n{}")  # the Hermes wording around the tools, one a line
-
-# Put before a template that ignores tools: it turns tools, calls and results into the plain messages that
-# carry them in the Hermes style, then the template goes on as before. Without tools it changes nothing.
-_PRELUDE = """\
-{%- set hermes = namespace(messages=[], results='', block='', content='') %}
-{%- if tools %}
-    {%- set hermes.block = @HEAD@ %}
-    {%- for tool in tools %}{% set hermes.block = hermes.block + '\\n' + (tool | tojson) %}{% endfor %}
-    {%- set hermes.block = hermes.block + @TAIL@ %}
-    {%- if messages[0].role != 'system' %}
-        {%- set hermes.messages = [{'role': 'system', 'content': @SYSTEM@ + hermes.block}] %}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- set hermes.content = message.content if message.content else '' %}
-    {%- if message.role == 'tool' %}
-        {%- set hermes.results = hermes.results + ('\\n' if hermes.results else '') %}
-        {%- set hermes.results = hermes.results + '<tool_response>\\n' + hermes.content %}
-        {%- set hermes.results = hermes.results + '\\n</tool_response>' %}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}
-            {%- set hermes.messages = hermes.messages + [{'role': 'user', 'content': hermes.results}] %}
-            {%- set hermes.results = '' %}
-        {%- endif %}
-    {%- elif message.role == 'system' and loop.first and tools %}
-        {%- set hermes.content = hermes.content + '\\n\\n' + hermes.block %}
-        {%- set hermes.messages = hermes.messages + [{'role': 'system', 'content': hermes.content}] %}
-    {%- elif message.tool_calls %}
-        {%- for tool_call in message.tool_calls %}
-            {%- set call = tool_call.function if tool_call.function else tool_call %}
-            {%- set arguments = call.arguments if call.arguments is string else (call.arguments | tojson) %}
-            {%- set hermes.content = hermes.content + ('\\n' if hermes.content else '') %}
-            {%- set hermes.content = hermes.content + '<tool_call>\\n{"name": "' + call.name %}
-            {%- set hermes.content = hermes.content + '", "arguments": ' + arguments + '}\\n</tool_call>' %}
-        {%- endfor %}
-        {%- set hermes.messages = hermes.messages + [{'role': 'assistant', 'content': hermes.content}] %}
-    {%- elif message.content is string %}
-        {%- set hermes.messages = hermes.messages + [message] %}
-    {%- else %}
-        {%- set hermes.messages = hermes.messages + [{'role': message.role, 'content': ''}] %}
-    {%- endif %}
-{%- endfor %}
-{%- set messages = hermes.messages %}
-{%- set tools = none %}
-"""
 
 _NAME, _RESULT, _USER, _REPLY, _THOUGHT = (
     "probe_name",
@@ -76,26 +31,14 @@ _TOOL: Json = {
 _CALL: Json = {"type": "function", "function": {"name": _NAME, "arguments": '{"key": ["值", 1.5, null]}'}}
 
 
-def hermes_prelude(default_system: str | None) -> str:
-    """Jinja source that, put before a ChatML template without tools, gives it Hermes-style tools."""
-    system = "" if default_system is None else default_system + "\n\n"
-    words = {"@HEAD@": TOOLS_HEAD, "@TAIL@": TOOLS_TAIL, "@SYSTEM@": system}
-    source = _PRELUDE
-    for word, text in words.items():
-        source = source.replace(word, _jinja_string(text))
-    return source
-
-
-def plain_messages(messages: Sequence[Message]) -> list[Json]:
-    """The dicts that a template is given: as OpenAI writes them, but with call arguments as objects.
-
-    Qwen2.5's template would otherwise encode the arguments' JSON text a second time.
-    """
-    plain = [write_message(message) for message in messages]
-    for message in plain:
-        for call in message.get("tool_calls", ()):
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return plain
+_CALLING = Conversation.from_openai(
+    {
+        "messages": [
+            {"role": "user", "content": _USER},
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        ]
+    }
+)
 
 
 class ChatTemplate:
@@ -120,12 +63,12 @@ class ChatTemplate:
         self.default_system = _system_of(asked)
         self.completed = not self._carries_tools()
         if self.completed:
-            self.source = hermes_prelude(self.default_system) + self.source
+            self.source = Hermes().prelude(self.default_system) + self.source
         thought = [question, reply | {"reasoning_content": _THOUGHT}]
         self.writes_reasoning = _THOUGHT in self.render(thought)
         self.keeps_prefixes = self._keeps_prefixes(question, reply)
 
-    def render(self, messages: list[Json], tools: Sequence[Json] = (), *, generation: bool = False) -> str:
+    def render(self, messages: list[Json], tools: Tools = (), *, generation: bool = False) -> str:
         """Text of the messages; with `generation` up to where the model goes on. FormatError if refused."""
         try:
             text = self._tokenizer.apply_chat_template(
@@ -144,24 +87,30 @@ class ChatTemplate:
         for probe in _probes():
             conversation = Conversation.from_openai(probe)
             try:
-                expected = self.render(plain_messages(conversation.messages), conversation.tools)
+                expected = self.render(Hermes().carry(conversation).messages, conversation.tools)
             except FormatError:
                 return False
             if render(conversation) != expected:
                 return False
         return True
 
-    def _carries_tools(self) -> bool:
-        question: Json = {"role": "user", "content": _USER}
-        call: Json = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    def speaks(self, dialect: Dialect) -> bool:
+        """Whether the template writes a call as the dialect does."""
+        return dialect.write(_CALLING.messages[1].tool_calls) in self._called()
+
+    def _called(self) -> str:
+        """A call as the template writes it; empty where it refuses one."""
         try:
-            offered = self.render([question], [_TOOL])
-            called = self.render(
-                plain_messages(Conversation.from_openai({"messages": [question, call]}).messages)
-            )
+            return self.render(Hermes().carry(_CALLING).messages)
+        except FormatError:
+            return ""
+
+    def _carries_tools(self) -> bool:
+        try:
+            offered = self.render([{"role": "user", "content": _USER}], [_TOOL])
         except FormatError:
             return False
-        return _NAME in offered and _NAME in called
+        return _NAME in offered and _NAME in self._called()
 
     def _keeps_prefixes(self, question: Json, reply: Json) -> bool:
         turns = [question, reply, question, reply | {"reasoning_content": _THOUGHT}, question, reply]
@@ -188,22 +137,17 @@ def _system_of(asked: str) -> str | None:
     return asked[len(opening) :].split(END, 1)[0] if asked.startswith(opening) else None
 
 
-def _jinja_string(text: str) -> str:
-    """A Jinja literal: JSON's escapes (without those for non-ASCII) are among Python's, which Jinja reads."""
-    return json.dumps(text, ensure_ascii=False)
-
-
 def _probes() -> list[Json]:
     """Conversations that tell templates apart: roles, orders, white space, thoughts, tools."""
     system: Json = {"role": "system", "content": "S 系统"}
     user: Json = {"role": "user", "content": "  <b>问</b> & 'x' \n"}
     reply: Json = {"role": "assistant", "content": "\n\n答 \n"}
-    thinking: Json = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nbecause"}
+    thinking: Json = {"role": "assistant", "content": f"{THINK}\nwhy\n{END_THINK}\n\nbecause"}
     reasoned: Json = {"role": "assistant", "content": "so", "reasoning_content": _THOUGHT}
     call: Json = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
     calls: Json = {"role": "assistant", "content": " two \n", "tool_calls": [_CALL, _CALL]}
     result: Json = {"role": "tool", "content": _RESULT, "tool_call_id": "1", "name": _NAME}
-    wrapped: Json = {"role": "user", "content": "<tool_response>\nx\n</tool_response>"}
+    wrapped: Json = {"role": "user", "content": "x".join(RESULT)}
     empty: Json = {"role": "system", "content": ""}
     silent: Json = {"role": "assistant", "content": ""}
     orders: list[list[Json]] = [

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from qwen_chat.conversation import Conversation, Json, Message, write_message
-from qwen_chat.dialects.reader import parse
+from qwen_chat.dialects.known import begins_call, parse
 from qwen_chat.errors import FormatError, ServiceError
 from qwen_chat.tools.validate import call_problem
 
@@ -174,7 +174,7 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
             problems.append(problem)
         written.append((call.name, _arguments(call.arguments)))
     matched = _match(case.wanted, written, same)
-    unparsed = "<tool_call>" in reply.content or "✿FUNCTION✿" in reply.content
+    unparsed = begins_call(reply.content)
     if unparsed:
         problems.append("a call was begun that cannot be read")
     names_wanted, names_written = [w.name for w in case.wanted], [name for name, _ in written]
@@ -564,15 +564,14 @@ def _prompt_ids(fmt: Any, case: Case) -> Sequence[int]:
 
 
 def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | None) -> Any:
-    from qwen_chat.inference.grammar import Grammar
     from qwen_chat.inference.sampling import GenerationRequest
 
     tools = list(case.tools)
     grammar = None
     if calls == "required":
-        grammar = Grammar.tool_call(tools, parallel=case.parallel_tool_calls)
+        grammar = fmt.call_grammar(tools, parallel=case.parallel_tool_calls)
     elif calls == "strict":
-        grammar = Grammar.tools_in_text([_strict(tool) for tool in tools])
+        grammar = fmt.text_grammar([_strict(tool) for tool in tools])
     return GenerationRequest(
         prompt_ids=_prompt_ids(fmt, case),
         max_tokens=max_tokens,
@@ -597,7 +596,6 @@ def judge(
     for case, text in zip(cases, texts, strict=True):
         inside = False
         if fmt is not None:
-            prompt = fmt.prompt([write_message(m) for m in case.before], list(case.tools))
-            inside = fmt.in_reasoning(prompt)
+            inside = fmt.render([write_message(m) for m in case.before], list(case.tools)).in_reasoning
         judged.append(Judged(case, text, score(case, text, in_reasoning=inside, same=same)))
     return judged

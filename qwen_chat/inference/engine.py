@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen_chat import hardware
+from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder, Segment
 from qwen_chat.inference.events import (
@@ -35,7 +36,7 @@ from qwen_chat.inference.events import (
     TokenEvent,
     TokenLogprob,
 )
-from qwen_chat.inference.grammar import Grammar, GrammarTokenizer, Matcher
+from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
 from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.inference.lora import Lora, why_merged
 from qwen_chat.inference.quantize import check_dtype

@@ -1,22 +1,18 @@
-"""What a reply must match: JSON, a schema, or tool calls. Built on llguidance.
+"""What a reply must match, for one vocabulary. Built on llguidance.
 
-In: a schema or tools. Out: a `Grammar` (text, hashable, no tokenizer); with a tokenizer, a `Matcher` that
-masks logits.
+In: a tokenizer, and grammars (`dialects.grammar`). Out: a `Matcher` for each reply, which masks logits.
 
 llguidance rather than xgrammar: it walks the grammar lazily, mixes text, tokens and JSON schemas in one
 grammar, and brings no dependency of its own. Its limits do not cover all that a schema can cost, so each new
-grammar is compiled in another process first (grammar_trial.py). JSON is written as the model was taught to
-write it (", " and ": ", one line): an untuned model cannot run away in white space.
+grammar is compiled in another process first (grammar_trial.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,111 +20,16 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
+from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import ServiceError, ToolError
 from qwen_chat.inference.grammar_trial import LATE, LIMITS, GrammarTrial
 
-Json = Mapping[str, Any]
-
-_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-_LIMIT_SCHEMA = 65_536  # characters of one schema
 _KEPT = 32  # grammars; the trial lets none have more than some 30 MB
 _REFUSED = 1024  # grammars whose problem is remembered
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class GrammarLate(ServiceError):
     """The machine was too busy to try a grammar."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """A grammar in llguidance's Lark dialect. The rules `open`, `close` and `head` (text up to and with an
-    opening tag) are
-    added for a vocabulary: the tags are tokens in some and ordinary text in others."""
-
-    source: str
-
-    @classmethod
-    def json_object(cls) -> Grammar:
-        """Any JSON object."""
-        return cls.json_schema({"type": "object"})
-
-    @classmethod
-    def json_schema(cls, schema: Json | bool) -> Grammar:
-        """JSON that is valid under `schema`. Raises ToolError where the schema is no schema or too large."""
-        return cls(f"start: %json {_schema_text(schema, 'response_format')}\n")
-
-    @classmethod
-    def tool_call(cls, tools: Sequence[Json], *, name: str | None = None, parallel: bool = False) -> Grammar:
-        """One call in Hermes form (or more, where `parallel`), of the tool `name` or any of `tools`, valid
-        arguments.
-
-        Raises ToolError where `name` is not among the tools or a tool's schema cannot be used.
-        """
-        chosen = [tool for tool in tools if name is None or _function(tool).get("name") == name]
-        if not chosen:
-            known = ", ".join(str(_function(tool).get("name")) for tool in tools) or "none"
-            raise ToolError(f"tool_choice: no tool is called {name!r}; the tools are: {known}")
-        more = ' ("\\n" call)*' if parallel else ""
-        return cls(f"start: call{more}\ncall: open body\n{_body(chosen)}")
-
-    @classmethod
-    def tools_in_text(cls, tools: Sequence[Json]) -> Grammar:
-        """Free text in which every opened <tool_call> becomes a call of one of `tools` (tool_choice auto):
-        under its schema where the tool says `strict`, else with any object as arguments."""
-        loose = [tool if _function(tool).get("strict") else _without_schema(tool) for tool in tools]
-        return cls(f"start: (head body)* rest\nrest: TEXT\n{_body(loose)}")
-
-
-def _body(tools: Sequence[Json]) -> str:
-    """The part of a call after its opening tag, for any of the tools."""
-    rules = [
-        f"tool_{i}: {json.dumps(_call_head(tool))} %json {_tool_schema(tool)}\n"
-        for i, tool in enumerate(tools)
-    ]
-    names = " | ".join(f"tool_{i}" for i in range(len(tools)))
-    return f'body: "\\n" ({names}) "}}\\n" close\n' + "".join(rules)
-
-
-def _call_head(tool: Json) -> str:
-    return f'{{"name": {json.dumps(_function(tool)["name"], ensure_ascii=False)}, "arguments": '
-
-
-def _function(tool: Json) -> Json:
-    function = tool.get("function", tool)
-    return function if isinstance(function, Mapping) else {}
-
-
-def _without_schema(tool: Json) -> Json:
-    return {"function": {"name": _function(tool).get("name"), "parameters": {"type": "object"}}}
-
-
-def _tool_schema(tool: Json) -> str:
-    """The schema of a tool's arguments. Without one: any object. Arguments are an object whatever the
-    schema leaves open."""
-    schema = _function(tool).get("parameters") or {}
-    if not isinstance(schema, Mapping):
-        raise ToolError(
-            f"tool {_function(tool).get('name')!r}: parameters are no JSON schema; expected an object"
-        )
-    if not any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf")):
-        # Arguments that the tool does not name help nobody, and a weak model invents them without end.
-        closed = {"additionalProperties": False} if schema.get("properties") else {}
-        schema = {"type": "object", **closed, **schema}
-    return _schema_text(schema, f"tool {_function(tool).get('name')!r}")
-
-
-def _schema_text(schema: Json | bool, where: str) -> str:
-    if not isinstance(schema, (Mapping, bool)):
-        raise ToolError(f"{where}: the schema is {type(schema).__name__}; expected an object")
-    plain: Any = {**schema, "x-guidance": _LAYOUT} if isinstance(schema, Mapping) else {"x-guidance": _LAYOUT}
-    try:
-        text = json.dumps(plain, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ToolError(f"{where}: the schema cannot be written as JSON ({error})") from None
-    if len(text) > _LIMIT_SCHEMA:
-        raise ToolError(f"{where}: the schema has {len(text):,} characters; the limit is {_LIMIT_SCHEMA:,}")
-    return text
 
 
 class GrammarTokenizer:
@@ -139,7 +40,7 @@ class GrammarTokenizer:
         self._source, self._end_tokens = tokenizer, tuple(end_tokens)
         self._vocabulary = vocabulary
         self._tokenizer: LLTokenizer | None = None
-        self._tags = _tag_rules(tokenizer)
+        self._tokens: dict[str, int] = tokenizer.get_added_vocab()  # a tag may be one
         self._lock, self._preparing = threading.Lock(), threading.Lock()
         self._known: dict[Grammar, LLMatcher] = {}
         self._refused: dict[bytes, str] = {}  # by the hash of the grammar: a text of megabytes is not kept
@@ -152,7 +53,9 @@ class GrammarTokenizer:
         matcher = self._copy(grammar)
         if matcher is None:
             self._check(grammar)
-            fresh = LLMatcher(self._prepared(), grammar.source + self._tags, log_level=0, limits=self._limits)
+            fresh = LLMatcher(
+                self._prepared(), grammar.complete(self._tokens), log_level=0, limits=self._limits
+            )
             fresh.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
             if fresh.is_error():
                 raise ToolError(_problem(fresh.get_error()))
@@ -186,8 +89,10 @@ class GrammarTokenizer:
 
     def _check(self, grammar: Grammar) -> None:
         """Raise ToolError where the trial refuses the grammar, or has refused it before."""
-        key = hashlib.sha256(grammar.source.encode(errors="surrogatepass")).digest()
-        problem = self._refused.get(key) or self._trial.problem(grammar.source + _TRIAL_TAGS)
+        source = grammar.complete({})
+        key = hashlib.sha256(source.encode(errors="surrogatepass")).digest()
+        # The trial's vocabulary has no tags; what they are there makes no difference to what a schema costs.
+        problem = self._refused.get(key) or self._trial.problem(source)
         if problem is None:
             return
         if problem == LATE:
@@ -197,21 +102,6 @@ class GrammarTokenizer:
             while len(self._refused) > _REFUSED:
                 self._refused.pop(next(iter(self._refused)))
         raise ToolError(_problem(problem))
-
-
-_TEXT = "TEXT: /(.|\\n)*/\n"
-# The trial's vocabulary has no tags; what they are there makes no difference to what a schema costs.
-_TRIAL_TAGS = (
-    f"open: {json.dumps(OPEN)}\nclose: {json.dumps(CLOSE)}\nhead[lazy]: TEXT {json.dumps(OPEN)}\n{_TEXT}"
-)
-
-
-def _tag_rules(tokenizer: Any) -> str:
-    known = tokenizer.get_vocab()
-    is_token = OPEN in known and CLOSE in known
-    opening, closing = (f"<[{known[tag]}]>" if is_token else json.dumps(tag) for tag in (OPEN, CLOSE))
-    head = "head" if is_token else "head[lazy]"
-    return f"open: {opening}\nclose: {closing}\n{head}: TEXT {opening}\n{_TEXT}"
 
 
 def _problem(error: str) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import ModelError
-from qwen_chat.inference.grammar import Grammar, Matcher
+from qwen_chat.inference.grammar import Matcher
 
 __all__ = ["Choice", "GenerationRequest", "Grammar", "Sampler", "StopText", "TokenText"]
 

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from qwen_chat.dialects.reader import Delta, StreamParser
 from qwen_chat.inference.events import TokenEvent, TokenLogprob
@@ -38,8 +38,6 @@ from qwen_chat.service.protocol import (
 
 # The engine's reasons for an answer that might have gone on.
 CUT_OFF = ("length", "deadline")
-# `strict`: tagged calls alone; `none`: all is text.
-CallMode = Literal["free", "strict", "named", "none"]
 
 
 class Assembly(Protocol):
@@ -87,7 +85,7 @@ class ChatAssembly:
         model: str,
         choices: int,
         parser: Callable[[], StreamParser | None],
-        call_mode: CallMode = "free",
+        calls_finish: WireFinish = "tool_calls",
         parallel: bool = True,
         with_logprobs: bool = False,
         end_tokens: Collection[int] = (),
@@ -95,8 +93,8 @@ class ChatAssembly:
     ) -> None:
         """`parser` makes one for each choice, or None where the text is the answer as it is.
 
-        `end_tokens`: not part of the answer, nor are their log probabilities. `counts_usage`: every chunk has
-        a `usage`, null until the last.
+        `calls_finish`: the finish reason of a reply with calls. `end_tokens`: not part of the answer, nor are their
+        log probabilities. `counts_usage`: every chunk has a `usage`, null until the last.
         """
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -107,7 +105,7 @@ class ChatAssembly:
         if counts_usage:
             self._chunk_head["usage"] = None
         self._choices = [_ChoiceState(parser()) for _ in range(choices)]
-        self._mode = call_mode
+        self._calls_finish = calls_finish
         self._parallel = parallel
         self._with_logprobs = with_logprobs
         self._end_tokens = end_tokens
@@ -196,7 +194,7 @@ class ChatAssembly:
             return "length"
         # A stop string of the client's cut it.
         cut = state.parser is not None and state.parser.cut
-        return "tool_calls" if state.calls and self._mode != "named" and not cut else "stop"
+        return self._calls_finish if state.calls and not cut else "stop"
 
     def _piece(self, choice: int, delta: ChunkDelta) -> Answer:
         """A chunk with the log probabilities of all tokens since the last one."""

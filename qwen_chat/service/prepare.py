@@ -15,11 +15,12 @@ from typing import Any
 from qwen_chat.chat.control_tokens import TooManyTokens
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
-from qwen_chat.dialects.reader import Marks, StreamParser
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.known import Calls
+from qwen_chat.dialects.reader import StreamParser
 from qwen_chat.errors import FormatError, ToolError
-from qwen_chat.inference.grammar import Grammar
 from qwen_chat.inference.sampling import GenerationRequest
-from qwen_chat.service.chunks import Assembly, CallMode, ChatAssembly, TextAssembly
+from qwen_chat.service.chunks import Assembly, ChatAssembly, TextAssembly
 from qwen_chat.service.client_schema import check_schemas, held
 from qwen_chat.service.errors import APIError, bad_value, too_long
 from qwen_chat.service.protocol import (
@@ -30,6 +31,7 @@ from qwen_chat.service.protocol import (
     NamedChoice,
     SamplingRequest,
     TextFormat,
+    WireFinish,
 )
 
 
@@ -86,39 +88,79 @@ class Served:
     defaults: SamplingDefaults
 
 
+@dataclass(frozen=True, slots=True)
+class CallPolicy:
+    """What a chat's reply may be: `grammar` holds it (None: nothing does), `marks` says what in it is a call,
+    `finish_reason` how a reply with calls ends. `may_think`: the grammar, if any, lets a thought come first."""
+
+    grammar: Grammar | None = None
+    marks: Calls = "any"
+    finish_reason: WireFinish = "tool_calls"
+    may_think: bool = True
+
+    @classmethod
+    def of(cls, request: ChatRequest, tools: list[Json] | None, fmt: ChatFormat) -> CallPolicy:
+        """`tools`: those that the model is shown, None without any. Without tools nothing in a reply is a call,
+        whatever it looks like; under a grammar only those that it holds are. Raises APIError."""
+        choice = request.tool_choice
+        forced = choice == "required" or isinstance(choice, NamedChoice)
+        _check_tools(tools or (), forced=forced)
+        form = _format_grammar(request)
+        if form is not None and tools is not None:
+            raise APIError(
+                400,
+                "Unsupported parameter: 'response_format' is not supported together with 'tools' here.",
+                param="response_format",
+                code="unsupported_parameter",
+            )
+        if tools is None:
+            return cls(form, marks="none", may_think=form is None)
+        try:
+            if isinstance(choice, NamedChoice):
+                name = choice.function.name
+                named = [_held(tool) for tool in tools if tool["function"]["name"] == name]
+                return cls(fmt.call_grammar(named, name=name), "bound", "stop", may_think=False)
+            if choice == "required":
+                several = request.parallel_tool_calls is not False
+                grammar = fmt.call_grammar([_held(tool) for tool in tools], parallel=several)
+                return cls(grammar, "bound", may_think=False)
+            if any(tool["function"].get("strict") for tool in tools):
+                return cls(fmt.text_grammar(tools), "bound")
+        except ToolError as error:
+            raise bad_value("tools", f"Invalid 'tools': {error}.") from None
+        return cls()
+
+
 def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadline: float) -> Job:
     """A chat completion. `body` is the request as it came: tools are rendered in the client's key order."""
-    tools = plain_tools(body["tools"]) if _offers_tools(request) else None
+    # With tool_choice none the model is not shown the tools: what it cannot see it does not call.
+    tools = plain_tools(body["tools"]) if request.tools and request.tool_choice != "none" else None
     messages = _messages(body["messages"])
-    grammar, mode = _chat_grammar(request, tools)
+    policy = CallPolicy.of(request, tools, model.fmt)
     try:
-        prompt = model.fmt.prompt_within(messages, tools, most=model.context)
+        prompt = model.fmt.render(messages, tools, most=model.context)
     except TooManyTokens as error:
         raise too_long(model.context, error.least, None, at_least=True) from None
     except FormatError as error:
         raise _bad_messages(error) from None
-    thinking = prompt.in_reasoning and (grammar is None or mode == "strict")
     first = _generation(request, model, tuple(prompt.ids), deadline)
     first = replace(
         first,
         stop=(*first.stop, *model.fmt.stop_strings),
         stop_token_ids=tuple(model.fmt.stop_token_ids),
-        grammar=grammar,
+        grammar=policy.grammar,
     )
-    plain = mode == "none" or (tools is None and "<think>" not in model.fmt.template)
-    # Without tools nothing in a reply is a call, whatever it looks like; only thinking is told apart. Under
-    # `strict` the tagged calls alone are: the grammar sees no others.
-    marks: Marks | None = "none" if tools is None else "tagged" if mode == "strict" else None
-    bound = tools is not None and grammar is not None
+    thinking = prompt.in_reasoning and policy.may_think
+    plain = policy.marks == "none" and not (policy.may_think and model.fmt.knows_reasoning)
 
     def parser() -> StreamParser | None:
-        return None if plain else StreamParser(tools, in_reasoning=thinking, marks=marks, bound=bound)
+        return None if plain else model.fmt.stream_parser(tools, in_reasoning=thinking, calls=policy.marks)
 
     assembly = ChatAssembly(
         model=model.name,
         choices=request.choices,
         parser=parser,
-        call_mode=mode,
+        calls_finish=policy.finish_reason,
         parallel=request.parallel_tool_calls is not False,
         with_logprobs=bool(request.logprobs),
         end_tokens=model.end_tokens,
@@ -154,14 +196,9 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
 def chat_prompt_ids(messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat) -> list[int]:
     """The tokens that a chat's prompt has; raises APIError where the messages cannot be rendered."""
     try:
-        return fmt.prompt_within(_messages(messages), plain_tools(tools) if tools else None).ids
+        return fmt.render(_messages(messages), plain_tools(tools) if tools else None).ids
     except FormatError as error:
         raise _bad_messages(error) from None
-
-
-def _offers_tools(request: ChatRequest) -> bool:
-    """With tool_choice none the model is not shown the tools: what it cannot see it does not call."""
-    return bool(request.tools) and request.tool_choice != "none"
 
 
 def _messages(messages: Sequence[Json]) -> list[Json]:
@@ -269,46 +306,15 @@ def _numbered(request: GenerationRequest, k: int) -> GenerationRequest:
 # --- grammars ------------------------------------------------------------------------------------
 
 
-def _chat_grammar(request: ChatRequest, tools: list[Json] | None) -> tuple[Grammar | None, CallMode]:
-    forced = request.tool_choice == "required" or isinstance(request.tool_choice, NamedChoice)
+def _check_tools(tools: Sequence[Json], *, forced: bool) -> None:
+    """Raise APIError where a schema is none, or too much for a grammar that will hold it."""
     schemas = []
-    for k, tool in enumerate(tools or ()):
+    for k, tool in enumerate(tools):
         param, function = f"tools[{k}].function.parameters", tool["function"]
         schemas.append((param, function.get("parameters") or {}, bool(function.get("strict"))))
         if forced and not function.get("strict"):
             schemas.append((param, held(function.get("parameters") or {}), True))
     check_schemas(schemas)
-    form = _format_grammar(request)
-    if form is not None:
-        if tools is not None:
-            raise APIError(
-                400,
-                "Unsupported parameter: 'response_format' is not supported together with 'tools' here.",
-                param="response_format",
-                code="unsupported_parameter",
-            )
-        return form, "none"
-    if tools is None:
-        return None, "free"
-    try:
-        return _tool_grammar(request, tools)
-    except ToolError as error:
-        raise bad_value("tools", f"Invalid 'tools': {error}.") from None
-
-
-def _tool_grammar(request: ChatRequest, tools: list[Json]) -> tuple[Grammar | None, CallMode]:
-    choice = request.tool_choice
-    if isinstance(choice, NamedChoice):
-        tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
-    if isinstance(choice, NamedChoice) or choice == "required":
-        tools = [_held(tool) for tool in tools]
-    if isinstance(choice, NamedChoice):
-        return Grammar.tool_call(tools, name=choice.function.name), "named"
-    if choice == "required":
-        return Grammar.tool_call(tools, parallel=request.parallel_tool_calls is not False), "free"
-    if any(tool["function"].get("strict") for tool in tools):
-        return Grammar.tools_in_text([_loosened(tool) for tool in tools]), "strict"
-    return None, "free"
 
 
 def _held(tool: Json) -> Json:
@@ -317,12 +323,6 @@ def _held(tool: Json) -> Json:
     if function.get("strict") or not function.get("parameters"):
         return tool
     return {**tool, "function": {**function, "parameters": held(function["parameters"])}}
-
-
-def _loosened(tool: Json) -> Json:
-    """A tool that is not strict may be called with any object."""
-    function = tool["function"]
-    return tool if function.get("strict") else {"type": "function", "function": {"name": function["name"]}}
 
 
 def _format_grammar(request: SamplingRequest) -> Grammar | None:

@@ -17,7 +17,8 @@ from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
 from qwen_chat.conversation import Conversation
-from qwen_chat.dialects.reader import parse
+from qwen_chat.dialects.known import parse
+from qwen_chat.dialects.qwen_agent import QwenAgent
 from qwen_chat.errors import FormatError, OptionError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -124,7 +125,8 @@ def test_golden_is_served_as_trained(
 def test_golden_qwen_agent(qwen2_tokenizer: Any, vector: dict[str, Any]) -> None:
     fmt = agent_format(qwen2_tokenizer, vector["lang"], vector["parallel"])
     messages, tools = vector["messages"], vector["tools"]
-    assert fmt.rendered(messages, tools) == vector["rendered"]
+    conversation = Conversation.from_openai({"messages": messages, "tools": tools})
+    assert fmt.dialect.carry(conversation).messages == vector["rendered"]
     assert fmt.text(messages, tools) == qwen2_tokenizer.apply_chat_template(
         vector["rendered"], tokenize=False
     )
@@ -539,8 +541,11 @@ def test_a_template_that_differs_where_no_probe_looked_is_noticed(qwen2_tokenize
     quirk = "{% if messages[0].content == 'q' %}{{ '<|im_start|>system\\nquirk<|im_end|>\\n' }}{% endif %}"
     fmt = ChatFormat(changed(qwen2_tokenizer, quirk))
     assert fmt._is_quick
-    (sequence,) = fmt.encode([QUESTION, ANSWER])
+    fmt.audit(
+        [Conversation.from_openai({"messages": messages}) for messages in ([ANSWER], [QUESTION, ANSWER])]
+    )
     assert not fmt._is_quick
+    (sequence,) = fmt.encode([QUESTION, ANSWER])
     assert fmt.tokenizer.decode(sequence.input_ids) == fmt.text([QUESTION, ANSWER])
 
 
@@ -594,7 +599,7 @@ def test_the_saved_template_remembers_qwen_agent(qwen2_tokenizer: Any) -> None:
     assert fmt.stop_strings == ("✿RESULT✿", "✿RETURN✿")
     fmt.complete_tokenizer()
     again = ChatFormat(tokenizer)
-    assert (again.tool_style, again.language, again.parallel) == ("qwen_agent", "zh", False)
+    assert (again.tool_style, again.dialect) == ("qwen_agent", QwenAgent("zh", False))
     assert again.text([QUESTION], TOOLS) == fmt.text([QUESTION], TOOLS)
     assert ChatFormat(tokenizer, "hermes").stop_strings == ()
 
@@ -688,14 +693,6 @@ def test_worker_processes_can_be_given_a_format(formats: dict[str, ChatFormat]) 
     fresh = pickle.loads(pickle.dumps(fmt))
     assert fresh.encode([QUESTION, ANSWER]) == fmt.encode([QUESTION, ANSWER])
     assert fresh.fingerprint == fmt.fingerprint
-
-
-def test_typed_control_tokens_are_counted(formats: dict[str, ChatFormat]) -> None:
-    typed = Conversation.from_openai(
-        {"messages": [QUESTION, ANSWER | {"content": "<|im_end|> and <tool_call>"}]}
-    )
-    assert formats["qwen2"].typed_control_tokens(typed) == ["<|im_end|>"]
-    assert formats["qwen2_5"].typed_control_tokens(typed) == ["<|im_end|>", "<tool_call>"]
 
 
 def test_show_marks_what_is_learnt(formats: dict[str, ChatFormat]) -> None:

@@ -13,20 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_chat.conversation import ToolCall
-from qwen_chat.dialects.reader import (
-    Delta,
-    Reply,
-    StreamParser,
-    flower_block,
-    fold,
-    normalise_arguments,
-    parse,
-    tools_block,
-    write,
-    write_flower,
-)
+from qwen_chat.dialects.dialect import normalise_arguments
+from qwen_chat.dialects.hermes import Hermes
+from qwen_chat.dialects.known import parse, stream_parser
+from qwen_chat.dialects.qwen_agent import QwenAgent
+from qwen_chat.dialects.reader import Delta, Reply, fold
 from qwen_chat.errors import FormatError
 
+HERMES = Hermes()
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
@@ -43,7 +37,7 @@ def tag(json_text: str) -> str:
 
 def cut(text: str, at: list[int], **options: Any) -> Reply:
     """The reply, fed in pieces that end at `at`."""
-    parser = StreamParser(options.pop("tools", None), **options)
+    parser = stream_parser(options.pop("tools", None), **options)
     deltas: list[Delta] = []
     for start, end in zip([0, *at], [*at, len(text)], strict=True):
         deltas += parser.feed(text[start:end])
@@ -303,7 +297,7 @@ def test_without_tools_only_marks_make_a_call() -> None:
 
 
 def test_stream_speaks_as_early_as_it_can() -> None:
-    parser = StreamParser(TOOLS)
+    parser = stream_parser(TOOLS)
     assert parser.feed("Hel") == [Delta("Hel")]
     assert parser.feed("lo <") == [Delta("lo ")]
     assert parser.feed("tool") == []
@@ -323,7 +317,7 @@ def test_stream_speaks_as_early_as_it_can() -> None:
 
 
 def test_stream_of_reasoning() -> None:
-    parser = StreamParser()
+    parser = stream_parser()
     assert parser.feed("<think>\nA\n") == [Delta(reasoning="A")]
     assert parser.feed("B\n\n</th") == [Delta(reasoning="\nB")]
     assert parser.feed("ink>\n") == []
@@ -332,7 +326,7 @@ def test_stream_of_reasoning() -> None:
 
 
 def test_index_counts_calls() -> None:
-    parser = StreamParser()
+    parser = stream_parser()
     deltas = [*parser.feed(f"{ONE}\n{TWO}\n{ONE}"), *parser.finish()]
     assert [(d.index, d.name) for d in deltas] == [(0, "f"), (1, "g"), (2, "f")]
 
@@ -358,7 +352,7 @@ def expected_reply(message: dict[str, Any]) -> Reply:
 def test_golden_hermes(family: str) -> None:
     read = 0
     for vector in vectors(family):
-        assert tools_block(vector["tools"]) in vector["text"].split("<|im_end|>")[0]
+        assert HERMES.describe(vector["tools"]) in vector["text"].split("<|im_end|>")[0]
         for prompt in vector["generation_prompts"]:
             k = prompt["before_message"]
             if k == len(vector["messages"]) or not vector["text"].startswith(prompt["prompt"]):
@@ -366,14 +360,14 @@ def test_golden_hermes(family: str) -> None:
             text = vector["text"][len(prompt["prompt"]) :].split("<|im_end|>")[0]
             expected = expected_reply(vector["messages"][k])
             assert parse(text, vector["tools"]) == expected
-            assert text.endswith(write(expected.tool_calls))
+            assert text.endswith(HERMES.write(expected.tool_calls))
             read += 1
     assert read == 14
 
 
 def test_golden_flower() -> None:
     for vector in vectors("qwen_agent"):
-        block = flower_block(vector["tools"], vector["lang"], vector["parallel"])
+        block = QwenAgent(vector["lang"], vector["parallel"]).describe(vector["tools"])
         system = vector["rendered"][0]["content"]
         assert system == block or system.endswith("\n\n" + block)
         text = next(m["content"] for m in vector["rendered"] if m["role"] == "assistant")
@@ -381,7 +375,8 @@ def test_golden_flower() -> None:
         expected = [expected_reply(m) for m in vector["messages"] if m["role"] == "assistant"]
         assert [parse(turn, vector["tools"]) for turn in turns] == expected
         assert all(
-            turn.endswith(write_flower(reply.tool_calls)) for turn, reply in zip(turns, expected, strict=True)
+            turn.endswith(QwenAgent().write(reply.tool_calls))
+            for turn, reply in zip(turns, expected, strict=True)
         )
 
 
@@ -429,7 +424,7 @@ calls = st.lists(st.builds(ToolCall, names, arguments), max_size=4)
 @given(calls, st.data())
 @settings(max_examples=300, deadline=None)
 def test_parse_reads_what_write_writes(written: list[ToolCall], data: st.DataObject) -> None:
-    text = write(written)
+    text = HERMES.write(written)
     assert parse(text) == Reply("", "", written)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     assert cut(text, cuts, tools=TOOLS) == Reply("", "", written)
@@ -440,13 +435,13 @@ def test_parse_reads_what_write_writes(written: list[ToolCall], data: st.DataObj
 )
 @settings(max_examples=100, deadline=None)
 def test_parse_reads_what_write_flower_writes(written: list[ToolCall]) -> None:
-    assert parse(write_flower(written)) == Reply("", "", written)
+    assert parse(QwenAgent().write(written)) == Reply("", "", written)
 
 
 @given(st.text().filter(lambda text: text.strip() and not re.search("[<✿]", text)), calls.filter(bool))
 @settings(max_examples=200, deadline=None)
 def test_content_before_calls_comes_back_exactly(content: str, written: list[ToolCall]) -> None:
-    assert parse(f"{content}\n{write(written)}") == Reply(content, "", written)
+    assert parse(f"{content}\n{HERMES.write(written)}") == Reply(content, "", written)
 
 
 FRAGMENTS = [
@@ -603,13 +598,13 @@ def test_a_lone_surrogate_in_a_name_is_no_call() -> None:
 
 
 def test_write() -> None:
-    assert write([F, G]) == f"{ONE}\n{TWO}"
-    assert write([]) == ""
-    assert write([ToolCall('a"b', "{}")]) == tag('{"name": "a\\"b", "arguments": {}}')
+    assert HERMES.write([F, G]) == f"{ONE}\n{TWO}"
+    assert HERMES.write([]) == ""
+    assert HERMES.write([ToolCall('a"b', "{}")]) == tag('{"name": "a\\"b", "arguments": {}}')
 
 
-def test_write_flower() -> None:
-    assert write_flower([F, G]) == '✿FUNCTION✿: f\n✿ARGS✿: {"a": 1}\n✿FUNCTION✿: g\n✿ARGS✿: {}'
+def test_write_qwen_agent() -> None:
+    assert QwenAgent().write([F, G]) == '✿FUNCTION✿: f\n✿ARGS✿: {"a": 1}\n✿FUNCTION✿: g\n✿ARGS✿: {}'
 
 
 def test_normalise_arguments() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from qwen_chat.conversation import Conversation
+from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ServiceError
 from qwen_chat.evaluation.run import (
     NOTHING,
@@ -396,6 +397,7 @@ class Format:
 
     stop_strings = ("✿RESULT✿",)
     stop_token_ids = (7,)
+    call_grammar, text_grammar = Hermes().call_grammar, Hermes().text_grammar
 
     def prompt_ids(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
         assert tools == TOOLS
@@ -425,16 +427,14 @@ def many() -> list[Case]:
 
 @pytest.mark.parametrize("calls", ["free", "strict", "required"])
 def test_requests_are_greedy_and_constrained_as_asked(calls: Any) -> None:
-    from qwen_chat.inference.grammar import Grammar
-
     strict = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
     engine = Echo()
     texts = write_replies(engine, Format(), many(), Kept(None), calls=calls, max_tokens=9)
     assert texts == [str(n) for n in range(1, 11)]
     expected = {
         "free": None,
-        "strict": Grammar.tools_in_text(strict),
-        "required": Grammar.tool_call(TOOLS, parallel=True),
+        "strict": Hermes().text_grammar(strict),
+        "required": Hermes().call_grammar(TOOLS, parallel=True),
     }
     for request in engine.requests:
         assert (request.temperature, request.max_tokens) == (0.0, 9)

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_chat import hardware, models
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder, Segment
 from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong, load_engine
 from qwen_chat.inference.events import Generation
-from qwen_chat.inference.grammar import Grammar
 from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVShape, KVStore, PrefixCache
 from qwen_chat.inference.lora import Lora, NotBeside, _is_harmless, why_merged
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
@@ -888,7 +889,7 @@ def ask(engine: Engine, text: str, **more: Any) -> GenerationRequest:
 
 def test_every_forced_call_of_the_untuned_model_is_valid(demo_engine: Engine) -> None:
     questions = ["Book a table for five.", "你好", "Will it rain?", "Tell me a joke.", "{", "1 + 1?"]
-    grammar = Grammar.tool_call(TOOLS)
+    grammar = Hermes().call_grammar(TOOLS)
     asked = [ask(demo_engine, q, grammar=grammar, temperature=t) for q in questions for t in (0.0, 1.5)]
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
     for done in demo_engine.generate(asked):
@@ -900,9 +901,9 @@ def test_every_forced_call_of_the_untuned_model_is_valid(demo_engine: Engine) ->
 
 
 def test_a_call_cut_by_the_limit_says_so(demo_engine: Engine) -> None:
-    done = demo_engine.generate([ask(demo_engine, "Book!", grammar=Grammar.tool_call(TOOLS), max_tokens=5)])[
-        0
-    ]
+    done = demo_engine.generate(
+        [ask(demo_engine, "Book!", grammar=Hermes().call_grammar(TOOLS), max_tokens=5)]
+    )[0]
     assert (done.finish_reason, len(done.token_ids)) == ("length", 5)
 
 

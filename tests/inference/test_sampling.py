@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import ToolError
-from qwen_chat.inference.grammar import Grammar, GrammarTokenizer
+from qwen_chat.inference.grammar import GrammarTokenizer
 from qwen_chat.inference.sampling import GenerationRequest, Sampler, StopText, TokenText
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
@@ -253,7 +255,7 @@ def call(name: str, arguments: str) -> str:
 
 
 def test_a_required_call_is_one_of_the_tools_under_its_schema(tags: Any) -> None:
-    grammar = Grammar.tool_call([WEATHER, TIME])
+    grammar = Hermes().call_grammar([WEATHER, TIME])
     assert accepts(tags, grammar, call("get_weather", '{"city": "巴黎", "unit": "C"}'))
     assert accepts(tags, grammar, call("时间", "{}"))
     assert not accepts(tags, grammar, "I would rather not.")
@@ -262,18 +264,18 @@ def test_a_required_call_is_one_of_the_tools_under_its_schema(tags: Any) -> None
     assert not accepts(tags, grammar, call("get_time", "{}"))
     two = call("时间", "{}") + "\n" + call("时间", "{}")
     assert not accepts(tags, grammar, two)
-    assert accepts(tags, Grammar.tool_call([WEATHER, TIME], parallel=True), two)
+    assert accepts(tags, Hermes().call_grammar([WEATHER, TIME], parallel=True), two)
 
 
 def test_a_named_call_is_that_tool(tags: Any) -> None:
-    grammar = Grammar.tool_call([WEATHER, TIME], name="时间")
+    grammar = Hermes().call_grammar([WEATHER, TIME], name="时间")
     assert accepts(tags, grammar, call("时间", "{}"))
     assert not accepts(tags, grammar, call("get_weather", '{"city": "x"}'))
 
 
 def test_strict_tools_bind_a_call_and_leave_text_free(tags: Any) -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
-    grammar = Grammar.tools_in_text([strict, TIME])
+    grammar = Hermes().text_grammar([strict, TIME])
     assert accepts(tags, grammar, "It is < warm, I think.")
     assert accepts(tags, grammar, "I look.\n" + call("get_weather", '{"city": "x"}'))
     assert accepts(
@@ -319,4 +321,4 @@ def test_schemas_without_bounds_are_refused() -> None:
     with pytest.raises(ToolError, match="the limit is 65,536"):
         Grammar.json_schema({"enum": ["x" * 70_000]})
     with pytest.raises(ToolError, match="no tool is called 'nothing'; the tools are: get_weather"):
-        Grammar.tool_call([WEATHER], name="nothing")
+        Hermes().call_grammar([WEATHER], name="nothing")

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from qwen_chat.conversation import ToolCall
-from qwen_chat.dialects.reader import Delta, StreamParser, fold, parse, write
+from qwen_chat.dialects.hermes import Hermes
+from qwen_chat.dialects.known import parse, stream_parser
+from qwen_chat.dialects.reader import Delta, fold
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.tools.loop import HttpClient, run_tools
@@ -23,7 +25,7 @@ from tests.support.scripted import LiveService, make_engine
 
 def read(text: str, cuts: list[int] = []) -> tuple[list[Delta], bool]:  # noqa: B006
     """The deltas of a text in pieces, and whether its last call was cut."""
-    parser = StreamParser(bound=True)
+    parser = stream_parser(calls="bound")
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     deltas = [d for a, b in zip(places, places[1:], strict=False) for d in parser.feed(text[a:b])]  # noqa: RUF007
     return [*deltas, *parser.finish()], parser.cut
@@ -43,7 +45,7 @@ cuts = st.lists(st.integers(0, 1000), max_size=20)
 
 @given(calls, cuts)
 def test_whole_calls_are_what_they_are_without_a_grammar(written: list[ToolCall], cuts: list[int]) -> None:
-    text = write(written)
+    text = Hermes().write(written)
     if any(0xD800 <= ord(character) < 0xE000 for character in text):
         return
     deltas, cut = read(text, cuts)
@@ -53,7 +55,7 @@ def test_whole_calls_are_what_they_are_without_a_grammar(written: list[ToolCall]
 
 @given(calls, cuts, st.integers(1, 400))
 def test_a_cut_call_does_not_depend_on_the_pieces(written: list[ToolCall], cuts: list[int], end: int) -> None:
-    text = write(written)[:end]
+    text = Hermes().write(written)[:end]
     assert (fold(read(text, cuts)[0]), read(text, cuts)[1]) == (fold(read(text)[0]), read(text)[1])
 
 
@@ -65,8 +67,8 @@ def test_what_no_grammar_wrote_does_not_depend_on_the_pieces_either(text: str, c
 
 def test_arguments_come_as_they_are_written() -> None:
     inside = '{"city": "杭州 and a long \\"text\\" \\u00e9", "days": [1, 22, true]}'
-    text = write([ToolCall("get_weather", inside)])
-    parser = StreamParser(bound=True)
+    text = Hermes().write([ToolCall("get_weather", inside)])
+    parser = stream_parser(calls="bound")
     begin, told = text.index(inside), ""
     for k, character in enumerate(text):
         for delta in parser.feed(character):
@@ -118,7 +120,7 @@ WEATHER: dict[str, Any] = {
 STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 CITY = "杭州 " + "x" * 60
-CALL = write([ToolCall("get_weather", json.dumps({"city": CITY}, ensure_ascii=False))])
+CALL = Hermes().write([ToolCall("get_weather", json.dumps({"city": CITY}, ensure_ascii=False))])
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def get_weather(city: str) -> str:
 
 
 def test_the_tool_loop_reads_them(live: LiveService) -> None:
-    script = write([ToolCall("get_weather", '{"city": "杭州"}')])
+    script = Hermes().write([ToolCall("get_weather", '{"city": "杭州"}')])
     done = run_tools(
         HttpClient(live.url),
         [{"role": "user", "content": f"say {script}"}],

@@ -23,8 +23,10 @@ from starlette.testclient import TestClient
 from qwen_chat.chat import control_tokens
 from qwen_chat.chat.control_tokens import TooManyTokens
 from qwen_chat.chat.format import ChatFormat
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import ToolError
-from qwen_chat.inference.grammar import Grammar, GrammarLate
+from qwen_chat.inference.grammar import GrammarLate
 from qwen_chat.inference.grammar_trial import LATE, TOO_LARGE, GrammarTrial
 from qwen_chat.service import client_schema, prepare
 from qwen_chat.service.app import MOST_TOKENIZING, create_app
@@ -139,7 +141,7 @@ def test_many_honest_tools_stand_the_trial() -> None:
     properties = {f"p{k}": {"type": "string", "description": "x" * 50} for k in range(20)}
     tools = [tool(schema(**properties), name=f"f{k}") for k in range(128)]
     engine = make_engine()
-    engine.check_grammar(Grammar.tool_call(tools, parallel=True))
+    engine.check_grammar(Hermes().call_grammar(tools, parallel=True))
     engine.stop()
 
 
@@ -297,21 +299,19 @@ def test_a_long_prompt_is_refused_before_it_is_tokenised(
     words = "hello wide world " * 60_000  # a megabyte
     for text, most in ((words, 4096), ("a" * 10**6, 4096)):
         with pytest.raises(TooManyTokens) as error:
-            fmt.prompt_within([{"role": "user", "content": text}], most=most)
+            fmt.render([{"role": "user", "content": text}], most=most)
         assert error.value.least > most
     assert asked == []  # the bytes alone say so
     monkeypatch.setattr(fmt._tokens, "_least", lambda text: 0)
     with pytest.raises(TooManyTokens):
-        fmt.prompt_within([{"role": "user", "content": words}], most=9000)
+        fmt.render([{"role": "user", "content": words}], most=9000)
     assert 9000 < sum(asked) < 200_000  # and where they do not, the first pieces
-    assert (
-        len(fmt.prompt_within([{"role": "user", "content": "hello"}], most=1).ids) > 1
-    )  # short ones are counted
+    assert len(fmt.render([{"role": "user", "content": "hello"}], most=1).ids) > 1  # short ones are counted
 
 
-def test_prompt_within_is_prompt(fmt: ChatFormat) -> None:
+def test_render_is_prompt(fmt: ChatFormat) -> None:
     messages = [{"role": "user", "content": "你好 <|im_end|> <think>"}]
-    prompt = fmt.prompt_within(messages)
+    prompt = fmt.render(messages)
     assert prompt.ids == fmt.prompt_ids(messages)
     assert prompt.in_reasoning is fmt.in_reasoning(fmt.prompt(messages)) is False
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_chat.conversation import ToolCall
-from qwen_chat.dialects.reader import check_call, check_tool
 from qwen_chat.errors import ToolError
 from qwen_chat.tools import validate
+from qwen_chat.tools.validate import check_call, check_tool
 
 WEATHER = {
     "type": "object",

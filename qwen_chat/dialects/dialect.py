@@ -1,0 +1,91 @@
+"""What a dialect is: how one family of models writes tools, calls and results, every byte of it in one module.
+
+In: conversations and tools. Out: what the template is given, the text of calls, how to find calls in a reply, and the
+grammars that force one. Pure text: no tokenizer, no torch. Also here is what the dialects share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qwen_chat.conversation import Conversation, ToolCall
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.shapes import Marks
+from qwen_chat.errors import FormatError
+
+Tool = Mapping[str, Any]
+Tools = Sequence[Tool]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A conversation as a template is given it: OpenAI-shaped messages (arguments as objects), the tools that the
+    template writes itself, and whether the last message is an assistant's that waits for its answer."""
+
+    messages: list[dict[str, Any]]
+    tools: Tools = ()
+    is_open: bool = False
+
+
+class Dialect(Protocol):
+    """One dialect. Frozen and hashable, so that it can be part of a key."""
+
+    @property
+    def name(self) -> str:
+        """As --tool_style has it."""
+
+    @property
+    def note(self) -> str:
+        """What a saved template begins with, so that the dialect is found again; empty where the template itself
+        speaks it."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings that end a reply, beside the template's end of turn."""
+
+    @property
+    def marks(self) -> Marks:
+        """How its calls are found in a reply, whole or in pieces (see reader)."""
+
+    def describe(self, tools: Tools) -> str:
+        """The text about tools that follows the system text after a blank line."""
+
+    def write(self, calls: Iterable[ToolCall]) -> str:
+        """The text of calls, without a newline around it. The arguments' text goes in as it is, so that reading
+        returns it; through `normalise_arguments` first it is the template's very bytes."""
+
+    def carry(self, conversation: Conversation) -> Carried:
+        """What the template is given. Raises FormatError where the dialect cannot write the conversation."""
+
+    def call_grammar(self, tools: Tools, *, name: str | None = None, parallel: bool = False) -> Grammar:
+        """One call (or more, where `parallel`) of the tool `name` or any of `tools`, valid arguments. Raises ToolError
+        where `name` is not among the tools or a tool's schema cannot be used."""
+
+    def text_grammar(self, tools: Tools) -> Grammar:
+        """Free text in which every call that is begun becomes one of `tools` (tool_choice auto): under its schema
+        where the tool says `strict`, else with any object as arguments. Raises ToolError as `call_grammar`."""
+
+
+def function_of(tool: Tool) -> Tool:
+    """The function that a tool describes, in OpenAI's wrapping or bare."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, Mapping) else {}
+
+
+def normalise_arguments(arguments: str | Mapping[str, Any] | None) -> str:
+    """Arguments as the templates write them, `json.dumps(object, ensure_ascii=False)`; none at all is `{}`.
+
+    Raises FormatError for what is not a JSON object or its text.
+    """
+    value: object = arguments or {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"arguments are no JSON ({error}); expected the text of an object") from None
+    if not isinstance(value, Mapping):
+        raise FormatError(f"arguments hold {type(value).__name__}; expected an object")
+    return json.dumps(value, ensure_ascii=False)
