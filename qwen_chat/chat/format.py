@@ -186,12 +186,15 @@ class ChatFormat:
         ]
 
     def audit(self, conversations: Iterable[Conversation]) -> None:
-        """Compare the quick renderer with the template on some of the real data, before any of it is encoded; where
-        they differ, the template alone is used from here on. (That they agree on the probes was seen before.)"""
-        self._is_quick = self._is_quick and all(
-            self._quick.text(conversation) == self._render(conversation, generation=False)
-            for conversation in conversations
-        )
+        """Compare the quick renderer with the template on some of the real data, before any of it is encoded. Where
+        they differ, or one refuses, the template alone is used from here on. (On the probes they agree.)"""
+        try:
+            self._is_quick = self._is_quick and all(
+                self._quick.text(conversation) == self._render(conversation, generation=False)
+                for conversation in conversations
+            )
+        except (FormatError, RecursionError):
+            self._is_quick = False
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:

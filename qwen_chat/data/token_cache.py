@@ -75,6 +75,7 @@ _FILES: dict[str, type[np.generic]] = {
 }
 # What decides which tokens come out: these files and folders of the package, by content.
 _CODE = ("conversation.py", "chat", "data", "dialects", "tools")
+AUDITED = 64  # conversations at most on which a format's quick way is compared with its template
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -92,6 +93,7 @@ class Format(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+    def audit(self, conversations: Iterable[Conversation]) -> None: ...
     def encode_many(
         self, conversations: Sequence[Conversation], train_on: TrainOn = "all"
     ) -> Sequence[Sequence[EncodedLike]]: ...
@@ -253,11 +255,14 @@ def tokenise(
     """
     options = _Options(max_length, too_long, train_on)
     key = _key(records, fmt, options)
+    sample = (records[i] for i in range(0, len(records), len(records) // AUDITED + 1))
     if lazy:
+        fmt.audit(sample)
         return LazyData(records, fmt, options, key, workers)
     folder = Path(cache_dir or default_cache_dir()) / "tokens" / key
 
     def build(aside: Path) -> None:
+        fmt.audit(sample)
         blocks = _blocks(records, fmt, options, range(len(records)), workers)
         _build(aside, blocks, records, options, progress)
 

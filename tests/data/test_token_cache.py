@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Letters:
     fingerprint: str = "letters"
     turns: bool = False
     asked: int = 0
+    audited: int = 0
+
+    def audit(self, conversations: Iterable[Conversation]) -> None:
+        self.audited = len(list(conversations))
 
     def encode_many(
         self, conversations: Sequence[Conversation], train_on: str = "all"
@@ -349,7 +353,7 @@ def test_a_second_time_nothing_is_tokenised(data: Records, tmp_path: Path) -> No
     first = tokenise(data, fmt, max_length=120, cache_dir=tmp_path, workers=1)
     asked, fmt.asked = fmt.asked, 0
     second = tokenise(data, fmt, max_length=120, cache_dir=tmp_path)
-    assert (asked, fmt.asked) == (700, 0)
+    assert (asked, fmt.asked, fmt.audited) == (700, 0, 64)
     assert everything(first) == everything(second)
 
 
