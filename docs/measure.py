@@ -23,7 +23,7 @@ PACKAGE = ROOT / "qwen_chat"
 # Which rooms may import which: a room imports only rooms of earlier floors (and itself).
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("conversation", "console", "hardware", "threads"),
+    ("conversation", "console", "families", "hardware", "threads"),
     ("files",),
     ("cli", "tools"),
     ("dialects",),

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors, models
+from qwen_chat import errors, families, models
 from qwen_chat.cli import run_problems
 from qwen_chat.cli.parser import option
 from qwen_chat.cli.run_options import Run
@@ -42,6 +42,7 @@ def main() -> int:
     run, values = run_problems.read_run_and(sys.argv[1:], PlanArguments, about=str(__doc__), needs_data=False)
     options = values[PlanArguments]
     config = read_config(run.model.model)
+    families.check_trainable(config, run.model.model)
     shape = memory_plan.Shape.of(config)
     if not shape.counted:
         raise ModelError(
@@ -49,7 +50,7 @@ def main() -> int:
             f" {', '.join(memory_plan.COUNTED)}; finetune.py tunes it without a plan"
         )
     counted = count_data(run) if run.data.data_path else {}
-    for note in models.positions_note(config, counted.get("longest", run.data.model_max_length)):
+    for note in families.positions_note(config, counted.get("longest", run.data.model_max_length)):
         print(f"note: {note}", file=sys.stderr)
     setup, have = situation(run, options, counted)
     assert have.free is not None, "situation ends where it is not known"

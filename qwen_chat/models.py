@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwen_chat import demo_model, hardware
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import MissingDependency, ModelError
+from qwen_chat.families import check_trainable
 
 if TYPE_CHECKING:
     import torch
@@ -33,43 +34,6 @@ if not hardware.has_accelerator():
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 Quantize = Literal["nf4"]
-# Model types whose rows are shown to be right (tests/training/test_probe.py); any other is proven or refused
-# (training/probe.py).
-TRAINABLE = (
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "llama",
-    "mistral",
-    "phi3",
-    "gemma",
-    "olmo2",
-    "smollm3",
-)
-# What in a config.json tells for certain that rows of several conversations would be learnt wrong, and why.
-_ATTENDS = {"full_attention", "attention", "sliding_attention", "chunked_attention"}  # kinds of layers
-_STATE = "layers carry a state from one conversation of a row into the next"
-_STATES = (  # settings of convolutions, recurrences and their places, from transformers' hybrid models
-    "linear_conv_kernel_dim",
-    "mamba_d_conv",
-    "mamba_d_state",
-    "conv_L_cache",
-    "conv_kernel",
-    "ssm_state_size",
-    "linear_attn_config",
-    "lru_width",
-)
-_LOGITS = "the logits are changed after the head, inside which the loss is formed"
-_SCORES = "the attention over rows knows no cap on its scores"
-_CHANGES = {
-    "final_logit_softcapping": _LOGITS,
-    "logit_scale": _LOGITS,
-    "logits_scaling": _LOGITS,
-    "lm_head_multiplier": _LOGITS,
-    "attn_logit_softcapping": _SCORES,
-}
-_SINKS = {"gpt_oss": "the attention over rows has no sinks"}
 Device = Literal["auto", "cpu"]
 
 
@@ -127,11 +91,8 @@ def check_folder(folder: Path, *, for_training: bool = False) -> None:
     config = read_config(folder)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'}: no model_type; expected a transformers model")
-    if for_training and (why := _why_not_trained(config)):
-        raise ModelError(
-            f"{folder / 'config.json'}: a model of type '{config['model_type']}' cannot be trained here: {why};"
-            f" model types that work: {', '.join(TRAINABLE)}"
-        )
+    if for_training:
+        check_trainable(config, folder / "config.json")
     index = folder / "model.safetensors.index.json"
     wanted = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
     missing = sorted(file for file in wanted if not (folder / file).is_file())
@@ -143,42 +104,9 @@ def check_folder(folder: Path, *, for_training: bool = False) -> None:
         raise ModelError(f"{folder}: no weights in it; expected model.safetensors")
 
 
-def _why_not_trained(config: dict[str, Any]) -> str:
-    """What in a config.json (or its text_config) tells for certain that training would be wrong; else ""."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        types = part.get("layer_types")
-        others = {str(kind) for kind in types} - _ATTENDS if isinstance(types, list) else set()
-        if others:
-            return f"layer_types has {', '.join(sorted(others))}: {_STATE}"
-        if state := [name for name in _STATES if part.get(name) is not None]:
-            return f"it has {state[0]}: {_STATE}"
-        for name, why in _CHANGES.items():
-            if part.get(name) not in (None, 1, 1.0):
-                return f"{name} is {part[name]}: {why}"
-        if (kind := part.get("model_type")) in _SINKS:
-            return _SINKS[kind]
-    return ""
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json (or the file itself); ModelError where it cannot be read."""
     return _read_json(folder if folder.is_file() else folder / "config.json")
-
-
-def positions_note(config: Mapping[str, Any], longest: int) -> tuple[str, ...]:
-    """A line where conversations have more tokens (`longest`) than a config.json has positions, else nothing."""
-    text = config.get("text_config") or config
-    known = int(text.get("max_position_embeddings") or 0)
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    if "original_max_position_embeddings" in rope:  # YaRN: what was trained, times the factor
-        known = max(known, int(rope["original_max_position_embeddings"] * float(rope.get("factor") or 1)))
-    if not 0 < known < longest:
-        return ()
-    return (
-        f"conversations of up to {longest:,} tokens for a model of {known:,} positions (max_position_embeddings):"
-        f" it never saw the ones beyond, and no prompt that long is served; --model_max_length {known} leaves them out",
-    )
 
 
 def adapter_base(adapter: Path) -> str:

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
-from qwen_chat.models import TRAINABLE
+from qwen_chat.families import TRAINABLE
 from qwen_chat.training.batches import Collator
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.packing import PackedRow

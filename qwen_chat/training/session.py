@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from qwen_chat import models
+from qwen_chat import families, models
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.cli.run_options import Run
 from qwen_chat.console import rank_zero
@@ -88,7 +88,7 @@ def plan(run: Run, model_path: Path, data: Data) -> memory_plan.Verdict:
     row, longest = longest_row(run, data)
     config = models.read_config(model_path)
     shape = memory_plan.Shape.of(config)
-    for note in models.positions_note(config, longest):
+    for note in families.positions_note(config, longest):
         rank_zero(f"note: {note}")
     verdict = memory_plan.decide(run, shape, row=row, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:

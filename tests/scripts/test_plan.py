@@ -146,3 +146,13 @@ def test_bad_input_is_one_line_and_status_2(words: list[str], said: str, seven: 
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_model_that_finetune_refuses_is_not_planned(seven: Path, tmp_path: Path) -> None:
+    config = json.loads((seven / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
+    done = plan("-m", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        f"{tmp_path}: a model of type 'qwen2' cannot be trained here: final_logit_softcapping" in done.stderr
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_chat import models
+from qwen_chat import families, models
 from qwen_chat.errors import ModelError
 from qwen_chat.training import attention, probe
 from tests.support.tiny_models import FAMILIES, tiny_model
@@ -65,7 +65,7 @@ def with_lora(model: Any) -> Any:
     return wrapped.train()
 
 
-@pytest.mark.parametrize("name", models.TRAINABLE)
+@pytest.mark.parametrize("name", families.TRAINABLE)
 def test_what_works_passes_by_far(name: str) -> None:
     """Full, and LoRA with dropout, under gradient checkpointing."""
     model = family(name)
@@ -174,7 +174,7 @@ def test_the_line_names_the_type_the_figures_and_what_works() -> None:
     text = str(caught.value)
     assert text.startswith("model type 'qwen2' cannot be trained in rows of several conversations (packed): ")
     assert text.endswith(
-        "(at most 1e-04, 1e-05, 1e-03); model types that work: " + ", ".join(models.TRAINABLE)
+        "(at most 1e-04, 1e-05, 1e-03); model types that work: " + ", ".join(families.TRAINABLE)
     )
 
 
