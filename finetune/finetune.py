@@ -44,7 +44,7 @@ def main() -> int:
 
     joined = session.join(prepared)
     folder = joined.folder
-    lock = checkpoints.Lock.take(folder) if is_rank_zero() else None
+    lock = checkpoints.lock(folder) if is_rank_zero() else None
     checkpoint, notes = ranks.share(run_folder.checkpoint(joined.before) if is_rank_zero() else None)
     tuned = tuned_model.build(joined)
     decisions = (*joined.decisions, *tuned.decisions, *joined.before.notes, *notes)

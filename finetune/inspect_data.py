@@ -29,6 +29,7 @@ from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation
 from qwen_chat.data import records
 from qwen_chat.errors import ChatError, DataError, MissingDependency, OptionError, OutputError
+from qwen_chat.files import written_whole
 
 if TYPE_CHECKING:
     from qwen_chat.data.token_cache import TokenisedData
@@ -148,16 +149,12 @@ def wants_colour(out: TextIO) -> bool:
 
 def write_canonical(conversations: Iterable[Conversation], path: Path) -> None:
     """One OpenAI-shaped object a line, whatever the input's kind; the file appears when it is whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("x", encoding="utf-8") as file:
+        with written_whole(path, replace=False) as file:
             for conversation in conversations:
                 file.write(json.dumps(conversation.to_openai(), ensure_ascii=False) + "\n")
-        os.link(aside, path)  # unlike a rename, never over a file that appeared meanwhile
     except OSError as error:
         raise OutputError(f"--write: {path} cannot be written ({error}); choose another place") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def text_histogram(lengths: Sequence[int]) -> Iterator[str]:

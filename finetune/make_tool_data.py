@@ -44,6 +44,7 @@ from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json, ToolCall
 from qwen_chat.data import checks, records
 from qwen_chat.errors import DataError, FormatError, OptionError, OutputError, Problem, ToolError
+from qwen_chat.files import write_whole
 from qwen_chat.tools.loop import check_tools, tool_schema
 from qwen_chat.tools.validate import check_call
 
@@ -120,7 +121,7 @@ def main() -> int:
     tools = read_tools(Path(str(options.tools)))
     rows = read_table(Path(str(options.table)), tools)
     lines = list(make(rows, tools, options))
-    output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    write_whole(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     report = records.open_records(output).report
     kinds = dict(Counter(line["type"] for line in lines))
     rank_zero(

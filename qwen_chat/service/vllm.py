@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
-from qwen_chat.files import cache_dir
+from qwen_chat.files import cache_dir, write_whole
 
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
@@ -120,7 +120,7 @@ def write_template(folder: Path) -> Path:
     file = cache_dir() / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(template, encoding="utf-8")
+        write_whole(file, template)
     except OSError as error:
         raise OutputError(f"{file}: cannot be written ({error.strerror}); set QWEN_CHAT_CACHE") from None
     return file

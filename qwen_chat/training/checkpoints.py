@@ -13,24 +13,21 @@ confirms. Beside it what keeps a run alone: the lock of OUTPUT_DIR.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_chat import files
 from qwen_chat.errors import CheckpointError, OutputError, TrainingError
 
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LOCK, ASIDE = ".lock", ".writing"
 NAME = re.compile(r"checkpoint-(\d+)")
-_BLOCK = 4 * 2**20
 
 
 # --------------------------------------------------------------------------------------- writing, verifying
@@ -60,12 +57,13 @@ def written_aside(
         yield aside
         barrier()
         if first:
-            _write(aside / name / RUN_FILE, json.dumps(dict(record), ensure_ascii=False, default=str))
+            text = json.dumps(dict(record), ensure_ascii=False, default=str)
+            files.write_whole(aside / name / RUN_FILE, text + "\n")
             seal(aside / name)
             if final.exists():  # a damaged one of the same step
                 shutil.rmtree(final)
             os.rename(aside / name, final)
-            sync_folder(folder)
+            files.sync(folder)
             shutil.rmtree(aside, ignore_errors=True)
     except Exception as error:
         if not is_write_error(error):
@@ -102,12 +100,11 @@ def seal(folder: Path) -> None:
     open_to_umask(folder)
     listed = {}
     for file in _files(folder):
-        listed[str(file.relative_to(folder))] = [file.stat().st_size, _hash(file)]
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-    _write(folder / MANIFEST, json.dumps({"files": listed}, indent=1))
+        listed[str(file.relative_to(folder))] = [file.stat().st_size, files.sha256(file)]
+        files.sync(file)
+    files.write_whole(folder / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        sync_folder(path)
+        files.sync(path)
 
 
 def damage(folder: Path) -> str | None:
@@ -124,7 +121,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes, expected {size:,}"
-        if _hash(file) != digest:
+        if files.sha256(file) != digest:
             return f"{name} has other content than was written"
     return None
 
@@ -165,12 +162,11 @@ def move_into(aside: Path, folder: Path) -> None:
     """Everything in `aside` to `folder`, flushed, in the umask's modes: whole files only."""
     open_to_umask(aside)
     for file in _files(aside):
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        files.sync(file)
         target = folder / file.relative_to(aside)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
-    sync_folder(folder)
+    files.sync(folder)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -182,32 +178,8 @@ def open_to_umask(folder: Path) -> None:
             file.chmod(mode)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def _umask() -> int:
@@ -293,42 +265,18 @@ def _shown(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------- the lock
 
 
-@dataclass
-class Lock:
-    """OUTPUT_DIR belongs to one run at a time. The kernel lets go when the process ends, however it ends."""
-
-    path: Path
-    handle: int
-
-    @classmethod
-    def take(cls, folder: Path) -> Lock:
-        """Raises OutputError where another run holds it, naming that run."""
-        path = folder / LOCK
-        while True:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except OSError as error:
-                raise OutputError(
-                    f"{path}: cannot be written ({error.strerror}); give another folder with -o"
-                ) from None
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
-                os.close(handle)
-                raise OutputError(
-                    f"{folder}: a run is writing into it ({holder}); wait, or give another folder with -o"
-                ) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                    break
-            os.close(handle)  # it was removed by a run that has just ended: take the new one
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        return cls(path, handle)
-
-    def release(self) -> None:
-        """Remove it while it is still held."""
-        self.path.unlink(missing_ok=True)
-        os.close(self.handle)
+def lock(folder: Path) -> files.Lock:
+    """OUTPUT_DIR belongs to one run at a time. Raises OutputError where another holds it, naming that run."""
+    found = files.Lock(folder / LOCK, signed=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = found.take()
+    except OSError as error:
+        raise OutputError(
+            f"{found.path}: cannot be written ({error.strerror}); give another folder with -o"
+        ) from None
+    if not taken:
+        raise OutputError(
+            f"{folder}: a run is writing into it ({found.holder()}); wait, or give another folder with -o"
+        )
+    return found

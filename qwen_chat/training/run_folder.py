@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qwen_chat import files
 from qwen_chat.cli import deepspeed_file
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import CheckpointError, OutputError
@@ -105,8 +106,8 @@ def check_disk(folder: Path, needed: int) -> None:
 def _size(folder: Path) -> int:
     """Bytes of what an earlier start of the run left: it makes room for itself."""
     found = 0
-    for name, _, files in os.walk(folder):
-        for file in files:
+    for name, _, names in os.walk(folder):
+        for file in names:
             try:
                 found += os.lstat(os.path.join(name, file)).st_size
             except FileNotFoundError:
@@ -192,10 +193,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
     """Write run.json whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{RUN_FILE}.partial"
     text = json.dumps(record, ensure_ascii=False, indent=2, default=str)
-    aside.write_text(text + "\n", encoding="utf-8")
-    aside.replace(folder / RUN_FILE)
+    files.write_whole(folder / RUN_FILE, text + "\n")
 
 
 def tell_status(status: int) -> int:

@@ -171,8 +171,8 @@ def test_a_models_fingerprint_is_its_content(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from qwen_chat.training.checkpoints import Lock
-Lock.take(Path(sys.argv[1])); print("held", flush=True); time.sleep(60)
+from qwen_chat.training import checkpoints
+lock = checkpoints.lock(Path(sys.argv[1])); print("held", flush=True); time.sleep(60)
 """
 
 
@@ -184,11 +184,11 @@ def test_the_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) 
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match=rf"a run is writing into it \(process {holder.pid} on "):
-            checkpoints.Lock.take(tmp_path / "out")
+            checkpoints.lock(tmp_path / "out")
     finally:
         holder.kill()
         holder.wait()
-    lock = checkpoints.Lock.take(tmp_path / "out")
+    lock = checkpoints.lock(tmp_path / "out")
     lock.release()
     assert not (tmp_path / "out" / ".lock").exists()
 
