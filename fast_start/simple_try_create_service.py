@@ -114,11 +114,12 @@ def serve(
     adapters: dict[str, Path],
     keys: Sequence[str],
 ) -> int:
-    from qwen_chat.service import request_log, server
+    from qwen_chat.service import server
+    from qwen_chat.service.request_log import RequestLog
 
     faulthandler.enable()  # a crash in native code tells on standard error where it was
     listener = server.bind(service.host, service.port)  # a port in use is told before a model is loaded
-    log = request_log.request_log(service.log_file or LOG_FILE)
+    log = RequestLog(Path(service.log_file or LOG_FILE))
 
     from qwen_chat import models
     from qwen_chat.inference.engine import load_engine

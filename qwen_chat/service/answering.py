@@ -18,7 +18,7 @@ from qwen_chat.service.admission import Admission
 from qwen_chat.service.errors import APIError, engine_unavailable, too_long
 from qwen_chat.service.metrics import Metrics
 from qwen_chat.service.prepare import Job
-from qwen_chat.service.request_log import Record
+from qwen_chat.service.request_log import RequestRecord
 from qwen_chat.service.respond import Delivery, Work
 from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.service.workers import Workers
@@ -36,7 +36,9 @@ class Answering:
         self._prompts = Workers("intake", 2)
         self._grammars = Workers("grammars", 2)
 
-    async def answer(self, record: Record, prepare: Callable[[float], Job], *, choices: int) -> Delivery:
+    async def answer(
+        self, record: RequestRecord, prepare: Callable[[float], Job], *, choices: int
+    ) -> Delivery:
         """The response to one request. `prepare` is given the request's deadline (of time.monotonic) and runs on a
         worker thread; `choices` are the places that it takes in the queue."""
         seconds = self._settings.prepare_seconds

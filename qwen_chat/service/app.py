@@ -30,7 +30,7 @@ from qwen_chat.service.errors import APIError, bad_value
 from qwen_chat.service.metrics import CONTENT_TYPE, Metrics
 from qwen_chat.service.middleware import Gate, Journal
 from qwen_chat.service.prepare import Job, Served, chat_job, chat_prompt_ids, completion_job
-from qwen_chat.service.request_log import Record, RequestLog
+from qwen_chat.service.request_log import RequestLog, RequestRecord
 from qwen_chat.service.routes import PATHS, add_routes
 from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.service.workers import Workers
@@ -60,8 +60,8 @@ def create_app(
     service = Service(engine, settings or ServiceSettings(), log, manages_adapters=bool(api_keys))
     app = FastAPI(title="qwen_chat", version="1", docs_url=None, redoc_url=None, lifespan=service.lifespan)
     add_routes(app, service)
-    app.add_exception_handler(APIError, _on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(APIError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
     app.add_middleware(Gate, api_keys=api_keys, hosts=hosts, origins=cors_origins)
     app.add_middleware(Journal, write=service.write_log, count=service.metrics.count_request, paths=PATHS)
     # Outermost: a page may read refusals too.
@@ -267,29 +267,27 @@ class Service:
         )
 
 
-def _record(request: Request) -> Record:
-    return cast(Record, request.scope["state"]["record"])
+def _record(request: Request) -> RequestRecord:
+    return cast(RequestRecord, request.scope["state"]["record"])
 
 
 def _ok(answer: protocol.Answer) -> Response:
     return Response(answer.json_text(), media_type="application/json")
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
+async def _on_error(request: Request, error: Exception) -> Response:
+    """An APIError, or one of Starlette's own: no such path, no such method."""
+    headers: Mapping[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers = error.headers or {}
+        texts = {
+            404: ("Invalid URL: there is no such endpoint.", "unknown_url"),
+            405: ("Not allowed to use this method on this endpoint.", "method_not_supported"),
+        }
+        text, code = texts.get(error.status_code, (str(error.detail), None))
+        error = APIError(error.status_code, text, code=code)
     assert isinstance(error, APIError)
     _record(request).error = error.name
-    return error.response()
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such path, no such method."""
-    assert isinstance(error, HTTPException)
-    texts = {
-        404: ("Invalid URL: there is no such endpoint.", "unknown_url"),
-        405: ("Not allowed to use this method on this endpoint.", "method_not_supported"),
-    }
-    text, code = texts.get(error.status_code, (str(error.detail), None))
-    _record(request).error = code
-    response = APIError(error.status_code, text, code=code).response()
-    response.headers.update(error.headers or {})
+    response = error.response()
+    response.headers.update(headers)
     return response

@@ -24,14 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_chat.service.errors import APIError
 
-# Seconds from the connection, or the last answer's first new byte, to the end of the headers.
-HEADER_SECONDS = 10.0
-# Seconds that a peer may go on sending after the last answer.
-LINGER_SECONDS = 2.0
-# Bytes of it that are read (and forgotten), so that the peer gets to read its answer.
+# Bytes after the last answer that are read (and forgotten), so that the peer gets to read its answer.
 LINGER_BYTES = 16 * 2**20
-# Seconds in which a peer must read LEAST_READ bytes of what waits for it, or all of it.
-WRITE_SECONDS = 60.0
 LEAST_READ = 16 * 1024
 # Each line costs 10 us and more to parse.
 READ_HEADER_LINES = 1000
@@ -46,9 +40,12 @@ SAID_EVERY = 60.0
 class PatientProtocol(H11Protocol):
     """HTTP/1.1 that waits for nobody for ever, and whose own refusals are JSON."""
 
-    header_seconds = HEADER_SECONDS
-    linger_seconds = LINGER_SECONDS
-    write_seconds = WRITE_SECONDS
+    # Seconds from the connection, or the last answer's first new byte, to the end of the headers.
+    header_seconds = 10.0
+    # Seconds that a peer may go on sending after the last answer.
+    linger_seconds = 2.0
+    # Seconds in which a peer must read LEAST_READ bytes of what waits for it, or all of it.
+    write_seconds = 60.0
     most_connections = MOST_CONNECTIONS
     transport: PatientTransport
     _header_timer: asyncio.TimerHandle | None = None
@@ -269,12 +266,12 @@ def connections_allowed() -> int:
     return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(8, soft * 3 // 4 - 64)
 
 
-_said: dict[str, float] = {}
+_last_said: dict[str, float] = {}
 
 
 def say_rarely(subject: str, line: str) -> None:
     """Print `line` on standard error unless something was said of `subject` in the last minute."""
     now = time.monotonic()
-    if now - _said.get(subject, -SAID_EVERY) >= SAID_EVERY:
-        _said[subject] = now
+    if now - _last_said.get(subject, -SAID_EVERY) >= SAID_EVERY:
+        _last_said[subject] = now
         print(line, file=sys.stderr, flush=True)

@@ -26,14 +26,15 @@ class EngineWatch:
         self.restarts = 0
         self._engine = engine
         self._failures: list[float] = []
-        engine.on_failure = self._restart
+        engine.on_failure = self.restart
 
     def check(self) -> None:
         """Raise APIError 503 where the engine does not run."""
         if not self._engine.is_running:
             raise engine_unavailable()
 
-    def _restart(self, error: BaseException) -> None:
+    def restart(self, error: BaseException) -> None:
+        """The engine failed with `error`: say so, and start it again after a while."""
         print("engine failed:", "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
         self.restarts += 1
         now = time.monotonic()

@@ -125,12 +125,6 @@ def too_long(
     )
 
 
-def from_validation(error: ValidationError, body: object) -> APIError:
-    """400: the first thing wrong with `body`, by the name that the client gave it."""
-    detail = error.errors(include_url=False, include_context=True)[0]
-    return _explain(param_name(detail["loc"], body, absent=detail["type"] == "missing"), detail)
-
-
 def echo(value: object) -> str:
     """A client's value, short and on one line, fit to be repeated in an answer."""
     text = "".join(c if c.isprintable() else " " for c in str(value)[: LONGEST_ECHO + 1])
@@ -258,9 +252,14 @@ _EXPLAINED: dict[str, Callable[[str | None, ErrorDetails], APIError]] = {
 }
 
 
-def _explain(name: str | None, detail: ErrorDetails) -> APIError:
-    """Errors of our own validators carry OpenAI's code as their type; those of no kind here cannot be."""
+def from_validation(error: ValidationError, body: object) -> APIError:
+    """400: the first thing wrong with `body`, by the name that the client gave it.
+
+    Errors of our own validators carry OpenAI's code as their type; those of no kind here cannot be.
+    """
+    detail = error.errors(include_url=False, include_context=True)[0]
     problem = detail["type"]
+    name = param_name(detail["loc"], body, absent=problem == "missing")
     if problem in _EXPLAINED:
         return _EXPLAINED[problem](name, detail)
     shown = f"'{name}'" if name else "the request body"

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_chat.service.errors import APIError, echo, shutting_down
-from qwen_chat.service.request_log import Record
+from qwen_chat.service.request_log import RequestRecord
 
 # What nginx logs for a client that closed the connection before it was answered.
 LEFT = 499
@@ -37,7 +37,7 @@ HEADER_BYTES = 32 * 1024
 
 
 class Journal:
-    """Gives each request an id and a Record, turns what is raised into an answer, and writes the line."""
+    """Gives each request an id and a RequestRecord, turns what is raised into an answer, and writes the line."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Journal:
             await self.app(scope, receive, send)
             return
         path = scope["path"].rstrip("/") or "/"
-        record = Record(id=f"req-{uuid.uuid4().hex}", path=path[:LONGEST_PATH])
+        record = RequestRecord(id=f"req-{uuid.uuid4().hex}", path=path[:LONGEST_PATH])
         # A client's HEAD is a GET whose body the server leaves out (RFC 9110, 9.3.2).
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         scope = {
@@ -85,7 +85,7 @@ class Journal:
                 self.write(record.line(status), record.admitted)
 
     async def _fail(
-        self, error: Exception, record: Record, answer: _Sender, scope: Scope, receive: Receive
+        self, error: Exception, record: RequestRecord, answer: _Sender, scope: Scope, receive: Receive
     ) -> None:
         """A fault of ours: told in full on standard error, and to the client without any detail."""
         if not isinstance(error, APIError):
@@ -99,7 +99,7 @@ class Journal:
 class _Sender:
     """`send` that remembers the status and adds the request's id, and the names of what did nothing."""
 
-    def __init__(self, send: Send, record: Record) -> None:
+    def __init__(self, send: Send, record: RequestRecord) -> None:
         self.send = send
         self.record = record
         self.status: int | None = None

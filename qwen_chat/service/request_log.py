@@ -1,6 +1,6 @@
 """What a service writes down: one JSON line a request.
 
-In: a `Record` a request, filled in on its way. Out: a line in a file that never outgrows its bound and that one
+In: a `RequestRecord` a request, filled in on its way. Out: a line in a file that never outgrows its bound and that one
 service writes.
 """
 
@@ -33,7 +33,7 @@ LONGEST_TEXT = 64_000
 
 
 @dataclass(slots=True)
-class Record:
+class RequestRecord:
     """What is known of one request; the handler fills it in as it learns."""
 
     id: str
@@ -176,11 +176,6 @@ class _OwnFile(RotatingFileHandler):
 def _private(path: str, flags: int) -> int:
     """Open for the owner alone: prompts may stand there."""
     return os.open(path, flags, 0o600)
-
-
-def request_log(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> RequestLog:
-    """The service log at `path` (see RequestLog)."""
-    return RequestLog(Path(path), max_bytes=max_bytes)
 
 
 def _shortened(value: object) -> object:

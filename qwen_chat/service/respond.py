@@ -23,7 +23,7 @@ from qwen_chat.service.errors import APIError, shutting_down
 from qwen_chat.service.metrics import Metrics
 from qwen_chat.service.prepare import Job
 from qwen_chat.service.protocol import Answer, Usage
-from qwen_chat.service.request_log import Record
+from qwen_chat.service.request_log import RequestRecord
 
 # Characters that JSON leaves as they are and at which Python's splitlines ends a line (httpx reads streams with it).
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -45,7 +45,7 @@ class Work:
         job: Job,
         generations: Sequence[Generation],
         *,
-        record: Record,
+        record: RequestRecord,
         metrics: Metrics,
         release: Callable[[], None],
         log_reply: bool,

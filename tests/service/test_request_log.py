@@ -14,14 +14,14 @@ from starlette.testclient import TestClient
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import OutputError
 from qwen_chat.service.app import create_app
-from qwen_chat.service.request_log import RequestLog, json_line, request_log
+from qwen_chat.service.request_log import RequestLog, json_line
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.chats import CHAT, ask
 from tests.support.scripted import make_engine
 
 
 def test_one_line_each(tmp_path: Path) -> None:
-    log = request_log(tmp_path / "new" / "folder" / "log")
+    log = RequestLog(tmp_path / "new" / "folder" / "log")
     log.write({"id": "a", "prompt": "你好\n<b>"})
     log.write({"id": "b"})
     log.close()
@@ -73,7 +73,7 @@ def test_not_allowed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "log", tmp_path):
         with pytest.raises(OutputError, match=r"cannot write the service log .*--log_file"):
-            request_log(path)
+            RequestLog(path)
 
 
 def test_full_disk_loses_lines_not_requests(
