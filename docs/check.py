@@ -216,9 +216,9 @@ def unknown_hops() -> Iterator[Fault]:
 
 
 def is_defined(name: str) -> bool:
-    """Whether `wing.module.Class.method`, or a shorter way down, leads to a definition in the package."""
+    """Whether `wing.module`, or `wing.module.Class.method`, is in the package."""
     parts = name.split(".")
-    for depth in range(1, len(parts)):
+    for depth in range(1, len(parts) + 1):
         file = PACKAGE.joinpath(*parts[:depth]).with_suffix(".py")
         if file.exists():
             body = ast.parse(file.read_text(encoding="utf-8")).body
