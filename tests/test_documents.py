@@ -4,12 +4,28 @@ import importlib.util
 import re
 import shlex
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from qwen_chat import demo_model
+from tests.support.scripted import LiveService
+
 ROOT = Path(__file__).resolve().parents[1]
+API = ROOT / "docs" / "api.md"
+PUBLIC = (
+    "ChatFormat",
+    "Conversation",
+    "Message",
+    "ToolCall",
+    "Reply",
+    "load_engine",
+    "run_tools",
+    "create_app",
+)
 
 
 def load_check() -> ModuleType:
@@ -90,3 +106,26 @@ def test_every_command_of_the_readme_can_be_given(command: str) -> None:
     else:
         assert words[0] == "python"
         assert (ROOT / words[1]).exists()  # its flags are held against --help by faults()
+
+
+def test_the_lines_of_api_md_run_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand there, with two things in their places: a tiny demo model, and a free port for port 8000."""
+    blocks = [code for language, code in check.FENCE.findall(API.read_text("utf-8")) if language == "python"]
+    assert {name for code in blocks for name in PUBLIC if f" {name}" in code} == set(PUBLIC)
+    names: dict[str, Any] = {"__name__": "api"}
+    monkeypatch.setattr(demo_model, "ensure", lambda: tiny_model_path)
+    with ExitStack() as running:
+        monkeypatch.setattr(
+            "uvicorn.run", lambda app, **_: names.update(live=running.enter_context(LiveService(app)))
+        )
+        for code in blocks:
+            url = names["live"].url if "live" in names else ""
+            exec(code.replace("http://127.0.0.1:8000", url), names)
+    prompt_ids = names["fmt"].prompt_ids(names["messages"][:1])
+    assert names["prompt"].endswith("<|im_start|>assistant\n")
+    assert names["sequence"].input_ids[: len(prompt_ids)] == prompt_ids
+    assert "".join(delta.content or "" for delta in names["deltas"]) == "Hello"
+    assert [message["role"] for message in names["done"].messages][:2] == ["user", "assistant"]
+    assert {" stop", " length"} & {line[line.rfind(" ") :] for line in capsys.readouterr().out.splitlines()}
