@@ -148,7 +148,7 @@ def ours(spec: dict[str, Any], data: list[Any], watch: Watch) -> tuple[Any, dict
         layout=spec.get("layout", "shared_prefix"),
     )
     model = load_model(spec, attention.register())
-    choice = matmul.choose()
+    choice = matmul.fastest()
     fused.keep_memory()
     fused.install(model, choice.product)
     args = TrainingArguments(

@@ -23,8 +23,8 @@ def main() -> int:
     run = run_problems.read_run(sys.argv[1:], about=__doc__ or "")
     for note in run.notes:
         rank_zero(f"note: {note}")
-    folder = run_folder.choose(run)
-    run_folder.check(folder)
+    folder = run_folder.choose_folder(run)
+    run_folder.check_usable(folder)
     model_path = models.resolve(run.model.model, for_training=True)
 
     # torch comes in here: --help, a wrong flag and a model that cannot be trained are answered at once
@@ -45,14 +45,14 @@ def main() -> int:
     joined = session.join(prepared)
     folder = joined.folder
     lock = checkpoints.lock(folder) if is_rank_zero() else None
-    checkpoint, notes = ranks.share(run_folder.checkpoint(joined.before) if is_rank_zero() else None)
+    checkpoint, notes = ranks.from_rank_zero(lambda: run_folder.checkpoint(joined.before))
     tuned = tuned_model.build(joined)
     decisions = (*joined.decisions, *tuned.decisions, *joined.before.notes, *notes)
     for decision in decisions:
         rank_zero(decision)
     record = result.record(joined, tuned.choices, decisions)
     if is_rank_zero():
-        run_folder.write_run(folder, record)
+        run_folder.write_run_json(folder, record)
 
     with StepLog(folder) as log:
         trainer = joined.trainer(tuned.model, record, log)
@@ -71,7 +71,7 @@ def main() -> int:
 
     if is_rank_zero():
         outcome = result.outcome(trainer, log, evaluation)
-        run_folder.write_run(folder, record | outcome)
+        run_folder.write_run_json(folder, record | outcome)
         rank_zero(result.report(run, folder, outcome))
         if lock is not None:
             lock.release()

@@ -54,7 +54,7 @@ def main() -> int:
         print(f"note: {note}", file=sys.stderr)
     setup, have = situation(run, options, counted)
     assert have.free is not None, "situation ends where it is not known"
-    rows = memory_plan.table(shape, setup, have.free)
+    rows = memory_plan.compare(shape, setup, have.free)
     best = memory_plan.recommend(rows, run.method)
     answer: dict[str, Any] = {
         "model": run.model.model or "the demo model",

@@ -97,6 +97,11 @@ class ServiceError(ChatError):
     exit_status = 1
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of a message, cut: libraries add paragraphs of advice for their own users."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a script's `main`; return its exit status. Errors of ours are one line, not a traceback."""
     try:

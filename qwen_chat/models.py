@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_chat import demo_model, hardware
 from qwen_chat.console import rank_zero
-from qwen_chat.errors import MissingDependency, ModelError
+from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.families import check_trainable
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from None
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from None
     if tokenizer.pad_token_id is None:
         known = tokenizer.get_vocab()
         tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in known else tokenizer.eos_token
@@ -165,7 +165,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({_line(error)})") from None
+        raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
     if quantize is not None:
         _keep_exact(model)
     # An adapter's folder holds the template that it was trained under.
@@ -199,7 +199,7 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
         loaded = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except Exception as error:  # peft, safetensors and what an initialisation needs: a dozen kinds
         raise ModelError(
-            f"{adapter}: does not fit this model ({_line(error)}); its base is {base}: give that with -m"
+            f"{adapter}: does not fit this model ({first_line(error)}); its base is {base}: give that with -m"
         ) from None
     _check_tensors(loaded, adapter)
     return loaded
@@ -259,7 +259,7 @@ def merge(model: Any, probe: Sequence[int], *, tolerance: float = 1e-4) -> tuple
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except Exception as error:  # each kind of adapter has its own
-            raise ModelError(f"the adapter cannot be merged into its base ({_line(error)})") from None
+            raise ModelError(f"the adapter cannot be merged into its base ({first_line(error)})") from None
         after = merged(input_ids=ids).logits.float()
     difference = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     if not difference <= tolerance:
@@ -334,7 +334,7 @@ def _from_hub(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
     except Exception as error:  # every kind of network, hub and disk failure ends in the same cure
         raise ModelError(
-            f"{name}: no such folder here, and the hub does not give it ({_line(error)}); "
+            f"{name}: no such folder here, and the hub does not give it ({first_line(error)}); "
             "check the name and the network, or set USE_MODELSCOPE=1"
         ) from None
     return folder
@@ -348,19 +348,16 @@ def _from_modelscope(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except Exception as error:  # as above
-        raise ModelError(f"{name}: ModelScope does not give it ({_line(error)}); check the name") from None
+        raise ModelError(
+            f"{name}: ModelScope does not give it ({first_line(error)}); check the name"
+        ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({_line(error)}); fetch the model again") from None
+        raise ModelError(f"{file}: cannot be read ({first_line(error)}); fetch the model again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: no JSON object; fetch the model again")
     return value
-
-
-def _line(error: Exception) -> str:
-    """The first line of a message: libraries add paragraphs of advice for their own users."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qwen_chat import models
 from qwen_chat.cli.run_options import LoraArguments
@@ -26,7 +28,7 @@ __all__ = [
     "lora_config",
     "merge",
     "optimizer_groups",
-    "save",
+    "save_adapter",
     "trainable_rows",
     "wrap",
 ]
@@ -39,17 +41,23 @@ Tensors = dict[str, torch.Tensor]
 class Wrapped:
     """A model with an adapter, what was decided, and for PiSSA the adapter's first values (else empty)."""
 
-    model: Any
+    model: PreTrainedModel
     decisions: tuple[str, ...]
     initial: Mapping[str, torch.Tensor]
 
 
-def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool = False) -> Wrapped:
+def wrap(
+    model: PreTrainedModel,
+    lora: LoraArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    checkpointing: bool = False,
+) -> Wrapped:
     """Put an adapter over `model`; nothing but it (and what the flags add) is trainable afterwards.
 
     `checkpointing`: activations will be computed again, so the frozen embedding must pass gradients on.
     """
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 
     if lora.q_lora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -60,7 +68,7 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
         _learn_in_float32(wrapped)
         return Wrapped(wrapped, (f"continues {lora.lora_weight_path}", _share(wrapped)), {})
     rows, reason = trainable_rows(model, tokenizer, lora.trainable_tokens)
-    if rows and _is_zero3() and not torch.cuda.is_available():
+    if rows and is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
         raise OptionError(
             "--trainable_tokens with ZeRO-3 on a CPU: peft gathers the rows on a GPU only; give "
             "--deepspeed finetune/ds_config_zero2.json, or --trainable_tokens none"
@@ -80,7 +88,10 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
             ) from None
         raise OptionError(f"--lora_target_modules {' '.join(lora.lora_target_modules)}: {error}") from None
     _learn_in_float32(wrapped)
-    initial = _adapter_tensors(wrapped) if lora.lora_init.startswith("pissa") else {}
+    initial: Tensors = {}
+    if lora.lora_init.startswith("pissa"):
+        tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        initial = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     ranks = [tensor.shape[0] for name, tensor in initial.items() if ".lora_A." in name]
     if ranks and min(ranks) < lora.lora_r:
         raise OptionError(
@@ -91,7 +102,7 @@ def wrap(model: Any, lora: LoraArguments, tokenizer: Any, *, checkpointing: bool
     return Wrapped(wrapped, (*notes, _share(wrapped)), initial)
 
 
-def _learn_in_float32(model: Any) -> None:
+def _learn_in_float32(model: PreTrainedModel) -> None:
     """peft keeps what it adds in float32, but biases and whole layers that are trained as the base has them.
 
     In bfloat16 an update below 1/256 of a value is lost, and fp16's scaler refuses such gradients. ZeRO keeps
@@ -103,7 +114,7 @@ def _learn_in_float32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def _experts_left_out(model: Any) -> str:
+def _experts_left_out(model: PreTrainedModel) -> str:
     """A line where a layer's experts are one tensor that no adapter reaches: `all-linear` means linear layers."""
     sizes = [
         getattr(parameter, "ds_numel", parameter.numel())
@@ -114,10 +125,14 @@ def _experts_left_out(model: Any) -> str:
     return f"no adapter over the experts ({sum(sizes):,} parameters stay as they are)" if sizes else ""
 
 
-def lora_config(model: Any, lora: LoraArguments, rows: Sequence[int] = ()) -> Any:
+def lora_config(model: PreTrainedModel, lora: LoraArguments, rows: Sequence[int] = ()) -> Any:
     """peft's LoraConfig from the flags. A lone target that is no layer's name is a regular expression."""
     from peft import LoraConfig
 
+    indices: list[int] | dict[str, list[int]] | None = list(rows) or None
+    if rows and not model.config.tie_word_embeddings:
+        # A head of its own has rows of its own: without them a new token would never be said.
+        indices = {"embed_tokens": list(rows), "lm_head": list(rows)}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_r,
@@ -128,24 +143,11 @@ def lora_config(model: Any, lora: LoraArguments, rows: Sequence[int] = ()) -> An
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=True if lora.lora_init == "default" else lora.lora_init,
-        trainable_token_indices=_token_rows(model, rows),
+        trainable_token_indices=indices,
     )
 
 
-def _token_rows(model: Any, rows: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
-    """A head of its own has rows of its own: without them a new token would never be said."""
-    if not rows or model.config.tie_word_embeddings:
-        return list(rows) or None
-    return {"embed_tokens": list(rows), "lm_head": list(rows)}
-
-
-def _is_zero3() -> bool:
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    return bool(is_deepspeed_zero3_enabled())
-
-
-def _targets(model: Any, given: Sequence[str]) -> str | list[str]:
+def _targets(model: PreTrainedModel, given: Sequence[str]) -> str | list[str]:
     if len(given) > 1:
         return list(given)
     if given[0] == "all-linear":
@@ -155,7 +157,9 @@ def _targets(model: Any, given: Sequence[str]) -> str | list[str]:
     return names if set(names) <= leaves else given[0]
 
 
-def trainable_rows(model: Any, tokenizer: Any, wanted: Sequence[str]) -> tuple[list[int], str]:
+def trainable_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[str]
+) -> tuple[list[int], str]:
     """Ids of the embedding rows that are trained too, and why.
 
     A base model under LoRA never learns to stop unless the rows of its chat marks are trained. `auto` takes a
@@ -170,7 +174,7 @@ def trainable_rows(model: Any, tokenizer: Any, wanted: Sequence[str]) -> tuple[l
             raise OptionError(f"--trainable_tokens {' '.join(unknown)}: not in the tokenizer's vocabulary")
         return [known[token] for token in wanted], f"embedding rows of {' '.join(wanted)} are trained"
     marks = [token for token in CHAT_MARKS if token in known]
-    if not marks or known.get(CHAT_MARKS[1]) in _end_tokens(model):
+    if not marks or known.get(CHAT_MARKS[1]) in _ending(model):
         return [], ""
     reason = (
         f"embedding rows of {' '.join(marks)} are trained (a base model: it does not end on <|im_end|> yet)"
@@ -178,20 +182,22 @@ def trainable_rows(model: Any, tokenizer: Any, wanted: Sequence[str]) -> tuple[l
     return [known[token] for token in marks], reason
 
 
-def _end_tokens(model: Any) -> set[int]:
+def _ending(model: PreTrainedModel) -> set[int]:
     configs = (getattr(model, "generation_config", None), model.config)
     ends = [getattr(config, "eos_token_id", None) for config in configs]
     return {token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None}
 
 
-def _share(model: Any) -> str:
+def _share(model: PreTrainedModel) -> str:
     """How much is trained. ZeRO-3 keeps a parameter's true size in `ds_numel`."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     return f"adapter: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
-def optimizer_groups(model: Any, rate: float, ratio: float, weight_decay: float) -> list[dict[str, Any]]:
+def optimizer_groups(
+    model: PreTrainedModel, rate: float, ratio: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """LoRA+ (arXiv 2402.12354): B learns `ratio` times faster than A and everything else."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in named if "lora_B" in name]
@@ -208,8 +214,8 @@ def optimizer_groups(model: Any, rate: float, ratio: float, weight_decay: float)
 # ---------------------------------------------------------------------------------------------------- save
 
 
-def save(
-    model: Any,
+def save_adapter(
+    model: PreTrainedModel,
     folder: Path,
     *,
     base: str,
@@ -248,10 +254,3 @@ def _write_plain_lora(folder: Path, config: dict[str, Any], initial: Mapping[str
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
     config.update(r=2 * rank, lora_alpha=scale * 2 * rank, use_rslora=False, init_lora_weights=True)
-
-
-def _adapter_tensors(model: Any) -> Tensors:
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}

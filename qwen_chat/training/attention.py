@@ -5,7 +5,7 @@ keyword of model.forward. Out: what attention within each conversation alone wou
 
 `register()` makes it available to transformers as attention "qwen_chat". Without `segments` (generation,
 other people's code) it is transformers' own SDPA attention. Which kernel does the work is the decision of
-`choose`. A keyword that would change the result and that no kernel here knows (a cap on the scores, sinks) is
+`kernel_for`. A keyword that would change the result and that no kernel here knows (a cap on the scores, sinks) is
 a ModelError: a layer that needs it would be trained wrong without a word.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils._triton import has_triton
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -45,13 +46,13 @@ def register() -> str:
     return NAME
 
 
-def choose(
+def kernel_for(
     device: str, layout: str, dtype: str = "bfloat16", *, flex: bool = True, flash: bool = True
 ) -> tuple[str, str]:
     """Which kernel attends over the rows of a layout: ("blocks" | "varlen" | "flex" | "mask", reason).
 
     device: "cpu", "cuda", ...; layout: packing.LAYOUTS; flex: whether FlexAttention can be compiled here
-    (Triton); flash: whether this card and head size have flash attention. `choose_here` asks the machine.
+    (Triton); flash: whether this card and head size have flash attention. `kernel_here` asks the machine.
     """
     if device == "cpu":
         return "blocks", "CPU: SDPA's flash kernel on each block of the row that is attended to"
@@ -68,15 +69,15 @@ def choose(
     )
 
 
-def choose_here(device: str, layout: str, dtype: str, head: int) -> tuple[str, str]:
-    """`choose` for this machine: whether it has Triton, and flash attention for heads of size `head`.
+def kernel_here(device: str, layout: str, dtype: str, head: int) -> tuple[str, str]:
+    """`kernel_for` for this machine: whether it has Triton, and flash attention for heads of size `head`.
 
     Flash attention needs compute capability 8.0 (Ampere) or newer and heads of at most 256.
     """
     if device != "cuda":
-        return choose(device, layout, dtype)
+        return kernel_for(device, layout, dtype)
     flash = torch.cuda.get_device_capability() >= (8, 0) and head <= FLASH_HEAD
-    return choose(device, layout, dtype, flex=_has_triton() and not _flex_failed, flash=flash)
+    return kernel_for(device, layout, dtype, flex=has_triton() and not _flex_failed, flash=flash)
 
 
 def head_size(config: dict[str, Any]) -> int:
@@ -98,7 +99,7 @@ def attention(
     segments: torch.Tensor | None = None,
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
 
@@ -114,9 +115,8 @@ def attention(
         )
     if query.shape[0] != 1:
         raise OptionError(f"a row is a batch of 1; found a batch of {query.shape[0]} with `segments`")
-    if torch.is_autocast_enabled(
-        query.device.type
-    ):  # as for SDPA: rotary embedding leaves q and k in float32
+    if torch.is_autocast_enabled(query.device.type):
+        # As for SDPA: rotary embedding leaves q and k in float32.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -147,12 +147,12 @@ def attention(
 
 def visible(segments: torch.Tensor, tokens: int) -> torch.Tensor:
     """The row's attention as a mask [T, T]: query (first index) sees key if k <= q < end[segment of k]."""
-    ends = _ends(segments)
+    ends = _branch_ends(segments)
     at = torch.arange(tokens, device=segments.device)
     return (at[None, :] <= at[:, None]) & (at[:, None] < ends[None, :])
 
 
-def _ends(segments: torch.Tensor) -> torch.Tensor:
+def _branch_ends(segments: torch.Tensor) -> torch.Tensor:
     """For each token of the row, where the part of the row ends that descends from it: [T]."""
     return torch.repeat_interleave(segments[:, 2], segments[:, 1] - segments[:, 0])
 
@@ -183,13 +183,7 @@ def _kernel(query: torch.Tensor, layout: tuple[tuple[int, int, int], ...]) -> st
         return "blocks"
     name = "shared_prefix" if any(end > stop for _, stop, end in layout) else "packed"
     dtype = str(query.dtype).removeprefix("torch.")
-    return choose_here(query.device.type, name, dtype, query.shape[-1])[0]
-
-
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return bool(has_triton())
+    return kernel_here(query.device.type, name, dtype, query.shape[-1])[0]
 
 
 class _Blocks(torch.autograd.Function):
@@ -210,7 +204,7 @@ class _Blocks(torch.autograd.Function):
         segments: tuple[tuple[int, int, int], ...],
         scale: float,
     ) -> torch.Tensor:
-        q, k, v = _grouped(query, key, value)
+        q, k, v = _by_key_head(query, key, value)
         groups, heads, tokens, width = q.shape
         shared = any(end > stop for _, stop, end in segments)
         exact = torch.float32 if shared and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
@@ -242,7 +236,7 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        q, k, v = _grouped(query, key, value)
+        q, k, v = _by_key_head(query, key, value)
         groups, heads, tokens, width = q.shape
         g = gradient.reshape(tokens, groups, heads, width).permute(1, 2, 0, 3)
         exact = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
@@ -271,7 +265,7 @@ class _Blocks(torch.autograd.Function):
         return dq.to(q.dtype), dk[None].to(k.dtype), dv[None].to(v.dtype), None, None
 
 
-def _grouped(
+def _by_key_head(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[1, H, T, D], [1, Hkv, T, D] -> views [Hkv, H / Hkv, T, D] of all three, keys and values broadcast."""
@@ -350,7 +344,7 @@ def _flex(
         _flex_compiled = torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask)
     attend, build = _flex_compiled
     if _flex_mask is None or _flex_mask[0] is not segments:
-        ends = _ends(segments)
+        ends = _branch_ends(segments)
 
         def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             return (k <= q) & (q < ends[k])
@@ -365,10 +359,10 @@ def _mask_for_calls_without_segments(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    *args: Any,
+    *args: object,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor | None:
     """transformers' SDPA mask, but none for a whole row: `segments` says it all, without a square."""
     if attention_mask is None and q_length == kv_length and (local_size is None or kv_length <= local_size):

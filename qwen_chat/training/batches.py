@@ -17,10 +17,9 @@ from torch.utils.data import Dataset
 
 from qwen_chat.cli.run_options import Run
 from qwen_chat.data.mixture import seed_of
+from qwen_chat.data.token_cache import Ints
 from qwen_chat.errors import DataError, OptionError
 from qwen_chat.training.packing import LAYOUTS, TOKEN_BYTES, PackedRow, plan_rows
-
-Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class TrainingSequence(Protocol):

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_chat import files
-from qwen_chat.errors import CheckpointError, OutputError, TrainingError
+from qwen_chat.errors import CheckpointError, OutputError, TrainingError, first_line
 
 MANIFEST, RUN_FILE = "manifest.json", "run.json"
 LOCK, ASIDE = ".lock", ".writing"
-NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 # --------------------------------------------------------------------------------------- writing, verifying
@@ -35,7 +35,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
     """(step, checkpoint) of a folder, oldest first; sound or not."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := NAME.fullmatch(p.name))]
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(p.name))]
     return sorted(found)
 
 
@@ -73,7 +73,7 @@ def written_aside(
             shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(path.name for _, path in steps(folder)) or "none"
         raise TrainingError(
-            f"{final}: could not be written ({_line(error)}; {free / 2**20:.0f} MiB were free). Sound"
+            f"{final}: could not be written ({first_line(error, 160)}; {free / 2**20:.0f} MiB were free). Sound"
             f" checkpoints: {kept}. Free some space, then the same command with -o {folder} goes on"
         ) from None
     barrier()
@@ -193,10 +193,6 @@ def _umask() -> int:
         return mask
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
 # ------------------------------------------------------------------------------------------- same run again
 
 
@@ -223,9 +219,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset
     found = []
     old, new = then.get("options", {}), now.get("options", {})
     for name in sorted({*old, *new} - free):
-        before, after = _plain(old.get(name)), _plain(new.get(name))
+        before, after = _as_json(old.get(name)), _as_json(new.get(name))
         if before != after:
-            found.append(f"--{name}: {_shown(before)} then, {_shown(after)} now")
+            found.append(f"--{name}: {_as_text(before)} then, {_as_text(after)} now")
     for name, told in (
         ("data", "the data"),
         ("model", "the model"),
@@ -251,12 +247,12 @@ def check_unchanged(found: list[str], folder: Path, *, anyway: bool) -> list[str
     )
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: object) -> Any:
     """As JSON gives it back: tuples are lists there."""
     return json.loads(json.dumps(value, default=str))
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: object) -> str:
     return (
         " ".join(map(str, value)) if isinstance(value, list) else "not given" if value is None else str(value)
     )

@@ -1,12 +1,11 @@
-"""Layers that do their work in fewer passes over memory and keep less for backward; the numbers stay the
-same.
+"""Layers that do their work in fewer passes over memory and keep less for backward; the numbers stay the same.
 
 In: a model, wrapped for LoRA or not. Out: the same model, some of whose layers run as one autograd function
 each:
 
     linear (+ LoRA)  base product, then the two thin products added in place: no scaled copy, no sum of copies
-    gated MLP        keeps gate and up; silu(gate) * up is computed again in backward, where its memory would
-    be as much again RMSNorm          keeps its input and one number a token
+    gated MLP        keeps gate and up; silu(gate) * up, as much again, is computed once more in backward
+    RMSNorm          keeps its input and one number a token
 
 A layer that is anything but plain (dropout has its own path; DoRA, several adapters, 4-bit weights, autocast,
 another device, ZeRO-3) runs its own forward unchanged. Where it runs: float32 and float64 on a CPU, whose
@@ -25,9 +24,8 @@ from qwen_chat.training.matmul import Product
 
 Tensor = torch.Tensor
 Grads = tuple[Tensor | None, ...]
-CHUNK = (
-    2**17
-)  # elements worked on at once: 512 KiB of float32, several of which fit a core's second-level cache
+# Elements worked on at once: 512 KiB of float32, several of which fit a core's second-level cache.
+IN_CACHE = 2**17
 
 
 def install(model: torch.nn.Module, product: Product) -> dict[str, int]:
@@ -84,13 +82,13 @@ def _replace(module: Any, forward: Callable[..., Tensor], product: Product) -> N
     module.forward = MethodType(lambda self, *args, **kwargs: forward(self, product, *args, **kwargs), module)
 
 
-def _is_gated_mlp(module: Any) -> bool:
+def _is_gated_mlp(module: torch.nn.Module) -> bool:
     own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
     parts = all(name in own for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     return parts and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU")
 
 
-def _plain(x: Tensor, *parameters: Tensor | None) -> bool:
+def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether these tensors are what the fused functions are written for."""
     if (
         x.device.type != "cpu"
@@ -110,7 +108,7 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _linear_forward(self: Any, product: Product, x: Tensor) -> Tensor:
-    if not _plain(x, self.weight, self.bias):
+    if not _is_plain(x, self.weight, self.bias):
         return cast(Tensor, self._own_forward(x))
     return _linear(x, None, self.weight, self.bias, None, None, 1.0, product)
 
@@ -126,17 +124,17 @@ def _adapter(self: Any) -> tuple[Tensor, Tensor, float, torch.nn.Module] | None:
     return a.weight, b.weight, float(self.scaling[names[0]]), self.lora_dropout[names[0]]
 
 
-def _lora_forward(self: Any, product: Product, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _lora_forward(self: Any, product: Product, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     adapter = None if args or kwargs else _adapter(self)
     base = self.base_layer
-    if adapter is None or not _plain(x, base.weight, base.bias, adapter[0], adapter[1]):
+    if adapter is None or not _is_plain(x, base.weight, base.bias, adapter[0], adapter[1]):
         return cast(Tensor, self._own_forward(x, *args, **kwargs))
     a, b, scaling, dropout = adapter
     dropped = x if isinstance(dropout, torch.nn.Identity) or not self.training else dropout(x)
     return _linear(x, None if dropped is x else dropped, base.weight, base.bias, a, b, scaling, product)
 
 
-def _linear(x: Tensor, *rest: Any) -> Tensor:
+def _linear(x: Tensor, *rest: object) -> Tensor:
     return cast(Tensor, _Linear.apply(x, *rest))  # type: ignore[no-untyped-call]
 
 
@@ -232,7 +230,7 @@ def _weight_gradients(
 def _mlp_forward(self: Any, product: Product, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     down = self.down_proj
-    if not _plain(gate):
+    if not _is_plain(gate):
         return cast(Tensor, down(self.act_fn(gate) * up))
     adapter, base = None, down
     if hasattr(down, "base_layer"):
@@ -241,7 +239,7 @@ def _mlp_forward(self: Any, product: Product, x: Tensor) -> Tensor:
         if adapter is None or (self.training and not isinstance(adapter[3], torch.nn.Identity)):
             return cast(Tensor, down(_GatedDown.gated(gate, up)))
     a, b, scaling = (None, None, 1.0) if adapter is None else adapter[:3]
-    if type(base) is not torch.nn.Linear or not _plain(gate, base.weight, base.bias, a, b):
+    if type(base) is not torch.nn.Linear or not _is_plain(gate, base.weight, base.bias, a, b):
         return cast(Tensor, down(_GatedDown.gated(gate, up)))
     out = _GatedDown.apply(gate, up, base.weight, base.bias, a, b, scaling, product)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)
@@ -308,7 +306,7 @@ class _GatedDown(torch.autograd.Function):
 
 def _pieces(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """The same few rows of each [N, width], small enough for the cache."""
-    rows = max(1, CHUNK // tensors[0].shape[-1])
+    rows = max(1, IN_CACHE // tensors[0].shape[-1])
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
@@ -343,7 +341,7 @@ def _gate_backward(
 
 
 def _norm_forward(self: Any, product: Product, x: Tensor) -> Tensor:
-    if not _plain(x, self.weight):
+    if not _is_plain(x, self.weight):
         return cast(Tensor, self._own_forward(x))
     return cast(Tensor, _Norm.apply(x, self.weight, self.variance_epsilon))  # type: ignore[no-untyped-call]
 

@@ -129,7 +129,7 @@ class ModelLoss:
         else:
             del self._head.forward
 
-    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The head's forward. In a call of ours it gives the loss where the model expects logits."""
         if self._targets is None:
             return self._own_forward(hidden, *args, **kwargs)

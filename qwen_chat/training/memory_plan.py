@@ -23,11 +23,11 @@ from qwen_chat import hardware
 from qwen_chat.cli.deepspeed_file import read_deepspeed
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import ModelError
+from qwen_chat.hardware import MIB
 
 Method = Literal["full", "lora", "qlora"]
 NumberType = Literal["float32", "bfloat16", "float16"]
 GIB = 2**30
-MIB = hardware.MIB
 
 # Measured on a CPU: the interpreter with torch, transformers and peft; DeepSpeed and its process group.
 RUNTIME = {"cpu": 640 * MIB, "cuda": 900 * MIB}
@@ -268,7 +268,7 @@ def number_type(run: Run) -> tuple[NumberType, list[str]]:
     return "bfloat16", ["computes in bfloat16, weights stay float32 (as asked)"]
 
 
-def _rank(run: Run) -> int:
+def _adapter_rank(run: Run) -> int:
     """The adapter's: its own where one is continued."""
     if run.lora.lora_weight_path is None:
         return run.lora.lora_r
@@ -303,7 +303,7 @@ def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False
         supervised=supervised,
         device="cuda" if cuda else "cpu",
         half=half,
-        lora_r=_rank(run),
+        lora_r=_adapter_rank(run),
         lora_dropout=run.lora.lora_dropout,
         lora_targets=run.lora.lora_target_modules,
         lora_bias=run.lora.lora_bias,
@@ -323,7 +323,7 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("FINETUNE_RANKS_HERE") or 1)
 
 
-def _offloads(block: Any) -> bool:
+def _offloads(block: object) -> bool:
     return isinstance(block, Mapping) and block.get("device", "none") != "none"
 
 
@@ -409,9 +409,10 @@ def need(shape: Shape, setup: Setup) -> Need:
     trained = trainable(shape, setup)
     weights, gradients, optimizer, host = _states(shape, setup, trained)
     runtime = RUNTIME[setup.device] + (DEEPSPEED if setup.zero else 0)
-    file = shape.parameters * shape.stored
-    size = 2 if setup.half and setup.device == "cuda" else 4
-    load = runtime + (0 if setup.device == "cuda" else _load_peak(shape, setup, file, size))
+    load = runtime
+    if setup.device == "cpu":  # loading maps the file into memory and copies each weight out of it
+        file = shape.parameters * shape.stored
+        load += file + (_four_bit_weights(shape) if setup.method == "qlora" else 4 * shape.parameters)
     return Need(
         parameters=shape.parameters,
         trainable=trained,
@@ -435,13 +436,6 @@ def in_main_memory(shape: Shape, setup: Setup) -> int:
     half = setup.half and (setup.zero > 0 or setup.method != "full")
     whole = 0 if setup.zero == 3 or setup.method == "qlora" else shape.parameters * (2 if half else 4)
     return RUNTIME["cpu"] + max(whole, need(shape, setup).host)
-
-
-def _load_peak(shape: Shape, setup: Setup, file: int, size: int) -> int:
-    """Loading maps the file into memory and copies each weight out of it."""
-    if setup.method == "qlora":
-        return file + _four_bit_weights(shape)
-    return file + shape.parameters * size
 
 
 def _four_bit_weights(shape: Shape) -> int:
@@ -675,7 +669,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def table(shape: Shape, setup: Setup, free: int) -> list[dict[str, Any]]:
+def compare(shape: Shape, setup: Setup, free: int) -> list[dict[str, Any]]:
     """Every method x engine x checkpointing on this many ranks: its Need, and whether it fits in `free`."""
     rows = []
     for method in ("full", "lora", "qlora"):

@@ -286,7 +286,15 @@ def plan_rows(
     # Rows of like cost meet in a micro-step; ranks take turns to have the longer one.
     for step in range(accumulation):
         dealt += packed[step * ranks : (step + 1) * ranks][:: 1 if step % 2 == 0 else -1]
-    return [_ordered([member for bundle in row for member in bundle.members], keys, layout) for row in dealt]
+    plans = []
+    for row in dealt:
+        members = sorted(member for bundle in row for member in bundle.members)
+        shared: Sequence[int] = [0] * len(members)
+        if layout == "shared_prefix":
+            members.sort(key=lambda index: (keys[index], index))
+            shared = branches([keys[member] for member in members])
+        plans.append((tuple(members), tuple(shared)))
+    return plans
 
 
 def _in_order(keys: Sequence[bytes], owners: Sequence[int], batch_size: int, rows: int) -> list[list[int]]:
@@ -296,11 +304,3 @@ def _in_order(keys: Sequence[bytes], owners: Sequence[int], batch_size: int, row
     for index in range(len(keys)):
         filled[numbers[owners[index]] // batch_size].append(index)
     return filled
-
-
-def _ordered(
-    members: list[int], keys: Sequence[bytes], layout: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    members.sort(key=lambda index: (keys[index], index) if layout == "shared_prefix" else (b"", index))
-    row = [keys[member] for member in members]
-    return tuple(members), tuple(branches(row)) if layout == "shared_prefix" else (0,) * len(row)

@@ -22,21 +22,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from qwen_chat.chat.encoded import Encoded
-from qwen_chat.errors import ModelError
+from qwen_chat.errors import ModelError, first_line
 from qwen_chat.families import TRAINABLE
 from qwen_chat.training.batches import Collator
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.packing import PackedRow
 
-TOKENS = 11  # of each sequence: a prime, so that no boundary lies where a convolution or a chunk has its own
+LENGTH = 11  # of each sequence: a prime, so that no boundary lies where a convolution or a chunk has its own
 SHARED = 5  # first tokens that the last two have in common, where the layout stores them once
-VOCABULARY, INNER = 512, 256  # of the small copy: words, and the most inner features of an MLP or expert
+VOCABULARY, NARROW = 512, 256  # of the small copy: words, and the most inner features of an MLP or expert
 
 # Relative, in float32 or better. Measured on random models of 40 families: loss at most 2e-7, gradient 3e-6, nothing
 # moves (with experts: 1.3e-6); on SmolLM2-135M's own weights loss 4e-7, gradient 2.3e-5. The weakest of 13 families
@@ -45,7 +45,7 @@ LOSS, GRADIENT, MOVED = 1e-5, 1e-3, 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Difference:
     """How far a row is from its sequences alone."""
 
     loss: float  # relative difference of the sums of cross-entropies
@@ -66,7 +66,7 @@ class Found:
         return ", ".join(parts)
 
 
-def check(model: Any, layout: str) -> str:
+def prove(model: PreTrainedModel, layout: str) -> str:
     """Hold a model to the above; returns the decision's line.
 
     layout: packing.LAYOUTS. ModelError where the model differs. A model in half precision, in 4 bits, cut up by
@@ -79,9 +79,7 @@ def check(model: Any, layout: str) -> str:
         try:
             probed = _small_copy(model)
         except Exception as error:  # a model's own code may fail in any way
-            return (
-                f"not probed: no small copy of '{kind}' can be made ({_line(error)}); rows are taken on trust"
-            )
+            return f"not probed: no small copy of '{kind}' can be made ({first_line(error)}); rows are taken on trust"
         what = f"a float32 copy of {probed.config.get_text_config().num_hidden_layers} layers"
     found = measure(probed, layout)
     if isinstance(found, str):
@@ -97,15 +95,15 @@ def check(model: Any, layout: str) -> str:
     )
 
 
-def measure(model: Any, layout: str) -> Found | str:
+def measure(model: PreTrainedModel, layout: str) -> Difference | str:
     """How far a row of the layout is from its sequences alone; why not, where the model does not run by itself."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     sequences, shared = _sequences(min(rows, model.config.get_text_config().vocab_size), layout)
     with _quiet(model):
         try:
-            loss, gradient = _alone(model, sequences, shared)
+            loss, gradient = _one_by_one(model, sequences, shared)
         except Exception as error:  # a model's own code may fail in any way
-            return _line(error)
+            return first_line(error)
         if not math.isfinite(loss) or not float(gradient.norm()) > 0:
             return f"loss {loss}, gradient {float(gradient.norm())}"  # damaged weights: the run's own checks tell
         try:
@@ -117,14 +115,14 @@ def measure(model: Any, layout: str) -> Found | str:
         except Exception as error:
             raise ModelError(
                 f"model type '{model.config.model_type}' cannot be trained in rows: its forward fails on one"
-                f" ({_line(error)}); model types that work: {', '.join(TRAINABLE)}"
+                f" ({first_line(error)}); model types that work: {', '.join(TRAINABLE)}"
             ) from error
     last = slice(
-        1 - TOKENS, None
+        1 - LENGTH, None
     )  # hidden states come sequence by sequence: of all tokens but each one's last
     moved = (after[last] - hidden[last]).abs().max() / hidden[last].square().mean().sqrt()
     apart = (row_gradient - gradient).norm() / gradient.norm()
-    return Found(abs(row_loss - loss) / abs(loss), float(apart), float(moved))
+    return Difference(abs(row_loss - loss) / abs(loss), float(apart), float(moved))
 
 
 # ------------------------------------------------------------------------------------------- the sequences
@@ -133,15 +131,15 @@ def measure(model: Any, layout: str) -> Found | str:
 def _sequences(words: int, layout: str) -> tuple[list[Encoded], tuple[int, ...]]:
     """Sequences of a row, and what each shares with the one before it."""
     count = 3 if layout == "shared_prefix" else 2
-    rows = [[(17 + 7919 * (TOKENS * n + at)) % words for at in range(TOKENS)] for n in range(count)]
+    rows = [[(17 + 7919 * (LENGTH * n + at)) % words for at in range(LENGTH)] for n in range(count)]
     shared = [0] * count
     if layout == "shared_prefix":
         rows[2][:SHARED] = rows[1][:SHARED]
         shared[2] = SHARED
-    return [_whole(ids) for ids in rows], tuple(shared)
+    return [_all_supervised(ids) for ids in rows], tuple(shared)
 
 
-def _whole(ids: list[int]) -> Encoded:
+def _all_supervised(ids: list[int]) -> Encoded:
     """Every token of it supervised."""
     return Encoded(ids, [(0, len(ids))])
 
@@ -150,10 +148,10 @@ def _changed(sequences: Sequence[Encoded], shared: Sequence[int]) -> list[Encode
     """All other tokens but those that the last sequence sees."""
     *others, near, last = (sequence.input_ids for sequence in sequences)
     near = near[: shared[-1]] + near[shared[-1] :][::-1]
-    return [_whole(ids) for ids in (*(ids[::-1] for ids in others), near, last)]
+    return [_all_supervised(ids) for ids in (*(ids[::-1] for ids in others), near, last)]
 
 
-def _places(sequences: Sequence[Encoded], shared: Sequence[int]) -> list[list[int]]:
+def _stored_at(sequences: Sequence[Encoded], shared: Sequence[int]) -> list[list[int]]:
     """Where each sequence's tokens lie in the row."""
     places: list[list[int]] = []
     at = 0
@@ -167,7 +165,9 @@ def _places(sequences: Sequence[Encoded], shared: Sequence[int]) -> list[list[in
 # ---------------------------------------------------------------------------------------------- both ways
 
 
-def _alone(model: Any, sequences: Sequence[Encoded], shared: Sequence[int]) -> tuple[float, torch.Tensor]:
+def _one_by_one(
+    model: PreTrainedModel, sequences: Sequence[Encoded], shared: Sequence[int]
+) -> tuple[float, torch.Tensor]:
     """Sum of losses and the embeddings' gradient, as a row would store it [T, H], by the model's own means.
 
     The sequences are of one length: a batch without padding, in which nobody has company.
@@ -178,16 +178,21 @@ def _alone(model: Any, sequences: Sequence[Encoded], shared: Sequence[int]) -> t
         logits = model(input_ids=ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         (gradient,) = torch.autograd.grad(loss, embedded)
-    places = torch.tensor(_places(sequences, shared))
+    places = torch.tensor(_stored_at(sequences, shared))
     stored = gradient.new_zeros(int(places.max()) + 1, gradient.shape[-1])
     return loss.item(), stored.index_add_(0, places.flatten(), gradient.flatten(0, 1))
 
 
 def _in_a_row(
-    model: Any, sequences: Sequence[Encoded], shared: tuple[int, ...], layout: str, *, learning: bool
+    model: PreTrainedModel,
+    sequences: Sequence[Encoded],
+    shared: tuple[int, ...],
+    layout: str,
+    *,
+    learning: bool,
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Sum of losses, the embeddings' gradient [T, H] and the head's inputs [K, H] by the run's means."""
-    pad_to = TOKENS if layout == "padded" else 0  # of the longest: nothing lies between it and the next
+    pad_to = LENGTH if layout == "padded" else 0  # of the longest: nothing lies between it and the next
     names = tuple((number, 0) for number in range(len(sequences)))
     row = PackedRow(names, tuple(len(s.input_ids) for s in sequences), shared, pad_to)
     batch = Collator()([(row, sequences)])
@@ -210,7 +215,7 @@ def _in_a_row(
 
 
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
+def _quiet(model: PreTrainedModel) -> Iterator[None]:
     """No dropout, no weight that wants a gradient; layers are still computed again in backward where they are."""
     modes = [(module, module.training) for module in model.modules()]
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -228,11 +233,11 @@ def _quiet(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _embedded(model: Any) -> Iterator[list[torch.Tensor]]:
+def _embedded(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Holds what the input embedding gives, as a leaf of the graph: no gradient goes on to the embedding."""
     held: list[torch.Tensor] = []
 
-    def hold(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def hold(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         held.append(output.detach().requires_grad_(torch.is_grad_enabled()))
         return held[-1]
 
@@ -244,7 +249,7 @@ def _embedded(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _own_attention(model: Any) -> Iterator[None]:
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model's own attention, written out in its file ("eager"), for the time being."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
@@ -262,7 +267,7 @@ def _own_attention(model: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ the small copy
 
 
-def _is_exact(model: Any) -> bool:
+def _is_exact(model: PreTrainedModel) -> bool:
     """Whether the model itself can be judged: whole, in float32 or better, in main memory."""
     return all(
         parameter.dtype in (torch.float32, torch.float64)
@@ -272,7 +277,7 @@ def _is_exact(model: Any) -> bool:
     )
 
 
-def _small_copy(model: Any) -> Any:
+def _small_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class, hidden size and heads, in float32 with random weights and narrow MLPs.
 
     One layer of each kind, or two alike. What goes from token to token is as wide as it was.
@@ -296,7 +301,7 @@ def _small_copy(model: Any) -> Any:
         setattr(text, name, [value[index] for index in kept])
     for name, value in list(vars(text).items()):
         if name.endswith("intermediate_size") and isinstance(value, int):
-            setattr(text, name, min(value, INNER))
+            setattr(text, name, min(value, NARROW))
     text.vocab_size = VOCABULARY
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, None)
@@ -304,7 +309,3 @@ def _small_copy(model: Any) -> Any:
         torch.manual_seed(0)
         with torch.device("cpu"):
             return type(base)(config).float()
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

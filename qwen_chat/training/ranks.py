@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
+
+from qwen_chat.console import is_rank_zero
+
+Found = TypeVar("Found")
 
 
 def start_deepspeed(accelerator: bool) -> None:
@@ -50,13 +55,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def share(value: Any) -> Any:
-    """Rank 0's value on every rank (the output folder's name holds a time)."""
+def from_rank_zero(find: Callable[[], Found]) -> Found:
+    """What `find` gives on rank 0, on every rank; the others do not call it."""
     if not _is_joined():
-        return value
-    box = [value]
+        return find()
+    box: list[Any] = [find() if is_rank_zero() else None]
     torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return cast(Found, box[0])
 
 
 def any_rank(value: bool) -> bool:

@@ -22,7 +22,7 @@ from qwen_chat.errors import MissingDependency, OptionError
 from qwen_chat.training import attention, memory_plan
 from qwen_chat.training import options as training_options
 
-T = TypeVar("T")
+Built = TypeVar("Built")
 
 _REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, KeyError, AttributeError)
 STEPS = 1000  # of the rehearsed schedule, where the run does not say --max_steps
@@ -45,7 +45,7 @@ def rehearse(run: Run) -> None:
     values = training_options.field_values(run, checkpointing=False) | {"output_dir": "unused"}
     values |= {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
     values["use_cpu"] = not memory_plan.on_accelerator(run)
-    args = _arguments(run, values)
+    args = _alone(run, values)
     extra = run.extra
     optimizer = _tried(_flags(run, "optim", "optim_args"), lambda: _optimizer(args))
     _tried(
@@ -64,7 +64,7 @@ def rehearse(run: Run) -> None:
         _deepspeed(run, run.train.deepspeed, numbers)
 
 
-def _arguments(run: Run, values: Mapping[str, Any]) -> Any:
+def _alone(run: Run, values: Mapping[str, Any]) -> TrainingArguments:
     """TrainingArguments alone; the flag that is to blame is the one without which they can be built."""
     given = dict(values) | dict(run.extra)
     try:
@@ -75,17 +75,18 @@ def _arguments(run: Run, values: Mapping[str, Any]) -> Any:
                 Alone(**{key: value for key, value in given.items() if key != name})
             except _REFUSALS:
                 continue
-            raise OptionError(_line(_flags(run, name), error)) from None
-        raise OptionError(_line("these flags together", error)) from None
+            raise OptionError(_refused(_flags(run, name), error)) from None
+        raise OptionError(_refused("these flags together", error)) from None
 
 
-def _optimizer(args: Any) -> Any:
+def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, None)
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": args.weight_decay}
-    return kind([group], **options)
+    optimizer: torch.optim.Optimizer = kind([group], **options)
+    return optimizer
 
 
-def _schedule(args: Any, optimizer: Any, steps: int) -> Any:
+def _schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> object:
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
@@ -122,13 +123,13 @@ def _flags(run: Run, *names: str) -> str:
     return " ".join(f"--{name} {parser.shown(options.get(name))}" for name in shown)
 
 
-def _tried(flags: str, build: Callable[[], T]) -> T:
+def _tried(flags: str, build: Callable[[], Built]) -> Built:
     try:
         return build()
     except _REFUSALS as error:
-        raise OptionError(_line(flags, error)) from None
+        raise OptionError(_refused(flags, error)) from None
 
 
-def _line(flags: str, error: BaseException) -> str:
+def _refused(flags: str, error: BaseException) -> str:
     said = " ".join(str(error.args[0] if error.args else error).split())
     return f"{flags}: refused ({said[:300].rstrip('.')}); give another value or leave it out"

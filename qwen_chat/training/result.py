@@ -48,7 +48,7 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     aside.mkdir(exist_ok=True)
     if run.lora.use_lora:
         base = models.name_of(run.model.model, session.model_path)
-        adapters.save(model, aside, base=base, initial=initial, state_dict=weights)
+        adapters.save_adapter(model, aside, base=base, initial=initial, state_dict=weights)
         model.generation_config.save_pretrained(aside)
     else:
         model.save_pretrained(aside, state_dict=weights)

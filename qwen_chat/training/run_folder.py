@@ -20,12 +20,13 @@ from qwen_chat.cli import deepspeed_file
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import CheckpointError, OutputError
 from qwen_chat.training import checkpoints, memory_plan
+from qwen_chat.training.checkpoints import RUN_FILE
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "finetune" / "io_file" / "output_data"
-RUN_FILE, LOG_FILE = "run.json", "train_log.jsonl"
+LOG_FILE = "train_log.jsonl"
 _OWN = frozenset({RUN_FILE, LOG_FILE, "runs", checkpoints.LOCK, checkpoints.ASIDE})  # runs: tensorboard's
 # What a run that was killed while it saved its result may have left.
-_RESULT = re.compile(
+_RESULT_FILES = re.compile(
     r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges)\S*"
 )
 
@@ -57,18 +58,18 @@ def free(options: Mapping[str, Any]) -> frozenset[str]:
     return _FREE | (frozenset() if decided else _EVALUATION) | (_LENGTH if schedule == "constant" else set())
 
 
-def choose(run: Run, now: datetime | None = None) -> Path:
+def choose_folder(run: Run, now: datetime | None = None) -> Path:
     """`-o`, or a new folder under finetune/io_file/output_data/ named after data, method and time."""
     if run.train.output_dir is not None:
         return Path(run.train.output_dir).expanduser()
     if run.train.resume not in ("auto", "never"):
         source = Path(run.train.resume)
-        return source.parent if checkpoints.NAME.fullmatch(source.name) else source
+        return source.parent if checkpoints.CHECKPOINT.fullmatch(source.name) else source
     data = re.sub(r"[^\w.-]+", "_", Path(run.data.data_path[0]).name.partition(".")[0]) or "data"
     return OUTPUTS / f"{data}-{run.method}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
 
 
-def check(folder: Path) -> None:
+def check_usable(folder: Path) -> None:
     """Raise OutputError unless `folder` can be made, or holds only the checkpoints of an unfinished run."""
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir():
@@ -78,10 +79,12 @@ def check(folder: Path) -> None:
     if not folder.exists():
         return
     names = [path.name for path in folder.iterdir()]
-    foreign = sorted(name for name in names if name not in _OWN and not checkpoints.NAME.fullmatch(name))
-    record = read_run(folder)
+    foreign = sorted(
+        name for name in names if name not in _OWN and not checkpoints.CHECKPOINT.fullmatch(name)
+    )
+    record = read_run_json(folder)
     if record.get("state") == "running":
-        foreign = [name for name in foreign if not _RESULT.fullmatch(name)]
+        foreign = [name for name in foreign if not _RESULT_FILES.fullmatch(name)]
     if record.get("state") == "finished":
         raise OutputError(
             f"{folder}: holds a finished run; nothing is overwritten: give a new folder with -o"
@@ -143,10 +146,14 @@ def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
     present = bool(checkpoints.steps(folder)) if source == folder else True
     if run.train.resume == "never" and present:
         raise OutputError(f"{folder}: holds checkpoints, which --resume never would replace; give a new -o")
-    record = read_run(source)
+    record = read_run_json(source)
     if not present:
         return Resume(None, {})
-    if source != folder and checkpoints.NAME.fullmatch(source.name) is None and not checkpoints.steps(source):
+    if (
+        source != folder
+        and checkpoints.CHECKPOINT.fullmatch(source.name) is None
+        and not checkpoints.steps(source)
+    ):
         raise CheckpointError(
             f"--resume {source}: no checkpoint; expected .../checkpoint-N or a run's folder"
         )
@@ -159,18 +166,18 @@ def checkpoint(found: Resume) -> tuple[Path | None, list[str]]:
     """The checkpoint to load, every byte verified, and what is to be said. For one rank alone."""
     if found.source is None:
         return None, []
-    if checkpoints.NAME.fullmatch(found.source.name):
+    if checkpoints.CHECKPOINT.fullmatch(found.source.name):
         problem = checkpoints.damage(found.source)
         if problem is not None:
             raise CheckpointError(f"{found.source}: {problem}; give another checkpoint, or --resume auto")
-        return _whole(found.source), [f"resumed from {found.source.name} ({found.source})"]
+        return _with_its_optimizer(found.source), [f"resumed from {found.source.name} ({found.source})"]
     path, notes = checkpoints.newest_sound(found.source)
     if path is None:
         return None, [*notes, "no sound checkpoint: begins at step 0"]
-    return _whole(path), [*notes, f"resumed from {path.name}"]
+    return _with_its_optimizer(path), [*notes, f"resumed from {path.name}"]
 
 
-def _whole(path: Path) -> Path:
+def _with_its_optimizer(path: Path) -> Path:
     """The checkpoint, unless it holds weights alone: optimizer and schedule would begin anew without a word."""
     sharded = any(path.glob("global_step*"))  # DeepSpeed's folder holds all of it
     if sharded or (any(path.glob("optimizer*")) and (path / "scheduler.pt").is_file()):
@@ -181,7 +188,7 @@ def _whole(path: Path) -> Path:
     )
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run_json(folder: Path) -> dict[str, Any]:
     """run.json, or {} where there is none that can be read."""
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -190,7 +197,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def write_run(folder: Path, record: Mapping[str, Any]) -> None:
+def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
     """Write run.json whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, ensure_ascii=False, indent=2, default=str)

@@ -23,7 +23,7 @@ from qwen_chat.errors import OptionError
 from qwen_chat.training import memory_plan, run_folder
 from qwen_chat.training.batches import held_out_windows, training_windows
 from qwen_chat.training.options import training_arguments
-from qwen_chat.training.ranks import any_rank, share
+from qwen_chat.training.ranks import any_rank, from_rank_zero
 from qwen_chat.training.step_log import StepLog
 from qwen_chat.training.trainer import ChatTrainer
 
@@ -118,7 +118,7 @@ def join(prepared: Prepared) -> Session:
     if agreed and not on:
         args.activation_checkpointing = args.gradient_checkpointing = True
         args.activation_checkpointing_kwargs = {"use_reentrant": False}
-    args.output_dir = share(str(prepared.folder))
+    args.output_dir = from_rank_zero(lambda: str(prepared.folder))
     chosen |= {
         "gradient_checkpointing": agreed,
         "threads": torch.get_num_threads(),

@@ -123,10 +123,10 @@ class ChatTrainer(Trainer, TrainerCallback):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return not self.stopping
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._aside or self.args.output_dir)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         """The Trainer writes into a folder aside; it takes its place when it is whole."""
         folder, step = Path(self.args.output_dir), self.state.global_step
         name = f"checkpoint-{step}"
@@ -151,14 +151,14 @@ class ChatTrainer(Trainer, TrainerCallback):
             keep = folder / f"checkpoint-{best}" if best else None
             checkpoints.prune(folder, step, self.args.save_total_limit, keep)
 
-    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, Any], *args: object, **kwargs: object) -> None:
         """TensorBoard and the others get the names of train_log.jsonl."""
         names = ("learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "memory_gib")
         if "loss" in logs and self.last is not None:
             logs = logs | {name: getattr(self.last, name) for name in names}
         super().log(logs, *args, **kwargs)
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _run_epoch(self, **options: object) -> None:
         """transformers looks at max_steps only after a step: a checkpoint of the last one would get one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -168,10 +168,10 @@ class ChatTrainer(Trainer, TrainerCallback):
     def get_train_dataloader(self) -> Any:
         return self._rows(self.train_dataset, self.windows)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: object = None) -> Any:
         return self._rows(self.eval_dataset, self.held_out)
 
-    def _rows(self, dataset: Any, windows: WindowSampler | None) -> Any:
+    def _rows(self, dataset: RowDataset, windows: WindowSampler | None) -> Any:
         loader: Any = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=windows,
@@ -187,7 +187,7 @@ class ChatTrainer(Trainer, TrainerCallback):
 
     def compute_loss(
         self,
-        model: Any,
+        model: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -198,11 +198,12 @@ class ChatTrainer(Trainer, TrainerCallback):
         self.totals.add(loss, inputs)
         return (loss, {}) if return_outputs else loss
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """LoRA+ has its own groups; everything else is the Trainer's."""
-        self.optimizer: Any
+        self.optimizer: torch.optim.Optimizer
         if self.loraplus_ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            self.optimizer = super().create_optimizer(model)
+            return self.optimizer
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         groups = adapters.optimizer_groups(
             self.model, self.args.learning_rate, self.loraplus_ratio, self.args.weight_decay
@@ -210,7 +211,7 @@ class ChatTrainer(Trainer, TrainerCallback):
         self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         """A gradient that is not a number stops the run before it reaches the weights (fp16 skips it)."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
@@ -301,7 +302,7 @@ class ChatTrainer(Trainer, TrainerCallback):
 
     def evaluation_loop(
         self,
-        dataloader: Any,
+        dataloader: torch.utils.data.DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,

@@ -16,9 +16,9 @@ from transformers.trainer_utils import set_seed
 
 from qwen_chat import models
 from qwen_chat.cli.run_options import Run
-from qwen_chat.console import is_rank_zero, rank_zero
+from qwen_chat.console import rank_zero
 from qwen_chat.training import adapters, attention, fused, matmul, probe
-from qwen_chat.training.ranks import share
+from qwen_chat.training.ranks import from_rank_zero
 from qwen_chat.training.session import Session
 
 
@@ -36,9 +36,9 @@ def build(session: Session) -> Tuned:
     """Load, wrap, fuse and probe. Raises ModelError where this model type cannot be trained in rows."""
     run, args = session.run, session.args
     loaded = load(run, session.model_path, args)
-    wrapped = wrap(run, loaded.model, session.fmt.tokenizer, args)
+    wrapped = adapt(run, loaded.model, session.fmt.tokenizer, args)
     fusing, chosen = fuse(wrapped.model, args, session.choices)
-    proven = probe.check(wrapped.model, run.train.layout)
+    proven = probe.prove(wrapped.model, run.train.layout)
     decisions = (*loaded.decisions, *wrapped.decisions, *fusing, proven)
     return Tuned(wrapped.model, wrapped.initial, decisions, {**session.choices, **chosen})
 
@@ -51,7 +51,7 @@ def load(run: Run, path: Path, args: TrainingArguments) -> models.Loaded:
         name = attention.register()
         kind = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
         head = attention.head_size(models.read_config(path))
-        kernel, reason = attention.choose_here(args.device.type, run.train.layout, kind, head)
+        kernel, reason = attention.kernel_here(args.device.type, run.train.layout, kind, head)
         why = f"{kernel}; {reason}"
     loaded = models.load_model(
         path,
@@ -77,7 +77,7 @@ def _weight_dtype(run: Run, args: TrainingArguments) -> torch.dtype | str:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def wrap(
+def adapt(
     run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
 ) -> adapters.Wrapped:
     """Put the adapter over the model; a full fine-tune leaves it as it is."""
@@ -98,7 +98,7 @@ def fuse(
     if args.device.type != "cpu" or args.bf16 or args.fp16:
         return (), {}
     stored = choices.get("matmul")
-    choice = matmul.Choice.from_json(stored) if stored else share(matmul.choose() if is_rank_zero() else None)
+    choice = matmul.Route.from_json(stored) if stored else from_rank_zero(matmul.fastest)
     fused.keep_memory()
     counts = fused.install(model, choice.product)
     layers = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)

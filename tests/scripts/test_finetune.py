@@ -42,7 +42,7 @@ def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     from qwen_chat.training import matmul
 
     torch.set_num_threads(1)  # the model is tiny: a second thread only waits
-    monkeypatch.setattr(matmul, "choose", lambda *_: matmul.Choice("torch", "not measured in a test"))
+    monkeypatch.setattr(matmul, "choose", lambda *_: matmul.Route("torch", "not measured in a test"))
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["finetune.py", *words])

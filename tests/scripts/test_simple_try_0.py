@@ -42,7 +42,7 @@ def test_an_adapter_alone_takes_the_base_that_it_names(tiny_model_path: Path, tm
 
     loaded = models.load_model(tiny_model_path, for_training=True)
     wrapped = adapters.wrap(loaded.model, LoraArguments(use_lora=True, lora_r=4), loaded.tokenizer)
-    adapters.save(wrapped.model, tmp_path / "a", base=str(tiny_model_path))
+    adapters.save_adapter(wrapped.model, tmp_path / "a", base=str(tiny_model_path))
     done = talk("--adapter", str(tmp_path / "a"), "--prompt", "hi", "--max_new_tokens", "3")
     assert done.returncode == 0, done.stderr
     same = talk("-m", str(tiny_model_path), "--prompt", "hi", "--max_new_tokens", "3")  # untrained: no change

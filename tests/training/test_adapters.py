@@ -63,7 +63,7 @@ def learn(model: Any, steps: int = 8, groups: Any = None) -> list[float]:
 
 
 def saved_and_loaded(path: Path, wrap: adapters.Wrapped, lora: LoraArguments, folder: Path) -> Any:
-    adapters.save(wrap.model, folder, base=str(path), initial=wrap.initial)
+    adapters.save_adapter(wrap.model, folder, base=str(path), initial=wrap.initial)
     return models.load_adapter(load(path, lora).model, folder)
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_is_continued(tiny_model_path: Path, tmp_path: Path) -> None:
     wrap = wrapped(tiny_model_path, PLAIN)
     losses = learn(wrap.model)
     after = logits(wrap.model)
-    adapters.save(wrap.model, tmp_path / "first", base=str(tiny_model_path))
+    adapters.save_adapter(wrap.model, tmp_path / "first", base=str(tiny_model_path))
     again = wrapped(tiny_model_path, LoraArguments(use_lora=True, lora_weight_path=str(tmp_path / "first")))
     torch.testing.assert_close(logits(again.model), after, atol=1e-6, rtol=1e-5)
     assert again.decisions[0] == f"continues {tmp_path / 'first'}"
@@ -257,7 +257,7 @@ def test_layers_of_an_adapter_go_on_learning_and_are_saved(tiny_model_path: Path
     get_peft_model(load(tiny_model_path, PLAIN).model, config).save_pretrained(tmp_path / "first")
     again = wrapped(tiny_model_path, LoraArguments(use_lora=True, lora_weight_path=str(tmp_path / "first")))
     before = logits(again.model)
-    fused.install(again.model, matmul.Choice("torch", "test").product)
+    fused.install(again.model, matmul.Route("torch", "test").product)
     head = loss.ModelLoss(again.model)
     torch.testing.assert_close(logits(again.model), before, atol=1e-5, rtol=1e-4)
     learn(again.model, steps=3)
@@ -279,7 +279,7 @@ def test_a_checkpoint_over_a_base_that_chance_changed_is_refused(
 
 
 def test_an_adapter_over_the_wrong_base(tiny_model_path: Path, demo_model_path: Path, tmp_path: Path) -> None:
-    adapters.save(wrapped(tiny_model_path, PLAIN).model, tmp_path, base="Some/Base")
+    adapters.save_adapter(wrapped(tiny_model_path, PLAIN).model, tmp_path, base="Some/Base")
     with pytest.raises(ModelError) as caught:
         models.load_model(demo_model_path, adapter=tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: does not fit this model (")

@@ -131,7 +131,7 @@ def test_a_row_is_a_batch_of_one():
     ],
 )
 def test_choice_is_a_rule(device, layout, dtype, flex, kernel):
-    chosen, reason = attention.choose(device, layout, dtype, flex=flex)
+    chosen, reason = attention.kernel_for(device, layout, dtype, flex=flex)
     assert chosen == kernel
     assert reason
 
@@ -150,14 +150,14 @@ def test_choice_is_a_rule(device, layout, dtype, flex, kernel):
 )
 def test_the_card_and_the_head_size_decide(capability, head, layout, dtype, flex, kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(attention, "_has_triton", lambda: flex)
-    chosen, reason = attention.choose_here("cuda", layout, dtype, head)
+    monkeypatch.setattr(attention, "has_triton", lambda: flex)
+    chosen, reason = attention.kernel_here("cuda", layout, dtype, head)
     assert chosen == kernel
     assert ("no flash attention" in reason) == (
         chosen == "flex" and layout == "packed" and dtype != "float32"
     )
     monkeypatch.setattr(attention, "_flex_failed", True)
-    assert attention.choose_here("cuda", layout, dtype, head)[0] == (
+    assert attention.kernel_here("cuda", layout, dtype, head)[0] == (
         "varlen" if kernel == "varlen" else "mask"
     )
 

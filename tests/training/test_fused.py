@@ -16,7 +16,7 @@ def test_fused_equals_the_model_s_own_layers(family, lora, checkpointing):
     data = mixed_data()
     model = tiny_model(family, lora=lora, checkpointing=checkpointing)
     expected_loss, expected = reference(model, data)
-    counts = fused.install(model, matmul.Choice("torch", "test").product)
+    counts = fused.install(model, matmul.Route("torch", "test").product)
     assert counts == {"linear": 15, "mlp": 2, "norm": 9 if family == "qwen3" else 5}
     loss, _, found = engine(model, data, "shared_prefix", 3, 3)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -32,7 +32,7 @@ def test_both_routes_in_single_precision(route, lora):
     data = mixed_data()
     expected_loss, expected = reference(tiny_model("qwen2", lora=lora), data)
     model = tiny_model("qwen2", lora=lora).float()
-    fused.install(model, matmul.Choice(route, "test").product)
+    fused.install(model, matmul.Route(route, "test").product)
     loss, _, found = engine(model, data, "shared_prefix", 9, 1)
     assert loss == pytest.approx(expected_loss, rel=2e-5)
     assert relative(found.double(), expected) < 2e-5
@@ -57,7 +57,7 @@ def test_dropout_keeps_its_statistics_and_its_gradients():
         return logits.detach(), gradients(model)
 
     own_logits, own = run()
-    fused.install(model, matmul.Choice("torch", "test").product)
+    fused.install(model, matmul.Route("torch", "test").product)
     logits, found = run()
     assert relative(logits, own_logits) < 1e-6
     assert relative(found, own) < 1e-6
@@ -88,7 +88,7 @@ def test_what_does_not_fit_runs_its_own_forward(change):
         return logits.detach(), gradients(model)
 
     own_logits, own = run()
-    fused.install(model, matmul.Choice("torch", "test").product)
+    fused.install(model, matmul.Route("torch", "test").product)
     logits, found = run()
     assert relative(logits.float(), own_logits.float()) < 1e-4
     if own is not None:
@@ -100,16 +100,16 @@ def test_product_routes_agree_and_are_true_single_precision():
     x, weight, bias = torch.randn(70, 300), torch.randn(50, 300), torch.randn(50)
     exact = x.double() @ weight.double().t() + bias.double()
     for route in ROUTES:
-        product = matmul.Choice(route, "test").product
+        product = matmul.Route(route, "test").product
         assert (product(x, weight, bias) - exact).abs().max() < 1e-4  # bfloat16 or TF32 would miss by 0.05
         strided = product(weight.t().contiguous().t(), x.t().contiguous().t(), None)
         assert (strided - (exact - bias.double()).t()).abs().max() < 1e-4
 
 
 def test_choice_is_measured_stored_and_used_again():
-    choice = matmul.choose(seconds=0.05)
+    choice = matmul.fastest(seconds=0.05)
     assert choice.route in ROUTES
     assert set(dict(choice.rates)) == set(ROUTES) and min(dict(choice.rates).values()) > 0
-    stored = matmul.Choice.from_json(choice.to_json())
+    stored = matmul.Route.from_json(choice.to_json())
     assert (stored.route, stored.reason) == (choice.route, "as this run began")
-    assert matmul.choose("cuda").route == "torch"
+    assert matmul.fastest("cuda").route == "torch"

@@ -348,7 +348,7 @@ def _saved(
         lora = LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     if lean:
-        fused.install(model, matmul.Choice("torch", "").product)
+        fused.install(model, matmul.Route("torch", "").product)
     model.train()
     loss = ModelLoss(model)
     ids = torch.arange(tokens)[None] % 100
@@ -427,13 +427,9 @@ def test_true_and_false_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_disk_and_steps() -> None:
     full, lora = run_of(), run_of("--use_lora")
     p, learnt = HALF_BILLION.parameters, memory_plan.trainable(HALF_BILLION, Setup(method="lora"))
-    assert memory_plan.disk_needed(HALF_BILLION, full) == 4 * p + 3 * 12 * p + 4 * 20 * memory_plan.MIB
-    assert (
-        memory_plan.disk_needed(HALF_BILLION, lora) == 4 * learnt + 3 * 12 * learnt + 4 * 20 * memory_plan.MIB
-    )
-    assert (
-        memory_plan.disk_needed(HALF_BILLION, run_of("--save_strategy", "no")) == 4 * p + 20 * memory_plan.MIB
-    )
+    assert memory_plan.disk_needed(HALF_BILLION, full) == 4 * p + 3 * 12 * p + 4 * 20 * hardware.MIB
+    assert memory_plan.disk_needed(HALF_BILLION, lora) == 4 * learnt + 3 * 12 * learnt + 4 * 20 * hardware.MIB
+    assert memory_plan.disk_needed(HALF_BILLION, run_of("--save_strategy", "no")) == 4 * p + 20 * hardware.MIB
     assert memory_plan.steps_of(full, 81, 1) == 33  # 11 windows of 8, three times
     assert memory_plan.steps_of(full, 81, 2) == 18
     assert memory_plan.steps_of(run_of("--max_steps", "7"), 81, 1) == 7

@@ -76,10 +76,10 @@ def test_what_works_passes_by_far(name: str) -> None:
         model = with_lora(model)
     found.append(probe.measure(model, "shared_prefix"))
     for one in found:
-        assert isinstance(one, probe.Found)
+        assert isinstance(one, probe.Difference)
         assert one.loss < probe.LOSS / 10 and one.gradient < probe.GRADIENT / 100
         assert one.moved < probe.MOVED / 10 if "moe" in name else one.moved == 0
-    assert probe.check(model, "shared_prefix").startswith("probe: in a row as alone (loss ")
+    assert probe.prove(model, "shared_prefix").startswith("probe: in a row as alone (loss ")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_works_passes_by_far(name: str) -> None:
 )
 def test_what_cannot_be_served_is_refused_in_one_line(name: str, what: str) -> None:
     with pytest.raises(ModelError, match=what) as caught:
-        probe.check(family(name), "packed")
+        probe.prove(family(name), "packed")
     assert "\n" not in str(caught.value)
 
 
@@ -164,13 +164,13 @@ def planted(kind: str) -> Any:
 )
 def test_a_planted_fault_is_refused(kind: str, what: str, layout: str) -> None:
     with pytest.raises(ModelError, match=what):
-        probe.check(planted(kind), layout)
-    probe.check(planted("none"), layout)
+        probe.prove(planted(kind), layout)
+    probe.prove(planted("none"), layout)
 
 
 def test_the_line_names_the_type_the_figures_and_what_works() -> None:
     with pytest.raises(ModelError) as caught:
-        probe.check(planted("scaled"), "packed")
+        probe.prove(planted("scaled"), "packed")
     text = str(caught.value)
     assert text.startswith("model type 'qwen2' cannot be trained in rows of several conversations (packed): ")
     assert text.endswith(
@@ -183,7 +183,7 @@ def test_a_branch_that_reaches_its_sibling_is_refused() -> None:
     model = planted("none")
     mlp = model.model.layers[0].mlp
     own = mlp.forward
-    start = 2 * probe.TOKENS  # where the last sequence's own tokens begin
+    start = 2 * probe.LENGTH  # where the last sequence's own tokens begin
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > 1:
@@ -192,7 +192,7 @@ def test_a_branch_that_reaches_its_sibling_is_refused() -> None:
 
     mlp.forward = forward
     with pytest.raises(ModelError, match=LEAK):
-        probe.check(model, "shared_prefix")
+        probe.prove(model, "shared_prefix")
 
 
 # ------------------------------------------------------------------------------------------------ the copy
@@ -208,10 +208,10 @@ def test_a_copy_stands_in_where_the_model_cannot_be_judged_itself(why: str) -> N
             parameter.ds_id, parameter.data = 0, torch.empty(0)
         return model
 
-    assert "; a float32 copy of 2 layers, " in probe.check(stand_in("qwen3"), "shared_prefix")
+    assert "; a float32 copy of 2 layers, " in probe.prove(stand_in("qwen3"), "shared_prefix")
     for name in ("qwen3_next", "lfm2", "cohere"):
         with pytest.raises(ModelError, match="cannot be trained in rows"):
-            probe.check(stand_in(name), "packed")
+            probe.prove(stand_in(name), "packed")
 
 
 def test_a_copy_of_four_bits(tmp_path: Any) -> None:
@@ -219,7 +219,7 @@ def test_a_copy_of_four_bits(tmp_path: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=models._four_bits(torch.float32), attn_implementation="qwen_chat"
     )
-    assert "; a float32 copy of 2 layers, " in probe.check(with_lora(model), "shared_prefix")
+    assert "; a float32 copy of 2 layers, " in probe.prove(with_lora(model), "shared_prefix")
 
 
 def test_a_copy_has_every_kind_of_layer() -> None:
@@ -230,20 +230,20 @@ def test_a_copy_has_every_kind_of_layer() -> None:
     small = probe._small_copy(model)
     assert sorted(small.config.layer_types) == ["full_attention", "linear_attention"]
     assert small.config.hidden_size == 32 and small.dtype == torch.float32
-    assert small.config.intermediate_size == probe.INNER < model.config.intermediate_size
+    assert small.config.intermediate_size == probe.NARROW < model.config.intermediate_size
     assert model.config.num_hidden_layers == 8 and len(model.config.layer_types) == 8
 
 
 def test_where_it_cannot_run_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = family("qwen2").bfloat16()
     monkeypatch.setattr(type(model), "__init__", lambda self, config: 1 / 0)
-    said = probe.check(model, "packed")
+    said = probe.prove(model, "packed")
     assert said == (
         "not probed: no small copy of 'qwen2' can be made (division by zero); rows are taken on trust"
     )
     model = tiny_model("llama", dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
-    assert probe.check(model, "packed").startswith(
+    assert probe.prove(model, "packed").startswith(
         "not probed: 'llama' alone gives nothing to compare with (loss nan, gradient nan)"
     )
 
@@ -270,7 +270,7 @@ def test_it_leaves_no_trace(exact: bool) -> None:
         ]
 
     before = state()
-    probe.check(model, "shared_prefix")
+    probe.prove(model, "shared_prefix")
     torch.testing.assert_close(state()[0], before[0], rtol=0, atol=0)
     torch.testing.assert_close(state()[1], before[1], rtol=0, atol=0)
     assert state()[2:7] == before[2:7]

@@ -130,36 +130,36 @@ def test_generation_stops_where_training_stopped() -> None:
 
 def test_a_folder_is_named_after_data_method_and_time() -> None:
     now = datetime(2026, 11, 24, 5, 6, 7)
-    assert run_folder.choose(RUN, now) == run_folder.OUTPUTS / "my_data-lora-20261124-050607"
+    assert run_folder.choose_folder(RUN, now) == run_folder.OUTPUTS / "my_data-lora-20261124-050607"
     given = replace(RUN, train=replace(RUN.train, output_dir="here/out"))
-    assert run_folder.choose(given, now) == Path("here/out")
+    assert run_folder.choose_folder(given, now) == Path("here/out")
 
 
 def test_folders_that_may_be_written_to(tmp_path: Path) -> None:
-    run_folder.check(tmp_path / "new" / "deeper")
-    run_folder.check(tmp_path)
+    run_folder.check_usable(tmp_path / "new" / "deeper")
+    run_folder.check_usable(tmp_path)
     own = tmp_path / "own"
     (own / "checkpoint-3").mkdir(parents=True)
     (own / "train_log.jsonl").touch()
     with pytest.raises(OutputError, match=r"holds checkpoints but no run\.json"):
-        run_folder.check(own)
-    run_folder.write_run(own, {"state": "running"})
-    run_folder.check(own)
-    run_folder.write_run(own, {"state": "finished"})
+        run_folder.check_usable(own)
+    run_folder.write_run_json(own, {"state": "running"})
+    run_folder.check_usable(own)
+    run_folder.write_run_json(own, {"state": "finished"})
     with pytest.raises(OutputError, match="holds a finished run; nothing is overwritten"):
-        run_folder.check(own)
+        run_folder.check_usable(own)
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "checkpoint-x", "d"):
         (tmp_path / name).touch()
     with pytest.raises(OutputError) as caught:
-        run_folder.check(tmp_path)
+        run_folder.check_usable(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: holds something else (a.txt, b.txt, checkpoint-x ...); give a new or empty folder with -o"
     )
     with pytest.raises(OutputError, match=r"a\.txt: a file; the output needs a folder"):
-        run_folder.check(tmp_path / "a.txt" / "out")
+        run_folder.check_usable(tmp_path / "a.txt" / "out")
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
@@ -270,8 +270,8 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
         RUN, tmp_path, Path("m"), nothing, data, shaped_by, nothing, verdict, nothing, (), {}
     )
     record = result.record(one, {"threads": 3}, ["one"])
-    run_folder.write_run(tmp_path, record)
-    found = run_folder.read_run(tmp_path)
+    run_folder.write_run_json(tmp_path, record)
+    found = run_folder.read_run_json(tmp_path)
     assert found["options"] == json.loads(json.dumps(RUN.as_dict()))
     assert found["data"] == {"fingerprint": "abc", "epoch_conversations": 10, "tokens": 5}
     assert (found["state"], found["method"], found["decisions"]) == ("running", "lora", ["one"])
