@@ -141,7 +141,7 @@ def made_tables() -> dict[str, tuple[Path, str]]:
     from qwen_chat.cli import training_fields
 
     return {
-        "training_fields": (ROOT / "docs/finetune.md", training_fields.table()),
+        "training_fields": (ROOT / "docs/finetune.md", training_fields.markdown()),
         "floors": (ROOT / "docs/architecture.md", floors_table()),
         "modules": (ROOT / "docs/architecture.md", modules_table()),
     }

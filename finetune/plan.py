@@ -93,7 +93,7 @@ def read_config(name: str | None) -> dict[str, Any]:
         return models.read_config(Path(hf_hub_download(name, "config.json")))
     except Exception as error:  # every kind of network and hub failure ends in the same cure
         raise ModelError(
-            f"{name}: no such folder, and the hub does not give its config.json ({str(error).splitlines()[0][:120]})"
+            f"{name}: no such folder, and the hub does not give its config.json ({errors.first_line(error, 120)})"
         ) from None
 
 

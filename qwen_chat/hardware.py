@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-ROOT = Path("/")  # a test puts a machine of its own here
+# A test puts a machine of its own here.
+ROOT = Path("/")
 GPU_FILES = ("dev/nvidiactl", "dev/nvidia0", "dev/kfd", "dev/davinci0")
-WSL_FILES = (
-    "dev/dxg",
-    "usr/lib/wsl/lib/libcuda.so.1",
-)  # Windows' own driver, seen from WSL2: both must be there
+# Windows' own driver, seen from WSL2: both must be there.
+WSL_FILES = ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1")
 
 
-def _torch() -> Any:
+def _loaded_torch() -> Any:
     """torch, where it is loaded already."""
     torch = sys.modules.get("torch")
     return torch if hasattr(torch, "cuda") else None  # without: it is being imported just now
@@ -39,11 +38,11 @@ def cores() -> int:
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    flags = _read("proc/cpuinfo") or ""
+    flags = _text("proc/cpuinfo") or ""
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def _read(path: str) -> str | None:
+def _text(path: str) -> str | None:
     try:
         return (ROOT / path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -51,7 +50,7 @@ def _read(path: str) -> str | None:
 
 
 def _number(path: str) -> int | None:
-    text = (_read(path) or "").strip()
+    text = (_text(path) or "").strip()
     return int(text) if text.isdecimal() else None  # "max": no limit
 
 
@@ -65,7 +64,7 @@ def has_accelerator() -> bool:
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or sys.platform == "darwin":
         return False
-    if torch := _torch():
+    if torch := _loaded_torch():
         return bool(torch.cuda.is_available())
     try:
         if importlib.metadata.version("torch").endswith("+cpu"):
@@ -79,10 +78,10 @@ def has_accelerator() -> bool:
 
 def gpu_has_bf16() -> bool:
     """Whether the accelerator multiplies bfloat16: compute capability 8.0 or more. Yes where nobody can say."""
-    torch = _torch()
+    torch = _loaded_torch()
     if torch and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = [float(cells[0]) for cells in _nvidia_smi("compute_cap") or [] if _is_number(cells[0])]
+    capabilities = [float(cells[0]) for cells in _nvidia_smi("compute_cap") or [] if _is_decimal(cells[0])]
     return min(capabilities, default=8.0) >= 8.0
 
 
@@ -139,7 +138,7 @@ def _nvidia_gpus() -> list[_Gpu]:
     """All GPUs of the machine as nvidia-smi counts them, by PCI bus; [] where it cannot be asked."""
     gpus = []
     for number, uuid, kind, free, parts in _nvidia_smi("index,uuid,name,memory.free,mig.mode.current") or []:
-        known = _is_number(free) and parts != "Enabled"  # of a GPU cut into parts it tells the whole
+        known = _is_decimal(free) and parts != "Enabled"  # of a GPU cut into parts it tells the whole
         gpus.append(_Gpu(number, uuid, kind, int(float(free)) * MIB if known else None))
     return gpus
 
@@ -154,7 +153,7 @@ def _nvidia_smi(fields: str) -> list[list[str]] | None:
     return rows if all(len(row) == fields.count(",") + 1 for row in rows) else None
 
 
-def _is_number(text: str) -> bool:
+def _is_decimal(text: str) -> bool:
     return re.fullmatch(r"\d+(\.\d+)?", text) is not None
 
 
@@ -188,7 +187,7 @@ def _amd_free(ranks_here: int) -> tuple[int | None, str]:
 def free_memory() -> int:
     """Bytes of main memory that can be had: what the page cache holds too, within the container's limit."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if found := re.search(r"^MemAvailable:\s+(\d+) kB", _read("proc/meminfo") or "", re.MULTILINE):
+    if found := re.search(r"^MemAvailable:\s+(\d+) kB", _text("proc/meminfo") or "", re.MULTILINE):
         free = int(found[1]) * 1024
     return max(0, min([free, *_cgroup_free()]))
 
@@ -200,7 +199,7 @@ def _cgroup_free() -> list[int]:
     machine's tree, and each group above it may have a limit too.
     """
     left = []
-    for line in (_read("proc/self/cgroup") or "").splitlines() or ["0::/", "0:memory:/"]:
+    for line in (_text("proc/self/cgroup") or "").splitlines() or ["0::/", "0:memory:/"]:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers not in ("", "memory") and "memory" not in controllers.split(","):
             continue
@@ -213,16 +212,16 @@ def _cgroup_free() -> list[int]:
             folder = "/".join([base, *parts[:depth]])
             limit, used = (_number(f"{folder}/memory.{name}") for name in (limit_file, used_file))
             if limit is not None and used is not None:
-                dropped = re.search(rf"^{cache} (\d+)", _read(f"{folder}/memory.stat") or "", re.MULTILINE)
+                dropped = re.search(rf"^{cache} (\d+)", _text(f"{folder}/memory.stat") or "", re.MULTILINE)
                 left.append(limit - used + (int(dropped[1]) if dropped else 0))
     return left
 
 
 def peak_memory() -> int:
     """The most bytes this process has held: on its accelerator, else in main memory."""
-    torch = _torch()
+    torch = _loaded_torch()
     if torch and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    if found := re.search(r"^VmHWM:\s+(\d+) kB", _read("proc/self/status") or "", re.MULTILINE):
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", _text("proc/self/status") or "", re.MULTILINE):
         return int(found[1]) * 1024
     return 0

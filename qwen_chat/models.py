@@ -23,6 +23,8 @@ from qwen_chat.families import check_trainable
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 # It warns about a kernel for CPUs that it would fetch from the hub; it works without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -33,7 +35,6 @@ if not hardware.has_accelerator():
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-Quantize = Literal["nf4"]
 Device = Literal["auto", "cpu"]
 
 
@@ -139,7 +140,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     attention: str | None = None,
-    quantize: Quantize | None = None,
+    quantize: Literal["nf4"] | None = None,
     adapter: Path | None = None,
     for_training: bool = False,
     device: Device = "auto",
@@ -182,7 +183,7 @@ def load_model(
     return Loaded(model, tokenizer, tuple(decisions))
 
 
-def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
+def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
     """The model with an adapter over it, all of it: ModelError where the adapter belongs to another base, or where
     peft would pass over a part of it."""
     from peft import PeftModel
@@ -227,7 +228,7 @@ def _check_keys(adapter: Path) -> None:
         )
 
 
-def _check_tensors(loaded: Any, adapter: Path) -> None:
+def _check_tensors(loaded: PeftModel, adapter: Path) -> None:
     """peft passes over tensors that have no place, and leaves places without one as they began: ModelError."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -244,7 +245,9 @@ def _check_tensors(loaded: Any, adapter: Path) -> None:
         raise ModelError(f"{file}: {odd[0]} {what} ({len(odd)} such); the adapter belongs to another model")
 
 
-def merge(model: Any, probe: Sequence[int], *, tolerance: float = 1e-4) -> tuple[Any, float]:
+def merge(
+    model: PeftModel, probe: Sequence[int], *, tolerance: float = 1e-4
+) -> tuple[PreTrainedModel, float]:
     """The base with the adapter added into its weights, and how far its logits moved.
 
     `probe`: token ids. The largest difference of a logit, divided by the largest logit, must stay below
@@ -305,7 +308,7 @@ def _four_bits(compute: torch.dtype) -> Any:
     )
 
 
-def _keep_exact(model: Any) -> None:
+def _keep_exact(model: PreTrainedModel) -> None:
     """One arithmetic for training, evaluation and use.
 
     On a CPU with bfloat16 instructions bitsandbytes packs a layer anew in its first evaluation: other rounding, and

@@ -20,7 +20,7 @@ TWO_KINDS = ("A100", "T4")
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty machine with a CUDA build of torch that is not loaded, and no nvidia-smi."""
     monkeypatch.setattr(hardware, "ROOT", tmp_path)
-    monkeypatch.setattr(hardware, "_torch", lambda: None)
+    monkeypatch.setattr(hardware, "_loaded_torch", lambda: None)
     monkeypatch.setattr(hardware.importlib.metadata, "version", lambda name: "2.13.0")
     for name in list(os.environ):
         if name.endswith("_VISIBLE_DEVICES") or name == "CUDA_DEVICE_ORDER":
@@ -77,7 +77,7 @@ def test_what_rules_an_accelerator_out(machine: Path, monkeypatch: pytest.Monkey
 def test_torch_has_the_last_word_once_it_is_loaded(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(machine, {"dev/nvidiactl": ""})
     cuda = SimpleNamespace(is_available=lambda: False)
-    monkeypatch.setattr(hardware, "_torch", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(hardware, "_loaded_torch", lambda: SimpleNamespace(cuda=cuda))
     assert not hardware.has_accelerator()  # a driver too old for this torch, say
     cuda.is_available = lambda: True
     cuda.is_bf16_supported = lambda including_emulation: False

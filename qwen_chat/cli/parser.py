@@ -103,7 +103,7 @@ def read(
     argv: Sequence[str], groups: Sequence[type], *, about: str = "", others: OtherFlags | None = None
 ) -> Values:
     """Read words into one value of each group. `-h` prints the help and ends. The last value given wins."""
-    own = {group: _options(group) for group in groups}
+    own = {group: options_of(group) for group in groups}
     names = {entry.name for entries in own.values() for entry in entries}
     more = [entry for entry in others.options() if entry.name not in names] if others else []
     if asked := {"-h", "--help", "--help_all", "--help-all"} & set(argv):
@@ -111,7 +111,7 @@ def read(
         print(_help(about, parts, others, more if asked - {"-h", "--help"} else []))
         raise SystemExit(0)
     reading = _Reading([*more, *(entry for entries in own.values() for entry in entries)], others)
-    for flag, words in _grouped(argv):
+    for flag, words in _by_flag(argv):
         reading.take(flag, words)
     if reading.wrong:
         raise OptionError("\n".join(reading.wrong))
@@ -121,13 +121,13 @@ def read(
     return Values(made, extra, frozenset(given), tuple(reading.notes))
 
 
-def _options(group: type) -> list[Option]:
+def options_of(group: type) -> list[Option]:
     kinds = typing.get_type_hints(group)
     entries: Sequence[Field[object]] = fields(group)
     return [Option(f.name, kinds[f.name], f.default, **f.metadata) for f in entries]
 
 
-def _grouped(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _by_flag(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Each flag with the words behind it; "" with a word that no flag stands before."""
     found: list[tuple[str, list[str]]] = []
     open_for_words = False
@@ -223,7 +223,7 @@ def _value(entry: Option, words: list[str]) -> Any:
     return _converted(entry.kind, words[0])
 
 
-def _json(kind: type) -> Callable[[str], object]:
+def _json_of(kind: type) -> Callable[[str], object]:
     def read(word: str) -> object:
         value = json.loads(word)
         if not isinstance(value, kind):
@@ -239,8 +239,8 @@ KINDS: Mapping[object, tuple[str, Callable[[str], object]]] = {
     bool: ("True or False", lambda word: SWITCH[word.lower()]),
     int: ("a whole number", int),
     float: ("a number", float),
-    dict: ("a JSON object", _json(dict)),
-    list: ("a JSON list", _json(list)),
+    dict: ("a JSON object", _json_of(dict)),
+    list: ("a JSON list", _json_of(list)),
     str: ("text", str),
 }
 

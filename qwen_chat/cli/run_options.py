@@ -175,7 +175,8 @@ class Run:
             values[LoraArguments],
             values[TrainArguments],
         )
-        run = cls(*groups, _without_harmless(values.extra), values.given, values.notes)
+        asked = {k: value for k, value in values.extra.items() if not training_fields.harmless(k, value)}
+        run = cls(*groups, asked, values.given, values.notes)
         if run.lora.q_lora:
             run = replace(run, lora=replace(run.lora, use_lora=True))
         return replace(run, train=_with_defaults(run))
@@ -216,13 +217,3 @@ def _warmup(train: TrainArguments) -> float:
     if train.warmup_steps is not None:
         return train.warmup_steps
     return 0.03 if train.warmup_ratio is None else min(train.warmup_ratio, math.nextafter(1, 0))
-
-
-def _without_harmless(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Less the fields that may not be given but ask for what is done anyway (`--push_to_hub False`)."""
-    defaults = {entry.name: entry.default for entry in training_fields.trainer_options()} if extra else {}
-    return {
-        name: value
-        for name, value in extra.items()
-        if not training_fields.harmless(name, value, defaults.get(name))
-    }

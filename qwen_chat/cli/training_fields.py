@@ -32,18 +32,18 @@ class Entry:
     names: tuple[str, ...]
     state: State
     says: str
-    harmless: tuple[Any, ...] = ()
+    harmless: tuple[object, ...] = ()
 
 
 def _works(names: str, test: str) -> Entry:
     return Entry(tuple(names.split()), "works", test)
 
 
-def _ours(names: str, says: str, *harmless: Any) -> Entry:
+def _ours(names: str, says: str, *harmless: object) -> Entry:
     return Entry(tuple(names.split()), "ours", says, harmless)
 
 
-def _refused(names: str, says: str, *harmless: Any) -> Entry:
+def _refused(names: str, says: str, *harmless: object) -> Entry:
     return Entry(tuple(names.split()), "refused", says, harmless)
 
 
@@ -200,8 +200,8 @@ ENTRIES = (
 FIELDS: Mapping[str, Entry] = {name: entry for entry in ENTRIES for name in entry.names}
 
 
-def harmless(name: str, value: Any, default: Any) -> bool:
-    """Whether a field that may not be given has a value that changes nothing. `default`: transformers'."""
+def harmless(name: str, value: object) -> bool:
+    """Whether a field that may not be given has a value that asks for what is done anyway."""
     entry = FIELDS.get(name)
     if entry is None or entry.state == "works":
         return False
@@ -209,6 +209,7 @@ def harmless(name: str, value: Any, default: Any) -> bool:
         return True
     if entry.state == "ours":
         return False
+    default = next(option.default for option in trainer_options() if option.name == name)
     off = (None, False, "False", "false", "none")
     return bool(value == default or (default in (None, False, "") and value in off))
 
@@ -223,7 +224,7 @@ def refusal(name: str) -> str | None:
     return entry.says if entry.state == "refused" else None
 
 
-def table() -> str:
+def markdown() -> str:
     """The Markdown table of docs/finetune.md."""
     lines = ["| fields | |", "| --- | --- |"]
     for entry in ENTRIES:

@@ -446,7 +446,7 @@ def test_weights_that_zero_3_keeps_gathered_are_those_of_the_file(tmp_path: Path
     def live(**block: object) -> int:
         file = tmp_path / "zero3.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": 3, **block}}))
-        run = run_options.read_run(["-d", "x", "--use_lora", "--deepspeed", str(file)])
+        run = run_problems.read_run(["-d", "x", "--use_lora", "--deepspeed", str(file)])
         return memory_plan.setup_of(run, 1, 1).live
 
     assert live(stage3_max_live_parameters=5e8) == 500_000_000
