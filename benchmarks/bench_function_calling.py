@@ -39,7 +39,8 @@ from benchmarks import peers
 from benchmarks.machine import where
 from qwen_chat import demo_model, errors, files, models
 from qwen_chat.console import rank_zero
-from qwen_chat.conversation import Conversation, Json
+from qwen_chat.conversation import Conversation, Json, ToolCall
+from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.evaluation import run as evaluation_run
 from qwen_chat.threads import in_own_thread
@@ -295,12 +296,12 @@ def bare(text: str) -> str:
 def right_by_us(item: Item, calls: Sequence[Mapping[str, Any]]) -> bool:
     """calls: `{name: arguments}` each."""
     case = case_of(item)
-    lines = []
-    for call in calls:
-        ((name, arguments),) = call.items()
-        body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-        lines.append(f"<tool_call>\n{body}\n</tool_call>")
-    return evaluation_run.score(case, "\n".join(lines), same=same).exact
+    written = [
+        ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+        for call in calls
+        for name, arguments in call.items()
+    ]
+    return evaluation_run.score(case, Hermes().write(written), same=same).exact
 
 
 def case_of(item: Item) -> evaluation_run.Case:

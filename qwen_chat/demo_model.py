@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_chat import errors, files
+from qwen_chat.dialects.hermes import CLOSE, OPEN, Hermes
+from qwen_chat.dialects.reader import END_THINK, THINK
 from qwen_chat.errors import ModelError
 from qwen_chat.files import build_once, cache_dir
 
@@ -59,13 +61,13 @@ _VISION_NAMES += ["vision_start", "vision_end", "vision_pad", "image_pad", "vide
 _VISION_TOKENS = tuple(f"<|{name}|>" for name in _VISION_NAMES)
 _CODE_NAMES = ["fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep"]
 # Added, yet not special: they survive skip_special_tokens.
-_TEXT_TOKENS = ("<tool_call>", "</tool_call>", *(f"<|{name}|>" for name in _CODE_NAMES))
+_TEXT_TOKENS = (OPEN, CLOSE, *(f"<|{name}|>" for name in _CODE_NAMES))
 _ADDED: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {  # special, not special; ids from 151643 on
     "qwen2": (CONTROL_TOKENS, ()),
     "qwen2_5": (CONTROL_TOKENS + _VISION_TOKENS, _TEXT_TOKENS),
     "qwen3": (
         CONTROL_TOKENS + _VISION_TOKENS,
-        (*_TEXT_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>"),
+        (*_TEXT_TOKENS, *(tag.strip() for tag in Hermes.RESULT), THINK, END_THINK),
     ),
 }
 
@@ -263,8 +265,6 @@ def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
 
 
 def _qwen_template(family: Family) -> str | None:
-    from qwen_chat.dialects.hermes import Hermes
-
     if family == "qwen2":
         return _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_SYSTEM)
     if family == "qwen2_5":

@@ -16,10 +16,13 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_chat.chat.word_cache import Words
+from qwen_chat.chat.word_cache import Words, settings_of
 from qwen_chat.errors import FormatError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _LAST_MARK = 0x10FFFD  # the last private-use character; marks are the ones that end here
 _BEFORE, _AFTER = "\ufdd0", "\ufdd1"  # noncharacters: "the next token is text", "the token before was text"
@@ -218,8 +221,9 @@ class ControlTokens:
         vocabulary = self._plain.get_vocab(with_added_tokens=False)
         added_tokens = self._plain.get_added_tokens_decoder().values()
         swallow = any(token.lstrip or token.rstrip for token in added_tokens)
-        normal, cut = _state(self._plain.normalizer), _state(self._plain.pre_tokenizer)
-        drops = normal not in ("", '{"type":"NFC"}') or "Whitespace" in cut or "Removed" in cut
+        normal = settings_of(self._plain.normalizer)
+        cut = json.dumps(settings_of(self._plain.pre_tokenizer))
+        drops = normal not in ({}, {"type": "NFC"}) or "Whitespace" in cut or "Removed" in cut
         if drops or swallow or "ByteLevel" not in cut:
             return {}
         longest = {sign: 1 for sign in _BYTE_SIGNS if sign in vocabulary}  # a byte that is not may vanish
@@ -324,12 +328,7 @@ class ControlTokens:
         )
 
 
-def _state(part: Any) -> str:
-    """The configuration of a part of a tokenizer, as JSON without spaces; empty where it has none."""
-    return "" if part is None else json.dumps(json.loads(part.__getstate__()), separators=(",", ":"))
-
-
-def _without_control(backend: Any, control: dict[str, int]) -> Any:
+def _without_control(backend: Tokenizer, control: dict[str, int]) -> Tokenizer:
     """A copy of the Rust tokenizer that takes control tokens for text."""
     from tokenizers import AddedToken
 

@@ -6,8 +6,12 @@ In: what a format wrote and tokenised. Out: the same as spans (how it is stored 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-IGNORED = -100  # the label of a token that is not supervised, as torch's cross entropy has it
+# The label of a token that is not supervised, as torch's cross entropy has it.
+IGNORED = -100
+# Which replies of a conversation are supervised; everything: the prompts too.
+TrainOn = Literal["last", "all", "everything"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 from qwen_chat.chat.control_tokens import ControlTokens
-from qwen_chat.chat.encoded import Encoded
+from qwen_chat.chat.encoded import Encoded, TrainOn
 from qwen_chat.chat.quick_renderer import Piece, QuickRenderer
 from qwen_chat.chat.template import END, START, ChatTemplate
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.dialects import known
-from qwen_chat.dialects.dialect import Carried, Dialect
+from qwen_chat.dialects.dialect import Carried, Dialect, Tools
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.known import Calls
@@ -31,10 +31,8 @@ from qwen_chat.dialects.reader import END_THINK, THINK, Reply, StreamParser
 from qwen_chat.errors import FormatError, OptionError
 
 ToolStyle = Literal["auto", "hermes", "qwen_agent"]
-TrainOn = Literal["last", "all", "everything"]
 
 Messages = Sequence[Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +93,22 @@ class ChatFormat:
 
     # --------------------------------------------------------------------------------------------------- text
 
-    def text(self, messages: Messages, tools: Tools = None) -> str:
+    def text(self, messages: Messages, tools: Tools | None = None) -> str:
         """The whole conversation as the model's template writes it, byte for byte; no generation prompt."""
-        return self._render(_read(messages, tools), generation=False)
+        return self._render(_conversation(messages, tools), generation=False)
 
-    def prompt(self, messages: Messages, tools: Tools = None) -> str:
+    def prompt(self, messages: Messages, tools: Tools | None = None) -> str:
         """What the server feeds: ends where the model goes on."""
-        return self._render(_read(messages, tools), generation=True)
+        return self._render(_conversation(messages, tools), generation=True)
 
-    def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
+    def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """The tokens of `prompt`. A control token that is spelled out in a message stays text."""
-        return self._tokens.encode([self._marked(_read(messages, tools), generation=True)])[0]
+        return self._tokens.encode([self._marked(_conversation(messages, tools), generation=True)])[0]
 
-    def render(self, messages: Messages, tools: Tools = None, *, most: int | None = None) -> Prompt:
+    def render(self, messages: Messages, tools: Tools | None = None, *, most: int | None = None) -> Prompt:
         """`prompt`, its tokens, and where the reply begins, rendered once. Raises TooManyTokens where a long prompt
         has more than `most` tokens; a short one is tokenised whatever it has."""
-        marked = self._marked(_read(messages, tools), generation=True)
+        marked = self._marked(_conversation(messages, tools), generation=True)
         opened = self._tokens.text(marked[max(marked.rfind(self._tokens.mark(START)), 0) :])
         ids = self._tokens.encode_within(marked, most)
         return Prompt(self._tokens.text(marked), ids, self.in_reasoning(opened))
@@ -131,33 +129,31 @@ class ChatFormat:
 
     # ---------------------------------------------------------------------------------------------- replies
 
-    def parse(self, text: str, tools: Tools = None, *, in_reasoning: bool = False) -> Reply:
+    def parse(self, text: str, tools: Tools | None = None, *, in_reasoning: bool = False) -> Reply:
         """Read a whole reply. Never raises on any text. `in_reasoning`: the prompt ended inside a thought."""
         return known.parse(text, tools, in_reasoning=in_reasoning)
 
     def stream_parser(
-        self, tools: Tools = None, *, in_reasoning: bool = False, calls: Calls = "any"
+        self, tools: Tools | None = None, *, in_reasoning: bool = False, calls: Calls = "any"
     ) -> StreamParser:
         """Read a reply piece by piece; the deltas, folded, are what `parse` gives. `calls`: what counts as one."""
         return known.stream_parser(tools, in_reasoning=in_reasoning, calls=calls)
 
-    def call_grammar(
-        self, tools: Sequence[Mapping[str, Any]], *, name: str | None = None, parallel: bool = False
-    ) -> Grammar:
+    def call_grammar(self, tools: Tools, *, name: str | None = None, parallel: bool = False) -> Grammar:
         """The grammar of a reply that is one call (or more, where `parallel`) of the tool `name`, or of any of
         `tools`, with valid arguments. Raises ToolError where there is no such tool or a schema cannot be used."""
         return self.dialect.call_grammar(tools, name=name, parallel=parallel)
 
-    def text_grammar(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+    def text_grammar(self, tools: Tools) -> Grammar:
         """The grammar of a reply in which a call may be begun: under the schema of its tool where that says
         `strict`, else with any object as arguments. Raises ToolError as `call_grammar`."""
         return self.dialect.text_grammar(tools)
 
     # ------------------------------------------------------------------------------------------------- tokens
 
-    def encode(self, messages: Messages, tools: Tools = None) -> list[Encoded]:
+    def encode(self, messages: Messages, tools: Tools | None = None) -> list[Encoded]:
         """Training sequences: one, or one a turn where an earlier turn's tokens do not stay as they were."""
-        return self.encode_conversation(_read(messages, tools))
+        return self.encode_conversation(_conversation(messages, tools))
 
     def encode_conversation(self, conversation: Conversation, train_on: TrainOn = "all") -> list[Encoded]:
         """`encode` of a Conversation. `train_on`: "all" replies, the "last", or "everything" (prompts too).
@@ -337,7 +333,7 @@ class ChatFormat:
         return all(self._tokens.splits("assistant\n", text) for text in texts)
 
 
-def _read(messages: Messages, tools: Tools) -> Conversation:
+def _conversation(messages: Messages, tools: Tools | None) -> Conversation:
     return Conversation.from_openai({"messages": messages, "tools": tools})
 
 

@@ -14,7 +14,7 @@ from qwen_chat.chat.control_tokens import ControlTokens
 from qwen_chat.chat.template import END, START
 from qwen_chat.conversation import Conversation, Message
 from qwen_chat.dialects.dialect import normalise_arguments
-from qwen_chat.dialects.hermes import CALL, RESULT, TOOLS
+from qwen_chat.dialects.hermes import Hermes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class QuickRenderer:
         self._tokens = tokens
         self._default = default_system
         self._start, self._end = tokens.mark(START), tokens.mark(END)
-        self._name, self._arguments, self._close = map(tokens.marked, CALL)
-        self._head, self._tail = map(tokens.marked, TOOLS)
-        begin, end = map(tokens.marked, RESULT)
+        self._name, self._arguments, self._close = map(tokens.marked, Hermes.CALL)
+        self._head, self._tail = map(tokens.marked, Hermes.TOOLS)
+        begin, end = map(tokens.marked, Hermes.RESULT)
         self._result = f"\n{begin}", end
 
     def text(self, conversation: Conversation) -> str:

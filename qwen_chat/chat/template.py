@@ -11,13 +11,13 @@ from typing import Any
 
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.dialects.dialect import Dialect, Tools
-from qwen_chat.dialects.hermes import RESULT, Hermes
+from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.reader import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
 START, END = "<|im_start|>", "<|im_end|>"
 
-_NAME, _RESULT, _USER, _REPLY, _THOUGHT = (
+_NAME, _ANSWERED, _USER, _REPLY, _THOUGHT = (
     "probe_name",
     "probe result",
     "probe question",
@@ -60,13 +60,18 @@ class ChatTemplate:
             raise FormatError(
                 f"the chat template writes no {START} ... {END}; expected a ChatML model's tokenizer"
             )
-        self.default_system = _system_of(asked)
+        opening = f"{START}system\n"
+        begins = asked.startswith(opening)
+        self.default_system = asked[len(opening) :].split(END, 1)[0] if begins else None
         self.completed = not self._carries_tools()
         if self.completed:
             self.source = Hermes().prelude(self.default_system) + self.source
         thought = [question, reply | {"reasoning_content": _THOUGHT}]
         self.writes_reasoning = _THOUGHT in self.render(thought)
-        self.keeps_prefixes = self._keeps_prefixes(question, reply)
+        turns = [question, reply, question, reply | {"reasoning_content": _THOUGHT}, question, reply]
+        self.keeps_prefixes = all(
+            self.render(turns[: k + 2]).startswith(self.render(turns[:k])) for k in range(2, len(turns), 2)
+        )
 
     def render(self, messages: list[Json], tools: Tools = (), *, generation: bool = False) -> str:
         """Text of the messages; with `generation` up to where the model goes on. FormatError if refused."""
@@ -112,12 +117,6 @@ class ChatTemplate:
             return False
         return _NAME in offered and _NAME in self._called()
 
-    def _keeps_prefixes(self, question: Json, reply: Json) -> bool:
-        turns = [question, reply, question, reply | {"reasoning_content": _THOUGHT}, question, reply]
-        return all(
-            self.render(turns[: k + 2]).startswith(self.render(turns[:k])) for k in range(2, len(turns), 2)
-        )
-
 
 def _template_of(tokenizer: Any) -> str:
     source = getattr(tokenizer, "chat_template", None)
@@ -131,12 +130,6 @@ def _template_of(tokenizer: Any) -> str:
     return source
 
 
-def _system_of(asked: str) -> str | None:
-    """The default system text in the rendering of one question."""
-    opening = f"{START}system\n"
-    return asked[len(opening) :].split(END, 1)[0] if asked.startswith(opening) else None
-
-
 def _probes() -> list[Json]:
     """Conversations that tell templates apart: roles, orders, white space, thoughts, tools."""
     system: Json = {"role": "system", "content": "S 系统"}
@@ -146,8 +139,8 @@ def _probes() -> list[Json]:
     reasoned: Json = {"role": "assistant", "content": "so", "reasoning_content": _THOUGHT}
     call: Json = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
     calls: Json = {"role": "assistant", "content": " two \n", "tool_calls": [_CALL, _CALL]}
-    result: Json = {"role": "tool", "content": _RESULT, "tool_call_id": "1", "name": _NAME}
-    wrapped: Json = {"role": "user", "content": "x".join(RESULT)}
+    result: Json = {"role": "tool", "content": _ANSWERED, "tool_call_id": "1", "name": _NAME}
+    wrapped: Json = {"role": "user", "content": "x".join(Hermes.RESULT)}
     empty: Json = {"role": "system", "content": ""}
     silent: Json = {"role": "assistant", "content": ""}
     orders: list[list[Json]] = [

@@ -17,10 +17,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-REMEMBERED = 1 << 16  # words, at most 30 MB
-LONGEST = 24  # characters; a longer word hardly comes again, and a Chinese clause without a comma is one word
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+# At most 30 MB.
+MOST_WORDS = 1 << 16
+# Characters; a longer word hardly comes again, and a Chinese clause without a comma is one word.
+LONGEST = 24
 
 # How Qwen2, Qwen2.5 and Qwen3 cut text (`pre_tokenizer` of their tokenizer.json).
 QWEN_PATTERN = (
@@ -32,7 +39,8 @@ _QWEN_STEPS = [
     {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False} | _OFFSETS,
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} | _OFFSETS,
 ]
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, its \s
+# Unicode's White_Space, its \s.
+_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _EMOJI = range(0x1F300, 0x1FB00)
 _LAST = 0x30000  # Unicode 3.2 has no letter beyond
 
@@ -43,21 +51,21 @@ class Words:
     `whole` is asked about texts that are not cut here, `alone` about words; `composed`: NFC comes first.
     """
 
-    def __init__(self, whole: Any, alone: Any, *, composed: bool) -> None:
+    def __init__(self, whole: Tokenizer, alone: Tokenizer, *, composed: bool) -> None:
         self._whole, self._alone, self._composed = whole, alone, composed
         self._cut, self._settled = _expressions()
         self._ids: dict[str, list[int]] = {}
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Words | None:
+    def of(cls, tokenizer: Tokenizer) -> Words | None:
         """For a `tokenizers.Tokenizer` that cuts as Qwen's do and finds no added token in text; else None."""
         from tokenizers import Tokenizer, models, pre_tokenizers
 
         special = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
         if not (special and tokenizer.encode_special_tokens and isinstance(tokenizer.model, models.BPE)):
             return None
-        normal = _state(tokenizer.normalizer)
-        steps = _state(tokenizer.pre_tokenizer).get("pretokenizers", [])
+        normal = settings_of(tokenizer.normalizer)
+        steps = settings_of(tokenizer.pre_tokenizer).get("pretokenizers", [])
         if normal not in ({}, {"type": "NFC"}) or [step | _OFFSETS for step in steps] != _QWEN_STEPS:
             return None
         alone = Tokenizer(tokenizer.model)  # shares the vocabulary: a copy of it would take seconds
@@ -71,14 +79,14 @@ class Words:
         words = set(chain.from_iterable(words for words in cut if words is not None))
         look = {word: known[word] for word in words if word in known}
         new = list(words.difference(look))
-        look.update(zip(new, _encode(self._alone, new), strict=True))
+        look.update(zip(new, _ids_of(self._alone, new), strict=True))
         known.update((word, look[word]) for word in new if len(word) <= LONGEST)
         ids = [[] if one is None else list(chain.from_iterable(map(look.__getitem__, one))) for one in cut]
         others = [k for k, one in enumerate(cut) if one is None]
-        for k, encoded in zip(others, _encode(self._whole, [texts[k] for k in others]), strict=True):
+        for k, encoded in zip(others, _ids_of(self._whole, [texts[k] for k in others]), strict=True):
             ids[k] = encoded
-        if len(known) > REMEMBERED:
-            self._ids = {word: known[word] for word in list(known)[: REMEMBERED // 2]}
+        if len(known) > MOST_WORDS:
+            self._ids = {word: known[word] for word in list(known)[: MOST_WORDS // 2]}
         return ids
 
     def _words(self, text: str) -> list[str] | None:
@@ -89,13 +97,13 @@ class Words:
         return self._cut(unicodedata.normalize("NFC", text) if self._composed else text)
 
 
-def _state(part: Any) -> dict[str, Any]:
+def settings_of(part: Normalizer | PreTokenizer | None) -> dict[str, Any]:
     """The configuration of a normalizer or pre-tokenizer, as in tokenizer.json; empty where there is none."""
     state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return state
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def _ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     return [found.ids for found in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -111,7 +119,7 @@ def _expressions() -> tuple[Callable[[str], list[str]], Callable[[str], object]]
     settled = (code for code, kind in enumerate(kinds) if kind not in ("Cn", "Cs", "Co"))
     cut = (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{letters}{numbers}]?[{letters}]+|[{numbers}]"
-        rf"| ?[^{_SPACE}{letters}{numbers}]+[\r\n]*|[{_SPACE}]*[\r\n]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
+        rf"| ?[^{_WHITE}{letters}{numbers}]+[\r\n]*|[{_WHITE}]*[\r\n]+|[{_WHITE}]+(?![^{_WHITE}])|[{_WHITE}]+"
     )
     allowed = _class(sorted({*settled, *_EMOJI}))
     return re.compile(cut).findall, re.compile(f"[{allowed}]*").fullmatch

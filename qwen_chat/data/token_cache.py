@@ -46,6 +46,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_chat import hardware
+from qwen_chat.chat.encoded import IGNORED, TrainOn
 from qwen_chat.conversation import Conversation, Message
 from qwen_chat.data.records import Records
 from qwen_chat.errors import DataError, FormatError, OutputError, Problem
@@ -53,11 +54,9 @@ from qwen_chat.files import build_once
 from qwen_chat.files import cache_dir as default_cache_dir
 
 TooLong = Literal["drop", "truncate", "error"]
-TrainOn = Literal["all", "last", "everything"]
 Ints = npt.NDArray[np.int32]
 Progress = Callable[[int, int], None]
 
-IGNORED = -100  # the label of a token that is not learnt
 CHUNK = 128  # records a worker takes at once
 IN_PROCESS = 256  # fewer records than this are tokenised here: starting workers would take longer
 REMEMBERED = 4_096  # conversations that lazy data keeps in memory

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from qwen_chat.conversation import Conversation, ToolCall, write_message
 from qwen_chat.dialects.dialect import Carried, Tool, Tools, function_of
@@ -20,18 +20,6 @@ from qwen_chat.dialects.shapes import OBJECT, SPACE, Form, Left, Marks, beginnin
 from qwen_chat.errors import ToolError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-# Before and after a result, and around name and arguments of a call.
-RESULT = ("<tool_response>\n", "\n</tool_response>")
-CALL = (f'{OPEN}\n{{"name": "', '", "arguments": ', f"}}\n{CLOSE}")
-# The wording around the tools, which stand between the two as one line of JSON each.
-TOOLS = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    f"{OPEN}{CLOSE} XML tags:\n"
-    f'{OPEN}\n{{"name": <function-name>, "arguments": <args-json-object>}}\n{CLOSE}',
-)
-
 # Put before a template that ignores tools: it turns tools, calls and results into the plain messages that
 # carry them, then the template goes on as before. Without tools it changes nothing.
 _PRELUDE = """\
@@ -95,18 +83,17 @@ class CallScanner(ObjectScanner):
         self._names = names
         self._slot = ""
         self._seen: set[str] = set()
-        self._arguments_at = 0  # where in _parts the arguments began, and ended
+        # Where in _parts the arguments began, and ended.
+        self._arguments_at = 0
         self._arguments_end: int | None = None
-        self._told = 0  # how many of the parts `more` gave out
+        # How many of the parts `more` gave out.
+        self._told = 0
 
     @property
     def begun(self) -> bool:
         """Whether the name is known, and an object of arguments has begun."""
-        return self.name != "" and (self._arguments_end is not None or self._is_inside)
-
-    @property
-    def _is_inside(self) -> bool:
-        return self._slot == "arguments" and self._kind == "{" and len(self._closers) > 1
+        is_inside = self._slot == "arguments" and self._kind == "{" and len(self._closers) > 1
+        return self.name != "" and (self._arguments_end is not None or is_inside)
 
     def more(self, *, ended: bool) -> str:
         """The arguments since it was last asked. What may still be repaired comes later, unless the text has
@@ -198,16 +185,27 @@ class Hermes:
     name: ClassVar[str] = "hermes"
     note: ClassVar[str] = ""
     stop_strings: ClassVar[tuple[str, ...]] = ()
+    # Before and after a result, and around name and arguments of a call.
+    RESULT: ClassVar[tuple[str, str]] = ("<tool_response>\n", "\n</tool_response>")
+    CALL: ClassVar[tuple[str, str, str]] = (f'{OPEN}\n{{"name": "', '", "arguments": ', f"}}\n{CLOSE}")
+    # The wording around the tools, which stand between the two as one line of JSON each.
+    TOOLS: ClassVar[tuple[str, str]] = (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
+        "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+        f"{OPEN}{CLOSE} XML tags:\n"
+        f'{OPEN}\n{{"name": <function-name>, "arguments": <args-json-object>}}\n{CLOSE}',
+    )
     marks: ClassVar[Marks] = Marks((_TAGGED, _FENCED, _BARE))
 
     def describe(self, tools: Tools) -> str:
         """The text about tools, as Qwen2.5's template writes it."""
         lines = (f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
-        return "".join((TOOLS[0], *lines, TOOLS[1]))
+        return "".join((self.TOOLS[0], *lines, self.TOOLS[1]))
 
     def write(self, calls: Iterable[ToolCall]) -> str:
         """The text of calls. (The templates escape nothing in a name; here a name is JSON.)"""
-        return "\n".join(f"{self._begin(call.name)}{call.arguments}{CALL[2]}" for call in calls)
+        return "\n".join(f"{self._begin(call.name)}{call.arguments}{self.CALL[2]}" for call in calls)
 
     def carry(self, conversation: Conversation) -> Carried:
         """The messages as OpenAI writes them, but with call arguments as objects: Qwen2.5's template would otherwise
@@ -222,11 +220,11 @@ class Hermes:
         """Jinja source that, put before a ChatML template without tools, gives it this dialect."""
         system = "" if default_system is None else f"{default_system}\n\n"
         source = _PRELUDE
-        for word, text in zip(("HEAD", "TAIL", "SYSTEM"), (*TOOLS, system), strict=True):
+        for word, text in zip(("HEAD", "TAIL", "SYSTEM"), (*self.TOOLS, system), strict=True):
             # A Jinja literal: JSON's escapes (without those for non-ASCII) are among Python's, which Jinja reads.
             source = source.replace(f"@{word}@", json.dumps(text, ensure_ascii=False))
         fragments = zip(
-            ("RESULT", "END_RESULT", "NAME", "ARGUMENTS", "END_CALL"), (*RESULT, *CALL), strict=True
+            ("RESULT", "END_RESULT", "NAME", "ARGUMENTS", "END_CALL"), (*self.RESULT, *self.CALL), strict=True
         )
         for word, text in fragments:
             source = source.replace(f"@{word}@", "'" + text.replace("\n", "\\n") + "'")
@@ -243,7 +241,12 @@ class Hermes:
 
     def text_grammar(self, tools: Tools) -> Grammar:
         """Free text in which every opened tag becomes a call."""
-        loose = [tool if function_of(tool).get("strict") else _any_object(tool) for tool in tools]
+        loose: list[Tool] = [
+            tool
+            if function_of(tool).get("strict")
+            else {"name": function_of(tool).get("name"), "parameters": {"type": "object"}}
+            for tool in tools
+        ]
         return self._grammar("start: (until_open body)* rest\nrest: TEXT\n", loose)
 
     def _grammar(self, start: str, tools: Tools) -> Grammar:
@@ -254,15 +257,11 @@ class Hermes:
             for i, (head, tool) in enumerate(zip(heads, tools, strict=True))
         ]
         names = " | ".join(f"tool_{i}" for i in range(len(tools)))
-        end = json.dumps(CALL[2].removesuffix(CLOSE))
+        end = json.dumps(self.CALL[2].removesuffix(CLOSE))
         return Grammar(
             f"{start}body: ({names}) {end} close\n{''.join(rules)}", (("open", OPEN), ("close", CLOSE))
         )
 
-    def _begin(self, name: Any) -> str:
+    def _begin(self, name: str) -> str:
         """A call up to its arguments."""
-        return f"{CALL[0]}{json.dumps(name, ensure_ascii=False)[1:-1]}{CALL[1]}"
-
-
-def _any_object(tool: Tool) -> Tool:
-    return {"function": {"name": function_of(tool).get("name"), "parameters": {"type": "object"}}}
+        return f"{self.CALL[0]}{json.dumps(name, ensure_ascii=False)[1:-1]}{self.CALL[1]}"

@@ -9,11 +9,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from qwen_chat.dialects import reader
 from qwen_chat.dialects.dialect import Dialect, Tools
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.qwen_agent import QwenAgent
-from qwen_chat.dialects.reader import Reply, StreamParser
+from qwen_chat.dialects.reader import Reply, StreamParser, fold
 from qwen_chat.dialects.shapes import Marks
 
 KNOWN: tuple[Dialect, ...] = (Hermes(), QwenAgent())
@@ -30,8 +29,12 @@ def marks_of(calls: Calls) -> Marks:
 
 
 def parse(text: str, tools: Tools | None = None, *, in_reasoning: bool = False) -> Reply:
-    """Read a whole reply. Never raises on any text. `in_reasoning`: the prompt ended inside a thought."""
-    return reader.parse(text, tools, marks=marks_of("any"), in_reasoning=in_reasoning)
+    """Read a whole reply: what a stream parser says about it, added up. Never raises on any text.
+
+    `in_reasoning`: the prompt ended inside a thought.
+    """
+    parser = stream_parser(tools, in_reasoning=in_reasoning)
+    return fold([*parser.feed(text), *parser.finish()])
 
 
 def stream_parser(

@@ -80,13 +80,9 @@ class _ArgumentsScanner(ObjectScanner):
         return ""
 
 
-def _scanner(shape: str, names: frozenset[str] | None) -> _ArgumentsScanner:
+def _flower_scanner(shape: str, names: frozenset[str] | None) -> _ArgumentsScanner:
     name = shape[shape.index(FUNCTION) + len(FUNCTION) : shape.index(ARGS)]
     return _ArgumentsScanner(name.strip(" \t\r\n:："))
-
-
-def _leaves(shape: str) -> Left:
-    return Left(brackets=True)
 
 
 _FLOWERS = Form(
@@ -96,8 +92,8 @@ _FLOWERS = Form(
         *(*letters(FUNCTION), BLANKS, COLON, BLANKS, r"[^\s✿:：]", r"[^\n✿]{0,127}"),
         *(rf"(?:\n{SPACE})?", *letters(ARGS), BLANKS, COLON, SPACE, OBJECT),
     ),
-    _scanner,
-    _leaves,
+    _flower_scanner,
+    leaves=lambda shape: Left(brackets=True),
 )
 
 

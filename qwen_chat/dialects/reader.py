@@ -1,7 +1,7 @@
 """A model's reply read back: what of it is content, what reasoning, what a call.
 
-In: the text of a reply, whole (`parse`) or in pieces cut anywhere (`StreamParser`), and the marks of the dialects that
-are looked for. Out: content, reasoning and calls. Pure text: no tokenizer, no torch.
+In: the text of a reply in pieces cut anywhere (`StreamParser`; `fold` adds its deltas up), and the marks that are
+looked for. Out: content, reasoning and calls. Pure text: no tokenizer, no torch.
 
 What a call looks like, its dialect says (`shapes.Marks`); this is the machine that finds it. The inside of a call
 decides where it ends, not the end tag, so a tag inside a string is only text. docs/tool_calls.md shows what becomes
@@ -30,7 +30,7 @@ from typing import Literal
 from qwen_chat.conversation import ToolCall
 from qwen_chat.dialects.dialect import Tools, function_of
 from qwen_chat.dialects.loose_json import BROKEN, DONE, READING
-from qwen_chat.dialects.shapes import LONGEST, SPACE, Form, Left, Look, Marks, Scanner, Shapes, letters
+from qwen_chat.dialects.shapes import LONGEST_SHAPE, SPACE, Form, Left, Look, Marks, Scanner, Shapes, letters
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -53,12 +53,6 @@ class Delta:
     name: str | None = None
     arguments: str | None = None
     index: int | None = None
-
-
-def parse(text: str, tools: Tools | None = None, *, marks: Marks, in_reasoning: bool = False) -> Reply:
-    """Read a whole reply: `fold` of all that a StreamParser says about it. Never raises on any text."""
-    parser = StreamParser(tools, marks=marks, in_reasoning=in_reasoning)
-    return fold([*parser.feed(text), *parser.finish()])
 
 
 def fold(deltas: Iterable[Delta]) -> Reply:
@@ -112,7 +106,7 @@ class _Attempt:
 
 
 class StreamParser:
-    """Reads a reply piece by piece. However it is cut, `fold` of the deltas is `parse` of the whole.
+    """Reads a reply piece by piece. However it is cut, `fold` of the deltas is the same.
 
     Content and reasoning come out as soon as they cannot be the beginning of a mark any more (a few characters
     are held back in ordinary text). A call comes out in one delta, when it is complete, without waiting
@@ -259,7 +253,7 @@ class StreamParser:
         shapes = self._look.text
         match = shapes.full.search(text, at)
         until = match.start() if match else len(text)
-        window = max(at, len(text) - LONGEST)
+        window = max(at, len(text) - LONGEST_SHAPE)
         if not final and until >= window:
             partial = shapes.partial.search(text, window)
             if partial and partial.start() < until:  # it may become a call that begins earlier

@@ -15,10 +15,13 @@ from typing import Protocol
 SPACE = r"[ \t\r\n]{0,64}"
 BLANKS = r"[ \t]{0,8}"
 COLON = "[:：]?"
-OBJECT = r"(?=\{)"  # a JSON object begins here
-LONGEST = 640  # characters; more than any of the shapes can be
+# A JSON object begins here.
+OBJECT = r"(?=\{)"
+# Characters; more than any of the shapes can be.
+LONGEST_SHAPE = 640
 _NEVER = r"(?!)"
-_STRAY = rf"{SPACE}(?:[}}\]]{{1,4}}{SPACE})?"  # closing brackets too many
+# Closing brackets too many.
+_STRAY = rf"{SPACE}(?:[}}\]]{{1,4}}{SPACE})?"
 _END_TICKS = rf"(?:`{{1,3}}{SPACE})?"
 _INDENT = r"[ \t]{0,16}"
 

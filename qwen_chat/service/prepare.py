@@ -172,7 +172,7 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
 
 def completion_job(request: CompletionRequest, model: Served, deadline: float) -> Job:
     """A plain completion: each prompt as it is, control tokens in it included."""
-    prompts = [_prompt_ids(prompt, model) for prompt in request.prompts]
+    prompts = [_text_ids(prompt, model) for prompt in request.prompts]
     grammar = _format_grammar(request)
     requests = []
     for prompt_ids in prompts:
@@ -243,7 +243,7 @@ def _bad_messages(error: FormatError) -> APIError:
     return bad_value(where, f"Invalid 'messages': {error}.")
 
 
-def _prompt_ids(prompt: str | list[int], model: Served) -> tuple[int, ...]:
+def _text_ids(prompt: str | list[int], model: Served) -> tuple[int, ...]:
     if isinstance(prompt, str):
         try:
             return tuple(model.fmt.text_ids(prompt, most=model.context))

@@ -60,7 +60,7 @@ def test_what_is_unsettled_is_left_to_the_tokenizer(plain: Any, quick: Words) ->
 
 
 def test_forgetting_changes_nothing(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "REMEMBERED", 50)
+    monkeypatch.setattr(word_cache, "MOST_WORDS", 50)
     quick = Words.of(plain)
     assert quick is not None
     rng = random.Random(0)
@@ -72,7 +72,7 @@ def test_forgetting_changes_nothing(plain: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_threads_share_a_memory(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "REMEMBERED", 30)
+    monkeypatch.setattr(word_cache, "MOST_WORDS", 30)
     quick = Words.of(plain)
     assert quick is not None
     texts = [
