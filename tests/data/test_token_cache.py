@@ -361,8 +361,8 @@ def test_a_second_time_nothing_is_tokenised(data: Records, tmp_path: Path) -> No
 
 BUILD = f"""
 import sys, time
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_token_cache as t
+sys.path.insert(0, {str(ROOT)!r})
+import tests.data.test_token_cache as t
 class Slow(t.Letters):
     def encode_many(self, conversations, train_on="all"):
         open(sys.argv[3], "a").write("x")
@@ -536,8 +536,8 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         path = write(tmp_path / f"{count}.jsonl", many(count))
         program = (
-            f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "import test_token_cache as t, re\n"
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import tests.data.test_token_cache as t, re\n"
             f"records = t.open_records({str(path)!r})\n"
             "def anonymous(): return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
             "most = []\n"
