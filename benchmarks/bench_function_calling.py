@@ -43,6 +43,8 @@ from qwen_chat.conversation import Conversation, Json, ToolCall
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.evaluation import run as evaluation_run
+from qwen_chat.evaluation import scores
+from qwen_chat.evaluation.cases import Case, cases_of
 from qwen_chat.threads import in_own_thread
 
 WHEEL = ("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
@@ -301,13 +303,13 @@ def right_by_us(item: Item, calls: Sequence[Mapping[str, Any]]) -> bool:
         for call in calls
         for name, arguments in call.items()
     ]
-    return evaluation_run.score(case, Hermes().write(written), same=same).exact
+    return scores.score(case, Hermes().write(written), same=same).exact
 
 
-def case_of(item: Item) -> evaluation_run.Case:
+def case_of(item: Item) -> Case:
     record = conversation(item)
     marks = {len(record["messages"]) - 1: accepted(item)} if item.truth else {}
-    return evaluation_run.cases_of(Conversation.from_openai(record), item.name, marks)[0]
+    return cases_of(Conversation.from_openai(record), item.name, marks)[0]
 
 
 def leaderboard_checker(folder: Path) -> Callable[[Item, list[Json]], bool]:
@@ -448,11 +450,7 @@ def measure(work: Path, name: str, base: Path, adapter: Path | None, held: Seque
             )
             judged = evaluation_run.judge(chosen, texts, same=same)
             block = figures(judged)
-            found = (
-                {**block, "worst": evaluation_run.worst(judged)}
-                if calls == "strict"
-                else {**found, calls: block}
-            )
+            found = {**block, "worst": scores.worst(judged)} if calls == "strict" else {**found, calls: block}
     return {**found, "evaluation_seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -465,9 +463,9 @@ def progress(name: str, calls: str) -> Callable[[int], None]:
     return lambda done: rank_zero(f"{name} ({calls}): {done} answered")
 
 
-def figures(judged: Sequence[evaluation_run.Judged]) -> Json:
+def figures(judged: Sequence[scores.Judged]) -> Json:
     """Plain shares, and their intervals beside them."""
-    found = evaluation_run.call_figures(judged)
+    found = scores.call_figures(judged)
     names = ("exact", "name", "arguments", "false_calls", "missing", "valid", "unparsed")
     return {
         **{name: found[name] and round(found[name]["value"], 4) for name in names},

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from qwen_chat import errors
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
-from qwen_chat.tools.loop import HttpClient
+from qwen_chat.tools.client import HttpClient
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from qwen_chat import errors
 from qwen_chat.errors import OptionError
-from qwen_chat.tools.loop import Event, HttpClient, Limits, LoopResult, run_tools, tool_schema
+from qwen_chat.tools.client import HttpClient
+from qwen_chat.tools.functions import tool_schema
+from qwen_chat.tools.loop import Event, Limits, LoopResult, run_tools
 
 # In place of a weather service. Name, Chinese name, hours from UTC (standard time), sky, degrees Celsius.
 CITIES = (

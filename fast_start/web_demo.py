@@ -28,7 +28,8 @@ from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.errors import ChatError, MissingDependency, OptionError
 from qwen_chat.service.server import is_loopback
-from qwen_chat.tools.loop import Event, HttpClient, Limits, run_tools
+from qwen_chat.tools.client import HttpClient
+from qwen_chat.tools.loop import Event, Limits, run_tools
 
 Message = dict[str, Any]
 

@@ -27,6 +27,8 @@ from qwen_chat.console import rank_zero
 from qwen_chat.data import records
 from qwen_chat.errors import DataError, FormatError, OptionError
 from qwen_chat.evaluation import run as evaluation_run
+from qwen_chat.evaluation import scores, statistics
+from qwen_chat.evaluation.cases import Case, cases_of
 from qwen_chat.threads import in_own_thread
 
 if TYPE_CHECKING:
@@ -67,8 +69,8 @@ class Side:
     name: str
     model: Path
     adapter: Path | None
-    losses: list[evaluation_run.SequenceLoss] = field(default_factory=list)
-    judged: list[evaluation_run.Judged] = field(default_factory=list)
+    losses: list[scores.SequenceLoss] = field(default_factory=list)
+    judged: list[scores.Judged] = field(default_factory=list)
     dropped: int = 0  # conversations too long for the loss
     unanswered: int = 0  # turns whose prompt fills the context
 
@@ -112,7 +114,7 @@ def other(name: str) -> Side:
     return find_side(None, name) if (Path(name) / "adapter_config.json").is_file() else find_side(name, None)
 
 
-def read_cases(data: records.Records, options: EvaluateArguments) -> list[evaluation_run.Case]:
+def read_cases(data: records.Records, options: EvaluateArguments) -> list[Case]:
     """The turns to be written, with the answers that the file accepts besides its own."""
     accepted = [accepted_answers(Path(path)) for path in options.data_path]
     cases = []
@@ -120,7 +122,7 @@ def read_cases(data: records.Records, options: EvaluateArguments) -> list[evalua
         where = data.where(i)
         line = int(where.rpartition(":")[2])
         try:
-            cases += evaluation_run.cases_of(data[i], where, accepted[data.file_of(i)].get(line))
+            cases += cases_of(data[i], where, accepted[data.file_of(i)].get(line))
         except FormatError as error:
             raise DataError(str(error)) from None
     return cases
@@ -161,7 +163,7 @@ def accepted_answers(path: Path) -> dict[int, dict[int, Any]]:
 def run(
     side: Side,
     data: records.Records,
-    cases: list[evaluation_run.Case],
+    cases: list[Case],
     chosen: ModelArguments,
     options: EvaluateArguments,
 ) -> None:
@@ -279,11 +281,11 @@ def write_report(sides: list[Side], data: records.Records, options: EvaluateArgu
     for key, side in zip(("model", "compared_with"), sides, strict=False):
         report[key] = {
             "name": side.name,
-            **evaluation_run.loss_figures(side.losses),
+            **scores.loss_figures(side.losses),
             "too_long": side.dropped,
             "prompt_too_long": side.unanswered,
-            "tools": evaluation_run.summary(side.judged) if side.judged else None,
-            "worst": evaluation_run.worst(side.judged),
+            "tools": scores.summary(side.judged) if side.judged else None,
+            "worst": scores.worst(side.judged),
         }
     if len(sides) == 2:
         report["comparison"] = compare(sides[1], sides[0])
@@ -303,7 +305,7 @@ def compare(base: Side, side: Side) -> dict[str, Any]:
         "exact": ([float(a.exact) for a, _ in wanted], [float(b.exact) for _, b in wanted]),
         "false_calls": ([float(a.false_call) for a, _ in others], [float(b.false_call) for _, b in others]),
     }
-    found = {name: evaluation_run.paired(a, b) for name, (a, b) in pairs.items()}
+    found = {name: statistics.paired(a, b) for name, (a, b) in pairs.items()}
     return {name: None if value is None else asdict(value) for name, value in found.items()}
 
 

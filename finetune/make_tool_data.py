@@ -45,8 +45,8 @@ from qwen_chat.conversation import Conversation, Json, ToolCall
 from qwen_chat.data import checks, records
 from qwen_chat.errors import DataError, FormatError, OptionError, OutputError, Problem, ToolError
 from qwen_chat.files import write_whole
-from qwen_chat.tools.loop import check_tools, tool_schema
-from qwen_chat.tools.validate import check_call
+from qwen_chat.tools.functions import tool_schema
+from qwen_chat.tools.validate import check_call, check_tools
 
 REFUSALS = {
     "en": (

@@ -40,7 +40,8 @@ from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
 from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
 from qwen_chat.inference.lora import Lora, why_merged
 from qwen_chat.inference.quantize import check_dtype
-from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler, StopText, TokenText
+from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
+from qwen_chat.inference.text import StopText, TokenText
 from qwen_chat.threads import in_own_thread
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 
 from qwen_chat.conversation import Json
 from qwen_chat.service.errors import bad_value
-from qwen_chat.tools.validate import is_everyday
+from qwen_chat.tools.validate import schema_error
 
 # A sentence with {param} in it, and OpenAI's code.
 SchemaFault = tuple[str, str]
@@ -126,17 +126,10 @@ def _is_unheld(key: str, value: object) -> bool:
 
 def _verdict_on(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
     nodes, problem = _measure(schema, bound)
-    if problem is not None or is_everyday(schema):
-        return nodes, problem
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
+    if problem is None and (error := schema_error(schema)) is not None:
         place = "/".join(str(part) for part in error.absolute_path)
-        return nodes, (f"{error.message[:200]} (at '{place[:200]}')", "invalid_value")
-    return nodes, None
+        problem = f"{error.message[:200]} (at '{place[:200]}')", "invalid_value"
+    return nodes, problem
 
 
 def _measure(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:

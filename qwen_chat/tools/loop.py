@@ -1,6 +1,6 @@
 """Call -> result -> answer: the loop around any OpenAI-shaped client, and Python functions as tools.
 
-In: a client with `.chat.completions.create(...)` (the openai package's, or `HttpClient` below), messages, and
+In: a client with `.chat.completions.create(...)` (the openai package's, or tools/client.py's), messages, and
 a dict of Python functions. Out: `LoopResult`, the conversation with every call, result and answer in order.
 
 Nothing that a tool or a model does ends the loop with an exception: bad arguments, unknown names, a tool that
@@ -9,7 +9,8 @@ is stopped after `Limits.rounds`. Wrong use by the programmer (a tool without a 
 nothing can satisfy) raises ToolError before the first request; a service that fails raises the client's own
 error.
 
-    from qwen_chat.tools.loop import HttpClient, run_tools
+    from qwen_chat.tools.client import HttpClient
+    from qwen_chat.tools.loop import run_tools
 
     def add(a: int, b: int) -> int:
         "Add two whole numbers."
@@ -25,22 +26,16 @@ import asyncio
 import inspect
 import json
 import queue
-import re
 import threading
 import time
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
-import jsonschema
-import referencing
-import requests
-
-from qwen_chat.conversation import Json, ToolCall, read_tools
-from qwen_chat.errors import FormatError, ServiceError, ToolError
-from qwen_chat.tools.validate import call_problem, check_tool
+from qwen_chat.conversation import Json, ToolCall
+from qwen_chat.errors import ServiceError
+from qwen_chat.tools.functions import tool_schema
+from qwen_chat.tools.validate import call_problem, check_tools
 
 ToolChoice = str | Json
 Functions = Mapping[str, Callable[..., Any]]
@@ -292,309 +287,3 @@ def _cut(text: str, characters: int) -> str:
     if len(text) <= characters:
         return text
     return f"{text[:characters]}\n[cut: {len(text)} characters came back, the first {characters} are shown]"
-
-
-# --------------------------------------------------------------------------- schemas
-
-
-def check_tools(tools: Sequence[Json], functions: Functions | None = None) -> None:
-    """Raise ToolError, naming the tool, the place and the cure, where no call of a tool could ever succeed.
-
-    functions: given, each tool must have one of its name.
-    """
-    try:
-        read_tools(tools)
-    except FormatError as error:
-        raise ToolError(str(error)) from None
-    names: set[str] = set()
-    for tool in tools:
-        name, schema = tool["function"]["name"], tool["function"].get("parameters") or {}
-        if name in names:
-            raise ToolError(f"tool '{name}' is offered twice; give each tool a name of its own")
-        if functions is not None and name not in functions:
-            known = ", ".join(functions) or "none"
-            raise ToolError(f"tool '{name}' has no function; the functions are: {known}")
-        check_tool(tool)
-        if schema.get("type", "object") != "object":
-            raise ToolError(f"tool '{name}': the parameters' type is {schema['type']!r}; expected 'object'")
-        reason = unsatisfiable(schema)
-        if reason is not None:
-            raise ToolError(f"tool '{name}': {reason}; no arguments can satisfy this schema")
-        names.add(name)
-
-
-def unsatisfiable(schema: Any, path: str = "parameters") -> str | None:
-    """Why no value can satisfy the schema (None: nothing plain stands in the way).
-
-    Finds the contradictions that people write: crossed bounds, empty or mistyped enums, a required property
-    that is false or impossible or that `additionalProperties: false` forbids. (Deciding it for every schema
-    is not feasible.)
-    """
-    if schema is False:
-        return f"{path} is false"
-    if not isinstance(schema, dict):
-        return None
-    for low, high in (
-        ("minimum", "maximum"),
-        ("minLength", "maxLength"),
-        ("minItems", "maxItems"),
-        ("minProperties", "maxProperties"),
-    ):
-        if low in schema and high in schema and schema[low] > schema[high]:
-            return f"{path} has {low} {schema[low]} above {high} {schema[high]}"
-    if "enum" in schema or "const" in schema:
-        return _no_choice(schema, path)
-    if schema.get("minItems", 0) > 0 and (reason := unsatisfiable(schema.get("items"), f"{path}.items")):
-        return reason
-    for key in ("anyOf", "oneOf"):
-        branches = schema.get(key) or []
-        reasons = [unsatisfiable(branch, f"{path}.{key}[{i}]") for i, branch in enumerate(branches)]
-        if reasons and all(reasons):
-            return reasons[0]
-    for i, branch in enumerate(schema.get("allOf") or ()):
-        if reason := unsatisfiable(branch, f"{path}.allOf[{i}]"):
-            return reason
-    return _missing_property(schema, path)
-
-
-def _no_choice(schema: Json, path: str) -> str | None:
-    """An enum or const must leave a value that the rest of the schema takes."""
-    values = schema["enum"] if "enum" in schema else [schema["const"]]
-    try:
-        # An empty registry of our own: a reference to another place is never downloaded.
-        validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
-        if any(validator.is_valid(value) for value in values):
-            return None
-    except Exception:  # a $ref that does not resolve: not decided here
-        return None
-    return f"{path} allows none of its own values {json.dumps(values, ensure_ascii=False)[:100]}"
-
-
-def _missing_property(schema: Json, path: str) -> str | None:
-    properties = schema.get("properties") or {}
-    for name in schema.get("required") or ():
-        if name in properties:
-            if reason := unsatisfiable(properties[name], f"{path}.{name}"):
-                return reason
-        elif schema.get("additionalProperties") is False and not schema.get("patternProperties"):
-            return f"{path} requires '{name}' and forbids it (additionalProperties is false)"
-    return None
-
-
-PLAIN_TYPES: dict[Any, Json] = {
-    str: {"type": "string"},
-    bool: {"type": "boolean"},
-    int: {"type": "integer"},
-    float: {"type": "number"},
-    list: {"type": "array"},
-    dict: {"type": "object"},
-    type(None): {"type": "null"},
-    Any: {},
-}
-
-
-def tool_schema(function: Callable[..., Any], name: str | None = None) -> Json:
-    """An OpenAI tool from a function's type hints and docstring.
-
-    The first paragraph of the docstring describes the tool; lines under `Args:` ("city: the city's name") or
-    `:param city: ...` describe its parameters, and so does `Annotated[str, "the city"]`; a dict in there
-    is taken as JSON Schema (`{"maxLength": 40}`). A parameter without a default is required. Hints: str, int,
-    float, bool, Any, None, list[...], tuple[...], dict[str, ...], Literal, unions, TypedDict.
-    Raises ToolError for a parameter without a hint, with one that JSON cannot carry, or *args and **kwargs.
-    """
-    label = name or getattr(function, "__name__", "tool")
-    try:
-        signature = inspect.signature(function)
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (TypeError, ValueError, NameError) as error:
-        raise ToolError(
-            f"function '{label}' has no readable signature ({error}); write the schema by hand"
-        ) from None
-    summary, described = _docstring(inspect.getdoc(function) or "")
-    properties: Json = {}
-    required = []
-    for parameter in signature.parameters.values():
-        where = f"function '{label}', parameter '{parameter.name}'"
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ToolError(
-                f"{where}: {parameter.kind.description}; a tool is called with named arguments only"
-            )
-        if parameter.name not in hints:
-            raise ToolError(f"{where}: no type hint; write one (city: str)")
-        schema = _hint_schema(hints[parameter.name], where)
-        if parameter.name in described:
-            schema["description"] = described[parameter.name]
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
-        elif parameter.default is not None and isinstance(parameter.default, (str, int, float, bool)):
-            schema["default"] = parameter.default
-        properties[parameter.name] = schema
-    parameters = {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
-    return {
-        "type": "function",
-        "function": {"name": label, "description": summary, "parameters": parameters},
-    }
-
-
-def _hint_schema(hint: Any, where: str) -> Json:
-    """JSON Schema of one type hint."""
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if origin is None and hint in PLAIN_TYPES:
-        return dict(PLAIN_TYPES[hint])
-    if origin is typing.Annotated:
-        schema = _hint_schema(inside[0], where)
-        for extra in inside[1:]:
-            schema |= (
-                {"description": extra} if isinstance(extra, str) else extra if isinstance(extra, dict) else {}
-            )
-        return schema
-    if origin is Literal:
-        return _literal_schema(inside)
-    if origin in (typing.Union, types.UnionType):
-        branches = [_hint_schema(branch, where) for branch in inside]
-        plain = all(set(branch) == {"type"} for branch in branches)
-        return {"type": [branch["type"] for branch in branches]} if plain else {"anyOf": branches}
-    if origin in (list, Sequence, set, Iterable):
-        return {"type": "array", "items": _hint_schema(inside[0], where)}
-    if origin is tuple:
-        return _tuple_schema(inside, where)
-    if origin in (dict, Mapping) and inside[0] is str:
-        return {"type": "object", "additionalProperties": _hint_schema(inside[1], where)}
-    if typing.is_typeddict(hint):
-        fields = typing.get_type_hints(hint)
-        properties = {key: _hint_schema(value, where) for key, value in fields.items()}
-        required = sorted(hint.__required_keys__, key=list(fields).index)
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-    raise ToolError(
-        f"{where}: JSON has no {hint!r}; use str, int, float, bool, list, dict, Literal or a TypedDict"
-    )
-
-
-def _literal_schema(values: Sequence[Any]) -> Json:
-    kinds = {json.dumps(PLAIN_TYPES.get(type(value), {})) for value in values}
-    return {**(json.loads(kinds.pop()) if len(kinds) == 1 else {}), "enum": list(values)}
-
-
-def _tuple_schema(inside: Sequence[Any], where: str) -> Json:
-    if len(inside) == 2 and inside[1] is ...:
-        return {"type": "array", "items": _hint_schema(inside[0], where)}
-    items = [_hint_schema(part, where) for part in inside]
-    return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-
-
-def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph on one line, and parameter -> description (Google's `Args:` or `:param name:`)."""
-    summary = " ".join(re.split(r"\n\s*\n|\n\s*(?:Args:|:param )", text, maxsplit=1)[0].split())
-    described = {match[1]: match[2].strip() for match in re.finditer(r":param (?:\w+ )?(\w+):\s*(.+)", text)}
-    described |= _argument_lines(text.partition("\nArgs:\n")[2])
-    return summary, described
-
-
-def _argument_lines(section: str) -> dict[str, str]:
-    """The indented lines under `Args:`; a line indented further continues the one above."""
-    described: dict[str, str] = {}
-    indent, name = 0, None
-    for line in section.splitlines():
-        width = len(line) - len(line.lstrip())
-        if line.strip() and width == 0:
-            break
-        entry = re.match(r"\s+(\w+)(?: \([^)]*\))?:\s*(.*)", line)
-        if entry and width <= (indent or width):
-            indent, name = width, entry[1]
-            described[name] = entry[2].strip()
-        elif name and line.strip():
-            described[name] = f"{described[name]} {line.strip()}".strip()
-    return described
-
-
-# --------------------------------------------------------------------------- a client of our own
-
-
-class HttpClient:
-    """`.chat.completions.create(...)` over requests: plain dicts instead of the openai package's objects.
-
-    url: with or without a trailing /v1. With stream=True, create() gives an iterator of chunks.
-    Raises ServiceError: the service cannot be reached, answered with an error, or broke off.
-    """
-
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
-        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._timeout = timeout
-        self._session = requests.Session()
-        if api_key:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
-        self.chat = types.SimpleNamespace(completions=types.SimpleNamespace(create=self._create))
-
-    def models(self) -> list[str]:
-        """The models and adapters that the service lists; at least one."""
-        listed = _json(self._send("GET", "/models")).get("data")
-        if not listed:
-            raise ServiceError(f"{self._base}/models lists no model")
-        return [str(model["id"]) for model in listed]
-
-    def first_model(self) -> str:
-        """The first model that the service lists."""
-        return self.models()[0]
-
-    def _create(self, *, stream: bool = False, **body: Any) -> Json | Iterator[Json]:
-        answer = self._send("POST", "/chat/completions", {**body, "stream": stream})
-        return self._chunks(answer) if stream else _json(answer)
-
-    def _send(self, method: str, path: str, body: Json | None = None) -> requests.Response:
-        url = self._base + path
-        streams = bool(body and body["stream"])
-        try:
-            answer = self._session.request(method, url, json=body, stream=streams, timeout=self._timeout)
-            if answer.status_code != 200:
-                raise ServiceError(f"{url} answered {answer.status_code}: {_told(answer.text)}")
-        except requests.RequestException as error:
-            raise ServiceError(
-                f"{url} cannot be reached ({type(error).__name__}); start the service with "
-                "python fast_start/simple_try_create_service.py"
-            ) from None
-        return answer
-
-    def _chunks(self, answer: requests.Response) -> Iterator[Json]:
-        """Server-sent events -> chunks, until [DONE]; an error or a broken connection is a ServiceError."""
-        try:
-            with answer:
-                for raw in answer.iter_lines():  # bytes: decoded text is also cut at U+2028 and U+0085
-                    line = raw.decode("utf-8")
-                    if not line.startswith("data:"):
-                        continue
-                    data = line.removeprefix("data:").strip()
-                    if data == "[DONE]":
-                        return
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise ServiceError(f"{answer.url} broke off: {_told(data)}")
-                    yield chunk
-        except (requests.RequestException, ValueError) as error:
-            raise ServiceError(f"{answer.url} broke off ({type(error).__name__})") from None
-        raise ServiceError(f"{answer.url} ended the stream without [DONE]; the answer may be incomplete")
-
-
-def _json(answer: requests.Response) -> Json:
-    try:
-        return cast(Json, answer.json())
-    except requests.exceptions.JSONDecodeError:
-        raise ServiceError(f"{answer.url} did not answer with JSON; is it a chat service?") from None
-
-
-def _told(text: str) -> str:
-    """The message inside OpenAI's error object, or the text."""
-    try:
-        error = json.loads(text).get("error")
-        return str(error.get("message") if isinstance(error, dict) else error or text)[:500]
-    except (ValueError, AttributeError):
-        return text[:200]

@@ -1,31 +1,30 @@
-"""Is a call one that its tool can take? Names and arguments against JSON Schema.
+"""Is this a JSON Schema, can anything satisfy it, and is a call one that its tool can take?
 
-In: a call and the tools that were offered. Out: None, or one line that says what is wrong. A schema is
-compiled once and kept. The everyday part of JSON Schema is checked without the library, which is asked where
-that check cannot say yes.
+In: tools, and calls of them. Out: None, or what is wrong: one line, or a ToolError where the schema itself is. A
+schema is compiled once and kept. The everyday part of JSON Schema is checked without the library, which is asked
+where that check cannot say yes.
 """
 
 import json
 import marshal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import jsonschema
 import referencing
 import referencing.exceptions
-from jsonschema.exceptions import best_match
+from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.protocols import Validator
 
-from qwen_chat.conversation import ToolCall
-from qwen_chat.errors import ToolError
+from qwen_chat.conversation import Json, ToolCall, read_tools
+from qwen_chat.errors import FormatError, ToolError
 
 Check = Callable[[Any], bool]
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}
-_LARGEST_KEPT = (
-    32_768  # bytes of a schema that is remembered: thousands of large ones are no use and cost memory
-)
+# Bytes of a schema that is remembered: thousands of large ones are no use and cost memory.
+_LARGEST_KEPT = 32_768
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples"})
 _TYPES: dict[str, Check] = {
     # A value that passes is valid for certain; 1.0 as an integer is left to the library.
@@ -110,10 +109,18 @@ def check_tool(tool: Mapping[str, Any]) -> None:
         _library(key, name)
 
 
-def is_everyday(schema: object) -> bool:
-    """Whether this is a sound JSON Schema of plain types, objects, arrays and enums of texts; the library must be
-    asked about others."""
-    return _certainly(schema, depth=8) is not None
+def schema_error(schema: Any, draft: type[Validator] = jsonschema.Draft202012Validator) -> SchemaError | None:
+    """Why this is no JSON Schema, its regular expressions included; None where it is one.
+
+    The library raises what it likes where a schema is nested without end.
+    """
+    if _certainly(schema, depth=8) is not None:
+        return None
+    try:
+        draft.check_schema(schema)
+    except SchemaError as error:
+        return error
+    return None
 
 
 def _key(schema: object, name: str) -> bytes:
@@ -148,16 +155,18 @@ def _kept_library(key: bytes, name: str) -> Validator:
     schema = marshal.loads(key)
     try:
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # type: ignore[call-arg]
+        wrong = schema_error(schema, kind)
         # An empty registry of our own: a reference to another place is an error, never a download.
-        return kind(schema, registry=referencing.Registry())
-    except jsonschema.SchemaError as error:
-        place = ".".join(["parameters", *(str(step) for step in error.absolute_path)])
-        raise ToolError(f"tool '{name}': {place}: no JSON Schema: {_one_line(error.message)}") from None
-    except Exception as error:  # a schema is a program: "$schema": [] or endless depth raise what they like
+        validator = kind(schema, registry=referencing.Registry())
+    # A schema is a program: "$schema": [] or endless depth raise what they like.
+    except Exception as error:
         raise ToolError(
             f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
         ) from None
+    if wrong is not None:
+        place = ".".join(["parameters", *(str(step) for step in wrong.absolute_path)])
+        raise ToolError(f"tool '{name}': {place}: no JSON Schema: {_one_line(wrong.message)}")
+    return validator
 
 
 def _certainly(schema: object, depth: int) -> Check | None:
@@ -229,3 +238,87 @@ def _shown(value: object) -> str:
 def _one_line(message: str, limit: int = 200) -> str:
     line = " ".join(message[: 4 * limit].split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def check_tools(tools: Sequence[Json], functions: Collection[str] | None = None) -> None:
+    """Raise ToolError, naming the tool, the place and the cure, where no call of a tool could ever succeed.
+
+    functions: given, each tool must have one of its name.
+    """
+    try:
+        read_tools(tools)
+    except FormatError as error:
+        raise ToolError(str(error)) from None
+    names: set[str] = set()
+    for tool in tools:
+        name, schema = tool["function"]["name"], tool["function"].get("parameters") or {}
+        if name in names:
+            raise ToolError(f"tool '{name}' is offered twice; give each tool a name of its own")
+        if functions is not None and name not in functions:
+            known = ", ".join(functions) or "none"
+            raise ToolError(f"tool '{name}' has no function; the functions are: {known}")
+        check_tool(tool)
+        if schema.get("type", "object") != "object":
+            raise ToolError(f"tool '{name}': the parameters' type is {schema['type']!r}; expected 'object'")
+        reason = unsatisfiable(schema)
+        if reason is not None:
+            raise ToolError(f"tool '{name}': {reason}; no arguments can satisfy this schema")
+        names.add(name)
+
+
+def unsatisfiable(schema: Any, path: str = "parameters") -> str | None:
+    """Why no value can satisfy the schema (None: nothing plain stands in the way).
+
+    Finds the contradictions that people write: crossed bounds, empty or mistyped enums, a required property
+    that is false or impossible or that `additionalProperties: false` forbids. (Deciding it for every schema
+    is not feasible.)
+    """
+    if schema is False:
+        return f"{path} is false"
+    if not isinstance(schema, dict):
+        return None
+    for low, high in (
+        ("minimum", "maximum"),
+        ("minLength", "maxLength"),
+        ("minItems", "maxItems"),
+        ("minProperties", "maxProperties"),
+    ):
+        if low in schema and high in schema and schema[low] > schema[high]:
+            return f"{path} has {low} {schema[low]} above {high} {schema[high]}"
+    if "enum" in schema or "const" in schema:
+        return _no_choice(schema, path)
+    if schema.get("minItems", 0) > 0 and (reason := unsatisfiable(schema.get("items"), f"{path}.items")):
+        return reason
+    for key in ("anyOf", "oneOf"):
+        branches = schema.get(key) or []
+        reasons = [unsatisfiable(branch, f"{path}.{key}[{i}]") for i, branch in enumerate(branches)]
+        if reasons and all(reasons):
+            return reasons[0]
+    for i, branch in enumerate(schema.get("allOf") or ()):
+        if reason := unsatisfiable(branch, f"{path}.allOf[{i}]"):
+            return reason
+    return _missing_property(schema, path)
+
+
+def _no_choice(schema: Json, path: str) -> str | None:
+    """An enum or const must leave a value that the rest of the schema takes."""
+    values = schema["enum"] if "enum" in schema else [schema["const"]]
+    try:
+        # An empty registry of our own: a reference to another place is never downloaded.
+        validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+        if any(validator.is_valid(value) for value in values):
+            return None
+    except Exception:  # a $ref that does not resolve: not decided here
+        return None
+    return f"{path} allows none of its own values {json.dumps(values, ensure_ascii=False)[:100]}"
+
+
+def _missing_property(schema: Json, path: str) -> str | None:
+    properties = schema.get("properties") or {}
+    for name in schema.get("required") or ():
+        if name in properties:
+            if reason := unsatisfiable(properties[name], f"{path}.{name}"):
+                return reason
+        elif schema.get("additionalProperties") is False and not schema.get("patternProperties"):
+            return f"{path} requires '{name}' and forbids it (additionalProperties is false)"
+    return None

@@ -12,29 +12,21 @@ import pytest
 from qwen_chat.conversation import Conversation
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ServiceError
-from qwen_chat.evaluation.run import (
+from qwen_chat.evaluation.cases import Case, Wanted, cases_of
+from qwen_chat.evaluation.run import Kept, fitting, judge, sequence_losses, write_replies
+from qwen_chat.evaluation.scores import (
     NOTHING,
-    Case,
     Judged,
-    Kept,
     SequenceLoss,
-    Wanted,
     call_figures,
-    cases_of,
-    estimate,
-    fitting,
     is_right,
-    judge,
     loss_figures,
-    paired,
     same_json,
     score,
-    sequence_losses,
-    share,
     summary,
     worst,
-    write_replies,
 )
+from qwen_chat.evaluation.statistics import estimate, paired, share
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:

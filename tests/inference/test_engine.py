@@ -64,7 +64,7 @@ def tiny_tokenizer() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from qwen_chat.inference.sampling import _BYTE_OF
+    from qwen_chat.inference.text import _BYTE_OF
 
     raw = Tokenizer(models.BPE(vocab=dict(_BYTE_OF), merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -10,7 +10,8 @@ from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import ToolError
 from qwen_chat.inference.grammar import GrammarTokenizer
-from qwen_chat.inference.sampling import GenerationRequest, Sampler, StopText, TokenText
+from qwen_chat.inference.sampling import GenerationRequest, Sampler
+from qwen_chat.inference.text import StopText, TokenText
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
 

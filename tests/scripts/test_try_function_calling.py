@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import requests
 
-from qwen_chat.tools.loop import HttpClient, Limits, LoopResult, run_tools
+from qwen_chat.tools.client import HttpClient
+from qwen_chat.tools.loop import Limits, LoopResult, run_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "fast_start" / "try_function_calling.py"

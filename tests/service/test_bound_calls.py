@@ -17,7 +17,8 @@ from qwen_chat.dialects.known import parse, stream_parser
 from qwen_chat.dialects.reader import Delta, fold
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
-from qwen_chat.tools.loop import HttpClient, run_tools
+from qwen_chat.tools.client import HttpClient
+from qwen_chat.tools.loop import run_tools
 from tests.support.scripted import LiveService, make_engine
 
 # --- the parser ----------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 from qwen_chat.inference.engine import Engine
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
-from qwen_chat.tools.loop import HttpClient, run_tools
+from qwen_chat.tools.client import HttpClient
+from qwen_chat.tools.loop import run_tools
 from tests.support.chats import CHAT, ask, wait_until
 from tests.support.scripted import LiveService, make_engine
 

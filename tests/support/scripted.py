@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from qwen_chat.inference.decoder import Decoder, Segment
 from qwen_chat.inference.engine import Engine
 from qwen_chat.inference.kv_cache import KVRow, KVShape
-from qwen_chat.inference.sampling import _BYTE_OF
+from qwen_chat.inference.text import _BYTE_OF
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -12,16 +12,10 @@ import jsonschema
 import pytest
 
 from qwen_chat.errors import ServiceError, ToolError
-from qwen_chat.tools.loop import (
-    Event,
-    HttpClient,
-    Limits,
-    LoopResult,
-    check_tools,
-    run_tools,
-    tool_schema,
-    unsatisfiable,
-)
+from qwen_chat.tools.client import HttpClient
+from qwen_chat.tools.functions import tool_schema
+from qwen_chat.tools.loop import Event, Limits, LoopResult, run_tools
+from qwen_chat.tools.validate import check_tools, unsatisfiable
 
 QUESTION = [{"role": "user", "content": "今天多少度？🌡"}]
 
