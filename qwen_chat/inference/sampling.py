@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 
 from qwen_chat.dialects.grammar import Grammar
-from qwen_chat.errors import ModelError
 from qwen_chat.inference.grammar import Matcher
 
 # Temperatures below it are greedy: divided by them, logits overflow.
