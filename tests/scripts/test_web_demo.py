@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 from qwen_chat.inference.engine import Engine
+from qwen_chat.inference.engine import _Adapter
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
@@ -70,7 +71,7 @@ def start_page(service: str, *words: str) -> subprocess.Popen[str]:
 def served() -> Iterator[Served]:
     pytest.importorskip("gradio")
     engine = make_engine()
-    engine._adapters["mine"] = None  # type: ignore[assignment]  # an adapter that changes nothing
+    engine._adapters["mine"] = _Adapter(None)  # an adapter that changes nothing
     with LiveService(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as live:
         page = start_page(live.url, "--port", str(port := free_port()))
         assert page.stdout is not None
