@@ -17,8 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from qwen_chat.inference.engine import Engine
-from qwen_chat.inference.engine import _Adapter
+from qwen_chat.inference.engine import Engine, _Adapter
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
