@@ -163,9 +163,16 @@ class _Reading:
         self._elsewhere = {name: entry for entry in options for name in entry.elsewhere}
 
     def take(self, flag: str, words: list[str]) -> None:
+        """Read one flag with the words behind it."""
+        name = flag.lstrip("-").replace("-", "_")
+        gone = self._others.gone if self._others else {}
         if not flag:
             self.wrong.append(f"{words[0]!r}: no flag stands before this value; flags begin with --")
-        elif entry := self._find(flag):
+        elif self._others and name in self._others.unread:
+            return
+        elif entry := self._old.get(name, self._known.get(name)):
+            if name in self._old:
+                self.notes.append(f"--{name} is called --{entry.name} today; read as that")
             try:
                 value = _value(entry, words)
             except ValueError as error:
@@ -173,30 +180,16 @@ class _Reading:
                 return
             before = self.given.get(entry.name, ()) if entry.appends else ()
             self.given[entry.name] = (*before, *value) if entry.many else value
-
-    def _find(self, flag: str) -> Option | None:
-        """The option that a flag means; None where there is none (then it is told), or where it is passed over."""
-        name = flag.lstrip("-").replace("-", "_")
-        gone = self._others.gone if self._others else {}
-        if self._others and name in self._others.unread:
-            return None
-        if entry := self._old.get(name):
-            self.notes.append(f"--{name} is called --{entry.name} today; read as that")
-            return entry
-        if entry := self._known.get(name):
-            return entry
-        if name in gone:
+        elif name in gone:
             self.wrong.append(f"--{name} is gone: {gone[name]}")
-            return None
-        if entry := self._elsewhere.get(name):
-            meant = f"--{entry.name} {entry.hint}".rstrip()
         else:
             offered = [word for word, entry in self._known.items() if entry.refused is None]
             near = difflib.get_close_matches(name, offered, n=1, cutoff=0.5)
             meant = f"--{near[0]}" if near and len(near[0]) > 1 else ""
-        cure = f"did you mean {meant}?" if meant else "--help lists them"
-        self.wrong.append(f"{flag}: unknown flag; {cure}")
-        return None
+            if entry := self._elsewhere.get(name):
+                meant = f"--{entry.name} {entry.hint}".rstrip()
+            cure = f"did you mean {meant}?" if meant else "--help lists them"
+            self.wrong.append(f"{flag}: unknown flag; {cure}")
 
 
 # ------------------------------------------------------------------------------------------- words to values

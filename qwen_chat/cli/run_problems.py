@@ -38,9 +38,6 @@ def read_run_and(
     return run, values
 
 
-# ----------------------------------------------------------------------------- combinations that cannot work
-
-
 def problems(run: Run, *, needs_data: bool = True) -> list[str]:
     """Every value or combination that cannot work, one line each: the flag, why, the cure."""
     options, found = run.as_dict(), []

@@ -41,13 +41,15 @@ def install(model: torch.nn.Module, product: Product) -> dict[str, int]:
         id(part) for module in model.modules() if isinstance(module, LoraLinear) for part in module.modules()
     }
     for module in model.modules():
+        own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
+        gated = own.keys() >= {"gate_proj", "up_proj", "down_proj", "act_fn"}
         if isinstance(module, LoraLinear) and type(module.base_layer) is torch.nn.Linear:
             _replace(module, _lora_forward, product)
             counts["linear"] += 1
         elif type(module) is torch.nn.Linear and id(module) not in inside:
             _replace(module, _linear_forward, product)
             counts["linear"] += 1
-        elif _is_gated_mlp(module):
+        elif gated and type(own["act_fn"]).__name__ in ("SiLUActivation", "SiLU"):
             _replace(module, _mlp_forward, product)
             counts["mlp"] += 1
         elif type(module).__name__ in ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm"):
@@ -80,12 +82,6 @@ def keep_memory() -> bool:
 def _replace(module: Any, forward: Callable[..., Tensor], product: Product) -> None:
     module._own_forward = module.forward
     module.forward = MethodType(lambda self, *args, **kwargs: forward(self, product, *args, **kwargs), module)
-
-
-def _is_gated_mlp(module: torch.nn.Module) -> bool:
-    own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
-    parts = all(name in own for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    return parts and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU")
 
 
 def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:

@@ -17,6 +17,13 @@ from qwen_chat.errors import TrainingError
 from qwen_chat.training import memory_plan
 from qwen_chat.training.ranks import start_deepspeed
 
+# Flags of ours that are fields of TrainingArguments under the same name.
+SAME_NAME = (
+    *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"),
+    *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2"),
+    *("eval_strategy", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
+)
+
 
 def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[Any, list[str]]:
     """transformers' arguments from ours, with the ranks joined; and what was decided, with reasons.
@@ -52,21 +59,7 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
 def field_values(run: Run, *, checkpointing: bool) -> dict[str, Any]:
     """Fields of TrainingArguments from our flags, less what the device decides; the user's own come on top."""
     train = run.train
-    options = {
-        "num_train_epochs": train.num_train_epochs,
-        "per_device_train_batch_size": train.per_device_train_batch_size,
-        "per_device_eval_batch_size": train.per_device_eval_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler_type,
-        "warmup_steps": train.warmup_steps,
-        "weight_decay": train.weight_decay,
-        "adam_beta2": train.adam_beta2,
-        "eval_strategy": train.eval_strategy,
-        "save_strategy": train.save_strategy,
-        "save_steps": train.save_steps,
-        "save_total_limit": train.save_total_limit,
-        "logging_steps": train.logging_steps,
+    options = {name: getattr(train, name) for name in SAME_NAME} | {
         "report_to": list(train.report_to),
         "activation_checkpointing": checkpointing,  # transformers' new word for gradient checkpointing
         "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,

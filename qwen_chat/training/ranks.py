@@ -61,11 +61,21 @@ def from_rank_zero(find: Callable[[], Found]) -> Found:
 
 def any_rank(value: bool) -> bool:
     """Whether it is so on any rank."""
+    return any(_from_every_rank(value))
+
+
+def process_ids_here() -> list[int]:
+    """Process ids of the ranks on this machine."""
+    found = _from_every_rank((socket.gethostname(), os.getpid()))
+    return [pid for host, pid in found if host == socket.gethostname()]
+
+
+def _from_every_rank(value: Found) -> list[Found]:
     if not _is_joined():
-        return value
+        return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
-    return any(values)
+    return values
 
 
 def _is_joined() -> bool:
@@ -81,12 +91,3 @@ def leave() -> None:
     if _is_joined():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def process_ids_here() -> list[int]:
-    """Process ids of the ranks on this machine."""
-    if not _is_joined():
-        return []
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (socket.gethostname(), os.getpid()))
-    return [pid for host, pid in found if host == socket.gethostname()]

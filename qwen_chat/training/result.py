@@ -38,11 +38,21 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     """
     run, fmt = session.run, session.fmt
     trainer.model_loss.remove()
-    fused.remove(trainer.accelerator.unwrap_model(trainer.model))
-    weights = _gathered(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    fused.remove(model)
+    weights: dict[str, torch.Tensor] | None = None  # the model has them
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        # ZeRO-3 has cut them up; of an adapter, those that were trained are put together.
+        if hasattr(model, "peft_config"):
+            import deepspeed
+
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            with deepspeed.zero.GatheredParameters(list(trained.values())):
+                weights = {name: p.detach().cpu().clone() for name, p in trained.items()}
+        else:
+            weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if not is_rank_zero():
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
     end_tokens(model, fmt)
     aside = session.folder / checkpoints.ASIDE
@@ -56,21 +66,6 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     fmt.complete_tokenizer()
     fmt.tokenizer.save_pretrained(aside)
     checkpoints.move_into(aside, session.folder)
-
-
-def _gathered(trainer: ChatTrainer) -> dict[str, torch.Tensor] | None:
-    """Whole weights where ZeRO-3 has cut them up (an adapter's alone), else None: the model has them."""
-    if not trainer.is_deepspeed_enabled or trainer.accelerator.state.deepspeed_plugin.zero_stage != 3:
-        return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        whole: dict[str, torch.Tensor] | None = trainer.accelerator.get_state_dict(trainer.deepspeed)
-        return whole
-    import deepspeed
-
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(trained.values())):
-        return {name: p.detach().cpu().clone() for name, p in trained.items()}
 
 
 def end_tokens(model: PreTrainedModel, fmt: ChatFormat) -> None:
