@@ -42,7 +42,7 @@ def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     from qwen_chat.training import matmul
 
     torch.set_num_threads(1)  # the model is tiny: a second thread only waits
-    monkeypatch.setattr(matmul, "choose", lambda *_: matmul.Route("torch", "not measured in a test"))
+    monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("torch", "not measured in a test"))
 
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
@@ -406,7 +406,7 @@ def test_a_loss_of_exactly_zero_stops_the_run(
     words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), "--use_lora"]
     status, said = finetune(*words)  # planted so, the probe finds it
     assert status == 2 and "the loss of a row is off by 1.0e+00" in said.splitlines()[-1]
-    monkeypatch.setattr(probe, "check", lambda model, layout: "as if it began later")
+    monkeypatch.setattr(probe, "prove", lambda model, layout: "as if it began later")
     words[words.index(str(out))] = str(tmp_path / "later")
     status, said = finetune(*words)
     assert status == 1, said
