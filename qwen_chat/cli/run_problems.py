@@ -65,14 +65,12 @@ def problems(run: Run, *, needs_data: bool = True) -> list[str]:
     return [*found, *deepspeed_problems(run)]
 
 
-_ABOVE_0: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "a number above 0")
-_FROM_0: tuple[Callable[[float], bool], str] = (lambda value: value >= 0, "0 or more")
-_SHARE: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "a share from 0 up to 1")
-_SEED: tuple[Callable[[float], bool], str] = (
-    lambda value: 0 <= value < 2**32,
-    "a whole number from 0 to 4294967295",
-)
-RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+Range = tuple[Callable[[float], bool], str]
+_ABOVE_0: Range = (lambda value: value > 0, "a number above 0")
+_FROM_0: Range = (lambda value: value >= 0, "0 or more")
+_SHARE: Range = (lambda value: 0 <= value < 1, "a share from 0 up to 1")
+_SEED: Range = (lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ABOVE_0),
     **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
     **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),

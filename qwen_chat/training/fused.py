@@ -228,15 +228,15 @@ def _mlp_forward(self: Any, product: Product, x: Tensor) -> Tensor:
     down = self.down_proj
     if not _is_plain(gate):
         return cast(Tensor, down(self.act_fn(gate) * up))
-    adapter, base = None, down
+    adapter, base, known = None, down, True
     if hasattr(down, "base_layer"):
         base = down.base_layer
         adapter = _adapter(down) if hasattr(down, "lora_A") else None
-        if adapter is None or (self.training and not isinstance(adapter[3], torch.nn.Identity)):
-            return cast(Tensor, down(_GatedDown.gated(gate, up)))
+        known = adapter is not None and (not self.training or isinstance(adapter[3], torch.nn.Identity))
     a, b, scaling = (None, None, 1.0) if adapter is None else adapter[:3]
-    if type(base) is not torch.nn.Linear or not _is_plain(gate, base.weight, base.bias, a, b):
-        return cast(Tensor, down(_GatedDown.gated(gate, up)))
+    known = known and type(base) is torch.nn.Linear
+    if not known or not _is_plain(gate, base.weight, base.bias, a, b):
+        return cast(Tensor, down(_Gated.apply(gate, up)))  # type: ignore[no-untyped-call]
     out = _GatedDown.apply(gate, up, base.weight, base.bias, a, b, scaling, product)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)
 
@@ -261,10 +261,6 @@ class _Gated(torch.autograd.Function):
 
 class _GatedDown(torch.autograd.Function):
     """The down projection of silu(gate) * up, which is not kept but computed again in backward."""
-
-    @staticmethod
-    def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return cast(Tensor, _Gated.apply(gate, up))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(
