@@ -34,17 +34,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks import peers
-from benchmarks.machine import where
+from benchmarks.machine import where, write
 from qwen_chat import demo_model, errors
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ModelError, OptionError
 
 RESULT = ROOT / "benchmarks" / "results" / "data.json"
-PEER = (
-    "trl==1.16.0",
-    "datasets==5.2.0",
-)  # beside the versions of torch, transformers and tokenizers used here
+# Beside the versions of torch, transformers and tokenizers used here.
+PEER = ("trl==1.16.0", "datasets==5.2.0")
 MAX_LENGTH = 4096
 
 WORDS = (  # noqa: SIM905 - a list of 120 quoted words is no easier to read
@@ -150,9 +148,7 @@ def main() -> int:
     result["ratio_map"] = round(rates["ours"] / rates["map"], 2)
     result["memory_ratio_trl"] = memory_ratio(result["rows"])
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        rank_zero(f"wrote {options.output}")
+        write(options.output, result)
     print(json.dumps(result) if options.json else describe(result))
     return 0
 

@@ -82,11 +82,6 @@ class Settings:
 # --------------------------------------------------------------------------- the leaderboard's data
 
 
-def fetch() -> Path:
-    """The leaderboard's wheel, unpacked in the cache (fetched with pip once, hash checked)."""
-    return demo_model.unpacked_wheel(*WHEEL)
-
-
 Trainer = Callable[[Path, Path, Path, Settings], Json]
 
 
@@ -419,9 +414,7 @@ def phase(work: Path, name: str, make: Callable[[], Json]) -> Json:
     if not path.is_file():
         rank_zero(f"--- {name}")
         found = make()
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
-        aside.replace(path)
+        files.write_whole(path, json.dumps(found, ensure_ascii=False, indent=1))
     result: Json = json.loads(path.read_text("utf-8"))
     rank_zero(f"{name}: {brief(result)}")
     return result
@@ -515,17 +508,13 @@ def train_trl(work: Path, base: Path, data: Path, settings: Settings) -> Json:
     return timed([str(peers.python_of(TRL, beside_ours=True)), str(script), options], out)
 
 
-def run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, stdout=sys.stderr)
-    if done.returncode:
-        raise TrainingError(f"{' '.join(command)[:200]} ended with status {done.returncode}; see above")
-
-
 def timed(command: Sequence[str], adapter: Path) -> Json:
     """Run a training into `adapter`, from nothing: what an earlier one left there would go on for free."""
     shutil.rmtree(adapter, ignore_errors=True)
     started = time.perf_counter()
-    run(command)
+    done = subprocess.run(command, stdout=sys.stderr)
+    if done.returncode:
+        raise TrainingError(f"{' '.join(command)[:200]} ended with status {done.returncode}; see above")
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "adapter": str(adapter),
@@ -618,7 +607,7 @@ def read_options() -> tuple[argparse.Namespace, Settings]:
 def main() -> int:
     options, settings = read_options()
     base = models.resolve(options.model)
-    folder = fetch()
+    folder = demo_model.unpacked_wheel(*WHEEL)
     items = load(folder)
     texts, held = prepare(items, settings)
     work = open_work(options.work, base, settings, texts)

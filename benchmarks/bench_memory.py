@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks.machine import merged, where
+from benchmarks.bench_train import QWEN_HALF_B
+from benchmarks.machine import merged, where, write
 from qwen_chat import demo_model
+from qwen_chat.training.ranks import free_port
 
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 LORA = ["--use_lora", "True"]
@@ -81,18 +82,10 @@ def mid_model(folder: Path) -> Path:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     demo = demo_model.ensure()
-    config = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=12,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=json.loads((demo / "config.json").read_text())["vocab_size"],
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
+    vocabulary = json.loads((demo / "config.json").read_text())["vocab_size"]
+    smaller = {"num_hidden_layers": 12, "vocab_size": vocabulary, "eos_token_id": 2}
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen2ForCausalLM(Qwen2Config(**(QWEN_HALF_B | smaller))).save_pretrained(folder)
     for file in (*demo.glob("tokenizer*"), *demo.glob("chat_template*")):
         shutil.copy(file, folder)
     return folder
@@ -120,9 +113,7 @@ def measure(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     words += ["--save_strategy", "no", "--plan_anyway", "True"]
     if case.zero:
         words += ["--deepspeed", str(ROOT / "finetune" / f"ds_config_zero{case.zero}.json")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     processes = []
     for rank in range(case.ranks):
         own = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
@@ -171,8 +162,7 @@ def main() -> int:
     if options.only:
         result = merged(RESULT, result, ("run",))
     result["worst"] = round(max(abs(row["ratio"] - 1) for row in result["rows"]), 3)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(RESULT, result)
     if options.json:
         print(json.dumps(result))
     return 0

@@ -32,9 +32,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks import peers
-from benchmarks.machine import where
+from benchmarks import machine, peers
+from benchmarks.bench_train import QWEN_HALF_B
 from qwen_chat import demo_model, errors, files
+from qwen_chat.console import rank_zero
 from qwen_chat.errors import OptionError, ServiceError
 
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
@@ -83,9 +84,8 @@ class Unavailable(Exception):
 
 def main() -> int:
     options = parse_arguments()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # or the server of the moment would be left behind
+    # Or the server of the moment would be left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model_name, folder = find_model(options.model)
     tokenizer = load_tokenizer(folder)
     commands, left_out = prepare(options.servers, folder, model_name)
@@ -98,7 +98,7 @@ def main() -> int:
                     client = Client(port, folder, tokenizer, options.max_tokens)
                     client.ask("Say hello.")  # a first request pays for what is loaded lazily
                     for concurrency in options.concurrency:
-                        say(f"round {number + 1}: {name}, {concurrency} at once")
+                        rank_zero(f"round {number + 1}: {name}, {concurrency} at once")
                         runs.setdefault((name, concurrency), []).append(
                             client.load(concurrency, options.requests)
                         )
@@ -106,7 +106,7 @@ def main() -> int:
                         prefix.setdefault(name, []).append(client.prefix_times())
             except ServiceError as error:
                 left_out[name] = str(error)
-                say(f"left out: {name}: {error}")
+                rank_zero(f"left out: {name}: {error}")
     commands = {name: command for name, command in commands.items() if name not in left_out}
     rows = [fold(model_name, name, concurrency, found) for (name, concurrency), found in runs.items()]
     report = {
@@ -115,7 +115,7 @@ def main() -> int:
         "ratios": ratios(rows),
         "left_out": left_out,
         "settings": {key: value for key, value in vars(options).items() if key not in ("json", "output")},
-        **where(("torch", "transformers"), (VLLM[0], *LLAMA_CPP)),
+        **machine.where(("torch", "transformers"), (VLLM[0], *LLAMA_CPP)),
     }
     write(report, options.output)
     table(rows, report)
@@ -158,10 +158,6 @@ def names(text: str) -> list[str]:
     return found
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------- models
 
 
@@ -184,20 +180,7 @@ def build_half_b(folder: Path) -> None:
 
     tokenizer = demo_model.qwen_tokenizer("qwen2_5")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        eos_token_id=ends[0],
-        pad_token_id=ends[1],
-    )
+    config = Qwen2Config(**QWEN_HALF_B, eos_token_id=ends[0], pad_token_id=ends[1])
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = ends
@@ -231,7 +214,7 @@ def prepare(
             commands[name] = makers[name](folder, model_name)
         except (Unavailable, peers.PeerMissing, OSError) as reason:
             left_out[name] = str(reason)
-            say(f"left out: {name}: {reason}")
+            rank_zero(f"left out: {name}: {reason}")
     return commands, left_out
 
 
@@ -362,10 +345,8 @@ class Client:
     """Asks one server, streaming."""
 
     def __init__(self, port: int, folder: Path, tokenizer: Any, max_tokens: int) -> None:
-        self.port, self.folder = (
-            port,
-            str(folder),
-        )  # transformers' server lists no local folder; it is named by it
+        # transformers' server lists no local folder; it is named by it.
+        self.port, self.folder = port, str(folder)
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.model = self._model()
         self._asked = 0
@@ -500,20 +481,19 @@ def write(report: dict[str, Any], path: Path) -> None:
     runs = {key: value for key, value in old.get("runs", {}).items() if key not in models}
     about = {key: value for key, value in report.items() if key != "rows"}
     whole = {"rows": [*kept, *report["rows"]], "runs": {**runs, **dict.fromkeys(sorted(models), about)}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    machine.write(path, whole)
 
 
 def table(rows: Sequence[Row], report: dict[str, Any]) -> None:
-    say(f"{'server':14}{'at once':>8}{'tokens/s':>10}{'first p50':>12}{'p95 ms':>10}")
+    rank_zero(f"{'server':14}{'at once':>8}{'tokens/s':>10}{'first p50':>12}{'p95 ms':>10}")
     for row in sorted(rows, key=lambda row: (row.concurrency, row.server)):
-        say(
+        rank_zero(
             f"{row.server:14}{row.concurrency:8}{row.tokens_per_s:10.1f}"
             f"{row.ttft_ms_p50:12.0f}{row.ttft_ms_p95:10.0f}"
         )
     for key in ("ratios", "cached_prefix", "left_out"):
         for name, value in report[key].items():
-            say(f"{name}: {value}")
+            rank_zero(f"{name}: {value}")
 
 
 if __name__ == "__main__":

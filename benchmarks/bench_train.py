@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks import peers
-from benchmarks.machine import merged, where
+from benchmarks.machine import merged, where, write
 
 PEERS = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "datasets==5.2.0", "peft==0.21.2")
 RESULT = ROOT / "benchmarks" / "results" / "train.json"
@@ -432,8 +432,7 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[Model, Task]]:
 
 
 def record(result: dict[str, Any]) -> None:
-    whole = merged(RESULT, result, ("data", "model", "against"))
-    RESULT.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write(RESULT, merged(RESULT, result, ("data", "model", "against")))
 
 
 def main() -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_chat.console import rank_zero
+
 
 def where(packages: Iterable[str], pinned: Iterable[str] = ()) -> dict[str, Any]:
     """Blocks `machine`, `versions`, `command`, `date`. `packages`: of this environment; `pinned`: a peer's."""
@@ -36,6 +38,13 @@ def merged(path: Path, result: dict[str, Any], keys: Sequence[str]) -> dict[str,
     done = {tuple(row[key] for key in keys) for row in result["rows"]}
     kept = [row for row in record["rows"] if tuple(row[key] for key in keys) not in done]
     return {**record, **result, "rows": kept + result["rows"]}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """A result as a file of `benchmarks/results/`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rank_zero(f"wrote {path}")
 
 
 def cpu() -> str:

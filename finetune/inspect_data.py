@@ -32,7 +32,7 @@ from qwen_chat.errors import ChatError, DataError, MissingDependency, OptionErro
 from qwen_chat.files import written_whole
 
 if TYPE_CHECKING:
-    from qwen_chat.data.token_cache import TokenisedData
+    from qwen_chat.data.tokenised import TokenisedData
 
 BARS = 12  # of the histogram in the terminal
 

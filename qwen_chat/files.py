@@ -105,9 +105,8 @@ class Lock:
 
     def release(self) -> None:
         if self._signed:
-            self.path.unlink(
-                missing_ok=True
-            )  # while it is still held: who waits sees that, and makes a new one
+            # While it is still held: who waits sees that, and makes a new one.
+            self.path.unlink(missing_ok=True)
         self._lock.release()
 
 

@@ -71,9 +71,8 @@ def has_accelerator() -> bool:
             return False
     except importlib.metadata.PackageNotFoundError:
         return False
-    return any((ROOT / file).exists() for file in GPU_FILES) or all(
-        (ROOT / file).exists() for file in WSL_FILES
-    )
+    gpu = any((ROOT / file).exists() for file in GPU_FILES)
+    return gpu or all((ROOT / file).exists() for file in WSL_FILES)
 
 
 def gpu_has_bf16() -> bool:
@@ -98,7 +97,10 @@ def gpu_free(ranks_here: int) -> tuple[int | None, str]:
 
     None where nobody can say, with the reason. Ranks use the GPUs that CUDA shows them in CUDA's order, one each.
     """
-    gpus = _nvidia_gpus()
+    gpus = []  # all of the machine as nvidia-smi counts them, by PCI bus
+    for number, uuid, kind, free, parts in _nvidia_smi("index,uuid,name,memory.free,mig.mode.current") or []:
+        known = _is_decimal(free) and parts != "Enabled"  # of a GPU cut into parts it tells the whole
+        gpus.append(_Gpu(number, uuid, kind, int(float(free)) * MIB if known else None))
     if not gpus:
         return _amd_free(ranks_here)
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -113,34 +115,19 @@ def gpu_free(ranks_here: int) -> tuple[int | None, str]:
             " CUDA_DEVICE_ORDER=PCI_BUS_ID would say)"
         )
     else:
-        chosen = _named(gpus, words)[:ranks_here]
+        chosen = []
+        for word in words[:ranks_here]:
+            match = [g for g in gpus if g.number == word or (len(word) > 4 and g.uuid.startswith(word))]
+            if len(match) != 1:
+                break  # CUDA too stops at the first word that it does not know
+            chosen += match
         where = f"GPU {chosen[0].number}" if len(chosen) == 1 else f"the fullest of {len(chosen)} GPUs"
     if not chosen:
         return None, f"nvidia-smi does not list CUDA_VISIBLE_DEVICES={seen}"
-    free = [gpu.free for gpu in chosen if gpu.free is not None]
-    if len(free) < len(chosen):
+    left = [gpu.free for gpu in chosen if gpu.free is not None]
+    if len(left) < len(chosen):
         return None, "nvidia-smi does not say what is free (a part of a GPU?)"
-    return min(free), where
-
-
-def _named(gpus: list[_Gpu], words: list[str]) -> list[_Gpu]:
-    """The GPUs of CUDA_VISIBLE_DEVICES, in its order; CUDA too stops at the first word that it does not know."""
-    found: list[_Gpu] = []
-    for word in words:
-        match = [gpu for gpu in gpus if gpu.number == word or (len(word) > 4 and gpu.uuid.startswith(word))]
-        if len(match) != 1:
-            break
-        found += match
-    return found
-
-
-def _nvidia_gpus() -> list[_Gpu]:
-    """All GPUs of the machine as nvidia-smi counts them, by PCI bus; [] where it cannot be asked."""
-    gpus = []
-    for number, uuid, kind, free, parts in _nvidia_smi("index,uuid,name,memory.free,mig.mode.current") or []:
-        known = _is_decimal(free) and parts != "Enabled"  # of a GPU cut into parts it tells the whole
-        gpus.append(_Gpu(number, uuid, kind, int(float(free)) * MIB if known else None))
-    return gpus
+    return min(left), where
 
 
 def _nvidia_smi(fields: str) -> list[list[str]] | None:
@@ -185,20 +172,15 @@ def _amd_free(ranks_here: int) -> tuple[int | None, str]:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that can be had: what the page cache holds too, within the container's limit."""
+    """Bytes of main memory that can be had: what the page cache holds too, within the container's limit.
+
+    In a container the groups begin at the container's own; a scheduler such as Slurm gives a group deep in the
+    machine's tree, and each group above it may have a limit too (cgroup v2 and v1). File pages that can be
+    dropped count as free.
+    """
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if found := re.search(r"^MemAvailable:\s+(\d+) kB", _text("proc/meminfo") or "", re.MULTILINE):
         free = int(found[1]) * 1024
-    return max(0, min([free, *_cgroup_free()]))
-
-
-def _cgroup_free() -> list[int]:
-    """What each limit above this process leaves (cgroup v2 and v1); file pages that can be dropped count as free.
-
-    In a container the groups begin at the container's own; a scheduler such as Slurm gives a group deep in the
-    machine's tree, and each group above it may have a limit too.
-    """
-    left = []
     for line in (_text("proc/self/cgroup") or "").splitlines() or ["0::/", "0:memory:/"]:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers not in ("", "memory") and "memory" not in controllers.split(","):
@@ -213,8 +195,8 @@ def _cgroup_free() -> list[int]:
             limit, used = (_number(f"{folder}/memory.{name}") for name in (limit_file, used_file))
             if limit is not None and used is not None:
                 dropped = re.search(rf"^{cache} (\d+)", _text(f"{folder}/memory.stat") or "", re.MULTILINE)
-                left.append(limit - used + (int(dropped[1]) if dropped else 0))
-    return left
+                free = min(free, limit - used + (int(dropped[1]) if dropped else 0))
+    return max(0, free)
 
 
 def peak_memory() -> int:

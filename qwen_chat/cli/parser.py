@@ -111,7 +111,19 @@ def read(
         print(_help(about, parts, others, more if asked - {"-h", "--help"} else []))
         raise SystemExit(0)
     reading = _Reading([*more, *(entry for entries in own.values() for entry in entries)], others)
-    for flag, words in _by_flag(argv):
+    # Each flag with the words behind it; "" with a word that no flag stands before.
+    found: list[tuple[str, list[str]]] = []
+    open_for_words = False
+    for word in argv:
+        if _is_flag(word):
+            flag, equals, value = word.partition("=")
+            found.append((flag, [value] if equals else []))
+            open_for_words = not equals
+        elif open_for_words:
+            found[-1][1].append(word)
+        else:
+            found.append(("", [word]))
+    for flag, words in found:
         reading.take(flag, words)
     if reading.wrong:
         raise OptionError("\n".join(reading.wrong))
@@ -125,22 +137,6 @@ def options_of(group: type) -> list[Option]:
     kinds = typing.get_type_hints(group)
     entries: Sequence[Field[object]] = fields(group)
     return [Option(f.name, kinds[f.name], f.default, **f.metadata) for f in entries]
-
-
-def _by_flag(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag with the words behind it; "" with a word that no flag stands before."""
-    found: list[tuple[str, list[str]]] = []
-    open_for_words = False
-    for word in argv:
-        if _is_flag(word):
-            flag, equals, value = word.partition("=")
-            found.append((flag, [value] if equals else []))
-            open_for_words = not equals
-        elif open_for_words:
-            found[-1][1].append(word)
-        else:
-            found.append(("", [word]))
-    return found
 
 
 def _is_flag(word: str) -> bool:
@@ -167,9 +163,16 @@ class _Reading:
         self._elsewhere = {name: entry for entry in options for name in entry.elsewhere}
 
     def take(self, flag: str, words: list[str]) -> None:
+        """Read one flag with the words behind it."""
+        name = flag.lstrip("-").replace("-", "_")
+        gone = self._others.gone if self._others else {}
         if not flag:
             self.wrong.append(f"{words[0]!r}: no flag stands before this value; flags begin with --")
-        elif entry := self._find(flag):
+        elif self._others and name in self._others.unread:
+            return
+        elif entry := self._old.get(name, self._known.get(name)):
+            if name in self._old:
+                self.notes.append(f"--{name} is called --{entry.name} today; read as that")
             try:
                 value = _value(entry, words)
             except ValueError as error:
@@ -177,30 +180,16 @@ class _Reading:
                 return
             before = self.given.get(entry.name, ()) if entry.appends else ()
             self.given[entry.name] = (*before, *value) if entry.many else value
-
-    def _find(self, flag: str) -> Option | None:
-        """The option that a flag means; None where there is none (then it is told), or where it is passed over."""
-        name = flag.lstrip("-").replace("-", "_")
-        gone = self._others.gone if self._others else {}
-        if self._others and name in self._others.unread:
-            return None
-        if entry := self._old.get(name):
-            self.notes.append(f"--{name} is called --{entry.name} today; read as that")
-            return entry
-        if entry := self._known.get(name):
-            return entry
-        if name in gone:
+        elif name in gone:
             self.wrong.append(f"--{name} is gone: {gone[name]}")
-            return None
-        if entry := self._elsewhere.get(name):
-            meant = f"--{entry.name} {entry.hint}".rstrip()
         else:
             offered = [word for word, entry in self._known.items() if entry.refused is None]
             near = difflib.get_close_matches(name, offered, n=1, cutoff=0.5)
             meant = f"--{near[0]}" if near and len(near[0]) > 1 else ""
-        cure = f"did you mean {meant}?" if meant else "--help lists them"
-        self.wrong.append(f"{flag}: unknown flag; {cure}")
-        return None
+            if entry := self._elsewhere.get(name):
+                meant = f"--{entry.name} {entry.hint}".rstrip()
+            cure = f"did you mean {meant}?" if meant else "--help lists them"
+            self.wrong.append(f"{flag}: unknown flag; {cure}")
 
 
 # ------------------------------------------------------------------------------------------- words to values
@@ -287,27 +276,23 @@ def _help(
     if others and more:
         groups = {**groups, others.title: [entry for entry in more if entry.refused is None]}
     lines = [about.strip(), ""]
+    indent = " " * 6
     for title, entries in groups.items():
-        lines += [f"{title}:", *(line for entry in entries for line in _help_lines(entry)), ""]
+        lines += [f"{title}:"]
+        for entry in entries:
+            names = ", ".join(sorted([f"--{entry.name}", *entry.names], key=len))
+            kind = get_args(entry.kind)[0] if entry.many else entry.kind
+            kinds = "|".join(dict.fromkeys(_expected(kind).split(" or ")))
+            lines += [f"  {names} {kinds}" + (" ..." if entry.many else "")]
+            default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
+            lines += textwrap.wrap(entry.help + default, 104, initial_indent=indent, subsequent_indent=indent)
+        lines += [""]
     if others:
         if refused := [f"  --{entry.name}: {entry.refused}" for entry in more if entry.refused is not None]:
             lines += [f"{others.title} that are refused:", *refused, ""]
         lines += [f"{others.title} are flags too: --help_all lists them."]
     lines += ["A flag that is on or off takes True or False, or nothing (True). The last value given wins."]
     return "\n".join(lines)
-
-
-def _help_lines(entry: Option) -> list[str]:
-    names = ", ".join(sorted([f"--{entry.name}", *entry.names], key=len))
-    default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
-    kind = get_args(entry.kind)[0] if entry.many else entry.kind
-    kinds = "|".join(dict.fromkeys(_expected(kind).split(" or ")))
-    head = f"  {names} {kinds}" + (" ..." if entry.many else "")
-    indent = " " * 6
-    return [
-        head,
-        *textwrap.wrap(entry.help + default, 104, initial_indent=indent, subsequent_indent=indent),
-    ]
 
 
 def shown(value: object) -> str:

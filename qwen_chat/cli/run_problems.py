@@ -38,30 +38,39 @@ def read_run_and(
     return run, values
 
 
-# ----------------------------------------------------------------------------- combinations that cannot work
-
-
 def problems(run: Run, *, needs_data: bool = True) -> list[str]:
     """Every value or combination that cannot work, one line each: the flag, why, the cure."""
-    return [
-        *_range_problems(run),
-        *_field_problems(run),
-        *_part_problems(run),
-        *_data_problems(run, needs_data),
-        *_lora_problems(run),
-        *_device_problems(run),
-        *deepspeed_problems(run),
+    options, found = run.as_dict(), []
+    for name, (holds, expected) in RANGES.items():
+        value = options.get(name)
+        if name == "warmup_steps" and "warmup_steps" not in run.given:
+            continue  # --warmup_ratio's
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            found.append(f"--{name} {value}: expected {expected}")
+    if {"warmup_ratio", "warmup_steps"} <= run.given:
+        found.append("--warmup_ratio and --warmup_steps: give one of them")
+    found += [
+        f"--{name} {reason}" if reason.startswith("is ") else f"--{name}: {reason}"
+        for name in run.extra
+        if (reason := training_fields.refusal(name)) is not None
     ]
+    found += [*_part_problems(run), *_data_problems(run, needs_data), *_lora_problems(run)]
+    if run.train.bf16 and run.train.fp16:
+        found.append("--bf16 and --fp16: give one of them")
+    if not hardware.has_accelerator():
+        if run.extra.get("ddp_backend") not in (None, "gloo", "mpi"):
+            found.append(f"--ddp_backend {run.extra['ddp_backend']} needs an accelerator; leave it out here")
+        if run.train.fp16:
+            found.append("--fp16 needs an accelerator; leave it out here")
+    return [*found, *deepspeed_problems(run)]
 
 
-_ABOVE_0: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "a number above 0")
-_FROM_0: tuple[Callable[[float], bool], str] = (lambda value: value >= 0, "0 or more")
-_SHARE: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "a share from 0 up to 1")
-_SEED: tuple[Callable[[float], bool], str] = (
-    lambda value: 0 <= value < 2**32,
-    "a whole number from 0 to 4294967295",
-)
-RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+Range = tuple[Callable[[float], bool], str]
+_ABOVE_0: Range = (lambda value: value > 0, "a number above 0")
+_FROM_0: Range = (lambda value: value >= 0, "0 or more")
+_SHARE: Range = (lambda value: 0 <= value < 1, "a share from 0 up to 1")
+_SEED: Range = (lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ABOVE_0),
     **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
     **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
@@ -75,29 +84,6 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("eval_delay", "dataloader_num_workers"), _FROM_0),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
 }
-
-
-def _range_problems(run: Run) -> list[str]:
-    options, found = run.as_dict(), []
-    for name, (holds, expected) in RANGES.items():
-        value = options.get(name)
-        if name == "warmup_steps" and "warmup_steps" not in run.given:
-            continue  # --warmup_ratio's
-        if value is not None and not (math.isfinite(value) and holds(value)):
-            found.append(f"--{name} {value}: expected {expected}")
-    if {"warmup_ratio", "warmup_steps"} <= run.given:
-        found.append("--warmup_ratio and --warmup_steps: give one of them")
-    return found
-
-
-def _field_problems(run: Run) -> list[str]:
-    """Fields of TrainingArguments that the table refuses, by its reasons."""
-    refusals = {name: training_fields.refusal(name) for name in run.extra}
-    return [
-        f"--{name} {reason}" if reason.startswith("is ") else f"--{name}: {reason}"
-        for name, reason in refusals.items()
-        if reason is not None
-    ]
 
 
 def _part_problems(run: Run) -> list[str]:
@@ -252,17 +238,4 @@ def _lora_problems(run: Run) -> list[str]:
         )
     if lora.loraplus_lr_ratio is not None and lora.loraplus_lr_ratio < 1:
         found.append(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: expected 1 or more; 16 is usual")
-    return found
-
-
-def _device_problems(run: Run) -> list[str]:
-    train, found = run.train, []
-    if train.bf16 and train.fp16:
-        found.append("--bf16 and --fp16: give one of them")
-    if hardware.has_accelerator():
-        return found
-    if run.extra.get("ddp_backend") not in (None, "gloo", "mpi"):
-        found.append(f"--ddp_backend {run.extra['ddp_backend']} needs an accelerator; leave it out here")
-    if train.fp16:
-        found.append("--fp16 needs an accelerator; leave it out here")
     return found

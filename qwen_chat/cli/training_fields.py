@@ -306,12 +306,24 @@ def trainer_options() -> tuple[Option, ...]:
         return ()
     tree = ast.parse(Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8"))
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
-    entries = [n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    found = [(typing.cast(ast.Name, n.target).id, n.annotation, *_described(n.value)) for n in entries]
-    return tuple(
-        Option(name, _type(kind), default, text, old=OLD.get(name, ()), refused=refusal(name))
-        for name, kind, default, text in found
-    )
+    found = []
+    for node in body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        name, default, text = node.target.id, None, ""
+        # The default and the help text of `field(default=..., metadata={"help": ...})`.
+        for keyword in node.value.keywords if isinstance(node.value, ast.Call) else ():
+            try:
+                literal = ast.literal_eval(keyword.value)
+            except ValueError:
+                continue
+            if keyword.arg == "default":
+                default = literal
+            elif keyword.arg == "metadata":
+                text = " ".join(str(literal.get("help", "")).split())
+        kind = _type(node.annotation)
+        found.append(Option(name, kind, default, text, old=OLD.get(name, ()), refused=refusal(name)))
+    return tuple(found)
 
 
 def _type(annotation: ast.expr) -> object:
@@ -324,22 +336,6 @@ def _type(annotation: ast.expr) -> object:
     if any(isinstance(node, ast.Constant) and node.value is None for node in ast.walk(annotation)):
         kinds.append(type(None))
     return typing.Union[tuple(kinds)]  # noqa: UP007  a union of a list that is only known here
-
-
-def _described(value: ast.expr | None) -> tuple[object, str]:
-    """The default and the help text of `field(default=..., metadata={"help": ...})`."""
-    default: object = None
-    text = ""
-    for keyword in value.keywords if isinstance(value, ast.Call) else ():
-        try:
-            literal = ast.literal_eval(keyword.value)
-        except ValueError:
-            continue
-        if keyword.arg == "default":
-            default = literal
-        elif keyword.arg == "metadata":
-            text = " ".join(str(literal.get("help", "")).split())
-    return default, text
 
 
 FLAGS = OtherFlags(

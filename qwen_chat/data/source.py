@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 import zlib
@@ -50,7 +51,25 @@ class Source:
 
     def records(self) -> Iterator[tuple[int, int, bytes | Defect]]:
         """Byte offset, line number and bytes of every record that is not blank, or what is wrong there."""
-        yield from self._elements() if self._document else self._lines()
+        if self._document:
+            yield from self._elements()
+            return
+        self._stream.seek(0)
+        offset = len(_BOM) if self._stream.read(len(_BOM)) == _BOM else 0
+        self._stream.seek(offset)
+        number = 0
+        while raw := self._stream.readline(LONGEST_LINE):
+            number += 1
+            start, offset = offset, offset + len(raw)
+            if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
+                while piece := self._stream.readline(_BLOCK):
+                    offset += len(piece)
+                    if piece.endswith(b"\n"):
+                        break
+                too_long = f"a line of more than {LONGEST_LINE:,} bytes; expected one conversation"
+                yield start, number, Defect(too_long)
+            elif not raw.isspace():
+                yield start, number, raw.rstrip(b"\r\n")
 
     @property
     def size(self) -> int:
@@ -62,9 +81,8 @@ class Source:
         if self._document:
             return b"".join(self._blocks(offset, size)).decode("utf-8", "replace")
         pieces = []
-        for block in self._blocks(
-            offset, size
-        ):  # up to the end of the line: bad lines that were left out may follow
+        # Up to the end of the line: bad lines that were left out may follow.
+        for block in self._blocks(offset, size):
             head, newline, _ = block.partition(b"\n")
             pieces.append(head)
             if newline:
@@ -125,24 +143,6 @@ class Source:
         except (ValueError, RecursionError):
             return False
         return True
-
-    def _lines(self) -> Iterator[tuple[int, int, bytes | Defect]]:
-        self._stream.seek(0)
-        offset = len(_BOM) if self._stream.read(len(_BOM)) == _BOM else 0
-        self._stream.seek(offset)
-        number = 0
-        while raw := self._stream.readline(LONGEST_LINE):
-            number += 1
-            start, offset = offset, offset + len(raw)
-            if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
-                while piece := self._stream.readline(_BLOCK):
-                    offset += len(piece)
-                    if piece.endswith(b"\n"):
-                        break
-                too_long = f"a line of more than {LONGEST_LINE:,} bytes; expected one conversation"
-                yield start, number, Defect(too_long)
-            elif not raw.isspace():
-                yield start, number, raw.rstrip(b"\r\n")
 
     def _elements(self) -> Iterator[tuple[int, int, bytes | Defect]]:
         """The objects of a JSON document: one object, a list of them, or several one after another.
@@ -207,24 +207,20 @@ def _open(path: Path, name: str) -> IO[bytes]:
         if path.suffix == ".gz" and not packed and os.fstat(stream.fileno()).st_size:
             raise DataError(f"{name}: no gzip data in it; expected what gzip writes, or a name without .gz")
         stream.seek(0)
-        return _unpack(stream, name) if packed else stream
+        if not packed:
+            return stream
+        # Unpacked once: a record can then be read at its offset without reading all that stands before it.
+        plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
+        with stream, gzip.open(stream) as unpacked:
+            shutil.copyfileobj(unpacked, plain, _BLOCK)
+        plain.flush()
+        return cast(IO[bytes], plain)
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{path}: cannot be read ({error})") from None
-
-
-def _unpack(packed: IO[bytes], name: str) -> IO[bytes]:
-    """Unpacked once: a record can then be read at its offset without reading all that stands before it."""
-    plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
-    try:
-        with packed, gzip.open(packed) as stream:
-            while block := stream.read(_BLOCK):
-                plain.write(block)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{name}: damaged gzip data ({error}); copy or pack the file again") from None
-    plain.flush()
-    return cast(IO[bytes], plain)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def _size_and_time(stream: IO[bytes]) -> tuple[int, int]:

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import Dataset
 
 from qwen_chat.cli.run_options import Run
+from qwen_chat.data.blocks import Ints
 from qwen_chat.data.mixture import seed_of
-from qwen_chat.data.token_cache import Ints
 from qwen_chat.errors import DataError, OptionError
 from qwen_chat.training.packing import LAYOUTS, TOKEN_BYTES, PackedRow, plan_rows
 

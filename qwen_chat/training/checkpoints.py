@@ -172,25 +172,19 @@ def move_into(aside: Path, folder: Path) -> None:
 
 def open_to_umask(folder: Path) -> None:
     """Files as the umask wants them: safetensors writes 0600, which nobody else could read."""
-    mode = 0o666 & ~_umask()
+    try:  # os.umask would set it for a moment, for every thread, to read it
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o022)
+        os.umask(mask)
     for file in _files(folder):
         if not file.is_symlink():
-            file.chmod(mode)
+            file.chmod(0o666 & ~mask)
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _umask() -> int:
-    """The process's umask. Reading it by os.umask would set it for a moment, for every thread."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
-    except (OSError, StopIteration, ValueError):
-        mask = os.umask(0o022)
-        os.umask(mask)
-        return mask
 
 
 # ------------------------------------------------------------------------------------------- same run again

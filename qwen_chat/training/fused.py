@@ -41,13 +41,15 @@ def install(model: torch.nn.Module, product: Product) -> dict[str, int]:
         id(part) for module in model.modules() if isinstance(module, LoraLinear) for part in module.modules()
     }
     for module in model.modules():
+        own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
+        gated = own.keys() >= {"gate_proj", "up_proj", "down_proj", "act_fn"}
         if isinstance(module, LoraLinear) and type(module.base_layer) is torch.nn.Linear:
             _replace(module, _lora_forward, product)
             counts["linear"] += 1
         elif type(module) is torch.nn.Linear and id(module) not in inside:
             _replace(module, _linear_forward, product)
             counts["linear"] += 1
-        elif _is_gated_mlp(module):
+        elif gated and type(own["act_fn"]).__name__ in ("SiLUActivation", "SiLU"):
             _replace(module, _mlp_forward, product)
             counts["mlp"] += 1
         elif type(module).__name__ in ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm"):
@@ -80,12 +82,6 @@ def keep_memory() -> bool:
 def _replace(module: Any, forward: Callable[..., Tensor], product: Product) -> None:
     module._own_forward = module.forward
     module.forward = MethodType(lambda self, *args, **kwargs: forward(self, product, *args, **kwargs), module)
-
-
-def _is_gated_mlp(module: torch.nn.Module) -> bool:
-    own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
-    parts = all(name in own for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    return parts and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU")
 
 
 def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -232,15 +228,15 @@ def _mlp_forward(self: Any, product: Product, x: Tensor) -> Tensor:
     down = self.down_proj
     if not _is_plain(gate):
         return cast(Tensor, down(self.act_fn(gate) * up))
-    adapter, base = None, down
+    adapter, base, known = None, down, True
     if hasattr(down, "base_layer"):
         base = down.base_layer
         adapter = _adapter(down) if hasattr(down, "lora_A") else None
-        if adapter is None or (self.training and not isinstance(adapter[3], torch.nn.Identity)):
-            return cast(Tensor, down(_GatedDown.gated(gate, up)))
+        known = adapter is not None and (not self.training or isinstance(adapter[3], torch.nn.Identity))
     a, b, scaling = (None, None, 1.0) if adapter is None else adapter[:3]
-    if type(base) is not torch.nn.Linear or not _is_plain(gate, base.weight, base.bias, a, b):
-        return cast(Tensor, down(_GatedDown.gated(gate, up)))
+    known = known and type(base) is torch.nn.Linear
+    if not known or not _is_plain(gate, base.weight, base.bias, a, b):
+        return cast(Tensor, down(_Gated.apply(gate, up)))  # type: ignore[no-untyped-call]
     out = _GatedDown.apply(gate, up, base.weight, base.bias, a, b, scaling, product)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)
 
@@ -265,10 +261,6 @@ class _Gated(torch.autograd.Function):
 
 class _GatedDown(torch.autograd.Function):
     """The down projection of silu(gate) * up, which is not kept but computed again in backward."""
-
-    @staticmethod
-    def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return cast(Tensor, _Gated.apply(gate, up))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(

@@ -30,7 +30,7 @@ class Route:
     @property
     def product(self) -> Product:
         """x [N, in], weight [out, in], bias [out] or None -> [N, out]; any strides."""
-        return _onednn if self.route == "onednn" else _mkl
+        return _onednn if self.route == "onednn" else linear
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rates": dict(self.rates)}
@@ -38,10 +38,6 @@ class Route:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Route":
         return cls(str(stored["route"]), "as this run began", tuple(stored.get("rates", {}).items()))
-
-
-def _mkl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return linear(x, weight, bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,20 +17,41 @@ from qwen_chat.errors import TrainingError
 from qwen_chat.training import memory_plan
 from qwen_chat.training.ranks import start_deepspeed
 
+# Flags of ours that are fields of TrainingArguments under the same name.
+SAME_NAME = (
+    *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"),
+    *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2"),
+    *("eval_strategy", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
+)
+
 
 def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[Any, list[str]]:
     """transformers' arguments from ours, with the ranks joined; and what was decided, with reasons.
 
     Must be called before the model is loaded: under ZeRO-3 `from_pretrained` shares the weights out at once.
     """
-    device, decisions = _device_arguments(run)
-    options = field_values(run, checkpointing=checkpointing) | device | {"output_dir": str(output)}
+    accelerator = memory_plan.on_accelerator(run)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    numbers, decisions = memory_plan.number_type(run)
+    options = field_values(run, checkpointing=checkpointing) | {"output_dir": str(output)}
+    options |= {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
+    if run.train.deepspeed is not None:
+        options["deepspeed"] = deepspeed_file.read_deepspeed(run.train.deepspeed)[0]
+        start_deepspeed(accelerator)
+        options["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
+        if not accelerator:
+            options["accelerator_config"] = {"use_configured_state": True}  # the one of start_deepspeed
+    elif not accelerator:
+        options["use_cpu"] = True  # accelerate starts no process group on a CPU where it is False
+        if processes > 1:
+            options["ddp_backend"] = "gloo"
+    if not accelerator:
+        options["dataloader_pin_memory"] = False
     args = TrainingArguments(**(options | dict(run.extra)))
     args._n_gpu = min(args.n_gpu, 1)  # a process trains on one; finetune.sh starts one for each
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.world_size != wanted:  # else every rank would train alone, without a word
+    if args.world_size != processes:  # else every rank would train alone, without a word
         raise TrainingError(
-            f"{wanted} processes were started but {args.world_size} are joined; use finetune.sh"
+            f"{processes} processes were started but {args.world_size} are joined; use finetune.sh"
         )
     return args, decisions
 
@@ -38,21 +59,7 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
 def field_values(run: Run, *, checkpointing: bool) -> dict[str, Any]:
     """Fields of TrainingArguments from our flags, less what the device decides; the user's own come on top."""
     train = run.train
-    options = {
-        "num_train_epochs": train.num_train_epochs,
-        "per_device_train_batch_size": train.per_device_train_batch_size,
-        "per_device_eval_batch_size": train.per_device_eval_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler_type,
-        "warmup_steps": train.warmup_steps,
-        "weight_decay": train.weight_decay,
-        "adam_beta2": train.adam_beta2,
-        "eval_strategy": train.eval_strategy,
-        "save_strategy": train.save_strategy,
-        "save_steps": train.save_steps,
-        "save_total_limit": train.save_total_limit,
-        "logging_steps": train.logging_steps,
+    options = {name: getattr(train, name) for name in SAME_NAME} | {
         "report_to": list(train.report_to),
         "activation_checkpointing": checkpointing,  # transformers' new word for gradient checkpointing
         "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
@@ -77,24 +84,3 @@ def field_values(run: Run, *, checkpointing: bool) -> dict[str, Any]:
             "greater_is_better": training_fields.more_is_better(metric),
         }
     return options
-
-
-def _device_arguments(run: Run) -> tuple[dict[str, Any], list[str]]:
-    """What depends on the device: number type, process group, DeepSpeed."""
-    train = run.train
-    accelerator = memory_plan.on_accelerator(run)
-    numbers, decisions = memory_plan.number_type(run)
-    chosen: dict[str, Any] = {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
-    if train.deepspeed is not None:
-        chosen["deepspeed"] = deepspeed_file.read_deepspeed(train.deepspeed)[0]
-        start_deepspeed(accelerator)
-        chosen["use_cpu"] = False  # accelerate leaves DeepSpeed out where it is True
-        if not accelerator:
-            chosen["accelerator_config"] = {"use_configured_state": True}  # the one of start_deepspeed
-    elif not accelerator:
-        chosen["use_cpu"] = True  # accelerate starts no process group on a CPU where it is False
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            chosen["ddp_backend"] = "gloo"
-    if not accelerator:
-        chosen["dataloader_pin_memory"] = False
-    return chosen, decisions

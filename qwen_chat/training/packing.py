@@ -271,8 +271,11 @@ def plan_rows(
     than the budget only where the sequences of single conversations leave no other way.
     """
     rows = accumulation * ranks
-    if layout == "padded":
-        filled = _in_order(keys, owners, batch_size, rows)
+    if layout == "padded":  # the step's conversations in their order, `batch_size` a row
+        numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+        filled: list[list[int]] = [[] for _ in range(rows)]
+        for index in range(len(keys)):
+            filled[numbers[owners[index]] // batch_size].append(index)
         return [(tuple(members), (0,) * len(members)) for members in filled]
     if layout == "packed":
         bundles = [_bundle([index], keys, layout) for index in range(len(keys))]
@@ -295,12 +298,3 @@ def plan_rows(
             shared = branches([keys[member] for member in members])
         plans.append((tuple(members), tuple(shared)))
     return plans
-
-
-def _in_order(keys: Sequence[bytes], owners: Sequence[int], batch_size: int, rows: int) -> list[list[int]]:
-    """The layout "padded": the step's conversations in their order, `batch_size` a row."""
-    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-    filled: list[list[int]] = [[] for _ in range(rows)]
-    for index in range(len(keys)):
-        filled[numbers[owners[index]] // batch_size].append(index)
-    return filled

@@ -21,6 +21,9 @@ def start_deepspeed(accelerator: bool) -> None:
     """Join the ranks. On a CPU gloo does the work: DeepSpeed's own shared-memory op compiles for minutes."""
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     if not accelerator:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -34,15 +37,7 @@ def start_deepspeed(accelerator: bool) -> None:
 
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
-    _trust_no_pickles()
-
-
-def _trust_no_pickles() -> None:
-    """DeepSpeed loads its shards as pickles, which may run code; torch is told to load plain values only."""
-    from deepspeed.runtime.fp16 import loss_scaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
+    # DeepSpeed loads its shards as pickles, which may run code; torch is told to load plain values only.
     plain = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
     torch.serialization.add_safe_globals(plain)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -66,11 +61,21 @@ def from_rank_zero(find: Callable[[], Found]) -> Found:
 
 def any_rank(value: bool) -> bool:
     """Whether it is so on any rank."""
+    return any(_from_every_rank(value))
+
+
+def process_ids_here() -> list[int]:
+    """Process ids of the ranks on this machine."""
+    found = _from_every_rank((socket.gethostname(), os.getpid()))
+    return [pid for host, pid in found if host == socket.gethostname()]
+
+
+def _from_every_rank(value: Found) -> list[Found]:
     if not _is_joined():
-        return value
+        return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
-    return any(values)
+    return values
 
 
 def _is_joined() -> bool:
@@ -86,12 +91,3 @@ def leave() -> None:
     if _is_joined():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def process_ids_here() -> list[int]:
-    """Process ids of the ranks on this machine."""
-    if not _is_joined():
-        return []
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (socket.gethostname(), os.getpid()))
-    return [pid for host, pid in found if host == socket.gethostname()]

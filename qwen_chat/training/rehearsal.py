@@ -7,7 +7,7 @@ not have. It comes before the data are read: a bad value costs seconds, not a to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import TrainingArguments
@@ -47,10 +47,23 @@ def rehearse(run: Run) -> None:
     values["use_cpu"] = not memory_plan.on_accelerator(run)
     args = _alone(run, values)
     extra = run.extra
-    optimizer = _tried(_flags(run, "optim", "optim_args"), lambda: _optimizer(args))
+
+    def optimizer() -> torch.optim.Optimizer:
+        group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": args.weight_decay}
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, None)
+        return cast(torch.optim.Optimizer, kind([group], **options))
+
+    built = _tried(_flags(run, "optim", "optim_args"), optimizer)
+    steps = args.max_steps if args.max_steps > 0 else STEPS
     _tried(
         _flags(run, "lr_scheduler_type", "lr_scheduler_kwargs"),
-        lambda: _schedule(args, optimizer, args.max_steps if args.max_steps > 0 else STEPS),
+        lambda: get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=built,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        ),
     )
     _tried(_flags(run, "log_level", "log_level_replica"), args.get_process_log_level)
     _tried(
@@ -59,7 +72,12 @@ def rehearse(run: Run) -> None:
     )
     if extra.get("ddp_backend") is not None:
         _tried(_flags(run, "ddp_backend"), lambda: torch.distributed.Backend(extra["ddp_backend"]))
-    _attention(run.model.attn_implementation)
+    name = run.model.attn_implementation
+    known = sorted({attention.NAME, "eager", *ALL_ATTENTION_FUNCTIONS.keys()})
+    if name is not None and name not in known and "/" not in name:  # a slash: a kernel of the hub
+        raise OptionError(
+            f"--attn_implementation {name}: no such attention; expected one of {', '.join(known)}"
+        )
     if run.train.deepspeed is not None:
         _deepspeed(run, run.train.deepspeed, numbers)
 
@@ -77,31 +95,6 @@ def _alone(run: Run, values: Mapping[str, Any]) -> TrainingArguments:
                 continue
             raise OptionError(_refused(_flags(run, name), error)) from None
         raise OptionError(_refused("these flags together", error)) from None
-
-
-def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, None)
-    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": args.weight_decay}
-    optimizer: torch.optim.Optimizer = kind([group], **options)
-    return optimizer
-
-
-def _schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> object:
-    return get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-
-
-def _attention(name: str | None) -> None:
-    known = sorted({attention.NAME, "eager", *ALL_ATTENTION_FUNCTIONS.keys()})
-    if name is not None and name not in known and "/" not in name:  # a slash: a kernel of the hub
-        raise OptionError(
-            f"--attn_implementation {name}: no such attention; expected one of {', '.join(known)}"
-        )
 
 
 def _deepspeed(run: Run, path: str, numbers: str) -> None:

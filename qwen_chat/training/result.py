@@ -6,6 +6,7 @@ generation ends where the trained replies end.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -37,11 +38,21 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     """
     run, fmt = session.run, session.fmt
     trainer.model_loss.remove()
-    fused.remove(trainer.accelerator.unwrap_model(trainer.model))
-    weights = _gathered(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    fused.remove(model)
+    weights: dict[str, torch.Tensor] | None = None  # the model has them
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        # ZeRO-3 has cut them up; of an adapter, those that were trained are put together.
+        if hasattr(model, "peft_config"):
+            import deepspeed
+
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            with deepspeed.zero.GatheredParameters(list(trained.values())):
+                weights = {name: p.detach().cpu().clone() for name, p in trained.items()}
+        else:
+            weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if not is_rank_zero():
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
     end_tokens(model, fmt)
     aside = session.folder / checkpoints.ASIDE
@@ -57,21 +68,6 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     checkpoints.move_into(aside, session.folder)
 
 
-def _gathered(trainer: ChatTrainer) -> dict[str, torch.Tensor] | None:
-    """Whole weights where ZeRO-3 has cut them up (an adapter's alone), else None: the model has them."""
-    if not trainer.is_deepspeed_enabled or trainer.accelerator.state.deepspeed_plugin.zero_stage != 3:
-        return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        whole: dict[str, torch.Tensor] | None = trainer.accelerator.get_state_dict(trainer.deepspeed)
-        return whole
-    import deepspeed
-
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(trained.values())):
-        return {name: p.detach().cpu().clone() for name, p in trained.items()}
-
-
 def end_tokens(model: PreTrainedModel, fmt: ChatFormat) -> None:
     """A generation config that stops where the trained replies stop, whatever the base's said."""
     config = model.generation_config
@@ -84,6 +80,10 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
     """What run.json holds from the start on: every option, the versions, the data."""
     run, data, verdict = session.run, session.data, session.verdict
     budget = {"fingerprint": data.fingerprint, "epoch_conversations": len(data.train)}
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     held_out = {} if data.held_out is None else {"held_out": data.held_out.summary.to_json()}
     return {
         "state": "running",
@@ -98,28 +98,27 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "data": {**budget, **data.summary.to_json()},
         **held_out,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, float]) -> dict[str, Any]:
     """What run.json gets at the end: losses, token counts, times (of this start, where it was resumed)."""
     seconds = time.perf_counter() - log.started
-    whole = len(log.losses) == trainer.state.global_step  # else this start saw the end of it alone
+    args, state = trainer.args, trainer.state
+    whole = len(log.losses) == state.global_step  # else this start saw the end of it alone
+    best: dict[str, Any] = {"best_checkpoint": state.best_model_checkpoint}
+    if state.best_model_checkpoint is not None:
+        best["best"] = {
+            "step": state.best_global_step,
+            "metric": args.metric_for_best_model,
+            "value": state.best_metric,
+            "saved_step": state.best_global_step if args.load_best_model_at_end else state.global_step,
+        }
     return {
         "state": "finished",
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "losses": {"first": log.losses[0], "last": log.losses[-1]} if log.losses else {},
         "tokens": log.tokens,
         "supervised_tokens": log.supervised,
@@ -128,19 +127,9 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, float])
         "peak_memory_gib": round(hardware.peak_memory() / memory_plan.GIB, 3),
         "highest_learning_rate": log.highest_rate if whole else None,
         "evaluation": dict(evaluation),
-        **_best(trainer),
+        **best,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _best(trainer: ChatTrainer) -> dict[str, Any]:
-    """The checkpoint that was best on held-out data, by what and how good, and the step of what is saved."""
-    args, state = trainer.args, trainer.state
-    if state.best_model_checkpoint is None:
-        return {"best_checkpoint": None}
-    saved = state.best_global_step if args.load_best_model_at_end else state.global_step
-    best = {"step": state.best_global_step, "metric": args.metric_for_best_model, "value": state.best_metric}
-    return {"best_checkpoint": state.best_model_checkpoint, "best": {**best, "saved_step": saved}}
 
 
 def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ a folder that cannot be used is refused before anything is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -98,24 +99,16 @@ def check_usable(folder: Path) -> None:
 
 def check_disk(folder: Path, needed: int) -> None:
     """Raise OutputError where the disk has less than `needed` bytes, those that the folder takes included."""
-    free = memory_plan.disk_free(folder) + _size(folder)
+    free = memory_plan.disk_free(folder)
+    for name, _, names in os.walk(folder):  # what an earlier start of the run left: it makes room for itself
+        for file in names:
+            with contextlib.suppress(FileNotFoundError):
+                free += os.lstat(os.path.join(name, file)).st_size
     if free < needed:
         raise OutputError(
             f"{folder}: its disk can give {free / 2**30:.1f} GiB, the run writes up to {needed / 2**30:.1f};"
             " free some, lower --save_total_limit, or give another disk's folder with -o"
         )
-
-
-def _size(folder: Path) -> int:
-    """Bytes of what an earlier start of the run left: it makes room for itself."""
-    found = 0
-    for name, _, names in os.walk(folder):
-        for file in names:
-            try:
-                found += os.lstat(os.path.join(name, file)).st_size
-            except FileNotFoundError:
-                continue
-    return found
 
 
 def shaped_by(run: Run, data: str, model: Path) -> dict[str, Any]:

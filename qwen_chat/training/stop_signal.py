@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qwen_chat.console import rank_zero
+
 STOPPED = 143  # 128 + SIGTERM: what a run ends with that saved because it was asked to stop
 SAME_REQUEST = 1.0  # seconds
 
@@ -58,9 +60,7 @@ class StopSignal:
                     os._exit(STOPPED)
                 continue
             self.requested, first = True, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
-                name = signal.Signals(number).name
-                print(f"{name}: a checkpoint at the next step, then the end", file=sys.stderr, flush=True)
+            rank_zero(f"{signal.Signals(number).name}: a checkpoint at the next step, then the end")
 
 
 def _alive(pid: int) -> bool:

@@ -268,24 +268,21 @@ class ChatTrainer(Trainer, TrainerCallback):
             grad_norm=self.grad_norm,
             memory_gib=round(hardware.peak_memory() / memory_plan.GIB, 3),
         )
-        self._note_spike(self.last)
+        # Name the conversations of a step whose loss stands out from the last fifty.
+        if len(self.recent) >= 10:
+            usual, spread = statistics.mean(self.recent), statistics.stdev(self.recent)
+            if loss > max(1.5 * usual, usual + 6 * spread):
+                rank_zero(
+                    f"step {state.global_step}: loss {loss:.3f} against {usual:.3f} before; conversations of this"
+                    f" step: {self.conversations(state.global_step - 1)}"
+                )
+        self.recent.append(loss)
         self.on_step(self.last)
         if self.stopping:
             control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, *args: object, **kwargs: object) -> None:
         self.step_started = time.perf_counter()
-
-    def _note_spike(self, record: StepRecord) -> None:
-        """Name the conversations of a step whose loss stands out from the last fifty."""
-        if len(self.recent) >= 10:
-            usual, spread = statistics.mean(self.recent), statistics.stdev(self.recent)
-            if record.loss > max(1.5 * usual, usual + 6 * spread):
-                rank_zero(
-                    f"step {record.step}: loss {record.loss:.3f} against {usual:.3f} before; conversations of this"
-                    f" step: {self.conversations(record.step - 1)}"
-                )
-        self.recent.append(record.loss)
 
     def failure(self, what: str) -> TrainingError:
         """The error that names this step, its conversations and the likely cause."""

@@ -17,21 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Conversation
-from qwen_chat.data import token_cache
+from qwen_chat.data import blocks, token_cache
+from qwen_chat.data import lazy as lazy_data
 from qwen_chat.data.records import Records, open_records
-from qwen_chat.data.token_cache import CachedData, TokenisedData, tokenise
+from qwen_chat.data.token_cache import CachedData, tokenise
+from qwen_chat.data.tokenised import TokenisedData, TokenSummary
 from qwen_chat.errors import DataError, FormatError, OutputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qwen_chat"
-
-
-@dataclass(frozen=True)
-class Sequence_:
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass
@@ -51,23 +48,23 @@ class Letters:
 
     def encode_many(
         self, conversations: Sequence[Conversation], train_on: str = "all"
-    ) -> list[list[Sequence_]]:
+    ) -> list[list[Encoded]]:
         self.asked += len(conversations)
         return [self._one(conversation, train_on) for conversation in conversations]
 
-    def _one(self, conversation: Conversation, train_on: str) -> list[Sequence_]:
-        ids, labels, made = [9] * len(conversation.tools), [-100] * len(conversation.tools), []
+    def _one(self, conversation: Conversation, train_on: str) -> list[Encoded]:
+        ids, spans, made = [9] * len(conversation.tools), [], []
         for k, message in enumerate(conversation.messages):
             if "bad" in message.content:
                 raise FormatError(f"message {k}: bad")
-            said = [*map(ord, message.content), 2]
-            learnt = message.role == "assistant" and message.train is not False
-            ids += [1, *said]
-            labels += [-100, *(said if learnt or train_on == "everything" else [-100] * len(said))]
+            start = len(ids) + 1
+            ids += [1, *map(ord, message.content), 2]
+            if train_on == "everything" or (message.role == "assistant" and message.train is not False):
+                spans.append((start, len(ids)))
             if self.turns and message.role == "assistant":
-                made.append(Sequence_(list(ids), list(labels)))
-                labels = [-100] * len(ids)
-        return made if self.turns else [Sequence_(ids, labels)]
+                made.append(Encoded(list(ids), spans))
+                spans = []
+        return made if self.turns else [Encoded(ids, spans)]
 
 
 def chat(*texts: str, **more: Any) -> dict[str, Any]:
@@ -122,7 +119,7 @@ def test_ids_and_labels_are_the_formats_own(tmp_path: Path) -> None:
     assert data[0][0].input_ids.dtype == data[0][0].labels.dtype == np.int32
     assert [data.lengths(0), data.lengths(1)] == [(7,), (12,)]
     assert data.full_lengths.tolist() == [7, 12]
-    assert data.summary == token_cache.TokenSummary(
+    assert data.summary == TokenSummary(
         records=2,
         conversations=2,
         sequences=2,
@@ -175,7 +172,7 @@ def test_several_processes_give_what_one_gives(data: Records, tmp_path: Path) ->
     assert everything(one) == everything(two)
     assert one.summary == two.summary
     assert one.summary.dropped > 0
-    assert done == [(min(k * token_cache.CHUNK, 700), 700) for k in range(1, 7)]
+    assert done == [(min(k * blocks.CHUNK, 700), 700) for k in range(1, 7)]
     assert isinstance(two, CachedData)
     assert everything(pickle.loads(pickle.dumps(two))) == everything(two)
 
@@ -345,7 +342,7 @@ def test_the_key_covers_all_code_that_tokenises() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = {Path(file) for file in found.stdout.split()} - {PACKAGE / "errors.py"}
-    assert loaded and loaded <= set(token_cache._code())
+    assert loaded and loaded <= set(token_cache.code_files())
 
 
 def test_a_second_time_nothing_is_tokenised(data: Records, tmp_path: Path) -> None:
@@ -421,16 +418,14 @@ def test_processes_share_one_build(data: Records, tmp_path: Path) -> None:
     said = {rank.communicate(timeout=120)[0] for rank in ranks}
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert len(said) == 1
-    assert len((tmp_path / "log").read_text()) == -(
-        -700 // token_cache.CHUNK
-    )  # each block once, not three times
+    assert len((tmp_path / "log").read_text()) == -(-700 // blocks.CHUNK)  # each block once, not three times
 
 
 def test_a_worker_that_dies_is_told(data: Records, tmp_path: Path) -> None:
     class Deadly(Letters):
         def encode_many(
             self, conversations: Sequence[Conversation], train_on: str = "all"
-        ) -> list[list[Sequence_]]:
+        ) -> list[list[Encoded]]:
             if multiprocessing.parent_process() is not None:
                 os._exit(9)
             return super().encode_many(conversations, train_on)
@@ -462,7 +457,7 @@ def test_data_that_changes_while_it_is_tokenised(tmp_path: Path) -> None:
     class Changing(Letters):
         def encode_many(
             self, conversations: Sequence[Conversation], train_on: str = "all"
-        ) -> list[list[Sequence_]]:
+        ) -> list[list[Encoded]]:
             with path.open("a") as file:
                 file.write("\n")
             return super().encode_many(conversations, train_on)
@@ -505,11 +500,11 @@ def test_lazy_begins_at_once(data: Records) -> None:
 
 
 def test_lazy_forgets(data: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "REMEMBERED", 10)
+    monkeypatch.setattr(lazy_data, "REMEMBERED", 10)
     lazy = tokenise(data, Letters(), max_length=5000, lazy=True)
     twice = [everything(lazy), everything(lazy)]
     assert twice[0] == twice[1]
-    assert isinstance(lazy, token_cache.LazyData)
+    assert isinstance(lazy, lazy_data.LazyData)
     assert len(lazy._remembered) == 10
     assert lazy.summary.tokens == sum(len(ids) for _, sequences in twice[0] for ids, _ in sequences)
 

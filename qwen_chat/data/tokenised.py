@@ -1,0 +1,212 @@
+"""What tokenised data are, stored or lazy: training sequences by number, and their token budget.
+
+In: the blocks of blocks.py. Out: `Counts`, what they add up to; `TokenSummary`, the same for a person; the
+interface `TokenisedData`: `data[i]` gives the training sequences of conversation i.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_chat.data.blocks import Block, Ints, Sequence32, TokenOptions, TooLong
+from qwen_chat.data.records import Records
+from qwen_chat.errors import DataError, Problem
+
+LISTED = 20  # problems that an error lists
+NAMED = 5  # conversations of each sort left out that a summary names
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSummary:
+    """The token budget of `records` conversations, `dropped` of them too long and left out."""
+
+    records: int
+    conversations: int
+    sequences: int
+    tokens: int
+    supervised: int
+    dropped: int
+    truncated: int
+    failed: int  # left out by on_error="skip": the template cannot carry them
+    unsupervised: int  # kept, with nothing in them to learn
+    max_length: int
+    too_long: TooLong
+    lossless_max_length: int  # the model_max_length that would lose nothing
+    quantiles: Mapping[str, int]  # lengths before the policy: min, p50, p90, p95, p99, max
+    common_prefix_share: float  # share of all tokens that lie in a prefix some other sequence has too
+    complete: bool = True  # False under lazy: counted so far
+    skipped: int = 0  # lines left out by on_error="skip", beside the records
+    skipped_at: tuple[str, ...] = ()  # file:line of the first NAMED of them
+    dropped_at: tuple[str, ...] = ()
+    failed_at: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """A few lines for a person."""
+        share = self.supervised / self.tokens if self.tokens else 0.0
+        so_far = "" if self.complete else " (tokenised so far)"
+        lines = [
+            f"conversations {self.conversations:,} of {self.records:,}, sequences {self.sequences:,}, "
+            f"tokens {self.tokens:,}, learnt {self.supervised:,} ({share:.1%}){so_far}",
+            "tokens a conversation: " + ", ".join(f"{name} {n:,}" for name, n in self.quantiles.items()),
+            f"tokens in a prefix that others have too: {self.common_prefix_share:.1%}",
+        ]
+        for count, what, where in (
+            (self.skipped, f"bad lines left out, of {self.records + self.skipped:,}", self.skipped_at),
+            (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}", self.dropped_at),
+            (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out", ()),
+            (self.failed, "left out, the chat template cannot write them", self.failed_at),
+            (self.unsupervised, "kept, with nothing in them to learn", ()),
+        ):
+            if count:
+                names = f" ({', '.join(where)}{', ...' if count > len(where) else ''})" if where else ""
+                lines.append(f"{what}: {count:,}{names}")
+        if self.dropped or self.truncated:
+            lines.append(f"--model_max_length {self.lossless_max_length} would lose nothing")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `--json` and `meta.json`; `TokenSummary(**values)` reads them back."""
+        return {**asdict(self), "quantiles": dict(self.quantiles)}
+
+
+class TokenisedData(ABC):
+    """The kept conversations as training sequences, in the records' order."""
+
+    fingerprint: str  # the key: the same data, format, options and code give the same
+    kept: npt.NDArray[np.uint64]  # which record each kept conversation is
+    full_lengths: Ints  # of every record's longest sequence before the length policy; 0: not known, or failed
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> tuple[Sequence32, ...]:
+        """The sequences of kept conversation `i`: one, or one a turn."""
+
+    @abstractmethod
+    def lengths(self, i: int) -> tuple[int, ...]:
+        """How many tokens each of them has."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> TokenSummary:
+        """The token budget, and everything of the files that is not in it."""
+
+    def with_left_out(self, budget: TokenSummary) -> TokenSummary:
+        """The budget with the lines and records that are not in it."""
+        report, lengths = self.records.report, self.full_lengths
+        gone = np.ones(len(self.records), dtype=bool)
+        gone[self.kept.astype(np.int64)] = False
+
+        def named(which: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+            return tuple(self.records.where(int(i)) for i in np.flatnonzero(which)[:NAMED])
+
+        return replace(
+            budget,
+            skipped=report.skipped,
+            skipped_at=tuple(dict.fromkeys(problem.where for problem in report.problems))[:NAMED],
+            dropped_at=named(gone & (lengths > 0)),
+            failed_at=named(gone & (lengths == 0)),
+        )
+
+    def __iter__(self) -> Iterator[tuple[Sequence32, ...]]:
+        return (self[i] for i in range(len(self)))
+
+    def record_of(self, i: int) -> int:
+        """Which record kept conversation `i` is."""
+        return int(self.kept[i])
+
+    def where(self, i: int) -> str:
+        """`file:line` of kept conversation `i`."""
+        return self.records.where(self.record_of(i))
+
+    def file_of(self, i: int) -> int:
+        """Which of the data files, in the order they were given, kept conversation `i` comes from."""
+        return self.records.file_of(self.record_of(i))
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the blocks add up to so far, and the first of what must be told."""
+
+    sequences: int = 0
+    tokens: int = 0
+    spans: int = 0
+    supervised: int = 0
+    kept: int = 0
+    truncated: int = 0
+    unsupervised: int = 0
+    too_long: int = 0
+    failed: int = 0
+    examples_too_long: list[int] = field(default_factory=list)
+    examples_failed: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, block: Block) -> None:
+        learnt = block.supervised()
+        self.sequences += len(block.sequence_lengths)
+        self.tokens += len(block.ids)
+        self.spans += len(block.spans)
+        self.supervised += int(learnt.sum())
+        self.kept += len(block.kept)
+        self.truncated += block.truncated
+        self.unsupervised += int((learnt == 0).sum())
+        self.too_long += len(block.too_long)
+        self.failed += len(block.failures)
+        self.examples_too_long += block.too_long[: LISTED - len(self.examples_too_long)]
+        self.examples_failed += block.failures[: LISTED - len(self.examples_failed)]
+
+    def ensure_usable(self, lengths: Ints, records: Records, options: TokenOptions) -> None:
+        """Raise DataError where the outcome must not be trained on. `lengths`: see TokenisedData.full_lengths."""
+        if self.failed and (records.on_error == "stop" or self.failed == len(records)):
+            raise DataError(
+                f"conversations that the chat template cannot write: {self.failed:,} of {len(records):,}; "
+                "correct them, or leave them out with --on_error skip",
+                [Problem(records.where(i), message) for i, message in self.examples_failed],
+                self.failed,
+            )
+        lossless = f"--model_max_length {lengths.max(initial=0)} would lose nothing"
+        if self.too_long and options.too_long == "error":
+            raise DataError(
+                f"conversations longer than --model_max_length {options.max_length}: "
+                f"{self.too_long:,} of {len(records):,}; {lossless}, or choose --too_long drop or truncate",
+                [Problem(records.where(i), f"{lengths[i]:,} tokens") for i in self.examples_too_long],
+                self.too_long,
+            )
+        if not self.kept:
+            raise DataError(f"no conversation fits into --model_max_length {options.max_length}; {lossless}")
+        if not self.supervised:
+            raise DataError(
+                "no token is learnt: 'train' or 'weight' excludes every reply; allow at least one, "
+                "or choose another --train_on"
+            )
+
+    def budget(self, lengths: Ints, options: TokenOptions) -> TokenSummary:
+        """The summary, as far as the tokens tell it; common prefixes are not counted here."""
+        rendered = np.sort(lengths[lengths > 0])
+        at = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
+        last = len(rendered) - 1
+        return TokenSummary(
+            records=len(lengths),
+            conversations=self.kept,
+            sequences=self.sequences,
+            tokens=self.tokens,
+            supervised=self.supervised,
+            dropped=self.too_long - self.truncated,
+            truncated=self.truncated,
+            failed=self.failed,
+            unsupervised=self.unsupervised,
+            max_length=options.max_length,
+            too_long=options.too_long,
+            lossless_max_length=int(rendered.max(initial=0)),
+            quantiles={name: int(rendered[round(q * last)]) for name, q in at.items()} if last >= 0 else {},
+            common_prefix_share=0.0,
+        )
