@@ -297,7 +297,14 @@ def unsatisfiable(schema: Any, path: str = "parameters") -> str | None:
     for i, branch in enumerate(schema.get("allOf") or ()):
         if reason := unsatisfiable(branch, f"{path}.allOf[{i}]"):
             return reason
-    return _missing_property(schema, path)
+    properties = schema.get("properties") or {}
+    for name in schema.get("required") or ():
+        if name in properties:
+            if reason := unsatisfiable(properties[name], f"{path}.{name}"):
+                return reason
+        elif schema.get("additionalProperties") is False and not schema.get("patternProperties"):
+            return f"{path} requires '{name}' and forbids it (additionalProperties is false)"
+    return None
 
 
 def _no_choice(schema: Json, path: str) -> str | None:
@@ -311,14 +318,3 @@ def _no_choice(schema: Json, path: str) -> str | None:
     except Exception:  # a $ref that does not resolve: not decided here
         return None
     return f"{path} allows none of its own values {json.dumps(values, ensure_ascii=False)[:100]}"
-
-
-def _missing_property(schema: Json, path: str) -> str | None:
-    properties = schema.get("properties") or {}
-    for name in schema.get("required") or ():
-        if name in properties:
-            if reason := unsatisfiable(properties[name], f"{path}.{name}"):
-                return reason
-        elif schema.get("additionalProperties") is False and not schema.get("patternProperties"):
-            return f"{path} requires '{name}' and forbids it (additionalProperties is false)"
-    return None
