@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from qwen_chat.conversation import Json, write_message
+from qwen_chat.conversation import write_message
 from qwen_chat.errors import ServiceError
 from qwen_chat.evaluation.cases import Case
 from qwen_chat.evaluation.scores import Judged, Same, SequenceLoss, same_json, score
@@ -59,7 +59,6 @@ def sequence_losses(
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[SequenceLoss]:
     """Teacher-forced loss of the chosen conversations of `data` (token_cache.TokenisedData), as in training.
-    it.
 
     The model is left as it was found. tick: called with the number of conversations done.
     """
@@ -69,7 +68,8 @@ def sequence_losses(
 
     before = model.config._attn_implementation
     model.set_attn_implementation(attention.register())
-    rows = batches.WindowSampler(data, batch_size=1, max_length=_longest(data, chosen), shuffle=False)
+    longest = max((len(encoded.input_ids) for i in chosen for encoded in data[i]), default=1)
+    rows = batches.WindowSampler(data, batch_size=1, max_length=longest, shuffle=False)
     items, collate = batches.RowDataset(data), batches.Collator()
     model_loss = loss.ModelLoss(model)
     device = next(model.parameters()).device
@@ -90,10 +90,6 @@ def sequence_losses(
         model_loss.remove()
         model.set_attn_implementation(before)
     return losses
-
-
-def _longest(data: Any, chosen: Sequence[int]) -> int:
-    return max((len(encoded.input_ids) for i in chosen for encoded in data[i]), default=1)
 
 
 def write_replies(
@@ -143,12 +139,13 @@ def _prompt_ids(fmt: Any, case: Case) -> Sequence[int]:
 def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | None) -> Any:
     from qwen_chat.inference.sampling import GenerationRequest
 
-    tools = list(case.tools)
     grammar = None
     if calls == "required":
-        grammar = fmt.call_grammar(tools, parallel=case.parallel_tool_calls)
+        grammar = fmt.call_grammar(list(case.tools), parallel=case.parallel_tool_calls)
     elif calls == "strict":
-        grammar = fmt.text_grammar([_strict(tool) for tool in tools])
+        # As if the tools' owner had asked for valid arguments: in the grammar, not in the prompt.
+        strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in case.tools]
+        grammar = fmt.text_grammar(strict)
     return GenerationRequest(
         prompt_ids=_prompt_ids(fmt, case),
         max_tokens=max_tokens,
@@ -158,11 +155,6 @@ def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | N
         grammar=grammar,
         adapter=adapter,
     )
-
-
-def _strict(tool: Json) -> Json:
-    """The tool as if its owner had asked for valid arguments: for the grammar, not for the prompt."""
-    return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def judge(

@@ -36,8 +36,7 @@ Same = Callable[[Any, Any], bool]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one reply got right. `right` of `wanted` calls are right; `valid` of `written` fit their
-    schema."""
+    """What one reply got right. `right` of `wanted` calls are right; `valid` of `written` fit their schema."""
 
     wanted: int
     written: int
@@ -91,7 +90,12 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
         valid += problem is None
         if problem is not None:
             problems.append(problem)
-        written.append((call.name, _arguments(call.arguments)))
+        try:
+            arguments = json.loads(call.arguments)
+        except (ValueError, RecursionError):
+            arguments = call.arguments
+        # Arguments that break the schema may still be the wanted ones; what is no object never is.
+        written.append((call.name, arguments if isinstance(arguments, dict) else {"": arguments}))
     matched = _match(case.wanted, written, same)
     unparsed = begins_call(reply.content)
     if unparsed:
@@ -114,17 +118,9 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
     )
 
 
-def _arguments(text: str) -> Json:
-    """Arguments that break the schema may still be the wanted ones; text that is no object never is."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"": text}
-    return value if isinstance(value, dict) else {"": value}
-
-
-def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: Same) -> dict[int, int]:
-    """The largest one-to-one matching wanted -> written (augmenting paths; a handful of calls each)."""
+def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: Same) -> set[int]:
+    """Which of the wanted calls are among the written in the largest one-to-one matching (augmenting paths; a
+    handful of calls each)."""
     fits = [
         [j for j, (name, arguments) in enumerate(written) if is_right(name, arguments, one, same)]
         for one in wanted
@@ -142,7 +138,7 @@ def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: 
 
     for i in range(len(wanted)):
         place(i, set())
-    return {i: j for j, i in owner.items()}
+    return set(owner.values())
 
 
 def _pair(wanted: Sequence[str], written: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -238,8 +234,7 @@ def worst(judged: Sequence[Judged], count: int = 10) -> list[Json]:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLoss:
-    """Teacher-forced, over one conversation's supervised tokens: summed loss (nats), tokens, right first
-    guesses."""
+    """Teacher-forced, over a conversation's supervised tokens: summed loss (nats), tokens, right first guesses."""
 
     where: str
     loss: float

@@ -86,7 +86,12 @@ class Int8Linear:
         self._levels, self._zero = (127, 128) if wide else (63, 64)
         self._many = whole.t() if torch.cpu._is_amx_tile_supported() else None
         self._tiny = torch.tensor(1e-12)  # a row of zeros is divided by something
-        self._few = _pack(whole, self._scale)
+        # fbgemm's own layout. The ops that take it are marked as leaving torch one day; requirements pin torch.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(len(whole), dtype=torch.long)
+            packed = torch._make_per_channel_quantized_tensor(whole, self._scale.double(), zeros, 0)
+            self._few: object = torch.ops.quantized.linear_prepack(packed, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         kind, x = x.dtype, x.float()
@@ -102,13 +107,3 @@ class Int8Linear:
             )
         y.mul_(scale)
         return (y if self._bias is None else y.add_(self._bias)).to(kind)
-
-
-def _pack(whole: torch.Tensor, scale: torch.Tensor) -> object:
-    """fbgemm's own layout of an int8 weight. The ops that take it are marked as leaving torch one day;
-    requirements pin torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(weight, None)
