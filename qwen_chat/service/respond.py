@@ -272,6 +272,4 @@ async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int,
             else:
                 yield choice, found
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await _stop(*pumps)
