@@ -20,8 +20,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 from qwen_chat.conversation import Json, write_message
@@ -100,19 +101,19 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
     unparsed = begins_call(reply.content)
     if unparsed:
         problems.append("a call was begun that cannot be read")
-    names_wanted, names_written = [w.name for w in case.wanted], [name for name, _ in written]
+    names_wanted, names_written = Counter(w.name for w in case.wanted), Counter(name for name, _ in written)
     problems += [f"not called rightly: {w.name}" for i, w in enumerate(case.wanted) if i not in matched]
     if not case.wanted:
-        problems += [f"called without need: {name}" for name in names_written]
+        problems += [f"called without need: {name}" for name, _ in written]
     return Score(
         wanted=len(case.wanted),
         written=len(written),
         right=len(matched),
         valid=valid,
-        name=Counter(names_wanted) == Counter(names_written),
+        name=names_wanted == names_written,
         exact=len(matched) == len(case.wanted) == len(written),
         unparsed=unparsed,
-        pairs=tuple(_pair(names_wanted, names_written)),
+        pairs=_pair(names_wanted, names_written),
         calls=tuple((call.name, call.arguments) for call in reply.tool_calls),
         problems=tuple(problems),
     )
@@ -141,14 +142,12 @@ def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: 
     return set(owner.values())
 
 
-def _pair(wanted: Sequence[str], written: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _pair(wanted: Counter[str], written: Counter[str]) -> tuple[tuple[str, str], ...]:
     """Equal names first, then what is left in order, then the rest against nothing."""
-    both = Counter(wanted) & Counter(written)
-    yield from ((name, name) for name in both.elements())
-    left, over = list((Counter(wanted) - both).elements()), list((Counter(written) - both).elements())
-    length = max(len(left), len(over), 0 if both else 1)
-    for i in range(length):
-        yield left[i] if i < len(left) else NOTHING, over[i] if i < len(over) else NOTHING
+    both = wanted & written
+    left, over = (wanted - both).elements(), (written - both).elements()
+    pairs = [(name, name) for name in both.elements()] + [*zip_longest(left, over, fillvalue=NOTHING)]
+    return tuple(pairs) or ((NOTHING, NOTHING),)
 
 
 @dataclass(frozen=True, slots=True)

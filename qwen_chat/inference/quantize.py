@@ -10,14 +10,12 @@ default multiplication changes its order of summation with the number of rows.
 from __future__ import annotations
 
 import warnings
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from qwen_chat.errors import OptionError
-
-Quantize = Literal["int8"]
 
 
 class Linear(Protocol):

@@ -6,7 +6,6 @@ for a request before it has its place: what is turned away costs nothing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 from qwen_chat.errors import ModelError, ToolError
@@ -54,16 +53,14 @@ class Answering:
             release(False)
             raise
         work = Work(
-            job,
-            generations,
+            job=job,
+            generations=generations,
             record=record,
             metrics=self._metrics,
-            release=functools.partial(release, True),
+            release=lambda: release(True),
             log_reply=self._settings.log_prompts,
         )
-        return Delivery(
-            work, write_seconds=self._settings.write_seconds, quiet_seconds=self._settings.quiet_seconds
-        )
+        return Delivery(work, self._settings)
 
     def check(self) -> None:
         """Raise APIError 503 where prompts have not been prepared for too long."""

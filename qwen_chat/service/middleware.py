@@ -12,6 +12,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,23 +35,17 @@ MOST_HEADERS = 100
 HEADER_BYTES = 32 * 1024
 
 
+@dataclass(eq=False)
 class Journal:
     """Gives each request an id and a RequestRecord, turns what is raised into an answer, and writes the line."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        write: Callable[[dict[str, object], bool], None],
-        count: Callable[[str, int], None],
-        paths: Collection[str],
-    ) -> None:
-        """`write` takes the log's line and whether its request was admitted, `count` (endpoint, status);
-        `paths` are those counted by name."""
-        self.app = app
-        self.write = write
-        self.count = count
-        self.paths = paths
+    app: ASGIApp
+    # The log's line, and whether its request was admitted.
+    write: Callable[[dict[str, object], bool], None]
+    # The endpoint and the status.
+    count: Callable[[str, int], None]
+    # Those that are counted by name.
+    paths: Collection[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,13 +89,13 @@ class Journal:
             await error.response()(scope, receive, answer)
 
 
+@dataclass(eq=False)
 class _Sender:
     """`send` that remembers the status and adds the request's id, and the names of what did nothing."""
 
-    def __init__(self, send: Send, record: RequestRecord) -> None:
-        self.send = send
-        self.record = record
-        self.status: int | None = None
+    send: Send
+    record: RequestRecord
+    status: int | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -131,12 +126,9 @@ class Gate:
         self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            self._check(scope)
-            scope["state"]["record"].admitted = not self.digests or scope["path"] not in OPEN_PATHS
-        await self.app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = sum(len(name) + len(value) for name, value in headers)
         if len(headers) > MOST_HEADERS or size > HEADER_BYTES:
@@ -152,6 +144,8 @@ class Gate:
             if problem is not None:
                 code, text = problem
                 raise APIError(401, text, code=code)
+        scope["state"]["record"].admitted = not self.digests or scope["path"] not in OPEN_PATHS
+        await self.app(scope, receive, send)
 
     def _check_origin(self, named: Mapping[bytes, bytes]) -> None:
         """A page elsewhere must not make a user's browser ask: what it sends needs no leave of ours to arrive."""
