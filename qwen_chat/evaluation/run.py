@@ -17,15 +17,13 @@ from qwen_chat.evaluation.cases import Case
 from qwen_chat.evaluation.scores import Judged, Same, SequenceLoss, same_json, score
 
 
-class Kept:
-    """Results that are kept on disk as they come, one JSON line each; a run that was killed goes on behind
-    them.
+class Kept(dict[str, Any]):
+    """Results by key that are kept on disk as they come, one JSON line each; a run that was killed goes on behind them.
 
     path None: in memory only. A last line that was cut off is left out (and computed again).
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._found: dict[str, Any] = {}
         self._file: IO[str] | None = None
         if path is None:
             return
@@ -33,19 +31,13 @@ class Kept:
         whole = whole[: whole.rfind(b"\n") + 1]
         for line in whole.splitlines():
             entry = json.loads(line)
-            self._found[entry["key"]] = entry["value"]
+            self[entry["key"]] = entry["value"]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self._file.truncate(len(whole))
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._found
-
-    def __getitem__(self, key: str) -> Any:
-        return self._found[key]
-
     def add(self, key: str, value: Any) -> None:
-        self._found[key] = value
+        self[key] = value
         if self._file is not None:
             self._file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
             self._file.flush()

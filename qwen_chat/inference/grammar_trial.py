@@ -65,9 +65,8 @@ class GrammarTrial:
                         stderr=subprocess.DEVNULL,  # Rust tells there that memory ran out
                         start_new_session=True,  # Ctrl-C is for us
                     )
-                    weakref.finalize(
-                        self, _end, self._process
-                    )  # at the end of this object, or of the program
+                    # At the end of this object, or of the program.
+                    weakref.finalize(self, _end, self._process)
                 try:
                     answer = _ask(self._process, line)
                 except OSError:

@@ -10,18 +10,15 @@ default multiplication changes its order of summation with the number of rows.
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
 from qwen_chat.errors import OptionError
 
-
-class Linear(Protocol):
-    """x (rows, in) -> (rows, out)."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+# x (rows, in) -> (rows, out)
+Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -66,13 +63,11 @@ class FloatLinear:
 
 
 class Int8Linear:
-    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest
-    magnitude).
+    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
 
-    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two
-    products of 7 and 8 bits fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole
-    numbers and give the same bits: fbgemm's is the fast one for few rows, `_int_mm` on AMX tiles for many (it
-    wants more than 16).
+    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two products of 7
+    and 8 bits fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole numbers and give the same
+    bits: fbgemm's is the fast one for few rows, `_int_mm` on AMX tiles for many (it wants more than 16).
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from qwen_chat.conversation import Json
 from qwen_chat.service.errors import APIError, from_validation, not_json
+from qwen_chat.service.settings import ServiceSettings
 
 # Keys of one JSON object: each unknown one costs an error to find and to describe.
 MOST_KEYS = 2048
@@ -27,9 +28,7 @@ DISCARD_SECONDS = 5.0
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-async def read_request(
-    request: Request, kind: type[BodyT], *, most_bytes: int, seconds: float
-) -> tuple[Json, BodyT]:
+async def read_request(request: Request, kind: type[BodyT], settings: ServiceSettings) -> tuple[Json, BodyT]:
     """The body as it came, and as a valid request; raise APIError 400, 408, 413 or 415.
 
     Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
@@ -38,7 +37,7 @@ async def read_request(
     if media != "application/json":
         text = "Unsupported media type; send 'Content-Type: application/json'."
         raise APIError(415, text, code="unsupported_media_type")
-    raw = await read_body(request, most_bytes=most_bytes, seconds=seconds)
+    raw = await read_body(request, most_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     try:
         # Half a millisecond a megabyte and more: a large body does not hold up the event loop.
         body = await asyncio.to_thread(_parse, raw) if len(raw) > 2**16 else _parse(raw)

@@ -58,8 +58,9 @@ class PatientProtocol(H11Protocol):
         patient = PatientTransport(transport, self.loop, write_seconds=self.write_seconds, close=self._close)
         super().connection_made(patient)
         most = min(self.most_connections, connections_allowed())
-        peers = [getattr(other, "client", None) or (None,) for other in self.connections]
-        theirs = sum(peer[0] == (self.client or ("",))[0] for peer in peers)
+        peer = self.client[0] if self.client else ""
+        clients = [getattr(other, "client", None) for other in self.connections]
+        theirs = sum(client is not None and client[0] == peer for client in clients)
         if len(self.connections) <= most and theirs * 2 <= most:
             self._wait_for_headers()
             return

@@ -96,12 +96,8 @@ def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> A
     """404: neither the model nor one of the adapters, which are `known`."""
     names = ", ".join(f"`{echo(one)}`" for one in known[:8]) or "none"
     more = f" and {len(known) - 8} more (GET /v1/models)" if len(known) > 8 else ""
-    return APIError(
-        404,
-        f"The model `{echo(name)}` does not exist; there are {names}{more}.",
-        param=param,
-        code="model_not_found",
-    )
+    text = f"The model `{echo(name)}` does not exist; there are {names}{more}."
+    return APIError(404, text, param=param, code="model_not_found")
 
 
 def too_long(
@@ -112,17 +108,13 @@ def too_long(
     if completion is None:
         found = f"your {param} resulted in {'at least ' if at_least else ''}{prompt} tokens"
     else:
-        found = (
-            f"you requested {prompt + completion} tokens "
-            f"({prompt} in the {param}, {completion} in the completion)"
-        )
-    return APIError(
-        400,
+        both = prompt + completion
+        found = f"you requested {both} tokens ({prompt} in the {param}, {completion} in the completion)"
+    text = (
         f"This model's maximum context length is {limit} tokens. However, {found}. Please reduce the length "
-        f"of the {param} or of the completion.",
-        param=param if completion is None else "max_tokens",
-        code="context_length_exceeded",
+        f"of the {param} or of the completion."
     )
+    return bad_value(param if completion is None else "max_tokens", text, "context_length_exceeded")
 
 
 def echo(value: object) -> str:

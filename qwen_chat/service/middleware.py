@@ -157,9 +157,8 @@ class Gate:
         host = named.get(b"host", b"").decode("latin-1")
         ours = site == b"same-origin" or (host != "" and text.partition("://")[2] == host)
         if not ours and text not in self.origins and "*" not in self.origins:
-            raise APIError(
-                403,
+            problem = (
                 f"Web pages of '{echo(text or 'another site')}' may not ask here; start the service with "
-                "--cors_origin to let them.",
-                code="origin_not_allowed",
+                "--cors_origin to let them."
             )
+            raise APIError(403, problem, code="origin_not_allowed")

@@ -2,7 +2,8 @@
 
 In: the environment (names below). Out: what our own service would answer, in OpenAI's shape: 403 for a foreign
 host, 401 without a key, 404 for a path that is not served, 429 with Retry-After beyond the bound.
-Imports nothing but the standard library: it runs in vLLM's environment, not in ours.
+Imports nothing but the standard library: it runs in vLLM's environment, not in ours. Our own service checks a
+host and a key by the same functions (middleware.py).
 
     QWEN_CHAT_MAX_REQUESTS  how many requests may be in flight
     QWEN_CHAT_KEYS          SHA-256 (hex) of each key, separated by spaces; without any, nobody is asked for one
@@ -115,10 +116,8 @@ def key_problem(headers: Mapping[bytes, bytes], digests: Sequence[bytes]) -> tup
     """Code and message of what is wrong with a request's key; None where it is one of those with these SHA-256."""
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() != b"bearer" or not key.strip():
-        return (
-            "missing_api_key",
-            "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.",
-        )
+        text = "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'."
+        return "missing_api_key", text
     given = hashlib.sha256(key.strip()).digest()
     # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
     if sum(hmac.compare_digest(given, digest) for digest in digests) == 0:

@@ -116,11 +116,9 @@ class RequestLog:
                 path, maxBytes=max_bytes, backupCount=kept_files, encoding="utf-8", errors="backslashreplace"
             )
         except OSError as error:
-            problem = (
-                "another service is writing it"
-                if isinstance(error, BlockingIOError)
-                else f"cannot write the service log ({error.strerror})"
-            )
+            problem = f"cannot write the service log ({error.strerror})"
+            if isinstance(error, BlockingIOError):
+                problem = "another service is writing it"
             raise OutputError(f"{path}: {problem}; name another file: --log_file") from None
         self._handler.setFormatter(logging.Formatter("%(message)s"))
         self._lock = threading.Lock()

@@ -42,18 +42,16 @@ def tool_schema(function: Callable[..., Any], name: str | None = None) -> Json:
         signature = inspect.signature(function)
         hints = typing.get_type_hints(function, include_extras=True)
     except (TypeError, ValueError, NameError) as error:
-        raise ToolError(
-            f"function '{label}' has no readable signature ({error}); write the schema by hand"
-        ) from None
+        text = f"function '{label}' has no readable signature ({error}); write the schema by hand"
+        raise ToolError(text) from None
     summary, described = _docstring(inspect.getdoc(function) or "")
     properties: Json = {}
     required = []
     for parameter in signature.parameters.values():
         where = f"function '{label}', parameter '{parameter.name}'"
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ToolError(
-                f"{where}: {parameter.kind.description}; a tool is called with named arguments only"
-            )
+            text = f"{where}: {parameter.kind.description}; a tool is called with named arguments only"
+            raise ToolError(text)
         if parameter.name not in hints:
             raise ToolError(f"{where}: no type hint; write one (city: str)")
         schema = _hint_schema(hints[parameter.name], where)
@@ -89,9 +87,10 @@ def _hint_schema(hint: Any, where: str) -> Json:
     if origin is typing.Annotated:
         schema = _hint_schema(inside[0], where)
         for extra in inside[1:]:
-            schema |= (
-                {"description": extra} if isinstance(extra, str) else extra if isinstance(extra, dict) else {}
-            )
+            if isinstance(extra, dict):
+                schema |= extra
+            elif isinstance(extra, str):
+                schema["description"] = extra
         return schema
     if origin is Literal:
         kinds = {json.dumps(PLAIN_TYPES.get(type(value), {})) for value in inside}
@@ -112,9 +111,8 @@ def _hint_schema(hint: Any, where: str) -> Json:
         properties = {key: _hint_schema(value, where) for key, value in fields.items()}
         required = sorted(hint.__required_keys__, key=list(fields).index)
         return _object_schema(properties, required)
-    raise ToolError(
-        f"{where}: JSON has no {hint!r}; use str, int, float, bool, list, dict, Literal or a TypedDict"
-    )
+    text = f"{where}: JSON has no {hint!r}; use str, int, float, bool, list, dict, Literal or a TypedDict"
+    raise ToolError(text)
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:

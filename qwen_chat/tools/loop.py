@@ -3,11 +3,10 @@
 In: a client with `.chat.completions.create(...)` (the openai package's, or tools/client.py's), messages, and
 a dict of Python functions. Out: `LoopResult`, the conversation with every call, result and answer in order.
 
-Nothing that a tool or a model does ends the loop with an exception: bad arguments, unknown names, a tool that
-raises, hangs or returns a megabyte become tool results which the model reads, and a model that calls for ever
-is stopped after `Limits.rounds`. Wrong use by the programmer (a tool without a function, a schema that
-nothing can satisfy) raises ToolError before the first request; a service that fails raises the client's own
-error.
+Nothing that a tool or a model does ends the loop with an exception: bad arguments, unknown names, a tool that raises,
+hangs or returns a megabyte become tool results which the model reads, and a model that calls for ever is stopped after
+`Limits.rounds`. Wrong use by the programmer (a tool without a function, a schema that nothing can satisfy) raises
+ToolError before the first request; a service that fails raises the client's own error.
 
     from qwen_chat.tools.client import HttpClient
     from qwen_chat.tools.loop import run_tools
@@ -104,22 +103,21 @@ def run_tools(
     Raises ToolError for a schema that is invalid or cannot be satisfied, or that no function carries out.
     """
     limits = limits or Limits()
-    offered = (
-        [tool_schema(function, name) for name, function in functions.items()] if tools is None else tools
-    )
-    check_tools(offered, functions)
+    if tools is None:
+        tools = [tool_schema(function, name) for name, function in functions.items()]
+    check_tools(tools, functions)
     conversation = [dict(message) for message in messages]
     for number in range(1, limits.rounds + 2):
         last = number == limits.rounds + 1
         body: Json = {"model": model, "messages": conversation, **request, "stream": stream}
-        if offered:
+        if tools:
             if last:
                 choice: ToolChoice = "none"
             elif callable(tool_choice):
                 choice = tool_choice(number)
             else:
                 choice = tool_choice if number == 1 else "auto"
-            body |= {"tools": list(offered), "tool_choice": choice, "parallel_tool_calls": parallel}
+            body |= {"tools": list(tools), "tool_choice": choice, "parallel_tool_calls": parallel}
         message = _ask(client, body, number, on_event)
         calls = message.get("tool_calls") or []
         if last and calls:
@@ -128,7 +126,7 @@ def run_tools(
         on_event(Event("message", number, message["content"], message))
         if not calls:
             return LoopResult(tuple(conversation), message["content"], number)
-        for result in _carry_out(calls, functions, offered, limits):
+        for result in _carry_out(calls, functions, tools, limits):
             conversation.append(result)
             on_event(Event("result", number, result["content"], result))
     reason = f"stopped after {limits.rounds} rounds of tool calls"
