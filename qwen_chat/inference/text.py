@@ -79,8 +79,11 @@ class StopText:
             self._held = ""
             return shown, True
         # The longest beginning of a stop string with which the text ends.
-        keep = max(k for text in self._stop for k in range(len(text)) if self._held.endswith(text[:k]))
-        return self._show(len(self._held) - keep), False
+        held = self._held
+        keep = max(
+            k for text in self._stop for k in range(min(len(text), len(held) + 1)) if held.endswith(text[:k])
+        )
+        return self._show(len(held) - keep), False
 
     def finish(self) -> str:
         """What was held back and turns out to be text. A character that was cut in the middle stays out."""
