@@ -73,16 +73,17 @@ def _wanted(message: Message, accepted: Any, where: str) -> tuple[Wanted, ...]:
         )
     if not isinstance(accepted, list) or len(accepted) != len(message.tool_calls):
         raise FormatError(f"{where}: accepted; expected a list with one entry for each tool call")
-    return tuple(_read_accepted(entry, f"{where}: accepted[{i}]") for i, entry in enumerate(accepted))
-
-
-def _read_accepted(entry: Any, where: str) -> Wanted:
     shape = '{"name": ..., "arguments": {name: [values]}, "optional": [names]}'
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise FormatError(f"{where}: expected {shape}")
-    arguments, optional = entry.get("arguments", {}), entry.get("optional", [])
-    if not isinstance(arguments, dict) or not all(isinstance(v, list) and v for v in arguments.values()):
-        raise FormatError(f"{where}: arguments; expected a list of accepted values for each, as in {shape}")
-    if not isinstance(optional, list) or not set(optional) <= set(arguments):
-        raise FormatError(f"{where}: optional; expected names among the arguments, as in {shape}")
-    return Wanted(entry["name"], arguments, frozenset(optional))
+    wanted = []
+    for i, entry in enumerate(accepted):
+        here = f"{where}: accepted[{i}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise FormatError(f"{here}: expected {shape}")
+        arguments, optional = entry.get("arguments", {}), entry.get("optional", [])
+        if not isinstance(arguments, dict) or not all(isinstance(v, list) and v for v in arguments.values()):
+            text = f"{here}: arguments; expected a list of accepted values for each, as in {shape}"
+            raise FormatError(text)
+        if not isinstance(optional, list) or not set(optional) <= set(arguments):
+            raise FormatError(f"{here}: optional; expected names among the arguments, as in {shape}")
+        wanted.append(Wanted(entry["name"], arguments, frozenset(optional)))
+    return tuple(wanted)

@@ -11,21 +11,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from qwen_chat.conversation import Json, write_message
+from qwen_chat.conversation import write_message
 from qwen_chat.errors import ServiceError
 from qwen_chat.evaluation.cases import Case
 from qwen_chat.evaluation.scores import Judged, Same, SequenceLoss, same_json, score
 
 
-class Kept:
-    """Results that are kept on disk as they come, one JSON line each; a run that was killed goes on behind
-    them.
+class Kept(dict[str, Any]):
+    """Results by key that are kept on disk as they come, one JSON line each; a run that was killed goes on behind them.
 
     path None: in memory only. A last line that was cut off is left out (and computed again).
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._found: dict[str, Any] = {}
         self._file: IO[str] | None = None
         if path is None:
             return
@@ -33,19 +31,13 @@ class Kept:
         whole = whole[: whole.rfind(b"\n") + 1]
         for line in whole.splitlines():
             entry = json.loads(line)
-            self._found[entry["key"]] = entry["value"]
+            self[entry["key"]] = entry["value"]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self._file.truncate(len(whole))
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._found
-
-    def __getitem__(self, key: str) -> Any:
-        return self._found[key]
-
     def add(self, key: str, value: Any) -> None:
-        self._found[key] = value
+        self[key] = value
         if self._file is not None:
             self._file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -59,7 +51,6 @@ def sequence_losses(
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[SequenceLoss]:
     """Teacher-forced loss of the chosen conversations of `data` (token_cache.TokenisedData), as in training.
-    it.
 
     The model is left as it was found. tick: called with the number of conversations done.
     """
@@ -69,7 +60,8 @@ def sequence_losses(
 
     before = model.config._attn_implementation
     model.set_attn_implementation(attention.register())
-    rows = batches.WindowSampler(data, batch_size=1, max_length=_longest(data, chosen), shuffle=False)
+    longest = max((len(encoded.input_ids) for i in chosen for encoded in data[i]), default=1)
+    rows = batches.WindowSampler(data, batch_size=1, max_length=longest, shuffle=False)
     items, collate = batches.RowDataset(data), batches.Collator()
     model_loss = loss.ModelLoss(model)
     device = next(model.parameters()).device
@@ -90,10 +82,6 @@ def sequence_losses(
         model_loss.remove()
         model.set_attn_implementation(before)
     return losses
-
-
-def _longest(data: Any, chosen: Sequence[int]) -> int:
-    return max((len(encoded.input_ids) for i in chosen for encoded in data[i]), default=1)
 
 
 def write_replies(
@@ -143,12 +131,13 @@ def _prompt_ids(fmt: Any, case: Case) -> Sequence[int]:
 def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | None) -> Any:
     from qwen_chat.inference.sampling import GenerationRequest
 
-    tools = list(case.tools)
     grammar = None
     if calls == "required":
-        grammar = fmt.call_grammar(tools, parallel=case.parallel_tool_calls)
+        grammar = fmt.call_grammar(list(case.tools), parallel=case.parallel_tool_calls)
     elif calls == "strict":
-        grammar = fmt.text_grammar([_strict(tool) for tool in tools])
+        # As if the tools' owner had asked for valid arguments: in the grammar, not in the prompt.
+        strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in case.tools]
+        grammar = fmt.text_grammar(strict)
     return GenerationRequest(
         prompt_ids=_prompt_ids(fmt, case),
         max_tokens=max_tokens,
@@ -158,11 +147,6 @@ def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | N
         grammar=grammar,
         adapter=adapter,
     )
-
-
-def _strict(tool: Json) -> Json:
-    """The tool as if its owner had asked for valid arguments: for the grammar, not for the prompt."""
-    return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def judge(

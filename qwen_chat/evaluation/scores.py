@@ -20,8 +20,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 from qwen_chat.conversation import Json, write_message
@@ -36,8 +37,7 @@ Same = Callable[[Any, Any], bool]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one reply got right. `right` of `wanted` calls are right; `valid` of `written` fit their
-    schema."""
+    """What one reply got right. `right` of `wanted` calls are right; `valid` of `written` fit their schema."""
 
     wanted: int
     written: int
@@ -91,40 +91,37 @@ def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = sam
         valid += problem is None
         if problem is not None:
             problems.append(problem)
-        written.append((call.name, _arguments(call.arguments)))
+        try:
+            arguments = json.loads(call.arguments)
+        except (ValueError, RecursionError):
+            arguments = call.arguments
+        # Arguments that break the schema may still be the wanted ones; what is no object never is.
+        written.append((call.name, arguments if isinstance(arguments, dict) else {"": arguments}))
     matched = _match(case.wanted, written, same)
     unparsed = begins_call(reply.content)
     if unparsed:
         problems.append("a call was begun that cannot be read")
-    names_wanted, names_written = [w.name for w in case.wanted], [name for name, _ in written]
+    names_wanted, names_written = Counter(w.name for w in case.wanted), Counter(name for name, _ in written)
     problems += [f"not called rightly: {w.name}" for i, w in enumerate(case.wanted) if i not in matched]
     if not case.wanted:
-        problems += [f"called without need: {name}" for name in names_written]
+        problems += [f"called without need: {name}" for name, _ in written]
     return Score(
         wanted=len(case.wanted),
         written=len(written),
         right=len(matched),
         valid=valid,
-        name=Counter(names_wanted) == Counter(names_written),
+        name=names_wanted == names_written,
         exact=len(matched) == len(case.wanted) == len(written),
         unparsed=unparsed,
-        pairs=tuple(_pair(names_wanted, names_written)),
+        pairs=_pair(names_wanted, names_written),
         calls=tuple((call.name, call.arguments) for call in reply.tool_calls),
         problems=tuple(problems),
     )
 
 
-def _arguments(text: str) -> Json:
-    """Arguments that break the schema may still be the wanted ones; text that is no object never is."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"": text}
-    return value if isinstance(value, dict) else {"": value}
-
-
-def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: Same) -> dict[int, int]:
-    """The largest one-to-one matching wanted -> written (augmenting paths; a handful of calls each)."""
+def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: Same) -> set[int]:
+    """Which of the wanted calls are among the written in the largest one-to-one matching (augmenting paths; a
+    handful of calls each)."""
     fits = [
         [j for j, (name, arguments) in enumerate(written) if is_right(name, arguments, one, same)]
         for one in wanted
@@ -142,17 +139,15 @@ def _match(wanted: Sequence[Wanted], written: Sequence[tuple[str, Json]], same: 
 
     for i in range(len(wanted)):
         place(i, set())
-    return {i: j for j, i in owner.items()}
+    return set(owner.values())
 
 
-def _pair(wanted: Sequence[str], written: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _pair(wanted: Counter[str], written: Counter[str]) -> tuple[tuple[str, str], ...]:
     """Equal names first, then what is left in order, then the rest against nothing."""
-    both = Counter(wanted) & Counter(written)
-    yield from ((name, name) for name in both.elements())
-    left, over = list((Counter(wanted) - both).elements()), list((Counter(written) - both).elements())
-    length = max(len(left), len(over), 0 if both else 1)
-    for i in range(length):
-        yield left[i] if i < len(left) else NOTHING, over[i] if i < len(over) else NOTHING
+    both = wanted & written
+    left, over = (wanted - both).elements(), (written - both).elements()
+    pairs = [(name, name) for name in both.elements()] + [*zip_longest(left, over, fillvalue=NOTHING)]
+    return tuple(pairs) or ((NOTHING, NOTHING),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +233,7 @@ def worst(judged: Sequence[Judged], count: int = 10) -> list[Json]:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLoss:
-    """Teacher-forced, over one conversation's supervised tokens: summed loss (nats), tokens, right first
-    guesses."""
+    """Teacher-forced, over a conversation's supervised tokens: summed loss (nats), tokens, right first guesses."""
 
     where: str
     loss: float

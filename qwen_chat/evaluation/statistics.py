@@ -85,15 +85,11 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired | None:
         return None
     changed = differences[differences != 0]
     if set(np.unique(changed)) <= {-1.0, 1.0}:
-        p = _binomial_p(int((changed > 0).sum()), len(changed))
+        n, successes = len(changed), int((changed > 0).sum())
+        tail = sum(math.comb(n, k) for k in range(min(successes, n - successes) + 1))
+        p = float(min(1.0, 2 * tail / 2**n))
     else:
         signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(10_000, len(changed)))
         extreme = np.abs(signs @ changed) >= abs(changed.sum()) - 1e-12
         p = float((extreme.sum() + 1) / 10_001)
     return Paired(middle.value, middle.low, middle.high, p, middle.n)
-
-
-def _binomial_p(successes: int, n: int) -> float:
-    """Two-sided p of `successes` of n at one half."""
-    tail = sum(math.comb(n, k) for k in range(min(successes, n - successes) + 1))
-    return float(min(1.0, 2 * tail / 2**n))

@@ -591,42 +591,33 @@ def load_engine(
         model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
     reason = None if lone is None else why_merged(lone)
-    # A merge is exact in float32 alone.
-    loaded = models.load_model(
-        path,
-        dtype=dtype if reason is None else "float32",
-        device="cpu",
-        trust_remote_code=trust_remote_code,
-    )
+    loading = dtype if reason is None else "float32"  # a merge is exact in float32 alone
+    loaded = models.load_model(path, dtype=loading, device="cpu", trust_remote_code=trust_remote_code)
+    model, tokenizer, decisions = loaded.model, loaded.tokenizer, loaded.decisions
     try:
-        fmt = ChatFormat(loaded.tokenizer)
+        fmt = ChatFormat(tokenizer)
     except FormatError:
         if not folders:
             raise
         fmt = None  # a base model, whose adapters bring their format along
-    ends = {*(() if fmt is None else fmt.stop_token_ids), *_end_tokens(loaded.model, loaded.tokenizer)}
-    decisions = (*loaded.decisions, *_decisions(quantize))
-    options = {
-        "stop_token_ids": ends,
-        **options,
-        "fmt": fmt,
-        "quantize": quantize,
-        "serves_base": fmt is not None,
-    }
-    if lone is None or reason is None:
-        engine = Engine(loaded.model, loaded.tokenizer, adapters=folders, decisions=decisions, **options)
-        for name in folders:
-            engine.format_of(name)  # FormatError for one that has no format, like its base
-        return engine
-    probe = loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
-    merged, difference = models.merge(models.load_adapter(loaded.model, lone), probe)
-    decisions += (
-        f"adapter merged into its base, which is not served itself; logits moved by {difference:.0e} of the largest "
-        f"({reason.partition('; ')[0]})",
-    )
-    engine = Engine(merged.to(kind), loaded.tokenizer, decisions=decisions, **options)
-    engine.name_merged(next(iter(folders)), lone)
-    engine.format_of(next(iter(folders)))
+    ends = {*(() if fmt is None else fmt.stop_token_ids), *_end_tokens(model, tokenizer)}
+    beside = None if reason else folders
+    options = {"stop_token_ids": ends, **options, "adapters": beside, "serves_base": fmt is not None}
+    if quantize is not None:
+        decisions += ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
+    if lone is not None and reason is not None:
+        probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
+        merged, difference = models.merge(models.load_adapter(model, lone), probe)
+        model = merged.to(kind)
+        decisions += (
+            "adapter merged into its base, which is not served itself; "
+            f"logits moved by {difference:.0e} of the largest ({reason.partition('; ')[0]})",
+        )
+    engine = Engine(model, tokenizer, fmt=fmt, quantize=quantize, decisions=decisions, **options)
+    for name, folder in folders.items():
+        if reason is not None:
+            engine.name_merged(name, folder)
+        engine.format_of(name)  # FormatError for one that has no format, like its base
     return engine
 
 
@@ -658,12 +649,6 @@ def _failed_choice(error: Exception) -> TokenEvent:
 
 def _failure(error: str, fault: Fault = "engine") -> TokenEvent:
     return TokenEvent(finish_reason="error", error=error, fault=fault)
-
-
-def _decisions(quantize: str | None) -> tuple[str, ...]:
-    if quantize is None:
-        return ()
-    return ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

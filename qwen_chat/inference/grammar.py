@@ -45,63 +45,52 @@ class GrammarTokenizer:
         self._known: dict[Grammar, LLMatcher] = {}
         self._refused: dict[bytes, str] = {}  # by the hash of the grammar: a text of megabytes is not kept
         self._trial = GrammarTrial()
-        self._limits = LLParserLimits(**LIMITS)
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """Raises ToolError where the schema cannot be satisfied, is not understood, or is too complex;
-        GrammarLate where the machine is too busy to find out."""
-        matcher = self._copy(grammar)
-        if matcher is None:
-            self._check(grammar)
-            fresh = LLMatcher(
-                self._prepared(), grammar.complete(self._tokens), log_level=0, limits=self._limits
-            )
-            fresh.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
-            if fresh.is_error():
-                raise ToolError(_problem(fresh.get_error()))
-            with self._lock:
-                self._known[grammar] = fresh
-                while len(self._known) > _KEPT:
-                    self._known.pop(next(iter(self._known)))
-                matcher = fresh.deep_copy()
-        return Matcher(matcher, self._vocabulary)
+        """A grammar that was met lately is copied, with all that its automaton has learnt.
+
+        Raises ToolError where the schema cannot be satisfied, is not understood, or is too complex; GrammarLate
+        where the machine is too busy to find out.
+        """
+        with self._lock:
+            known = self._known.get(grammar)
+        if known is None:
+            known = self._compiled(grammar)
+        with self._lock:
+            self._known.pop(grammar, None)
+            self._known[grammar] = known
+            while len(self._known) > _KEPT:
+                self._known.pop(next(iter(self._known)))
+            return Matcher(known.deep_copy(), self._vocabulary)
 
     def close(self) -> None:
         """End the process that tries grammars; the next new grammar starts it again."""
         self._trial.close()
 
-    def _prepared(self) -> LLTokenizer:
-        with self._preparing:
-            if self._tokenizer is None:
-                self._tokenizer = from_tokenizer(
-                    self._source, n_vocab=self._vocabulary, eos_token=list(self._end_tokens)
-                )
-            return self._tokenizer
-
-    def _copy(self, grammar: Grammar) -> LLMatcher | None:
-        """A grammar that was met lately is copied, with all that its automaton has learnt."""
-        with self._lock:
-            known = self._known.pop(grammar, None)
-            if known is None:
-                return None
-            self._known[grammar] = known
-            return known.deep_copy()
-
-    def _check(self, grammar: Grammar) -> None:
-        """Raise ToolError where the trial refuses the grammar, or has refused it before."""
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        """Tried in the other process before, unless that has refused it once."""
         source = grammar.complete({})
         key = hashlib.sha256(source.encode(errors="surrogatepass")).digest()
         # The trial's vocabulary has no tags; what they are there makes no difference to what a schema costs.
         problem = self._refused.get(key) or self._trial.problem(source)
-        if problem is None:
-            return
         if problem == LATE:
             raise GrammarLate(f"the schema is not known to be usable: {LATE}")
-        with self._lock:
-            self._refused[key] = problem
-            while len(self._refused) > _REFUSED:
-                self._refused.pop(next(iter(self._refused)))
-        raise ToolError(_problem(problem))
+        if problem is not None:
+            with self._lock:
+                self._refused[key] = problem
+                while len(self._refused) > _REFUSED:
+                    self._refused.pop(next(iter(self._refused)))
+            raise ToolError(_problem(problem))
+        with self._preparing:
+            if self._tokenizer is None:
+                ends = list(self._end_tokens)
+                self._tokenizer = from_tokenizer(self._source, n_vocab=self._vocabulary, eos_token=ends)
+        limits = LLParserLimits(**LIMITS)
+        compiled = LLMatcher(self._tokenizer, grammar.complete(self._tokens), log_level=0, limits=limits)
+        compiled.compute_bitmask()  # the first is slow (tens of ms): here it holds up no other request
+        if compiled.is_error():
+            raise ToolError(_problem(compiled.get_error()))
+        return compiled
 
 
 def _problem(error: str) -> str:

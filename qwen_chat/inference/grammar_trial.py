@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 # Of the parser and its lexer, here and where the grammar is used. The defaults allow 250,000 states, half a
 # gigabyte, and an honest schema has a few thousand.
@@ -50,21 +50,29 @@ class GrammarTrial:
     def problem(self, source: str) -> str | None:
         """What is wrong with a grammar in llguidance's Lark dialect; None where it may be used. LATE where the
         machine was too busy to say."""
-        cpu = max(
-            self._cpu_seconds, min(self._cpu_seconds + CPU_SECONDS_PER_BYTE * len(source), MOST_CPU_SECONDS)
-        )
+        longer = self._cpu_seconds + CPU_SECONDS_PER_BYTE * len(source)
+        cpu = max(self._cpu_seconds, min(longer, MOST_CPU_SECONDS))
         task = {"source": source, "cpu": cpu, "memory": self._memory_bytes}
         line = json.dumps(task).encode() + b"\n"
         with self._lock:
             for _ in range(2):  # a process that somebody ended meanwhile is started once more
-                process = self._running()
+                if self._process is None or self._process.poll() is not None:
+                    self._process = subprocess.Popen(
+                        # -P: our folder is no place to import from
+                        [sys.executable, "-P", str(Path(__file__).resolve())],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,  # Rust tells there that memory ran out
+                        start_new_session=True,  # Ctrl-C is for us
+                    )
+                    # At the end of this object, or of the program.
+                    weakref.finalize(self, _end, self._process)
                 try:
-                    answer = _ask(process, line)
+                    answer = _ask(self._process, line)
                 except OSError:
                     answer = b""
                 if answer:
-                    found: str | None = json.loads(answer)["problem"]
-                    return found
+                    return cast(str | None, json.loads(answer)["problem"])
                 self.close()
         return LATE
 
@@ -73,22 +81,6 @@ class GrammarTrial:
         process, self._process = self._process, None
         if process is not None:
             _end(process)
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    str(Path(__file__).resolve()),
-                ],  # -P: our folder is no place to import from
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # Rust tells there that memory ran out
-                start_new_session=True,  # Ctrl-C is for us
-            )
-            weakref.finalize(self, _end, self._process)  # at the end of this object, or of the program
-        return self._process
 
 
 def _ask(process: subprocess.Popen[bytes], line: bytes) -> bytes:
@@ -100,9 +92,8 @@ def _ask(process: subprocess.Popen[bytes], line: bytes) -> bytes:
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while not answer.endswith(b"\n"):
-            piece = (
-                os.read(process.stdout.fileno(), 65_536) if selector.select(until - time.monotonic()) else b""
-            )
+            came = selector.select(until - time.monotonic())
+            piece = os.read(process.stdout.fileno(), 65_536) if came else b""
             if not piece:
                 return b""
             answer += piece

@@ -10,20 +10,15 @@ default multiplication changes its order of summation with the number of rows.
 from __future__ import annotations
 
 import warnings
-from typing import Literal, Protocol
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
 from qwen_chat.errors import OptionError
 
-Quantize = Literal["int8"]
-
-
-class Linear(Protocol):
-    """x (rows, in) -> (rows, out)."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+# x (rows, in) -> (rows, out)
+Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -68,13 +63,11 @@ class FloatLinear:
 
 
 class Int8Linear:
-    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest
-    magnitude).
+    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
 
-    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two
-    products of 7 and 8 bits fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole
-    numbers and give the same bits: fbgemm's is the fast one for few rows, `_int_mm` on AMX tiles for many (it
-    wants more than 16).
+    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two products of 7
+    and 8 bits fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole numbers and give the same
+    bits: fbgemm's is the fast one for few rows, `_int_mm` on AMX tiles for many (it wants more than 16).
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -86,7 +79,12 @@ class Int8Linear:
         self._levels, self._zero = (127, 128) if wide else (63, 64)
         self._many = whole.t() if torch.cpu._is_amx_tile_supported() else None
         self._tiny = torch.tensor(1e-12)  # a row of zeros is divided by something
-        self._few = _pack(whole, self._scale)
+        # fbgemm's own layout. The ops that take it are marked as leaving torch one day; requirements pin torch.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(len(whole), dtype=torch.long)
+            packed = torch._make_per_channel_quantized_tensor(whole, self._scale.double(), zeros, 0)
+            self._few: object = torch.ops.quantized.linear_prepack(packed, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         kind, x = x.dtype, x.float()
@@ -102,13 +100,3 @@ class Int8Linear:
             )
         y.mul_(scale)
         return (y if self._bias is None else y.add_(self._bias)).to(kind)
-
-
-def _pack(whole: torch.Tensor, scale: torch.Tensor) -> object:
-    """fbgemm's own layout of an int8 weight. The ops that take it are marked as leaving torch one day;
-    requirements pin torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(weight, None)

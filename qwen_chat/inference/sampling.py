@@ -77,8 +77,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The token taken; where asked for, its log probability and the most likely (id, log probability)
-    pairs."""
+    """The token taken; where asked for, its log probability and the most likely (id, log probability) pairs."""
 
     token_id: int
     logprob: float | None = None
@@ -107,7 +106,9 @@ class Sampler:
         self.note(token)
         if request.logprobs is None:
             return Choice(token)
-        return _with_logprobs(token, logits, request.logprobs)
+        logprobs = logits.float().log_softmax(0)
+        values, ids = logprobs.topk(min(request.logprobs, len(logprobs)))
+        return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def note(self, token: int) -> None:
         """Count a token that was taken, and move the grammar on."""
@@ -116,13 +117,11 @@ class Sampler:
             self.matcher.consume(token)
 
     def _biased(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties and logit_bias. Sources: Keskar et al. 2019 (CTRL) for repetition; OpenAI's API
-        reference else."""
+        """Penalties and logit_bias. Sources: Keskar et al. 2019 (CTRL) for repetition; else OpenAI's API reference."""
         request = self.request
         if request.repetition_penalty != 1:
             seen = torch.unique(torch.cat((self._prompt, torch.tensor(list(self._counts), dtype=torch.long))))
-            penalty = request.repetition_penalty
-            taken = logits[seen]
+            penalty, taken = request.repetition_penalty, logits[seen]
             logits = logits.index_copy(0, seen, torch.where(taken > 0, taken / penalty, taken * penalty))
         if self._counts and (request.presence_penalty or request.frequency_penalty):
             ids = torch.tensor(list(self._counts), dtype=torch.long)
@@ -175,9 +174,3 @@ class Sampler:
         if request.min_p > 0:
             keep &= probabilities >= request.min_p * probabilities[0]
         return ids[keep], probabilities[keep]
-
-
-def _with_logprobs(token: int, logits: torch.Tensor, count: int) -> Choice:
-    logprobs = logits.float().log_softmax(0)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

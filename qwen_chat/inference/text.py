@@ -31,8 +31,7 @@ class TokenText:
         self._bytes |= dict.fromkeys(tokenizer.all_special_ids, b"")
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; empty for special tokens and for ids the vocabulary leaves
-        unused."""
+        """The bytes that a token stands for; none for special tokens and for ids that the vocabulary leaves unused."""
         known = self._bytes.get(token_id)
         if known is None:
             piece = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -48,16 +47,11 @@ class TokenText:
         return raw.decode("utf-8", errors="replace"), raw
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character of each byte in a byte-level vocabulary. Source: GPT-2's byte-to-unicode
-    table."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+# The printable character of each byte in a byte-level vocabulary. Source: GPT-2's byte-to-unicode table.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
 
 
 class StopText:
@@ -84,8 +78,12 @@ class StopText:
             shown = self._show(min(found))
             self._held = ""
             return shown, True
-        keep = max(_overlap(self._held, text) for text in self._stop)
-        return self._show(len(self._held) - keep), False
+        # The longest beginning of a stop string with which the text ends.
+        held = self._held
+        keep = max(
+            k for text in self._stop for k in range(min(len(text), len(held) + 1)) if held.endswith(text[:k])
+        )
+        return self._show(len(held) - keep), False
 
     def finish(self) -> str:
         """What was held back and turns out to be text. A character that was cut in the middle stays out."""
@@ -95,11 +93,3 @@ class StopText:
         shown, self._held = self._held[:count], self._held[count:]
         self.shown += count
         return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, shorter than `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0

@@ -27,12 +27,9 @@ class Admission:
         if count > self.places:
             raise bad_value("n", f"Invalid 'n': {count} choices never fit the queue of {self.places}.")
         if self.taken + count > self.places:
-            raise APIError(
-                429,
-                f"Too many requests: {self.taken} of {self.places} places are taken. Try again later.",
-                code="rate_limit_exceeded",
-                retry_after=max(1, min(60, math.ceil(self._seconds))),
-            )
+            text = f"Too many requests: {self.taken} of {self.places} places are taken. Try again later."
+            seconds = max(1, min(60, math.ceil(self._seconds)))
+            raise APIError(429, text, code="rate_limit_exceeded", retry_after=seconds)
         self.taken += count
         began = time.monotonic()
 

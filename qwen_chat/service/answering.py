@@ -6,7 +6,6 @@ for a request before it has its place: what is turned away costs nothing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 from qwen_chat.errors import ModelError, ToolError
@@ -54,16 +53,14 @@ class Answering:
             release(False)
             raise
         work = Work(
-            job,
-            generations,
+            job=job,
+            generations=generations,
             record=record,
             metrics=self._metrics,
-            release=functools.partial(release, True),
+            release=lambda: release(True),
             log_reply=self._settings.log_prompts,
         )
-        return Delivery(
-            work, write_seconds=self._settings.write_seconds, quiet_seconds=self._settings.quiet_seconds
-        )
+        return Delivery(work, self._settings)
 
     def check(self) -> None:
         """Raise APIError 503 where prompts have not been prepared for too long."""
@@ -80,26 +77,23 @@ class Answering:
                 generations.append(self._engine.submit(request))  # noqa: PERF401
         except BaseException as error:
             _cancel(generations)
-            raise _as_answer(error) from error
+            if isinstance(error, ToolError):
+                raise APIError(400, f"Invalid schema: {error}.", code="invalid_value") from error
+            if isinstance(error, PromptTooLong):
+                raise too_long(error.context, error.prompt_tokens, None) from error
+            # Its adapter was unloaded a moment ago.
+            if isinstance(error, ModelError):
+                text = "The model does not exist any more."
+                raise APIError(404, text, param="model", code="model_not_found") from error
+            if isinstance(error, EngineStopped):
+                raise engine_unavailable() from error
+            if isinstance(error, GrammarLate):
+                text = f"The request was not prepared: {error}."
+                raise APIError(503, text, code="overloaded", retry_after=10) from error
+            raise
         return generations
 
 
 def _cancel(generations: Sequence[Generation]) -> None:
     for generation in generations:
         generation.cancel()
-
-
-def _as_answer(error: BaseException) -> BaseException:
-    """What a client is told of an error that `Engine.submit` raises."""
-    if isinstance(error, ToolError):
-        return APIError(400, f"Invalid schema: {error}.", code="invalid_value")
-    if isinstance(error, PromptTooLong):
-        return too_long(error.context, error.prompt_tokens, None)
-    # Its adapter was unloaded a moment ago.
-    if isinstance(error, ModelError):
-        return APIError(404, "The model does not exist any more.", param="model", code="model_not_found")
-    if isinstance(error, EngineStopped):
-        return engine_unavailable()
-    if isinstance(error, GrammarLate):
-        return APIError(503, f"The request was not prepared: {error}.", code="overloaded", retry_after=10)
-    return error

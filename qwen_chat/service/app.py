@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +24,7 @@ from qwen_chat.inference.engine import Engine
 from qwen_chat.service import protocol
 from qwen_chat.service.admission import Admission
 from qwen_chat.service.answering import Answering
-from qwen_chat.service.body import BodyT, read_request
+from qwen_chat.service.body import read_request
 from qwen_chat.service.catalog import Catalog
 from qwen_chat.service.engine_watch import EngineWatch
 from qwen_chat.service.errors import APIError, bad_value
@@ -109,26 +110,16 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body, wanted = await self._read(request, protocol.ChatRequest)
+        body, wanted = await read_request(request, protocol.ChatRequest, self._settings)
         _record(request).ignored = wanted.ignored
-        return await self._answer(
-            request,
-            wanted,
-            lambda model, deadline: chat_job(wanted, body, model, deadline),
-            prompt=body["messages"],
-            choices=wanted.choices,
-        )
+        prepare = partial(chat_job, wanted, body)
+        return await self._answer(request, wanted, prepare, prompt=body["messages"], choices=wanted.choices)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body, wanted = await self._read(request, protocol.CompletionRequest)
-        return await self._answer(
-            request,
-            wanted,
-            lambda model, deadline: completion_job(wanted, model, deadline),
-            prompt=body["prompt"],
-            choices=wanted.choices * len(wanted.prompts),
-        )
+        body, wanted = await read_request(request, protocol.CompletionRequest, self._settings)
+        prepare, choices = partial(completion_job, wanted), wanted.choices * len(wanted.prompts)
+        return await self._answer(request, wanted, prepare, prompt=body["prompt"], choices=choices)
 
     async def _answer(
         self,
@@ -145,9 +136,7 @@ class Service:
         if self._settings.log_prompts:
             record.prompt = prompt
         self._watch.check()
-        return await self._answering.answer(
-            record, lambda deadline: prepare(model, deadline), choices=choices
-        )
+        return await self._answering.answer(record, partial(prepare, model), choices=choices)
 
     # --- models and adapters ---
 
@@ -163,16 +152,15 @@ class Service:
     async def load_adapter(self, request: Request) -> Response:
         """POST /v1/load_lora_adapter."""
         self._check_manages_adapters()
-        _, wanted = await self._read(request, protocol.LoadAdapterRequest)
-        await self._catalog.load_adapter(
-            wanted.lora_name, Path(wanted.lora_path), request_id=_record(request).id
-        )
+        _, wanted = await read_request(request, protocol.LoadAdapterRequest, self._settings)
+        folder = Path(wanted.lora_path)
+        await self._catalog.load_adapter(wanted.lora_name, folder, request_id=_record(request).id)
         return _ok(protocol.AdapterChange(lora_name=wanted.lora_name, status="loaded"))
 
     async def unload_adapter(self, request: Request) -> Response:
         """POST /v1/unload_lora_adapter."""
         self._check_manages_adapters()
-        _, wanted = await self._read(request, protocol.UnloadAdapterRequest)
+        _, wanted = await read_request(request, protocol.UnloadAdapterRequest, self._settings)
         self._catalog.unload_adapter(wanted.lora_name)
         return _ok(protocol.AdapterChange(lora_name=wanted.lora_name, status="unloaded"))
 
@@ -185,7 +173,7 @@ class Service:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
-        body, wanted = await self._read(request, protocol.TokenizeRequest)
+        body, wanted = await read_request(request, protocol.TokenizeRequest, self._settings)
         model = self._catalog.served(wanted.model)
 
         def answer() -> str:
@@ -204,7 +192,7 @@ class Service:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
-        _, wanted = await self._read(request, protocol.DetokenizeRequest)
+        _, wanted = await read_request(request, protocol.DetokenizeRequest, self._settings)
         model = self._catalog.served(wanted.model)
         worst = max(wanted.tokens, default=0)
         if worst >= model.vocabulary:
@@ -260,11 +248,6 @@ class Service:
             "log_lines_lost": self._log.lost if self._log else 0,
             "log_lines_withheld": self._log.withheld if self._log else 0,
         }
-
-    async def _read(self, request: Request, kind: type[BodyT]) -> tuple[Json, BodyT]:
-        return await read_request(
-            request, kind, most_bytes=self._settings.max_body_bytes, seconds=self._settings.body_seconds
-        )
 
 
 def _record(request: Request) -> RequestRecord:

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from qwen_chat.conversation import Json
 from qwen_chat.service.errors import APIError, from_validation, not_json
+from qwen_chat.service.settings import ServiceSettings
 
 # Keys of one JSON object: each unknown one costs an error to find and to describe.
 MOST_KEYS = 2048
@@ -27,35 +28,25 @@ DISCARD_SECONDS = 5.0
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-async def read_request(
-    request: Request, kind: type[BodyT], *, most_bytes: int, seconds: float
-) -> tuple[Json, BodyT]:
-    """The body as it came, and as a valid request; raise APIError 400, 408, 413 or 415."""
-    body = await read_json(request, most_bytes=most_bytes, seconds=seconds)
+async def read_request(request: Request, kind: type[BodyT], settings: ServiceSettings) -> tuple[Json, BodyT]:
+    """The body as it came, and as a valid request; raise APIError 400, 408, 413 or 415.
+
+    Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        text = "Unsupported media type; send 'Content-Type: application/json'."
+        raise APIError(415, text, code="unsupported_media_type")
+    raw = await read_body(request, most_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+    try:
+        # Half a millisecond a megabyte and more: a large body does not hold up the event loop.
+        body = await asyncio.to_thread(_parse, raw) if len(raw) > 2**16 else _parse(raw)
+    except ValueError as error:
+        raise not_json(str(error)) from None
     try:
         return cast(Json, body), kind.model_validate(body)
     except ValidationError as error:
         raise from_validation(error, body) from None
-
-
-async def read_json(request: Request, *, most_bytes: int, seconds: float) -> object:
-    """The body as JSON values; raise APIError 400, 408, 413 or 415.
-
-    Numbers must be finite, text valid UTF-8 without lone surrogates, nesting at most 200 deep.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise APIError(
-            415,
-            "Unsupported media type; send 'Content-Type: application/json'.",
-            code="unsupported_media_type",
-        )
-    body = await read_body(request, most_bytes=most_bytes, seconds=seconds)
-    try:
-        # Half a millisecond a megabyte and more: a large body does not hold up the event loop.
-        return await asyncio.to_thread(_parse, body) if len(body) > 2**16 else _parse(body)
-    except ValueError as error:
-        raise not_json(str(error)) from None
 
 
 def _parse(body: bytes) -> object:
@@ -110,11 +101,8 @@ async def _receive(request: Request) -> tuple[bytes, bool]:
 
 
 def _too_large(most_bytes: int) -> APIError:
-    return APIError(
-        413,
-        f"The request body is larger than {most_bytes} bytes, the most allowed.",
-        code="request_too_large",
-    )
+    text = f"The request body is larger than {most_bytes} bytes, the most allowed."
+    return APIError(413, text, code="request_too_large")
 
 
 async def _discard(request: Request) -> None:

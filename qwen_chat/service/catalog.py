@@ -74,13 +74,8 @@ class Catalog:
         if name in (self._base, ANY_MODEL, *self._engine.adapters):
             raise bad_value("lora_name", f"Invalid 'lora_name': '{name}' is loaded already; unload it first.")
         if name in self._loading:
-            raise APIError(
-                409,
-                f"The adapter '{name}' is being loaded by another request; GET /v1/models shows when it is there.",
-                param="lora_name",
-                code="adapter_loading",
-                retry_after=1,
-            )
+            text = f"The adapter '{name}' is being loaded by another request; GET /v1/models shows when it is there."
+            raise APIError(409, text, param="lora_name", code="adapter_loading", retry_after=1)
         self._loading.add(name)
         running = self._workers.submit(lambda: self._engine.load_adapter(name, folder))
         running.add_done_callback(lambda _: self._loading.discard(name))

@@ -37,15 +37,12 @@ _REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "
 _MOST_VERDICTS = 4096
 
 # What llguidance has no rules for, and what says nothing of a value.
-_UNHELD = frozenset(
-    ("uniqueItems", "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames")
-) | frozenset(
-    ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties")
-)
-_UNHELD = _UNHELD | {"$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$schema"}
-_FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-)
+_UNHELD = {
+    *("uniqueItems", "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames"),
+    *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties"),
+    *("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$schema"),
+}
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 # Keywords whose value is name -> schema.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _NESTED = ("items", "additionalProperties", "additionalItems", "anyOf", "allOf", "oneOf", "prefixItems")
@@ -53,33 +50,9 @@ _NESTED = ("items", "additionalProperties", "additionalItems", "anyOf", "allOf",
 _UNHELD_PATTERN = re.compile(r"\(\?(?:[=!]|<[=!])|\\[bB1-9]")
 
 
-class _Verdicts:
-    """What was found of the schemas that came lately, by their content."""
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, tuple[int, SchemaFault | None]] = {}
-        self._lock = threading.Lock()
-
-    def of(self, schema: Json, *, bound: bool) -> tuple[int, SchemaFault | None]:
-        """Nodes of a schema, and what is wrong with it."""
-        try:
-            # In version 2 equal values give equal bytes.
-            content = marshal.dumps(schema, 2)
-        except ValueError:
-            return 0, (f"a schema nested more than {SCHEMA_DEPTH} deep is too large", "schema_too_large")
-        key = hashlib.sha256(content).digest() + bytes([bound])
-        with self._lock:
-            found = self._known.pop(key, None)
-        if found is None:
-            found = _verdict_on(schema, bound)
-        with self._lock:
-            self._known[key] = found
-            while len(self._known) > _MOST_VERDICTS:
-                self._known.pop(next(iter(self._known)))
-        return found
-
-
-_VERDICTS = _Verdicts()
+# What was found of the schemas that came lately, by the hash of their content.
+_VERDICTS: dict[bytes, tuple[int, SchemaFault | None]] = {}
+_LOCK = threading.Lock()
 
 
 def check_schemas(schemas: Sequence[tuple[str, Json, bool]]) -> None:
@@ -87,7 +60,7 @@ def check_schemas(schemas: Sequence[tuple[str, Json, bool]]) -> None:
     or has a keyword that a grammar would unroll without end."""
     total = 0
     for param, schema, bound in schemas:
-        nodes, problem = _VERDICTS.of(schema, bound=bound)
+        nodes, problem = _verdict(schema, bound)
         total += nodes
         if total > MOST_SCHEMA_NODES:
             problem = f"the schemas have over {MOST_SCHEMA_NODES} parts together", "schema_too_large"
@@ -100,7 +73,16 @@ def held(schema: Any) -> Any:
     """The part of a schema that a grammar holds: all that `schema` allows is allowed, and perhaps more."""
     if not isinstance(schema, dict):
         return schema
-    kept = {key: value for key, value in schema.items() if key not in _UNHELD and not _is_unheld(key, value)}
+    kept = {}
+    for key, value in schema.items():
+        if key == "pattern":
+            loose = isinstance(value, str) and (_UNHELD_PATTERN.search(value) or _is_large(value))
+        elif key == "format":
+            loose = value not in _FORMATS
+        else:
+            loose = key in _UNHELD or (key in _REPEATS and _is_much(value))
+        if not loose:
+            kept[key] = value
     # One of several, where a grammar knows only any of them.
     if "oneOf" in kept:
         choices = kept.pop("oneOf")
@@ -116,20 +98,28 @@ def held(schema: Any) -> Any:
     return kept
 
 
-def _is_unheld(key: str, value: object) -> bool:
-    if key in _REPEATS:
-        return isinstance(value, int | float) and value > LARGEST_REPEAT
-    if key == "pattern":
-        return isinstance(value, str) and (_UNHELD_PATTERN.search(value) is not None or _is_large(value))
-    return key == "format" and value not in _FORMATS
-
-
-def _verdict_on(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
-    nodes, problem = _measure(schema, bound)
-    if problem is None and (error := schema_error(schema)) is not None:
-        place = "/".join(str(part) for part in error.absolute_path)
-        problem = f"{error.message[:200]} (at '{place[:200]}')", "invalid_value"
-    return nodes, problem
+def _verdict(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
+    """Nodes of a schema, and what is wrong with it."""
+    try:
+        # In version 2 equal values give equal bytes.
+        content = marshal.dumps(schema, 2)
+    except ValueError:
+        return 0, (f"a schema nested more than {SCHEMA_DEPTH} deep is too large", "schema_too_large")
+    key = hashlib.sha256(content).digest() + bytes([bound])
+    with _LOCK:
+        found = _VERDICTS.get(key)
+    if found is None:
+        nodes, problem = _measure(schema, bound)
+        if problem is None and (error := schema_error(schema)) is not None:
+            place = "/".join(str(part) for part in error.absolute_path)
+            problem = f"{error.message[:200]} (at '{place[:200]}')", "invalid_value"
+        found = nodes, problem
+    with _LOCK:
+        _VERDICTS.pop(key, None)
+        _VERDICTS[key] = found
+        while len(_VERDICTS) > _MOST_VERDICTS:
+            _VERDICTS.pop(next(iter(_VERDICTS)))
+    return found
 
 
 def _measure(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
@@ -144,27 +134,26 @@ def _measure(schema: Json, bound: bool) -> tuple[int, SchemaFault | None]:
         if nodes > SCHEMA_NODES:
             return nodes, (f"a schema of {SCHEMA_NODES} parts is too large", "schema_too_large")
         if isinstance(value, dict):
-            if bound and (problem := _keywords(value)) is not None:
-                return nodes, (problem, "schema_too_large")
+            if bound and _is_large(value.get("pattern")):
+                return nodes, ("its regular expression is too large", "schema_too_large")
+            for key in _REPEATS:
+                if bound and _is_much(value.get(key)):
+                    text = f"'{key}' is {value[key]}; at most {LARGEST_REPEAT}"
+                    return nodes, (text, "schema_too_large")
             waiting += [(child, depth + 1) for child in value.values()]
         elif isinstance(value, list):
             waiting += [(child, depth + 1) for child in value]
     return nodes, None
 
 
-def _keywords(node: Json) -> str | None:
-    pattern = node.get("pattern")
-    if isinstance(pattern, str) and _is_large(pattern):
-        return "its regular expression is too large"
-    for key in _REPEATS:
-        value = node.get(key)
-        if isinstance(value, int | float) and value > LARGEST_REPEAT:
-            return f"'{key}' is {value}; at most {LARGEST_REPEAT}"
-    return None
+def _is_much(repeat: object) -> bool:
+    return isinstance(repeat, int | float) and repeat > LARGEST_REPEAT
 
 
-def _is_large(pattern: str) -> bool:
+def _is_large(pattern: object) -> bool:
     """Whether a regular expression is long, or repeats inside repeats too often."""
+    if not isinstance(pattern, str):
+        return False
     if len(pattern) > PATTERN_LENGTH:
         return True
     counts = re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", pattern)))

@@ -57,7 +57,11 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         patient = PatientTransport(transport, self.loop, write_seconds=self.write_seconds, close=self._close)
         super().connection_made(patient)
-        if not self._is_one_too_many():
+        most = min(self.most_connections, connections_allowed())
+        peer = self.client[0] if self.client else ""
+        clients = [getattr(other, "client", None) for other in self.connections]
+        theirs = sum(client is not None and client[0] == peer for client in clients)
+        if len(self.connections) <= most and theirs * 2 <= most:
             self._wait_for_headers()
             return
         say_rarely("too many connections", f"over {len(self.connections) - 1} connections: more are refused")
@@ -96,30 +100,18 @@ class PatientProtocol(H11Protocol):
         text = "The request is not valid HTTP/1.1, or its headers are too large."
         self._refuse(APIError(400, text, code="invalid_http"))
 
-    def _is_one_too_many(self) -> bool:
-        most = min(self.most_connections, connections_allowed())
-        if len(self.connections) > most:
-            return True
-        if len(self.connections) * 2 <= most:
-            return False
-        peer = self.client[0] if self.client else ""
-        theirs = [
-            other for other in self.connections if (getattr(other, "client", None) or (None,))[0] == peer
-        ]
-        return len(theirs) * 2 > most
-
     def _wait_for_headers(self) -> None:
-        self._header_timer = self.loop.call_later(self.header_seconds, self._too_slow)
+        def too_slow() -> None:
+            self._header_timer = None
+            if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self._refuse(APIError(408, "The request did not arrive in time.", code="request_timeout"))
+
+        self._header_timer = self.loop.call_later(self.header_seconds, too_slow)
 
     def _stop_waiting(self) -> None:
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
-
-    def _too_slow(self) -> None:
-        self._header_timer = None
-        if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(APIError(408, "The request did not arrive in time.", code="request_timeout"))
 
     def _refuse(self, error: APIError) -> None:
         """Answer without the app, which never saw the request, and close."""
@@ -170,8 +162,6 @@ class PatientTransport(asyncio.Transport):
         self._on_close = close
         self._lingers = False
         self._written = 0
-        # What the peer had read when the write timer was started.
-        self._read_before = 0
         self._write_timer: asyncio.TimerHandle | None = None
         self._end_timer: asyncio.TimerHandle | None = None
         if hasattr(inner, "max_size"):
@@ -234,16 +224,17 @@ class PatientTransport(asyncio.Transport):
             self.inner.abort()
 
     def _watch(self) -> None:
-        self._read_before = self._written - self.inner.get_write_buffer_size()
-        self._write_timer = self._loop.call_later(self._write_seconds, self._check_reader)
+        read_before = self._written - self.inner.get_write_buffer_size()
 
-    def _check_reader(self) -> None:
-        self._write_timer = None
-        waiting = self.inner.get_write_buffer_size()
-        if waiting and self._written - waiting - self._read_before < LEAST_READ:
-            self.reset()
-        elif waiting:
-            self._watch()
+        def check() -> None:
+            self._write_timer = None
+            waiting = self.inner.get_write_buffer_size()
+            if waiting and self._written - waiting - read_before < LEAST_READ:
+                self.reset()
+            elif waiting:
+                self._watch()
+
+        self._write_timer = self._loop.call_later(self._write_seconds, check)
 
 
 def _whole_answer(error: APIError) -> bytes:

@@ -7,7 +7,7 @@ Wording and codes follow the answers of api.openai.com, which clients match on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -72,7 +72,7 @@ class APIError(Exception):
         return headers
 
 
-def bad_value(param: str, message: str, code: str | None = "invalid_value") -> APIError:
+def bad_value(param: str | None, message: str, code: str | None = "invalid_value") -> APIError:
     """400: a parameter whose value cannot be."""
     return APIError(400, message, param=param, code=code)
 
@@ -96,12 +96,8 @@ def unknown_model(name: str, known: Sequence[str], *, param: str = "model") -> A
     """404: neither the model nor one of the adapters, which are `known`."""
     names = ", ".join(f"`{echo(one)}`" for one in known[:8]) or "none"
     more = f" and {len(known) - 8} more (GET /v1/models)" if len(known) > 8 else ""
-    return APIError(
-        404,
-        f"The model `{echo(name)}` does not exist; there are {names}{more}.",
-        param=param,
-        code="model_not_found",
-    )
+    text = f"The model `{echo(name)}` does not exist; there are {names}{more}."
+    return APIError(404, text, param=param, code="model_not_found")
 
 
 def too_long(
@@ -112,17 +108,13 @@ def too_long(
     if completion is None:
         found = f"your {param} resulted in {'at least ' if at_least else ''}{prompt} tokens"
     else:
-        found = (
-            f"you requested {prompt + completion} tokens "
-            f"({prompt} in the {param}, {completion} in the completion)"
-        )
-    return APIError(
-        400,
+        both = prompt + completion
+        found = f"you requested {both} tokens ({prompt} in the {param}, {completion} in the completion)"
+    text = (
         f"This model's maximum context length is {limit} tokens. However, {found}. Please reduce the length "
-        f"of the {param} or of the completion.",
-        param=param if completion is None else "max_tokens",
-        code="context_length_exceeded",
+        f"of the {param} or of the completion."
     )
+    return bad_value(param if completion is None else "max_tokens", text, "context_length_exceeded")
 
 
 def echo(value: object) -> str:
@@ -179,6 +171,7 @@ _BOUNDS = {
     "less_than_equal": ("above maximum", "<=", "le", "above_max_value"),
     "less_than": ("above maximum", "<", "lt", "above_max_value"),
 }
+_LENGTHS = ("too_short", "too_long", "string_too_short", "string_too_long")
 
 
 def kind(value: object) -> str:
@@ -187,69 +180,35 @@ def kind(value: object) -> str:
 
 
 def _out_of_bounds(name: str | None, detail: ErrorDetails) -> APIError:
+    """A number, a text or an array that is too small or too large."""
     problem, found, context = detail["type"], detail["input"], detail["ctx"]
+    if problem == "too_short":
+        least = context["min_length"]
+        text = f"Invalid '{name}': empty array. Expected an array with minimum length {least}."
+        return bad_value(name, text, "empty_array")
+    if problem == "string_too_short":
+        least = context["min_length"]
+        text = f"Invalid '{name}': empty string. Expected a string with minimum length {least}."
+        return bad_value(name, text, "empty_string")
+    if problem == "too_long":
+        count, most = context.get("actual_length"), context["max_length"]
+        got = "" if count is None else f", but got an array with length {count} instead"
+        text = f"Invalid '{name}': array too long. Expected an array with maximum length {most}{got}."
+        return bad_value(name, text, "array_above_max_length")
+    if problem == "string_too_long":
+        length = len(found) if isinstance(found, str) else 0
+        text = (
+            f"Invalid '{name}': string too long. Expected a string with maximum length {context['max_length']}, "
+            f"but got a string with length {length} instead."
+        )
+        return bad_value(name, text, "string_above_max_length")
     side, sign, key, code = _BOUNDS[problem]
     noun = "integer" if isinstance(found, int) and isinstance(context[key], int) else "decimal"
     text = (
         f"Invalid '{name}': {noun} {side} value. "
         f"Expected a value {sign} {context[key]}, but got {echo(found)} instead."
     )
-    return APIError(400, text, param=name, code=f"{noun}_{code}")
-
-
-def _wrong_count(name: str | None, detail: ErrorDetails) -> APIError:
-    context = detail["ctx"]
-    count = context.get("actual_length")
-    if detail["type"] == "too_short":
-        text = (
-            f"Invalid '{name}': empty array. Expected an array with minimum length {context['min_length']}."
-        )
-        return APIError(400, text, param=name, code="empty_array")
-    found = "" if count is None else f", but got an array with length {count} instead"
-    text = (
-        f"Invalid '{name}': array too long. "
-        f"Expected an array with maximum length {context['max_length']}{found}."
-    )
-    return APIError(400, text, param=name, code="array_above_max_length")
-
-
-def _wrong_length(name: str | None, detail: ErrorDetails) -> APIError:
-    found, context = detail["input"], detail["ctx"]
-    if detail["type"] == "string_too_short":
-        text = (
-            f"Invalid '{name}': empty string. Expected a string with minimum length {context['min_length']}."
-        )
-        return APIError(400, text, param=name, code="empty_string")
-    length = len(found) if isinstance(found, str) else 0
-    text = (
-        f"Invalid '{name}': string too long. Expected a string with maximum length {context['max_length']}, "
-        f"but got a string with length {length} instead."
-    )
-    return APIError(400, text, param=name, code="string_above_max_length")
-
-
-def _not_among(name: str | None, detail: ErrorDetails) -> APIError:
-    context = detail["ctx"]
-    if detail["type"] == "union_tag_invalid":
-        found, allowed = context["tag"], context["expected_tags"]
-        field = str(context["discriminator"]).strip("'")
-        name = f"{name}.{field}" if name else field
-    else:
-        found, allowed = detail["input"], context["expected"]
-    text = f"Invalid value: '{echo(found)}'. Supported values are: {allowed}."
-    return APIError(400, text, param=name, code="invalid_value")
-
-
-# pydantic's name of an error -> what tells it.
-_EXPLAINED: dict[str, Callable[[str | None, ErrorDetails], APIError]] = {
-    "too_long": _wrong_count,
-    "too_short": _wrong_count,
-    "string_too_long": _wrong_length,
-    "string_too_short": _wrong_length,
-    "literal_error": _not_among,
-    "union_tag_invalid": _not_among,
-    **dict.fromkeys(_BOUNDS, _out_of_bounds),
-}
+    return bad_value(name, text, f"{noun}_{code}")
 
 
 def from_validation(error: ValidationError, body: object) -> APIError:
@@ -258,30 +217,35 @@ def from_validation(error: ValidationError, body: object) -> APIError:
     Errors of our own validators carry OpenAI's code as their type; those of no kind here cannot be.
     """
     detail = error.errors(include_url=False, include_context=True)[0]
-    problem = detail["type"]
+    problem, found, context = detail["type"], detail["input"], detail.get("ctx", {})
     name = param_name(detail["loc"], body, absent=problem == "missing")
-    if problem in _EXPLAINED:
-        return _EXPLAINED[problem](name, detail)
+    if problem in _BOUNDS or problem in _LENGTHS:
+        return _out_of_bounds(name, detail)
     shown = f"'{name}'" if name else "the request body"
+    if problem == "literal_error":
+        text = f"Invalid value: '{echo(found)}'. Supported values are: {context['expected']}."
+        return bad_value(name, text)
+    if problem == "union_tag_invalid":
+        field = context["discriminator"].strip("'")
+        text = f"Invalid value: '{echo(context['tag'])}'. Supported values are: {context['expected_tags']}."
+        return bad_value(f"{name}.{field}" if name else field, text)
     if problem == "missing":
         text = f"Missing required parameter: {shown}."
-        return APIError(400, text, param=name, code="missing_required_parameter")
+        return bad_value(name, text, "missing_required_parameter")
     if problem == "union_tag_not_found":
-        missing = f"{name}.{detail['ctx']['discriminator'].strip(chr(39))}" if name else None
+        missing = f"{name}.{context['discriminator'].strip(chr(39))}" if name else None
         text = f"Missing required parameter: '{missing}'."
-        return APIError(400, text, param=missing, code="missing_required_parameter")
+        return bad_value(missing, text, "missing_required_parameter")
     if problem == "extra_forbidden":
-        return APIError(400, f"Unknown parameter: {shown}.", param=name, code="unknown_parameter")
+        return bad_value(name, f"Unknown parameter: {shown}.", "unknown_parameter")
     if problem in _EXPECTED:
-        found = kind(detail["input"])
-        text = f"Invalid type for {shown}: expected {_EXPECTED[problem]}, but got {found} instead."
-        return APIError(400, text, param=name, code="invalid_type")
+        text = f"Invalid type for {shown}: expected {_EXPECTED[problem]}, but got {kind(found)} instead."
+        return bad_value(name, text, "invalid_type")
     if problem == "string_pattern_mismatch":
-        pattern = detail["ctx"]["pattern"]
+        pattern = context["pattern"]
         text = f"Invalid {shown}: string does not match pattern. Expected a string that matches '{pattern}'."
-        return APIError(400, text, param=name, code="invalid_value")
+        return bad_value(name, text)
     if problem in ("unsupported_parameter", "unsupported_value", "invalid_value"):
         # A check of several parameters names the one to change.
-        param = detail.get("ctx", {}).get("param", name)
-        return APIError(400, detail["msg"].replace("{param}", shown), param=param, code=problem)
-    return APIError(400, f"Invalid value for {shown}: {detail['msg']}.", param=name, code="invalid_value")
+        return bad_value(context.get("param", name), detail["msg"].replace("{param}", shown), problem)
+    return bad_value(name, f"Invalid value for {shown}: {detail['msg']}.")

@@ -45,7 +45,7 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
 }
 
 
-class Metrics:
+class Metrics(Collector):
     """Counters and histograms of one service, in a registry of their own."""
 
     def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
@@ -53,7 +53,8 @@ class Metrics:
         # A series for when each counter began doubles the text and tells nothing.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineFigures(figures))
+        self._figures = figures
+        self.registry.register(self)
         self.requests = Counter(
             "qwen_chat_requests",
             "Requests that ended, by status; 499: the client left.",
@@ -93,12 +94,8 @@ class Metrics:
             f"qwen_chat_{name}_seconds", text, ("model",), buckets=buckets, registry=self.registry
         )
 
-
-class _EngineFigures(Collector):
-    def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
-        self._figures = figures
-
     def collect(self) -> Iterable[Metric]:
+        """The engine's figures, which are asked for at each scrape."""
         for name, value in self._figures().items():
             sort, text = ENGINE_FIGURES[name]
             family = CounterMetricFamily if sort == "counter" else GaugeMetricFamily

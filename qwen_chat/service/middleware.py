@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
-import re
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_chat.service.errors import APIError, echo, shutting_down
+from qwen_chat.service.queue_bound import host_of, key_problem
 from qwen_chat.service.request_log import RequestRecord
 
 # What nginx logs for a client that closed the connection before it was answered.
@@ -36,23 +35,17 @@ MOST_HEADERS = 100
 HEADER_BYTES = 32 * 1024
 
 
+@dataclass(eq=False)
 class Journal:
     """Gives each request an id and a RequestRecord, turns what is raised into an answer, and writes the line."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        write: Callable[[dict[str, object], bool], None],
-        count: Callable[[str, int], None],
-        paths: Collection[str],
-    ) -> None:
-        """`write` takes the log's line and whether its request was admitted, `count` (endpoint, status);
-        `paths` are those counted by name."""
-        self.app = app
-        self.write = write
-        self.count = count
-        self.paths = paths
+    app: ASGIApp
+    # The log's line, and whether its request was admitted.
+    write: Callable[[dict[str, object], bool], None]
+    # The endpoint and the status.
+    count: Callable[[str, int], None]
+    # Those that are counted by name.
+    paths: Collection[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,13 +89,13 @@ class Journal:
             await error.response()(scope, receive, answer)
 
 
+@dataclass(eq=False)
 class _Sender:
     """`send` that remembers the status and adds the request's id, and the names of what did nothing."""
 
-    def __init__(self, send: Send, record: RequestRecord) -> None:
-        self.send = send
-        self.record = record
-        self.status: int | None = None
+    send: Send
+    record: RequestRecord
+    status: int | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -133,28 +126,26 @@ class Gate:
         self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            self._check(scope)
-            scope["state"]["record"].admitted = not self.digests or scope["path"] not in OPEN_PATHS
-        await self.app(scope, receive, send)
-
-    def _check(self, scope: MutableMapping[str, Any]) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if (
-            len(headers) > MOST_HEADERS
-            or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES
-        ):
+        size = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > MOST_HEADERS or size > HEADER_BYTES:
             text = f"Too many headers: at most {MOST_HEADERS} of {HEADER_BYTES} bytes together."
             raise APIError(431, text, code="headers_too_large")
         named = dict(headers)
-        host = re.sub(r":\d*$", "", named.get(b"host", b"").decode("latin-1")).lower()
-        if self.hosts is not None and host not in self.hosts:
+        if self.hosts is not None and host_of(named) not in self.hosts:
             # Stops a page in the user's own browser whose name was made to point here (DNS rebinding).
             raise APIError(403, "This service is only for its own machine.", code="host_not_allowed")
         if scope["path"] not in OPEN_PATHS:
             self._check_origin(named)
-            if self.digests:
-                self._check_key(named.get(b"authorization", b""))
+            problem = key_problem(named, self.digests) if self.digests else None
+            if problem is not None:
+                code, text = problem
+                raise APIError(401, text, code=code)
+        scope["state"]["record"].admitted = not self.digests or scope["path"] not in OPEN_PATHS
+        await self.app(scope, receive, send)
 
     def _check_origin(self, named: Mapping[bytes, bytes]) -> None:
         """A page elsewhere must not make a user's browser ask: what it sends needs no leave of ours to arrive."""
@@ -166,22 +157,8 @@ class Gate:
         host = named.get(b"host", b"").decode("latin-1")
         ours = site == b"same-origin" or (host != "" and text.partition("://")[2] == host)
         if not ours and text not in self.origins and "*" not in self.origins:
-            raise APIError(
-                403,
+            problem = (
                 f"Web pages of '{echo(text or 'another site')}' may not ask here; start the service with "
-                "--cors_origin to let them.",
-                code="origin_not_allowed",
+                "--cors_origin to let them."
             )
-
-    def _check_key(self, header: bytes) -> None:
-        scheme, _, key = header.partition(b" ")
-        if scheme.lower() != b"bearer" or not key.strip():
-            raise APIError(
-                401,
-                "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'.",
-                code="missing_api_key",
-            )
-        given = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
-        if sum(hmac.compare_digest(given, digest) for digest in self.digests) == 0:
-            raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
+            raise APIError(403, problem, code="origin_not_allowed")

@@ -2,7 +2,8 @@
 
 In: the environment (names below). Out: what our own service would answer, in OpenAI's shape: 403 for a foreign
 host, 401 without a key, 404 for a path that is not served, 429 with Retry-After beyond the bound.
-Imports nothing but the standard library: it runs in vLLM's environment, not in ours.
+Imports nothing but the standard library: it runs in vLLM's environment, not in ours. Our own service checks a
+host and a key by the same functions (middleware.py).
 
     QWEN_CHAT_MAX_REQUESTS  how many requests may be in flight
     QWEN_CHAT_KEYS          SHA-256 (hex) of each key, separated by spaces; without any, nobody is asked for one
@@ -16,7 +17,7 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 ASGIMessage = MutableMapping[str, Any]
@@ -65,7 +66,16 @@ class QueueBound:
             return
         problem = self._problem(scope)
         if problem is not None:
-            await _turn_away(send, *problem)
+            status, code, message = problem
+            kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+            sort = kind.get(status, "invalid_request_error")
+            error = {"message": message, "type": sort, "param": None, "code": code}
+            # The body was not read, so the connection ends with the answer.
+            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            if status == 429:
+                headers.append((b"retry-after", str(RETRY_AFTER).encode()))
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
         elif scope["method"] != "POST":
             await self.app(scope, receive, send)
         else:
@@ -82,19 +92,13 @@ class QueueBound:
         root = scope.get("root_path", "")
         if root and path.startswith(f"{root}/"):
             path = path[len(root) :]
-        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-        if self.hosts and host not in self.hosts:
+        if self.hosts and host_of(headers) not in self.hosts:
             return 403, "host_not_allowed", "This service is only for its own machine."
         # A browser asks beforehand (OPTIONS) without a key; nothing but its CORS answer comes of that.
         if self.keys and path not in KEYLESS and scope["method"] != "OPTIONS":
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            given = hashlib.sha256(key.strip()).digest()
-            if scheme.lower() != b"bearer" or not key.strip():
-                text = "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'."
-                return 401, "missing_api_key", text
-            # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
-            if sum(hmac.compare_digest(given, known) for known in self.keys) == 0:
-                return 401, "invalid_api_key", "Incorrect API key provided."
+            wrong = key_problem(headers, self.keys)
+            if wrong is not None:
+                return 401, *wrong
         if path not in SERVED:
             return 404, "not_found", f"Nothing is served under {path[:100]!r}."
         if scope["method"] == "POST" and self.inside >= self.most:
@@ -103,17 +107,19 @@ class QueueBound:
         return None
 
 
-async def _turn_away(send: Send, status: int, code: str, message: str) -> None:
-    """The error, in OpenAI's shape. The body was not read, so the connection ends with it."""
-    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    error = {
-        "message": message,
-        "type": kind.get(status, "invalid_request_error"),
-        "param": None,
-        "code": code,
-    }
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    if status == 429:
-        headers.append((b"retry-after", str(RETRY_AFTER).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+def host_of(headers: Mapping[bytes, bytes]) -> str:
+    """The name that the Host header gives, without its port."""
+    return re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+
+
+def key_problem(headers: Mapping[bytes, bytes], digests: Sequence[bytes]) -> tuple[str, str] | None:
+    """Code and message of what is wrong with a request's key; None where it is one of those with these SHA-256."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not key.strip():
+        text = "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'."
+        return "missing_api_key", text
+    given = hashlib.sha256(key.strip()).digest()
+    # Every key is compared, each in constant time: how long it takes tells nothing of any of them.
+    if sum(hmac.compare_digest(given, digest) for digest in digests) == 0:
+        return "invalid_api_key", "Incorrect API key provided."
+    return None

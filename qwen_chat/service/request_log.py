@@ -87,8 +87,11 @@ def json_line(record: Mapping[str, object]) -> str:
     Chinese stays readable. What is not printable (controls, line separators, zero-width and bidirectional marks)
     becomes a JSON escape, so that a parser gives back what came in.
     """
-    plain = {key: _shortened(value) for key, value in record.items()}
-    text = json.dumps(plain, ensure_ascii=False, default=str)
+    short = dict(record)
+    for key, value in record.items():
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            short[key] = f"{value[:LONGEST_TEXT]}... ({len(value)} characters)"
+    text = json.dumps(short, ensure_ascii=False, default=str)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
@@ -113,11 +116,9 @@ class RequestLog:
                 path, maxBytes=max_bytes, backupCount=kept_files, encoding="utf-8", errors="backslashreplace"
             )
         except OSError as error:
-            problem = (
-                "another service is writing it"
-                if isinstance(error, BlockingIOError)
-                else f"cannot write the service log ({error.strerror})"
-            )
+            problem = f"cannot write the service log ({error.strerror})"
+            if isinstance(error, BlockingIOError):
+                problem = "another service is writing it"
             raise OutputError(f"{path}: {problem}; name another file: --log_file") from None
         self._handler.setFormatter(logging.Formatter("%(message)s"))
         self._lock = threading.Lock()
@@ -152,7 +153,12 @@ class _OwnFile(RotatingFileHandler):
     def _open(self) -> Any:
         self.strangers = 0
         stream = open(  # noqa: SIM115  logging closes it
-            self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            errors=self.errors,
+            # For the owner alone: prompts may stand there.
+            opener=lambda path, flags: os.open(path, flags, 0o600),
         )
         # Neither /dev/null nor a pipe is ours alone.
         if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -171,14 +177,3 @@ class _OwnFile(RotatingFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.failures += 1
-
-
-def _private(path: str, flags: int) -> int:
-    """Open for the owner alone: prompts may stand there."""
-    return os.open(path, flags, 0o600)
-
-
-def _shortened(value: object) -> object:
-    if isinstance(value, str) and len(value) > LONGEST_TEXT:
-        return f"{value[:LONGEST_TEXT]}... ({len(value)} characters)"
-    return value

@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from starlette.requests import ClientDisconnect
@@ -24,6 +25,7 @@ from qwen_chat.service.metrics import Metrics
 from qwen_chat.service.prepare import Job
 from qwen_chat.service.protocol import Answer, Usage
 from qwen_chat.service.request_log import RequestRecord
+from qwen_chat.service.settings import ServiceSettings
 
 # Characters that JSON leaves as they are and at which Python's splitlines ends a line (httpx reads streams with it).
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -37,37 +39,27 @@ _STREAM_HEADERS = [
 ]
 
 
+@dataclass(eq=False, kw_only=True)
 class Work:
     """The generations of one request, and what they have come to."""
 
-    def __init__(
-        self,
-        job: Job,
-        generations: Sequence[Generation],
-        *,
-        record: RequestRecord,
-        metrics: Metrics,
-        release: Callable[[], None],
-        log_reply: bool,
-    ) -> None:
-        """`release` gives back the places in the queue; called once."""
-        self.job = job
-        self.record = record
-        self._generations = generations
-        self._metrics = metrics
-        self._release = release
-        self._log_reply = log_reply
-        self._completion_tokens = 0
-        # When the last token of each choice came.
-        self._last_token: dict[int, float] = {}
-        self._closed = False
+    job: Job
+    generations: Sequence[Generation]
+    record: RequestRecord
+    metrics: Metrics
+    # Gives back the places in the queue; called once.
+    release: Callable[[], None]
+    log_reply: bool
+    _completion_tokens: int = field(default=0, init=False)
+    # When the last token of each choice came.
+    _last_token: dict[int, float] = field(default_factory=dict, init=False)
+    _closed: bool = field(default=False, init=False)
 
     async def chunks(self) -> AsyncGenerator[Answer, None]:
         """Everything that a stream sends. Nothing comes before the first token: until then all can fail."""
         opened = False
-        async for choice, event in _merged(self._generations):
-            self._check(choice, event)
-            self._note(choice, event)
+        async for choice, event in _merged(self.generations):
+            self._take(choice, event)
             if not opened:
                 opened = True
                 for chunk in self.job.assembly.opening():
@@ -75,7 +67,7 @@ class Work:
             for chunk in self.job.assembly.event(choice, event):
                 yield chunk
             if event.finish_reason is None and self.job.assembly.is_done(choice):
-                self._generations[choice].cancel()
+                self.generations[choice].cancel()
         if self.job.include_usage:
             yield self.job.assembly.usage(self.usage())
 
@@ -94,22 +86,22 @@ class Work:
         if self._closed:
             return
         self._closed = True
-        for generation in self._generations:
+        for generation in self.generations:
             generation.cancel()
-        self._release()
+        self.release()
         record, model = self.record, self.record.model or ""
         record.prompt_tokens = self.job.prompt_tokens
         record.cached_tokens = self._cached_tokens()
         record.completion_tokens = self._completion_tokens
-        if self._log_reply:
+        if self.log_reply:
             record.reply = self.job.assembly.text()
-        self._metrics.prompt_tokens.labels(model).inc(self.job.prompt_tokens)
-        self._metrics.cached_tokens.labels(model).inc(record.cached_tokens)
-        self._metrics.generation_tokens.labels(model).inc(self._completion_tokens)
-        self._metrics.whole.labels(model).observe(time.monotonic() - record.began)
+        self.metrics.prompt_tokens.labels(model).inc(self.job.prompt_tokens)
+        self.metrics.cached_tokens.labels(model).inc(record.cached_tokens)
+        self.metrics.generation_tokens.labels(model).inc(self._completion_tokens)
+        self.metrics.whole.labels(model).observe(time.monotonic() - record.began)
 
-    def _check(self, choice: int, event: TokenEvent) -> None:
-        """Raise what ends the whole answer with an error."""
+    def _take(self, choice: int, event: TokenEvent) -> None:
+        """Count what came; raise where it ends the whole answer with an error."""
         if event.finish_reason == "error":
             if event.fault == "request":
                 raise APIError(400, f"Invalid schema: {event.error}.", code="invalid_value")
@@ -119,45 +111,45 @@ class Work:
         if event.finish_reason == "deadline" and self._completion_tokens == 0 and not event.token_ids:
             text = "No place in the batch became free in time."
             raise APIError(503, text, code="overloaded", retry_after=10)
-
-    def _note(self, choice: int, event: TokenEvent) -> None:
         now, model = time.monotonic(), self.record.model or ""
         if event.token_ids:
             if self.record.first_token is None:
                 self.record.first_token = now - self.record.began
-                self._metrics.first_token.labels(model).observe(self.record.first_token)
+                self.metrics.first_token.labels(model).observe(self.record.first_token)
             if choice in self._last_token:
                 seconds = (now - self._last_token[choice]) / len(event.token_ids)
-                self._metrics.per_token.labels(model).observe(seconds)
+                self.metrics.per_token.labels(model).observe(seconds)
             self._last_token[choice] = now
             self._completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
             self.record.finish_reason = event.finish_reason
-            self._metrics.finished.labels(model, event.finish_reason).inc()
+            self.metrics.finished.labels(model, event.finish_reason).inc()
 
     def _cached_tokens(self) -> int:
         """Each prompt counts once, as in `prompt_tokens`, however many choices it has."""
-        choices = len(self._generations) // self.job.prompts
-        cached = [generation.cached_tokens for generation in self._generations]
+        choices = len(self.generations) // self.job.prompts
+        cached = [generation.cached_tokens for generation in self.generations]
         return sum(max(cached[k : k + choices]) for k in range(0, len(cached), choices))
 
 
 class Delivery(Response):
     """Sends a Work's answer while watching whether the client is still there."""
 
-    def __init__(self, work: Work, *, write_seconds: float, quiet_seconds: float) -> None:
-        """`write_seconds`: how long one piece may stay unread before the client counts as gone. `quiet_seconds`:
-        after so long without a byte a stream carries a comment, for what stands between would cut it."""
+    def __init__(self, work: Work, settings: ServiceSettings) -> None:
+        """A client that leaves one piece unread for `settings.write_seconds` counts as gone."""
         super().__init__()
         self._work = work
-        self._write_seconds = write_seconds
-        self._quiet_seconds = quiet_seconds
+        self._settings = settings
         self._state: Literal["unsent", "streaming", "ended"] = "unsent"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write = self._stream if self._work.job.stream else self._plain
-        writer = asyncio.ensure_future(write(scope, receive, send))
-        watcher = asyncio.ensure_future(_until_left(receive))
+        async def until_left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        write = self._stream(send) if self._work.job.stream else self._plain(scope, receive, send)
+        writer = asyncio.ensure_future(write)
+        watcher = asyncio.ensure_future(until_left())
         try:
             await asyncio.wait((writer, watcher), return_when=asyncio.FIRST_COMPLETED)
             if not writer.done():
@@ -183,15 +175,15 @@ class Delivery(Response):
     async def _plain(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._work.whole()
         body = Response(answer.json_text(), media_type="application/json")
-        async with asyncio.timeout(self._write_seconds):
+        async with asyncio.timeout(self._settings.write_seconds):
             await body(scope, receive, send)
 
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stream(self, send: Send) -> None:
         async with contextlib.aclosing(self._work.chunks()) as chunks:
             coming = asyncio.ensure_future(anext(chunks, None))
             try:
                 while True:
-                    await asyncio.wait((coming,), timeout=self._quiet_seconds)
+                    await asyncio.wait((coming,), timeout=self._settings.quiet_seconds)
                     if not coming.done():
                         await self._send(send, ": keep-alive\n\n")
                         continue
@@ -218,7 +210,7 @@ class Delivery(Response):
         await self._end(send)
 
     async def _send(self, send: Send, text: str) -> None:
-        async with asyncio.timeout(self._write_seconds):
+        async with asyncio.timeout(self._settings.write_seconds):
             if self._state == "unsent":
                 await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 self._state = "streaming"
@@ -237,11 +229,6 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _until_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, TokenEvent]]:
@@ -272,6 +259,4 @@ async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int,
             else:
                 yield choice, found
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await _stop(*pumps)

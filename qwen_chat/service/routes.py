@@ -107,14 +107,10 @@ def add_routes(app: FastAPI, handlers: object) -> None:
             openapi_extra=extra,
             operation_id=endpoint.name,
         )
-    _describe_bodies(app)
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Put the request types into the OpenAPI document: we read bodies, so FastAPI does not know them."""
     plain = app.openapi
 
     def described() -> Json:
+        """The OpenAPI document with the request types: we read bodies, so FastAPI does not know them."""
         if app.openapi_schema is None:
             document = plain()
             _, definitions = models_json_schema(

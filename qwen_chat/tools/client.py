@@ -19,7 +19,7 @@ from qwen_chat.errors import ServiceError
 class HttpClient:
     """`.chat.completions.create(...)` over requests: plain dicts instead of the openai package's objects.
 
-    url: with or without a trailing /v1. With stream=True, create() gives an iterator of chunks.
+    url: with or without a trailing /v1.
     Raises ServiceError: the service cannot be reached, answered with an error, or broke off.
     """
 
@@ -29,7 +29,7 @@ class HttpClient:
         self._session = requests.Session()
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
-        self.chat = types.SimpleNamespace(completions=types.SimpleNamespace(create=self._create))
+        self.chat = types.SimpleNamespace(completions=self)
 
     def models(self) -> list[str]:
         """The models and adapters that the service lists; at least one."""
@@ -42,7 +42,8 @@ class HttpClient:
         """The first model that the service lists."""
         return self.models()[0]
 
-    def _create(self, *, stream: bool = False, **body: Any) -> Json | Iterator[Json]:
+    def create(self, *, stream: bool = False, **body: Any) -> Json | Iterator[Json]:
+        """POST /chat/completions: the answer, or with stream=True its chunks."""
         answer = self._send("POST", "/chat/completions", {**body, "stream": stream})
         return self._chunks(answer) if stream else _json(answer)
 

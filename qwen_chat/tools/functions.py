@@ -42,18 +42,16 @@ def tool_schema(function: Callable[..., Any], name: str | None = None) -> Json:
         signature = inspect.signature(function)
         hints = typing.get_type_hints(function, include_extras=True)
     except (TypeError, ValueError, NameError) as error:
-        raise ToolError(
-            f"function '{label}' has no readable signature ({error}); write the schema by hand"
-        ) from None
+        text = f"function '{label}' has no readable signature ({error}); write the schema by hand"
+        raise ToolError(text) from None
     summary, described = _docstring(inspect.getdoc(function) or "")
     properties: Json = {}
     required = []
     for parameter in signature.parameters.values():
         where = f"function '{label}', parameter '{parameter.name}'"
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ToolError(
-                f"{where}: {parameter.kind.description}; a tool is called with named arguments only"
-            )
+            text = f"{where}: {parameter.kind.description}; a tool is called with named arguments only"
+            raise ToolError(text)
         if parameter.name not in hints:
             raise ToolError(f"{where}: no type hint; write one (city: str)")
         schema = _hint_schema(hints[parameter.name], where)
@@ -64,15 +62,20 @@ def tool_schema(function: Callable[..., Any], name: str | None = None) -> Json:
         elif parameter.default is not None and isinstance(parameter.default, (str, int, float, bool)):
             schema["default"] = parameter.default
         properties[parameter.name] = schema
-    parameters = {
+    function_schema = {
+        "name": label,
+        "description": summary,
+        "parameters": _object_schema(properties, required),
+    }
+    return {"type": "function", "function": function_schema}
+
+
+def _object_schema(properties: Json, required: Sequence[str]) -> Json:
+    return {
         "type": "object",
         "properties": properties,
         "required": required,
         "additionalProperties": False,
-    }
-    return {
-        "type": "function",
-        "function": {"name": label, "description": summary, "parameters": parameters},
     }
 
 
@@ -84,62 +87,43 @@ def _hint_schema(hint: Any, where: str) -> Json:
     if origin is typing.Annotated:
         schema = _hint_schema(inside[0], where)
         for extra in inside[1:]:
-            schema |= (
-                {"description": extra} if isinstance(extra, str) else extra if isinstance(extra, dict) else {}
-            )
+            if isinstance(extra, dict):
+                schema |= extra
+            elif isinstance(extra, str):
+                schema["description"] = extra
         return schema
     if origin is Literal:
-        return _literal_schema(inside)
+        kinds = {json.dumps(PLAIN_TYPES.get(type(value), {})) for value in inside}
+        return {**(json.loads(kinds.pop()) if len(kinds) == 1 else {}), "enum": list(inside)}
     if origin in (typing.Union, types.UnionType):
         branches = [_hint_schema(branch, where) for branch in inside]
         plain = all(set(branch) == {"type"} for branch in branches)
         return {"type": [branch["type"] for branch in branches]} if plain else {"anyOf": branches}
-    if origin in (list, Sequence, set, Iterable):
+    if origin in (list, Sequence, set, Iterable) or (origin is tuple and inside[1:] == (...,)):
         return {"type": "array", "items": _hint_schema(inside[0], where)}
     if origin is tuple:
-        return _tuple_schema(inside, where)
+        items = [_hint_schema(part, where) for part in inside]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
     if origin in (dict, Mapping) and inside[0] is str:
         return {"type": "object", "additionalProperties": _hint_schema(inside[1], where)}
     if typing.is_typeddict(hint):
         fields = typing.get_type_hints(hint)
         properties = {key: _hint_schema(value, where) for key, value in fields.items()}
         required = sorted(hint.__required_keys__, key=list(fields).index)
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-    raise ToolError(
-        f"{where}: JSON has no {hint!r}; use str, int, float, bool, list, dict, Literal or a TypedDict"
-    )
-
-
-def _literal_schema(values: Sequence[Any]) -> Json:
-    kinds = {json.dumps(PLAIN_TYPES.get(type(value), {})) for value in values}
-    return {**(json.loads(kinds.pop()) if len(kinds) == 1 else {}), "enum": list(values)}
-
-
-def _tuple_schema(inside: Sequence[Any], where: str) -> Json:
-    if len(inside) == 2 and inside[1] is ...:
-        return {"type": "array", "items": _hint_schema(inside[0], where)}
-    items = [_hint_schema(part, where) for part in inside]
-    return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+        return _object_schema(properties, required)
+    text = f"{where}: JSON has no {hint!r}; use str, int, float, bool, list, dict, Literal or a TypedDict"
+    raise ToolError(text)
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph on one line, and parameter -> description (Google's `Args:` or `:param name:`)."""
+    """The first paragraph on one line, and parameter -> description (Google's `Args:` or `:param name:`).
+
+    A line under `Args:` that is indented further continues the one above.
+    """
     summary = " ".join(re.split(r"\n\s*\n|\n\s*(?:Args:|:param )", text, maxsplit=1)[0].split())
     described = {match[1]: match[2].strip() for match in re.finditer(r":param (?:\w+ )?(\w+):\s*(.+)", text)}
-    described |= _argument_lines(text.partition("\nArgs:\n")[2])
-    return summary, described
-
-
-def _argument_lines(section: str) -> dict[str, str]:
-    """The indented lines under `Args:`; a line indented further continues the one above."""
-    described: dict[str, str] = {}
     indent, name = 0, None
-    for line in section.splitlines():
+    for line in text.partition("\nArgs:\n")[2].splitlines():
         width = len(line) - len(line.lstrip())
         if line.strip() and width == 0:
             break
@@ -149,4 +133,4 @@ def _argument_lines(section: str) -> dict[str, str]:
             described[name] = entry[2].strip()
         elif name and line.strip():
             described[name] = f"{described[name]} {line.strip()}".strip()
-    return described
+    return summary, described

@@ -3,11 +3,10 @@
 In: a client with `.chat.completions.create(...)` (the openai package's, or tools/client.py's), messages, and
 a dict of Python functions. Out: `LoopResult`, the conversation with every call, result and answer in order.
 
-Nothing that a tool or a model does ends the loop with an exception: bad arguments, unknown names, a tool that
-raises, hangs or returns a megabyte become tool results which the model reads, and a model that calls for ever
-is stopped after `Limits.rounds`. Wrong use by the programmer (a tool without a function, a schema that
-nothing can satisfy) raises ToolError before the first request; a service that fails raises the client's own
-error.
+Nothing that a tool or a model does ends the loop with an exception: bad arguments, unknown names, a tool that raises,
+hangs or returns a megabyte become tool results which the model reads, and a model that calls for ever is stopped after
+`Limits.rounds`. Wrong use by the programmer (a tool without a function, a schema that nothing can satisfy) raises
+ToolError before the first request; a service that fails raises the client's own error.
 
     from qwen_chat.tools.client import HttpClient
     from qwen_chat.tools.loop import run_tools
@@ -75,8 +74,7 @@ class LoopResult:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a round's calls may take, how many characters of a result are kept, how many rounds of
-    calls."""
+    """How long a round's calls may take, how many characters of a result are kept, how many rounds there are."""
 
     seconds: float = 30.0
     characters: int = 4000
@@ -105,17 +103,21 @@ def run_tools(
     Raises ToolError for a schema that is invalid or cannot be satisfied, or that no function carries out.
     """
     limits = limits or Limits()
-    offered = (
-        [tool_schema(function, name) for name, function in functions.items()] if tools is None else tools
-    )
-    check_tools(offered, functions)
+    if tools is None:
+        tools = [tool_schema(function, name) for name, function in functions.items()]
+    check_tools(tools, functions)
     conversation = [dict(message) for message in messages]
     for number in range(1, limits.rounds + 2):
         last = number == limits.rounds + 1
         body: Json = {"model": model, "messages": conversation, **request, "stream": stream}
-        if offered:
-            choice = "none" if last else _choice(tool_choice, number)
-            body |= {"tools": list(offered), "tool_choice": choice, "parallel_tool_calls": parallel}
+        if tools:
+            if last:
+                choice: ToolChoice = "none"
+            elif callable(tool_choice):
+                choice = tool_choice(number)
+            else:
+                choice = tool_choice if number == 1 else "auto"
+            body |= {"tools": list(tools), "tool_choice": choice, "parallel_tool_calls": parallel}
         message = _ask(client, body, number, on_event)
         calls = message.get("tool_calls") or []
         if last and calls:
@@ -124,7 +126,7 @@ def run_tools(
         on_event(Event("message", number, message["content"], message))
         if not calls:
             return LoopResult(tuple(conversation), message["content"], number)
-        for result in _carry_out(calls, functions, offered, limits):
+        for result in _carry_out(calls, functions, tools, limits):
             conversation.append(result)
             on_event(Event("result", number, result["content"], result))
     reason = f"stopped after {limits.rounds} rounds of tool calls"
@@ -133,60 +135,20 @@ def run_tools(
     return LoopResult(tuple(conversation), message["content"], limits.rounds + 1, reason)
 
 
-def _choice(tool_choice: ToolChoice | Callable[[int], ToolChoice], number: int) -> ToolChoice:
-    if callable(tool_choice):
-        return tool_choice(number)
-    return tool_choice if number == 1 else "auto"
-
-
 # --------------------------------------------------------------------------- the model's turn
 
 
 def _ask(client: Client, body: Json, number: int, on_event: Callable[[Event], None]) -> Json:
-    """One request; the assistant's message as a plain dict with text content and an id on every call."""
+    """One request; the assistant's message with the fields alone that go back to a service, an id on every call."""
     answer = client.chat.completions.create(**body)
-    if not body["stream"]:
-        return _tidy(_first_choice(_plain(answer)).get("message") or {}, number)
-    return _tidy(_fold(answer, lambda piece: on_event(Event("text", number, piece))), number)
-
-
-def _first_choice(answer: Json) -> Json:
-    choices = answer.get("choices")
-    if not choices:
-        raise ServiceError(f"the service's answer has no choices: {json.dumps(answer, default=str)[:200]}")
-    return cast(Json, choices[0])
-
-
-def _fold(chunks: Iterable[Any], on_text: Callable[[str], None]) -> Json:
-    """Streamed deltas -> one message."""
-    texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
-    calls: dict[int, Json] = {}
-    for chunk in chunks:
-        for choice in _plain(chunk).get("choices") or ():  # the last chunk may carry usage alone
-            delta = choice.get("delta") or {}
-            for key, pieces in texts.items():
-                pieces.append(delta.get(key) or "")
-            if delta.get("content"):
-                on_text(delta["content"])
-            for piece in delta.get("tool_calls") or ():
-                _fold_call(calls.setdefault(piece.get("index") or 0, {"name": "", "arguments": ""}), piece)
-    message: Json = {key: "".join(pieces) for key, pieces in texts.items()}
-    message["tool_calls"] = [
-        {"id": call.get("id"), "function": {"name": call["name"], "arguments": call["arguments"]}}
-        for _, call in sorted(calls.items())
-    ]
-    return message
-
-
-def _fold_call(call: Json, piece: Json) -> None:
-    function = piece.get("function") or {}
-    call["id"] = piece.get("id") or call.get("id")
-    call["name"] += function.get("name") or ""
-    call["arguments"] += function.get("arguments") or ""
-
-
-def _tidy(message: Json, number: int) -> Json:
-    """Only the fields that go back to a service; a missing id is made up, since results name it."""
+    if body["stream"]:
+        message = _fold(answer, lambda piece: on_event(Event("text", number, piece)))
+    else:
+        answer = _plain(answer)
+        if not answer.get("choices"):
+            found = json.dumps(answer, default=str)[:200]
+            raise ServiceError(f"the service's answer has no choices: {found}")
+        message = answer["choices"][0].get("message") or {}
     plain: Json = {"role": "assistant", "content": message.get("content") or ""}
     if message.get("reasoning_content"):
         plain["reasoning_content"] = message["reasoning_content"]
@@ -202,26 +164,39 @@ def _tidy(message: Json, number: int) -> Json:
     return plain
 
 
+def _fold(chunks: Iterable[Any], on_text: Callable[[str], None]) -> Json:
+    """Streamed deltas -> one message."""
+    texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+    calls: dict[int, Json] = {}
+    for chunk in chunks:
+        for choice in _plain(chunk).get("choices") or ():  # the last chunk may carry usage alone
+            delta = choice.get("delta") or {}
+            for key, pieces in texts.items():
+                pieces.append(delta.get(key) or "")
+            if delta.get("content"):
+                on_text(delta["content"])
+            for piece in delta.get("tool_calls") or ():
+                fresh = {"id": None, "function": {"name": "", "arguments": ""}}
+                call = calls.setdefault(piece.get("index") or 0, fresh)
+                call["id"] = piece.get("id") or call["id"]
+                for key in call["function"]:
+                    call["function"][key] += (piece.get("function") or {}).get(key) or ""
+    message: Json = {key: "".join(pieces) for key, pieces in texts.items()}
+    message["tool_calls"] = [call for _, call in sorted(calls.items())]
+    return message
+
+
 def _sendable(message: Json) -> Json:
     """The message with {} for arguments that are no JSON object: no service takes them back, and the result
     says what was wrong."""
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        {
-            **call,
-            "function": {**call["function"], "arguments": _object_or_empty(call["function"]["arguments"])},
-        }
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
-
-
-def _object_or_empty(arguments: str) -> str:
-    try:
-        return arguments if isinstance(json.loads(arguments), dict) else "{}"
-    except ValueError:
-        return "{}"
+    calls = []
+    for call in message.get("tool_calls") or ():
+        try:
+            is_object = isinstance(json.loads(call["function"]["arguments"]), dict)
+        except ValueError:
+            is_object = False
+        calls.append(call if is_object else {**call, "function": {**call["function"], "arguments": "{}"}})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _plain(answer: Any) -> Json:
@@ -236,54 +211,47 @@ def _carry_out(
     calls: Sequence[Json], functions: Functions, tools: Sequence[Json], limits: Limits
 ) -> list[Json]:
     """Run a round's calls side by side; their messages in the order of the calls."""
-    waiting = [_start(call["function"], functions, tools) for call in calls]
+    boxes = []
+    for call in calls:
+        box: queue.Queue[str] = queue.Queue()
+        boxes.append(box)
+        wanted = ToolCall(call["function"]["name"], call["function"]["arguments"] or "{}")
+        problem = call_problem(wanted, tools)
+        if problem is not None:
+            box.put(_error(problem))
+            continue
+        # A thread of its own: one that hangs is left behind, for Python cannot end it.
+        work = (functions[wanted.name], json.loads(wanted.arguments), box)
+        threading.Thread(target=_call, args=work, daemon=True).start()
     deadline = time.monotonic() + limits.seconds
     messages = []
-    for call, box in zip(calls, waiting, strict=True):
+    for call, box in zip(calls, boxes, strict=True):
         try:
             text = box.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             text = _error(f"{call['function']['name']} did not answer within {limits.seconds:g} seconds")
-        messages.append(
-            {"role": "tool", "tool_call_id": call["id"], "content": _cut(text, limits.characters)}
-        )
+        text = text.encode("utf-8", "replace").decode()  # half of a character, as file names may hold
+        most = limits.characters
+        if len(text) > most:
+            text = f"{text[:most]}\n[cut: {len(text)} characters came back, the first {most} are shown]"
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
     return messages
 
 
-def _start(function: Json, functions: Functions, tools: Sequence[Json]) -> queue.Queue[str]:
-    """Begin one call in a thread of its own (a thread that hangs is left behind: Python cannot end it)."""
-    box: queue.Queue[str] = queue.Queue()
-    call = ToolCall(function["name"], function["arguments"] or "{}")
-    problem = call_problem(call, tools)
-    if problem is not None:
-        box.put(_error(problem))
-        return box
-    target, arguments = functions[call.name], json.loads(call.arguments)
-    threading.Thread(target=lambda: box.put(_call(target, arguments)), daemon=True).start()
-    return box
+def _call(function: Callable[..., Any], arguments: Json, box: queue.Queue[str]) -> None:
+    """Put the result as text into the box; whatever the tool raises, even SystemExit, is told to the model."""
 
+    async def awaited(value: Any) -> Any:
+        return await value
 
-def _call(function: Callable[..., Any], arguments: Json) -> str:
-    """The result as text; whatever the tool raises, even SystemExit, is told to the model."""
     try:
         value = function(**arguments)
         if inspect.isawaitable(value):
-            value = asyncio.run(_finish(value))
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            value = asyncio.run(awaited(value))
+        box.put(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
     except BaseException as error:
-        return _error(f"{type(error).__name__}: {error}")
-
-
-async def _finish(value: Any) -> Any:
-    return await value
+        box.put(_error(f"{type(error).__name__}: {error}"))
 
 
 def _error(text: str) -> str:
     return json.dumps({"error": text}, ensure_ascii=False)
-
-
-def _cut(text: str, characters: int) -> str:
-    text = text.encode("utf-8", "replace").decode()  # half of a character, as file names may hold
-    if len(text) <= characters:
-        return text
-    return f"{text[:characters]}\n[cut: {len(text)} characters came back, the first {characters} are shown]"

@@ -60,7 +60,7 @@ def check_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None
     except (ValueError, RecursionError) as error:
         return f"arguments of '{call.name}' are no JSON ({error}); expected the text of an object"
     if not isinstance(arguments, dict):
-        return f"arguments of '{call.name}' hold {_shown(arguments)}; expected an object"
+        return f"arguments of '{call.name}' hold {_one_line(repr(arguments))}; expected an object"
     return check_arguments(arguments, function)
 
 
@@ -91,9 +91,8 @@ def check_arguments(arguments: Mapping[str, Any], tool: Mapping[str, Any]) -> st
     except referencing.exceptions.Unresolvable as unknown:
         raise ToolError(f"tool '{name}': parameters refer to {unknown.ref!r}, which is not in them") from None
     except Exception as error:  # a schema is a program
-        raise ToolError(
-            f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
-        ) from None
+        text = f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
+        raise ToolError(text) from None
     if error is None:
         return None
     place = ".".join(str(step) for step in error.absolute_path)
@@ -128,13 +127,14 @@ def _key(schema: object, name: str) -> bytes:
     if schema is None or schema == {}:
         schema = _NO_ARGUMENTS
     if not isinstance(schema, Mapping):
-        raise ToolError(f"tool '{name}': parameters hold {_shown(schema)}; expected a JSON Schema object")
+        raise ToolError(
+            f"tool '{name}': parameters hold {_one_line(repr(schema))}; expected a JSON Schema object"
+        )
     try:
         return marshal.dumps(dict(schema), 2)  # version 2: equal values give equal bytes
     except ValueError:
-        raise ToolError(
-            f"tool '{name}': parameters are nested too deeply, or hold what is not JSON"
-        ) from None
+        text = f"tool '{name}': parameters are nested too deeply, or hold what is not JSON"
+        raise ToolError(text) from None
 
 
 def _quick(key: bytes) -> Check | None:
@@ -160,9 +160,8 @@ def _kept_library(key: bytes, name: str) -> Validator:
         validator = kind(schema, registry=referencing.Registry())
     # A schema is a program: "$schema": [] or endless depth raise what they like.
     except Exception as error:
-        raise ToolError(
-            f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
-        ) from None
+        text = f"tool '{name}': parameters: {type(error).__name__}: {_one_line(str(error))}"
+        raise ToolError(text) from None
     if wrong is not None:
         place = ".".join(["parameters", *(str(step) for step in wrong.absolute_path)])
         raise ToolError(f"tool '{name}': {place}: no JSON Schema: {_one_line(wrong.message)}")
@@ -191,12 +190,8 @@ def _certainly(schema: object, depth: int) -> Check | None:
     if "enum" not in schema:
         return _TYPES[kind]
     values = schema["enum"]
-    if (
-        kind != "string"
-        or not isinstance(values, list)
-        or not values
-        or not all(isinstance(v, str) for v in values)
-    ):
+    texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    if kind != "string" or not values or not texts:
         return None
     allowed = frozenset(values)
     return lambda value: isinstance(value, str) and value in allowed
@@ -229,10 +224,6 @@ def _certain_object(schema: Mapping[str, Any], depth: int) -> Check | None:
         return True
 
     return certain
-
-
-def _shown(value: object) -> str:
-    return _one_line(repr(value))
 
 
 def _one_line(message: str, limit: int = 200) -> str:
@@ -269,9 +260,8 @@ def check_tools(tools: Sequence[Json], functions: Collection[str] | None = None)
 def unsatisfiable(schema: Any, path: str = "parameters") -> str | None:
     """Why no value can satisfy the schema (None: nothing plain stands in the way).
 
-    Finds the contradictions that people write: crossed bounds, empty or mistyped enums, a required property
-    that is false or impossible or that `additionalProperties: false` forbids. (Deciding it for every schema
-    is not feasible.)
+    Finds the contradictions that people write: crossed bounds, empty or mistyped enums, a required property that is
+    false or impossible or that `additionalProperties: false` forbids. (Deciding it for every schema is not feasible.)
     """
     if schema is False:
         return f"{path} is false"
@@ -297,7 +287,14 @@ def unsatisfiable(schema: Any, path: str = "parameters") -> str | None:
     for i, branch in enumerate(schema.get("allOf") or ()):
         if reason := unsatisfiable(branch, f"{path}.allOf[{i}]"):
             return reason
-    return _missing_property(schema, path)
+    properties = schema.get("properties") or {}
+    for name in schema.get("required") or ():
+        if name in properties:
+            if reason := unsatisfiable(properties[name], f"{path}.{name}"):
+                return reason
+        elif schema.get("additionalProperties") is False and not schema.get("patternProperties"):
+            return f"{path} requires '{name}' and forbids it (additionalProperties is false)"
+    return None
 
 
 def _no_choice(schema: Json, path: str) -> str | None:
@@ -311,14 +308,3 @@ def _no_choice(schema: Json, path: str) -> str | None:
     except Exception:  # a $ref that does not resolve: not decided here
         return None
     return f"{path} allows none of its own values {json.dumps(values, ensure_ascii=False)[:100]}"
-
-
-def _missing_property(schema: Json, path: str) -> str | None:
-    properties = schema.get("properties") or {}
-    for name in schema.get("required") or ():
-        if name in properties:
-            if reason := unsatisfiable(properties[name], f"{path}.{name}"):
-                return reason
-        elif schema.get("additionalProperties") is False and not schema.get("patternProperties"):
-            return f"{path} requires '{name}' and forbids it (additionalProperties is false)"
-    return None

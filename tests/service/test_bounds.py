@@ -422,11 +422,9 @@ def test_what_must_hold_and_cannot_is_refused_clearly(
 
 def test_schemas_are_judged_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[Any] = []
-    judge = client_schema._verdict_on
-    monkeypatch.setattr(client_schema, "_VERDICTS", client_schema._Verdicts())
-    monkeypatch.setattr(
-        client_schema, "_verdict_on", lambda one, bound: judged.append(one) or judge(one, bound)
-    )
+    judge = client_schema._measure
+    monkeypatch.setattr(client_schema, "_VERDICTS", {})
+    monkeypatch.setattr(client_schema, "_measure", lambda one, bound: judged.append(one) or judge(one, bound))
     tools = [tool(schema(**{f"p{k}": {"type": "string", "minLength": k}}), name=f"f{k}") for k in range(20)]
     for _ in range(3):
         assert client.post(CHAT, json=ask("say x", tools=tools)).status_code == 200
@@ -436,7 +434,7 @@ def test_schemas_are_judged_once(client: TestClient, monkeypatch: pytest.MonkeyP
     assert len(judged) == 21 and len(messages) == 1
     monkeypatch.setattr(client_schema, "_MOST_VERDICTS", 5)
     client.post(CHAT, json=ask("say x", tools=[tool(schema(z={"type": "null"}))]))
-    assert len(client_schema._VERDICTS._known) == 5
+    assert len(client_schema._VERDICTS) == 5
 
 
 def test_schemas_together_have_a_ceiling(client: TestClient) -> None:
