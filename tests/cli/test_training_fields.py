@@ -46,7 +46,13 @@ def test_each_field_of_transformers_has_one_entry_and_each_entry_its_field() -> 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.state == "works"], ids=lambda e: e.names[0])
 def test_what_works_names_a_test_that_is_there(entry: training_fields.Entry) -> None:
     file, _, test = entry.says.partition("::")
-    assert re.search(rf"^def {test or 'test_'}", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert re.search(rf"^def {test or 'test_'}", text, re.M)
+    asked = {
+        "output_dir": '"-o"',
+        "resume_from_checkpoint": "resumed from",
+    }  # where the test has other words for it
+    assert [name for name in entry.names if asked.get(name, name) not in text] == []
 
 
 def test_each_optimizer_and_schedule_of_transformers_has_its_entry() -> None:
@@ -381,6 +387,8 @@ def test_the_best_by_any_metric_is_kept(how: list[str], metric: str, tiny: Tiny)
     ]
     if how[0] != "--save_strategy":
         words += ["--save_steps", "1"]
+    if how == LOAD:  # said, where it is right
+        words += ["--greater_is_better", str("accuracy" in metric)]
     trainer = tiny.run(*words, "--learning_rate", "0.05", "--num_train_epochs", "2")
     name = "eval_" + metric.removeprefix("eval_")
     measured = {line["step"]: line[name] for line in lines(trainer) if name in line}
