@@ -23,8 +23,8 @@ from qwen_chat.cli import training_fields
 from qwen_chat.cli.run_problems import read_run
 from qwen_chat.cli.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.data import mixture
-from qwen_chat.errors import OptionError
-from qwen_chat.training import attention, options, run_folder
+from qwen_chat.errors import OptionError, TrainingError
+from qwen_chat.training import attention, options, result, run_folder
 from qwen_chat.training.session import Session
 from qwen_chat.training.step_log import StepLog
 
@@ -460,3 +460,36 @@ def test_what_does_not_touch_the_weights(
     assert torch.equal(flat(trainer), plain)
     assert "/3 [" not in capfd.readouterr().err  # --disable_tqdm: no bar at all
     assert trainer.state.num_input_tokens_seen == sum(line["tokens"] for line in lines(trainer)) > 0
+
+
+# ------------------------------------------------------------------------------------------ what is no option
+
+
+@pytest.mark.parametrize("height", [1e-3, 1.0])
+def test_a_loss_of_zero_ends_a_run_that_did_not_descend_to_it(height: float, tiny: Tiny) -> None:
+    trainer, log = tiny.prepare("--save_strategy", "no")
+    own = trainer.model_loss
+
+    def falling(model: Any, batch: Any) -> Any:
+        found = own(model, batch)
+        factor = height if trainer.state.global_step == 0 else 0
+        return dataclasses.replace(found, loss_sum=found.loss_sum * factor)
+
+    trainer.model_loss = falling
+    with log:
+        if height == 1:
+            with pytest.raises(TrainingError, match="step 2: the loss is exactly 0"):
+                trainer.run(None)
+        else:  # learnt by heart
+            assert trainer.run(None)
+            assert [line["loss"] == 0 for line in lines(trainer)] == [False, True, True]
+
+
+def test_a_run_that_only_warmed_up_is_known(tiny: Tiny) -> None:
+    found = []
+    for words in (["--warmup_steps", "1", "--max_steps", "1"], ["--max_steps", "1"]):
+        trainer, log = tiny.prepare(*words, "--save_strategy", "no")
+        with log:
+            assert trainer.run(None)
+        found.append(result.outcome(trainer, log, {})["highest_learning_rate"])
+    assert found == [0, 0.01]
