@@ -257,8 +257,16 @@ def merge(
 
     ids = torch.tensor([list(probe)], device=model.device)
     model.eval()
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    rows, head = (getattr(layer, "base_layer", layer) for layer in layers)
     with torch.no_grad():
         before = model(input_ids=ids).logits.float()
+        if (
+            rows,
+            head,
+        ) != layers and rows.weight is head.weight:  # over one of two layers that share a weight
+            head.weight = torch.nn.Parameter(rows.weight.clone())
+            model.config.tie_word_embeddings = False
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except Exception as error:  # each kind of adapter has its own

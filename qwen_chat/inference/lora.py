@@ -164,6 +164,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise _not_beside(folder, f"peft_type {config.get('peft_type')}")
     _check_values(path, config)
     wrong = [key for key, value in config.items() if not _is_harmless(key, value)]
+    rows = config.get("trainable_token_indices")
+    if isinstance(rows, dict) and list(rows) != ["embed_tokens"]:
+        wrong.append("trainable_token_indices of " + ", ".join(rows))
     if wrong:
         raise _not_beside(folder, ", ".join(wrong))
     return config
@@ -264,8 +267,6 @@ def _trained_rows(
     """Ids and rows of the embedding that were trained; taken out of `tensors`."""
     ids = config.get("trainable_token_indices") or []
     if isinstance(ids, Mapping):
-        if list(ids) != ["embed_tokens"]:
-            raise _not_beside(folder, f"trainable_token_indices of {', '.join(ids)}")
         ids = ids["embed_tokens"]
     beyond = [token for token in ids if not 0 <= token < places.vocabulary]
     if beyond:

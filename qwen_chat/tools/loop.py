@@ -150,8 +150,8 @@ def _ask(client: Client, body: Json, number: int, on_event: Callable[[Event], No
             raise ServiceError(f"the service's answer has no choices: {found}")
         message = answer["choices"][0].get("message") or {}
     plain: Json = {"role": "assistant", "content": message.get("content") or ""}
-    if message.get("reasoning_content"):
-        plain["reasoning_content"] = message["reasoning_content"]
+    if thought := message.get("reasoning_content") or message.get("reasoning"):  # vLLM's name
+        plain["reasoning_content"] = thought
     calls = []
     for i, call in enumerate(message.get("tool_calls") or ()):
         function = call.get("function") or {}
@@ -172,7 +172,7 @@ def _fold(chunks: Iterable[Any], on_text: Callable[[str], None]) -> Json:
         for choice in _plain(chunk).get("choices") or ():  # the last chunk may carry usage alone
             delta = choice.get("delta") or {}
             for key, pieces in texts.items():
-                pieces.append(delta.get(key) or "")
+                pieces.append(delta.get(key) or (key != "content" and delta.get("reasoning")) or "")
             if delta.get("content"):
                 on_text(delta["content"])
             for piece in delta.get("tool_calls") or ():

@@ -23,8 +23,8 @@ from qwen_chat.cli import training_fields
 from qwen_chat.cli.run_problems import read_run
 from qwen_chat.cli.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.data import mixture
-from qwen_chat.errors import OptionError
-from qwen_chat.training import attention, options, run_folder
+from qwen_chat.errors import OptionError, TrainingError
+from qwen_chat.training import attention, options, result, run_folder
 from qwen_chat.training.session import Session
 from qwen_chat.training.step_log import StepLog
 
@@ -46,7 +46,13 @@ def test_each_field_of_transformers_has_one_entry_and_each_entry_its_field() -> 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.state == "works"], ids=lambda e: e.names[0])
 def test_what_works_names_a_test_that_is_there(entry: training_fields.Entry) -> None:
     file, _, test = entry.says.partition("::")
-    assert re.search(rf"^def {test or 'test_'}", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert re.search(rf"^def {test or 'test_'}", text, re.M)
+    asked = {
+        "output_dir": '"-o"',
+        "resume_from_checkpoint": "resumed from",
+    }  # where the test has other words for it
+    assert [name for name in entry.names if asked.get(name, name) not in text] == []
 
 
 def test_each_optimizer_and_schedule_of_transformers_has_its_entry() -> None:
@@ -381,6 +387,8 @@ def test_the_best_by_any_metric_is_kept(how: list[str], metric: str, tiny: Tiny)
     ]
     if how[0] != "--save_strategy":
         words += ["--save_steps", "1"]
+    if how == LOAD:  # said, where it is right
+        words += ["--greater_is_better", str("accuracy" in metric)]
     trainer = tiny.run(*words, "--learning_rate", "0.05", "--num_train_epochs", "2")
     name = "eval_" + metric.removeprefix("eval_")
     measured = {line["step"]: line[name] for line in lines(trainer) if name in line}
@@ -452,3 +460,36 @@ def test_what_does_not_touch_the_weights(
     assert torch.equal(flat(trainer), plain)
     assert "/3 [" not in capfd.readouterr().err  # --disable_tqdm: no bar at all
     assert trainer.state.num_input_tokens_seen == sum(line["tokens"] for line in lines(trainer)) > 0
+
+
+# ------------------------------------------------------------------------------------------ what is no option
+
+
+@pytest.mark.parametrize("height", [1e-3, 1.0])
+def test_a_loss_of_zero_ends_a_run_that_did_not_descend_to_it(height: float, tiny: Tiny) -> None:
+    trainer, log = tiny.prepare("--save_strategy", "no")
+    own = trainer.model_loss
+
+    def falling(model: Any, batch: Any) -> Any:
+        found = own(model, batch)
+        factor = height if trainer.state.global_step == 0 else 0
+        return dataclasses.replace(found, loss_sum=found.loss_sum * factor)
+
+    trainer.model_loss = falling
+    with log:
+        if height == 1:
+            with pytest.raises(TrainingError, match="step 2: the loss is exactly 0"):
+                trainer.run(None)
+        else:  # learnt by heart
+            assert trainer.run(None)
+            assert [line["loss"] == 0 for line in lines(trainer)] == [False, True, True]
+
+
+def test_a_run_that_only_warmed_up_is_known(tiny: Tiny) -> None:
+    found = []
+    for words in (["--warmup_steps", "1", "--max_steps", "1"], ["--max_steps", "1"]):
+        trainer, log = tiny.prepare(*words, "--save_strategy", "no")
+        with log:
+            assert trainer.run(None)
+        found.append(result.outcome(trainer, log, {})["highest_learning_rate"])
+    assert found == [0, 0.01]

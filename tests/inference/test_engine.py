@@ -602,6 +602,9 @@ MERGED = {
     "whole module": {"modules_to_save": ["norm"], "target_modules": ["q_proj"]},
     "bias of other layers": {"bias": "all", "target_modules": ["up_proj"]},
     "lora_bias": {"lora_bias": True, "target_modules": ["v_proj"]},
+    "embedding that the head shares": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head that the embedding shares": {"target_modules": ["lm_head", "up_proj"]},
+    "tokens of the head": {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [3]}},
 }
 SHOWN = [3, 9, 5, 300, 3, 77, 4000]
 

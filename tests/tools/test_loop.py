@@ -49,7 +49,8 @@ class Scripted:
             return {"choices": [{"index": 0, "delta": delta}]}
 
         yield chunk(role="assistant")
-        yield from (chunk(content=letter) for letter in message["content"] or "")
+        for key in ("reasoning", "reasoning_content", "content"):
+            yield from (chunk(**{key: letter}) for letter in message.get(key) or "")
         for index, one in enumerate(message["tool_calls"] or ()):
             function = one["function"]
             yield chunk(
@@ -243,6 +244,15 @@ def test_missing_ids_and_object_arguments_are_accepted() -> None:
     done = loop(says("", one, one), says("ok"))
     assert [m["tool_call_id"] for m in done.results] == ["call_1_0", "call_1_1"]
     assert json.loads(done.messages[1]["tool_calls"][0]["function"]["arguments"]) == {"city": "x"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thought_goes_back_whatever_the_service_calls_it(name: str, stream: bool) -> None:
+    call_first = says("Let me look.", call("get_weather", {"city": "北京"})) | {name: "想一想"}
+    done = loop(call_first, says("好"), stream=stream)
+    assert done.messages[1]["reasoning_content"] == "想一想"
+    assert "reasoning" not in done.messages[1] and done.messages[1]["content"] == "Let me look."
 
 
 def test_without_tools_it_is_one_request() -> None:
