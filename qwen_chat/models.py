@@ -259,12 +259,10 @@ def merge(
     model.eval()
     layers = model.get_input_embeddings(), model.get_output_embeddings()
     rows, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    parts = (rows, head) != layers and rows.weight is head.weight  # over one of two that share a weight
     with torch.no_grad():
         before = model(input_ids=ids).logits.float()
-        if (
-            rows,
-            head,
-        ) != layers and rows.weight is head.weight:  # over one of two layers that share a weight
+        if parts:
             head.weight = torch.nn.Parameter(rows.weight.clone())
             model.config.tie_word_embeddings = False
         try:
