@@ -4,11 +4,8 @@ In: a Session, the trainer that has run, its log. Out: a folder that `--adapter`
 generation ends where the trained replies end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
-import os
 import platform
 import shlex
 import time
@@ -97,7 +94,7 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "decisions": list(decisions),
         "data": {**budget, **data.summary.to_json()},
         **held_out,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": session.args.world_size,
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
