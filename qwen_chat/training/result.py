@@ -6,6 +6,7 @@ generation ends where the trained replies end.
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import shlex
 import time
@@ -94,7 +95,7 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "decisions": list(decisions),
         "data": {**budget, **data.summary.to_json()},
         **held_out,
-        "world_size": session.args.world_size,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
