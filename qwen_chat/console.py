@@ -1,7 +1,5 @@
 """What a run says to the person who started it: short lines on standard error, from rank 0 alone."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -8,8 +8,6 @@ wheel.
     python -m qwen_chat.demo_model          # prints the model's folder
 """
 
-from __future__ import annotations
-
 import base64
 import shutil
 import subprocess

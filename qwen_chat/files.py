@@ -4,8 +4,6 @@ In: what makes a file or a folder. Out: the file or the folder; a folder is buil
 for it at the same time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -5,8 +5,6 @@ numbers; None where nobody can say. torch is not imported: before it is loaded d
 is loaded its own word counts, so what was planned is what runs.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re

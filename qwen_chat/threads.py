@@ -3,8 +3,6 @@
 In: a function. Out: the same, run in a thread of its own.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable

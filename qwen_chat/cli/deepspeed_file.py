@@ -4,8 +4,6 @@ In: the path that --deepspeed names, and the run. Out: the config with "auto" wh
 each thing that cannot work.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -10,8 +10,6 @@ Why not argparse: it ends at the first word that it cannot convert, reads `-data
 and what it hands back of unknown flags no longer tells their values from stray words.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import textwrap

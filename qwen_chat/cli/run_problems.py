@@ -4,8 +4,6 @@ In: a list of words from the command line. Out: a `Run`, or one OptionError with
 why, the cure. Neither torch nor transformers is imported: `--help` and every refusal come at once.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import re

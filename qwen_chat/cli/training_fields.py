@@ -5,8 +5,6 @@ docs/finetune.md; `trainer_options`, the fields as flags. A field without an ent
 looked at may be ignored, or wrong. Neither torch nor transformers is imported.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import typing

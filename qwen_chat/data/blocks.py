@@ -3,8 +3,6 @@
 In: `Records`, a ChatFormat, `TokenOptions`. Out: a `Block` for each run of records, in their order.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

@@ -3,8 +3,6 @@
 In: as for the cache. Out: `LazyData`, the same interface and the same sequences.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import replace
 

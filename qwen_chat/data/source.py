@@ -4,11 +4,10 @@ In: a `.json`, `.jsonl` or `.jsonl.gz` file (UTF-8, with or without BOM, blank l
 order, or one at its byte offset (safe in threads and forks). Any bytes give a Defect, never a traceback.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, cast
 
 from qwen_chat.conversation import Json
 from qwen_chat.errors import DataError, FormatError
@@ -46,7 +45,7 @@ class Source:
         self._state = _size_and_time(self._stream)
         self._document = path.name.removesuffix(".gz").endswith(".json") and not self._is_lines()
 
-    def __reduce__(self) -> tuple[type[Source], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[type["Source"], tuple[Path, str]]:
         return Source, (self.path, self.name)
 
     def records(self) -> Iterator[tuple[int, int, bytes | Defect]]:
@@ -236,16 +235,14 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> Json:
     return plain
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise Defect(f"{name} is no JSON number; expected a number, text or null")
-
-
 def _finite(digits: str) -> float:
     value = float(digits)
-    return _no_constant(digits[:20]) if value in (float("inf"), float("-inf")) else value
+    if not math.isfinite(value):
+        raise Defect(f"{digits[:20]} is no JSON number; expected a number, text or null")
+    return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_finite, parse_float=_finite)
 _SHAPE = json.JSONDecoder(parse_int=len, parse_float=len)  # where a value ends; any number will do
 
 

@@ -17,8 +17,6 @@ whole. A file lock lets the ranks of a run share one build.
     meta.json          sizes and summary
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import itertools
@@ -138,7 +136,7 @@ class CachedData(TokenisedData):
         self._conversations, self.kept = found["conversations.u64"], found["kept.u64"]
         self.full_lengths = found["lengths.i32"]
 
-    def __reduce__(self) -> tuple[type[CachedData], tuple[Records, Path]]:
+    def __reduce__(self) -> tuple[type["CachedData"], tuple[Records, Path]]:
         return CachedData, (self.records, self.folder)
 
     def _range(self, i: int) -> range:
@@ -161,6 +159,22 @@ class CachedData(TokenisedData):
     @property
     def summary(self) -> TokenSummary:
         return self.with_left_out(self._budget)
+
+    def common_prefix_share(self) -> float:
+        """Share of the tokens that begin some other sequence too: what storing each prefix once would save.
+
+        Sorted sequences share their longest prefix with a neighbour, so one pass over an evenly spaced sample of
+        the conversations finds it.
+        """
+        sample = range(0, len(self), max(1, len(self) // PREFIX_SAMPLE))
+        keys = sorted(one.input_ids.astype(">i4").tobytes() for i in sample for one in self[i])
+        common = 0
+        for pair in itertools.pairwise(keys):
+            size = min(map(len, pair))
+            left, right = (np.frombuffer(key[:size], dtype=np.int32) for key in pair)
+            differ = left != right
+            common += int(differ.argmax()) if differ.any() else size // 4
+        return common / max(1, sum(len(key) // 4 for key in keys))
 
     @staticmethod
     def write(
@@ -198,24 +212,5 @@ class CachedData(TokenisedData):
         summary = counts.budget(lengths, options).to_json()
         meta = {"sizes": {name: (folder / name).stat().st_size for name in _FILES}, "summary": summary}
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        summary["common_prefix_share"] = _common_prefix_share(CachedData(records, folder))
+        summary["common_prefix_share"] = CachedData(records, folder).common_prefix_share()
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _common_prefix_share(data: CachedData) -> float:
-    """Share of the tokens that begin some other sequence too: what storing each prefix once would save.
-
-    Sorted sequences share their longest prefix with a neighbour, so one pass over an evenly spaced sample of
-    the conversations finds it.
-    """
-    step = max(1, len(data) // PREFIX_SAMPLE)
-    keys = sorted(
-        sequence.input_ids.astype(">i4").tobytes() for i in range(0, len(data), step) for sequence in data[i]
-    )
-    common = 0
-    for pair in itertools.pairwise(keys):
-        size = min(map(len, pair))
-        left, right = (np.frombuffer(key[:size], dtype=np.int32) for key in pair)
-        differ = left != right
-        common += int(differ.argmax()) if differ.any() else size // 4
-    return common / max(1, sum(len(key) // 4 for key in keys))

@@ -4,8 +4,6 @@ In: the blocks of blocks.py. Out: `Counts`, what they add up to; `TokenSummary`,
 interface `TokenisedData`: `data[i]` gives the training sequences of conversation i.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace

@@ -10,8 +10,6 @@ confirms. Beside it what keeps a run alone: the lock of OUTPUT_DIR.
     .writing/       a checkpoint in the making; a leftover of a killed run, removed by the next one
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 In: a Run (cli/run_options.py). Out: the arguments of a joined rank, and each decision with its reason.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

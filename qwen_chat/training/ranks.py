@@ -3,8 +3,6 @@
 In: what one rank knows. Out: the same on every rank. Alone, every question is answered by this process.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable

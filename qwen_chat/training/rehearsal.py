@@ -4,8 +4,6 @@ In: a Run. Out: nothing, or an OptionError whose line names the flag that transf
 not have. It comes before the data are read: a bad value costs seconds, not a tokenised corpus.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 

@@ -4,8 +4,6 @@ In: a Session, the trainer that has run, its log. Out: a folder that `--adapter`
 generation ends where the trained replies end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

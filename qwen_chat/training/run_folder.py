@@ -4,8 +4,6 @@ In: a Run. Out: a path that is safe to write to, or an OutputError that says wha
 a folder that cannot be used is refused before anything is loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ In: a Run, its output folder, its model's folder. Out: `Prepared` (data read, an
 planned), then a `Session`, which the rest of finetune.py works on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

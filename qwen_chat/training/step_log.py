@@ -3,14 +3,12 @@
 In: each step's StepRecord, each evaluation's figures. Out: the file, the bar, and what this start adds up to.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +32,7 @@ class StepLog(TrainerCallback):
         self.highest_rate = 0.0
         self.started = 0.0
 
-    def __enter__(self) -> StepLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """What stops a run from outside: a signal that asks for a checkpoint, a launcher that has died."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -11,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from qwen_chat.console import rank_zero
 
@@ -34,7 +32,7 @@ class StopSignal:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._old[number] = signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)

@@ -4,8 +4,6 @@ In: a model, TrainingArguments, the windows of the data (batches.py). Out: the t
 are whole (checkpoints.py), each step's figures.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
