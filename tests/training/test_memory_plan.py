@@ -88,6 +88,7 @@ def test_what_a_gpu_has_free_may_not_be_known(monkeypatch: pytest.MonkeyPatch) -
     """No guess from main memory, no refusal; the way that takes less."""
     monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
     monkeypatch.setattr(hardware, "gpu_free", lambda ranks: (None, "a test"))
+    monkeypatch.setattr(hardware, "free_memory", lambda: 64 * GIB)  # each process loads the model there first
     verdict = memory_plan.decide(run_of("--use_lora"), SEVEN_BILLION, row=8192, supervised=8192, longest=2048)
     assert verdict.refusal is None
     assert verdict.checkpointing
