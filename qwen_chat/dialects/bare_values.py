@@ -1,0 +1,301 @@
+"""Arguments whose values stand as bare text, not as JSON: what the tool's schema makes of that text.
+
+In: a function's parameters (JSON Schema), and the text of one value. Out: the kinds of value that it may be, its JSON,
+and what a grammar must hold the text to. Text stays text wherever the schema allows a string; else it is read as JSON.
+Pure text: no tokenizer, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from qwen_chat.dialects.grammar import json_rule
+from qwen_chat.dialects.loose_json import DONE, ObjectScanner
+from qwen_chat.errors import ToolError
+
+_TYPES: Mapping[str, frozenset[str]] = {
+    "null": frozenset({"null"}),
+    "boolean": frozenset({"true", "false"}),
+    "integer": frozenset({"number"}),
+    "number": frozenset({"number"}),
+    "string": frozenset({"string"}),
+    "array": frozenset({"array"}),
+    "object": frozenset({"object"}),
+}
+KINDS = frozenset().union(*_TYPES.values())
+WORDS: Mapping[str, object] = {"null": None, "true": True, "false": False}
+# $ref, anyOf and the like inside one another; more is taken for a schema that allows everything.
+_DEEPEST = 32
+
+# What a format means as text, for the formats that have a plain shape.
+_DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+_TIME = (
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+)
+_BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "uuid": r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
+    "hostname": rf"{_LABEL}(?:\.{_LABEL})*",
+    "email": rf"[A-Za-z0-9!#$%&'*+\/=?^_`{{|}}~.-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*",
+    "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[A-Za-z0-9._~:\/?#\[\]@!$&'()*+,;=%-]+",
+}
+# What can be said about a text; else every text is allowed.
+_OF_TEXT = frozenset({"minLength", "maxLength", "pattern", "format", "enum", "const"})
+
+
+def argument_schema(parameters: Any, name: str) -> Any:
+    """The schema of one argument; True, which allows everything, where none is given for it."""
+    found = _described(parameters, name, parameters, 0)
+    return True if found is None else found
+
+
+def _described(schema: Any, name: str, root: Any, depth: int) -> Any:
+    """What a schema of an object says of one property, or None."""
+    if not isinstance(schema, Mapping) or depth > _DEEPEST:
+        return None
+    properties, more = schema.get("properties"), schema.get("additionalProperties")
+    found = []
+    if isinstance(properties, Mapping) and name in properties:
+        found.append(properties[name])
+    elif isinstance(more, Mapping):
+        found.append(more)
+    parts = [referred(schema["$ref"], root)] if "$ref" in schema else []
+    parts += _branches(schema, "allOf")
+    found += [said for part in parts if (said := _described(part, name, root, depth + 1)) is not None]
+    for key in ("anyOf", "oneOf"):
+        said = (_described(branch, name, root, depth + 1) for branch in _branches(schema, key))
+        some = [one for one in said if one is not None]
+        if some:
+            found.append({"anyOf": some})
+    return found[0] if len(found) == 1 else {"allOf": found} if found else None
+
+
+def kinds(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
+    """The kinds of value that a schema allows: string, number, array, object, null, true, false.
+
+    A type that JSON Schema does not have says nothing. root: the whole in which a `$ref` is looked up.
+    """
+    if not isinstance(schema, Mapping) or depth > _DEEPEST:
+        return KINDS
+    found = KINDS
+    words = schema.get("type", [])
+    named = [_TYPES.get(str(word), KINDS) for word in (words if isinstance(words, list) else [words])]
+    if named:
+        found = frozenset().union(*named)
+    if isinstance(schema.get("enum"), list):
+        found &= frozenset(map(_kind, schema["enum"]))
+    if "const" in schema:
+        found &= {_kind(schema["const"])}
+    if "$ref" in schema:
+        found &= kinds(referred(schema["$ref"], root), root, depth + 1)
+    for branch in _branches(schema, "allOf"):
+        found &= kinds(branch, root, depth + 1)
+    for key in ("anyOf", "oneOf"):
+        if branches := _branches(schema, key):
+            found &= frozenset().union(*(kinds(branch, root, depth + 1) for branch in branches))
+    return found
+
+
+def referred(reference: Any, root: Any) -> Any:
+    """What a `$ref` inside `root` points to; True where nothing is there."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return True
+    place = root
+    for step in reference[1:].split("/")[1:]:
+        key = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+            place = place[int(key)]
+        elif isinstance(place, Mapping) and key in place:
+            place = place[key]
+        else:
+            return True
+    return place
+
+
+def json_of(text: str) -> str:
+    """The JSON of a value that the schema allows no string for: what the text is as JSON, with the usual slips
+    repaired (see loose_json); the text itself, as a string, where it is none."""
+    inside = text.strip(" \t\r\n")
+    scanner = _OneValue()
+    # A trailing comma would be repaired away with the brace that is put after it here.
+    whole = f'{{"": {inside}}}'
+    if not inside.endswith(",") and scanner.scan(whole) == len(whole) and scanner.status == DONE:
+        return scanner.value
+    return json.dumps(text, ensure_ascii=False)
+
+
+class _OneValue(ObjectScanner):
+    """Reads an object with one key, for the sake of its value; a string is none."""
+
+    value = ""
+
+    def top_key(self, key: str) -> bool:
+        return not self.value
+
+    def top_value(self, kind: str, text: str) -> bool:
+        self.value = text.strip(" \t\r\n")
+        return kind not in "\"'"
+
+
+# ------------------------------------------------------------------------------------------------- grammar
+
+
+def text_pattern(schema: Any, root: Any, where: str, depth: int = 0) -> str:
+    """The texts that a schema allows as a string, as an expression of a Lark terminal; empty where it allows all.
+
+    Raises ToolError, which begins with `where`, for what cannot be held to.
+    """
+    if not isinstance(schema, Mapping):
+        return ""
+    if depth > _DEEPEST:
+        raise ToolError(f"{where}: the schema refers to itself; expected one that a text can be held to")
+    parts = [_plain_text(schema, where)] if not _OF_TEXT.isdisjoint(schema) else []
+    conditions = [referred(schema["$ref"], root)] if "$ref" in schema else []
+    conditions += _branches(schema, "allOf")
+    parts += [text_pattern(condition, root, where, depth + 1) for condition in conditions]
+    for key in ("anyOf", "oneOf"):
+        texts = [branch for branch in _branches(schema, key) if "string" in kinds(branch, root)]
+        if key == "oneOf" and len(texts) > 1:
+            raise ToolError(
+                f"{where}: 'oneOf' with {len(texts)} kinds of text; expected 'anyOf', or one kind"
+            )
+        choices = [text_pattern(branch, root, where, depth + 1) for branch in texts]
+        if all(choices):
+            parts.append(" | ".join(choices))
+    return " & ".join(f"({part})" for part in parts if part)
+
+
+def _plain_text(schema: Mapping[str, Any], where: str) -> str:
+    """The same, for what the schema says itself."""
+    choices = [schema["enum"]] if isinstance(schema.get("enum"), list) else []
+    choices += [[schema["const"]]] if "const" in schema else []
+    parts = [" | ".join(json.dumps(value) for value in some if isinstance(value, str)) for some in choices]
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if least or most != "":
+        parts.append(f"/(?s:.{{{least},{most}}})/")
+    if isinstance(pattern := schema.get("pattern"), str):
+        # Anchors at the two ends hold for all alternatives here: no text that the schema forbids gets in.
+        ends = re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
+        inner = pattern.removeprefix("^")[: -1 if ends else None]
+        start, end = "" if pattern.startswith("^") else "(?s:.*)", "" if ends else "(?s:.*)"
+        inner = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", inner).replace("\n", r"\n").replace("\r", r"\r")
+        parts.append(f"/{start}(?:{inner}){end}/")
+    if (name := schema.get("format")) is not None:
+        if name not in _FORMATS:
+            known = ", ".join(_FORMATS)
+            raise ToolError(
+                f"{where}: format {name!r} cannot be held to in bare text; those that can: {known}"
+            )
+        parts.append(f"/{_FORMATS[name]}/")
+    return " & ".join(f"({part})" for part in parts)
+
+
+def json_value(schema: Any, root: Any, where: str, allowed: Iterable[str], unwritten: str) -> str:
+    """JSON under a schema, as a part of a rule, of the kinds `allowed` alone.
+
+    unwritten: a regular expression that every string and every key in it matches. Raises ToolError.
+    """
+    definitions = {"anything": _anything(unwritten)}
+    if '"$ref"' in json.dumps(schema):
+        definitions["tool"] = _held(root, unwritten)
+    held = {"allOf": [_held(schema, unwritten), {"type": sorted(allowed)}]}
+    return json_rule({**held, "$defs": definitions}, where)
+
+
+def _held(schema: Any, unwritten: str) -> Any:
+    """A schema whose strings and keys match `unwritten`, to stand in a document under `$defs/tool`."""
+    if schema is True or schema == {}:
+        return {"$ref": "#/$defs/anything"}
+    if not isinstance(schema, Mapping):
+        return schema
+    held = {
+        key: value for key, value in schema.items() if key not in ("$id", "$schema", "default", "examples")
+    }
+    if isinstance(reference := held.get("$ref"), str):
+        held["$ref"] = f"#/$defs/tool{reference[1:]}"
+    for key in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(held.get(key), Mapping):
+            held[key] = {name: _held(child, unwritten) for name, child in held[key].items()}
+    for key in ("items", "additionalProperties", "anyOf", "allOf", "oneOf", "prefixItems"):
+        if key in held:
+            child = held[key]
+            held[key] = (
+                [_held(one, unwritten) for one in child]
+                if isinstance(child, list)
+                else _held(child, unwritten)
+            )
+    if held.keys() & {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}:
+        return held
+    allowed = kinds(schema, schema)
+    if "string" in allowed:
+        both = [{"pattern": held["pattern"]}] if "pattern" in held else []
+        held |= {"pattern": unwritten} | ({"allOf": both} if both else {})
+    if "array" in allowed:
+        held.setdefault("items", {"$ref": "#/$defs/anything"})
+    if "object" in allowed and held.get("additionalProperties") is not False:
+        # As at the top: what an object does not name helps nobody.
+        if "patternProperties" not in held and not (
+            "properties" in held and "additionalProperties" not in held
+        ):
+            more = held.get("additionalProperties", True)
+            held["patternProperties"] = {unwritten: {"$ref": "#/$defs/anything"} if more is True else more}
+        held["additionalProperties"] = False
+    return held
+
+
+def _anything(unwritten: str) -> Any:
+    again = {"$ref": "#/$defs/anything"}
+    return {
+        "anyOf": [
+            {"type": ["null", "boolean", "number"]},
+            {"type": "string", "pattern": unwritten},
+            {"type": "array", "items": again},
+            {"type": "object", "patternProperties": {unwritten: again}, "additionalProperties": False},
+        ]
+    }
+
+
+def without(tags: Iterable[str]) -> str:
+    """A regular expression for every text that holds none of `tags`: each begins with its only "<", and none is the
+    beginning of another."""
+    tree: dict[str, Any] = {}
+    for tag in tags:
+        node = tree
+        for character in tag[1:]:
+            node = node.setdefault(character, {})
+
+    def begun(node: dict[str, Any]) -> str:
+        """A tag's beginning, from here on."""
+        some = [re.escape(c) + begun(child) for c, child in node.items() if child]
+        return f"(?:{'|'.join(some)})?" if some else ""
+
+    def left(node: dict[str, Any]) -> str:
+        """A tag's beginning, from here on, and then what makes it none."""
+        some = [re.escape(c) + left(child) for c, child in node.items() if child]
+        return f"(?:{'|'.join([*some, '[^<' + ''.join(map(re.escape, node)) + ']'])})"
+
+    return f"(?:[^<]|(?:<{begun(tree)})*<{left(tree)})*(?:<{begun(tree)})*"
+
+
+def _branches(schema: Mapping[str, Any], key: str) -> list[Any]:
+    found = schema.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _kind(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return "string"
+    return (
+        "number" if isinstance(value, (int, float)) else "object" if isinstance(value, Mapping) else "array"
+    )

@@ -1,0 +1,330 @@
+"""XML: a call as `<function=...>` with its arguments as `<parameter=...>` tags around bare text (Qwen3-Coder, Qwen3.5
+and later).
+
+Every byte of it stands here. The templates that speak it describe the tools themselves. A value is text between two
+newlines of the form, and its type is in the tool's schema alone (see bare_values). There are no escapes, so a value
+that holds a tag which ends one cannot be written: data with one is refused, and no grammar writes one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qwen_chat.conversation import Conversation, ToolCall
+from qwen_chat.dialects import bare_values
+from qwen_chat.dialects.dialect import Carried, Tools, chosen, function_of, loosened, openai_messages
+from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.dialects.hermes import CLOSE, OPEN
+from qwen_chat.dialects.loose_json import BROKEN, DONE, READING
+from qwen_chat.dialects.shapes import SPACE, Form, Left, Marks, Offer, letters
+from qwen_chat.errors import FormatError, ToolError
+
+FUNCTION, END_FUNCTION = "<function=", "</function>"
+PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+# Inside a value one of these ends it, or shows that its end is missing.
+TAGS = (END_PARAMETER, END_FUNCTION, CLOSE, PARAMETER)
+_BEGINNINGS = frozenset(tag[:end] for tag in TAGS for end in range(1, len(tag)))
+
+# A name, as it stands in its tag.
+_NAME = (r"[^<>\s]", r"[^<>\n]{0,127}")
+_NAMED = re.compile("".join(_NAME))
+_KEY = re.compile(r"[^>\n]*")
+_SPACES = re.compile(r"[ \t\r\n]*")
+_TEXT = re.compile(r"[^<]*")
+# What the root of a tool's schema may not say where calls are forced: no order of parameters holds it.
+_UNHELD = (
+    *("anyOf", "oneOf", "allOf", "not", "if", "enum", "const", "patternProperties", "propertyNames"),
+    *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies"),
+)
+# Every text that can stand as a value, and what follows it.
+_PLAIN = bare_values.without(TAGS)
+_END_VALUE = json.dumps(f"\n{END_PARAMETER}\n")
+_SLASH = r"\/"
+
+
+class CallScanner:
+    """Reads the parameters after `<function=NAME>`, to `</function>`.
+
+    Broken by a parameter that comes twice (of two values one would be lost), by text between parameters, and by a tag
+    in a value that shows that its end is missing. Where a grammar `forced` the call a parameter may come twice.
+    """
+
+    def __init__(self, name: str, parameters: Any, *, forced: bool) -> None:
+        self.status = READING
+        self.read = 0
+        self.name = name
+        self._parameters, self._forced = parameters, forced
+        self._step: Callable[[CallScanner, str, int], int] = CallScanner._between
+        self._parts = ["{"]  # the arguments' JSON so far
+        self._told = 0  # how many of them `more` gave out
+        self._tag = ""  # the beginning of a tag
+        self._key: list[str] = []
+        self._seen: set[str] = set()
+        self._in_value = False
+        self._is_text = True  # else the value is read when it is whole
+        self._raw: list[str] = []  # such a value so far
+        self._is_fresh = False  # nothing of the value was read: a newline is the form's
+        self._newline = ""  # the last one so far: the form's, if the value ends here
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self._parts)
+
+    @property
+    def begun(self) -> bool:
+        return True
+
+    def more(self, *, ended: bool) -> str:
+        """The arguments since it was last asked; where the text has `ended` in the middle, what was held back too."""
+        grown = "".join(self._parts[self._told :])
+        self._told = len(self._parts)
+        if not ended or self.status != READING:
+            return grown
+        if self._step == CallScanner._read_key:
+            return grown + self._next_key()
+        if not self._in_value:
+            return grown
+        held = self._newline + self._tag
+        return grown + (_escaped(held) if self._is_text else "".join(self._raw) + held)
+
+    def scan(self, text: str, at: int = 0) -> int:
+        start, end = at, len(text)
+        while at < end and self.status == READING:
+            at = self._step(self, text, at)
+        self.read += at - start
+        return at
+
+    # Each step reads at least one character, or changes the step, and returns where it stopped.
+
+    def _between(self, text: str, at: int) -> int:
+        at = _SPACES.match(text, at).end()  # type: ignore[union-attr]
+        if at < len(text):
+            self._step = CallScanner._read_tag
+        return at
+
+    def _read_tag(self, text: str, at: int) -> int:
+        tag = self._tag + text[at]
+        if tag in _BEGINNINGS:
+            self._tag = tag
+            return at + 1
+        if tag in TAGS:
+            self._tag = ""
+            self._end_tag(tag)
+            return at + 1
+        if not self._in_value:
+            self.status = BROKEN
+            return at
+        self._grow(self._tag)
+        self._tag = ""
+        self._step = CallScanner._value
+        return at
+
+    def _end_tag(self, tag: str) -> None:
+        if self._in_value and tag == END_PARAMETER:
+            self._end_value()
+            self._step = CallScanner._between
+        elif not self._in_value and tag == PARAMETER:
+            self._key = []
+            self._step = CallScanner._read_key
+        elif not self._in_value and tag == END_FUNCTION:
+            self._parts.append("}")
+            self.status = DONE
+        else:
+            self.status = BROKEN
+
+    def _read_key(self, text: str, at: int) -> int:
+        end = _KEY.match(text, at).end()  # type: ignore[union-attr]
+        self._key.append(text[at:end])
+        if end == len(text):
+            return end
+        key = "".join(self._key)
+        if text[end] == "\n" or (key in self._seen and not self._forced):
+            self.status = BROKEN
+            return end
+        schema = bare_values.argument_schema(self._parameters, key)
+        self._is_text = "string" in bare_values.kinds(schema, self._parameters)
+        self._parts.append(f'{self._next_key()}": ' + '"' * self._is_text)
+        self._seen.add(key)
+        self._in_value = self._is_fresh = True
+        self._step = CallScanner._value
+        return end + 1
+
+    def _next_key(self) -> str:
+        return (", " if self._seen else "") + '"' + _escaped("".join(self._key))
+
+    def _value(self, text: str, at: int) -> int:
+        end = _TEXT.match(text, at).end()  # type: ignore[union-attr]
+        self._grow(text[at:end])
+        if end < len(text):
+            self._step = CallScanner._read_tag
+        return end
+
+    def _grow(self, text: str) -> None:
+        """More of the value, without a newline at its beginning and one at its end."""
+        if not text:
+            return
+        if self._is_fresh:
+            self._is_fresh = False
+            text = text.removeprefix("\n")
+        text = self._newline + text
+        self._newline = "\n" if text.endswith("\n") else ""
+        text = text[: len(text) - len(self._newline)]
+        if self._is_text:
+            self._parts.append(_escaped(text))
+        else:
+            self._raw.append(text)
+
+    def _end_value(self) -> None:
+        self._parts.append('"' if self._is_text else bare_values.json_of("".join(self._raw)))
+        self._raw, self._newline, self._in_value = [], "", False
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _scanner(shape: str, offer: Offer) -> CallScanner:
+    name = shape[shape.index(FUNCTION) + len(FUNCTION) : -1]
+    parameters = offer.functions.get(name, {}).get("parameters")
+    return CallScanner(name, parameters, forced=offer.forced)
+
+
+def _offered_scanner(shape: str, offer: Offer) -> CallScanner:
+    scanner = _scanner(shape, offer)
+    if scanner.name not in offer.functions:
+        scanner.status = BROKEN
+    return scanner
+
+
+def _leaves(shape: str) -> Left:
+    return Left(closing=CLOSE)
+
+
+_OPENING = (*letters(FUNCTION), *_NAME, ">")
+_TAGGED = Form(
+    "xml", OPEN, (*letters(OPEN), SPACE, *_OPENING), _scanner, _leaves, bound=True, before=r"\n{0,2}"
+)
+# The outer tag is the one that models forget.
+_UNTAGGED = Form("function", FUNCTION, _OPENING, _offered_scanner, _leaves, loose=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Xml:
+    """The dialect. `python_words`: the template writes True, False and None (Qwen3.5), else true, false and null."""
+
+    python_words: bool = False
+
+    name: ClassVar[str] = "xml"
+    note: ClassVar[str] = ""
+    stop_strings: ClassVar[tuple[str, ...]] = ()
+    marks: ClassVar[Marks] = Marks((_TAGGED, _UNTAGGED))
+
+    def write(self, calls: Iterable[ToolCall]) -> str:
+        """The text of calls, as the template writes it. (It escapes nothing: see `carry` for what it cannot write.)"""
+        return "\n".join(
+            f"{OPEN}\n{FUNCTION}{call.name}>\n"
+            + "".join(
+                f"{PARAMETER}{key}>\n{self._value(value)}\n{END_PARAMETER}\n"
+                for key, value in json.loads(call.arguments).items()
+            )
+            + f"{END_FUNCTION}\n{CLOSE}"
+            for call in calls
+        )
+
+    def carry(self, conversation: Conversation) -> Carried:
+        """As `openai_messages`. FormatError for a call that could not be read back from what the template writes."""
+        messages = openai_messages(conversation)
+        for k, message in enumerate(messages):
+            for i, call in enumerate(message.get("tool_calls", ())):
+                problem = self._problem(**call["function"])
+                if problem is not None:
+                    raise FormatError(f"message {k}: tool_calls[{i}]: {problem}", k)
+        return Carried(messages, conversation.tools)
+
+    def call_grammar(self, tools: Tools, *, name: str | None = None, parallel: bool = False) -> Grammar:
+        """One call or more, the parameters in the order of the tools' schemas."""
+        more = ' ("\\n" call)*' if parallel else ""
+        return self._grammar(f"start: call{more}\ncall: open body\n", chosen(tools, name))
+
+    def text_grammar(self, tools: Tools) -> Grammar:
+        """Free text in which every opened tag becomes a call."""
+        return self._grammar("start: (until_open body)* rest\nrest: TEXT\n", loosened(tools))
+
+    def _value(self, value: object) -> str:
+        if isinstance(value, str):
+            return value
+        if self.python_words and not isinstance(value, (list, Mapping)):
+            return str(value)
+        return json.dumps(value, ensure_ascii=False)
+
+    def _problem(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        """Why a call cannot be read back, or None."""
+        if not _NAMED.fullmatch(name):
+            return f"the name {name!r}; expected one line of at most 128 characters without < and >"
+        for key, value in arguments.items():
+            if not _KEY.fullmatch(key):
+                return f"the argument {key!r}; expected one line without >"
+            tag = next((tag for tag in TAGS if tag in self._value(value)), None)
+            if tag is not None:
+                return (
+                    f"argument {key!r} holds {tag}, which this model's calls are written with and cannot escape; "
+                    "expected a value without it"
+                )
+        return None
+
+    def _grammar(self, start: str, tools: Tools) -> Grammar:
+        """The rules of `start`, and `body`: a call of any of the tools, after its opening tag."""
+        names = " | ".join(f"tool_{i}" for i in range(len(tools)))
+        rules = "".join(self._tool_rules(i, function_of(tool)) for i, tool in enumerate(tools))
+        end = json.dumps(f"{END_FUNCTION}\n")
+        common = f"KEY: /[^>\\n]*>\\n/\nEND: {_END_VALUE}\nPLAIN: /{_PLAIN.replace('/', _SLASH)}/\nVALUE: PLAIN END\n"
+        return Grammar(
+            f"{start}body: ({names}) {end} close\n{rules}{common}", (("open", OPEN), ("close", CLOSE))
+        )
+
+    def _tool_rules(self, i: int, function: Mapping[str, Any]) -> str:
+        """The rules of one tool's call, from after the opening tag to before the end of the function."""
+        where, root = f"tool {function.get('name')!r}", function.get("parameters") or {}
+        if not isinstance(root, Mapping):
+            raise ToolError(f"{where}: parameters are no JSON schema; expected an object")
+        schema = bare_values.referred(root["$ref"], root) if "$ref" in root else root
+        unheld = [key for key in _UNHELD if not isinstance(schema, Mapping) or key in schema]
+        if unheld or not _NAMED.fullmatch(str(function.get("name"))):
+            found = f"{unheld[0]!r} at the top of its parameters" if unheld else "a name with < or >"
+            raise ToolError(f"{where}: {found}, which calls in this model's format cannot be held to")
+        properties, more = schema.get("properties") or {}, schema.get("additionalProperties", True)
+        required = schema.get("required") or []
+        named = {**properties, **{key: more for key in required if key not in properties}}
+        head = json.dumps(f"\n{FUNCTION}{function['name']}>\n")
+        if not named and more is not False:
+            value, rules = self._value_rule(f"{i}", more, root, where)
+            return f"tool_{i}: {head} parameter_{i}*\nparameter_{i}: {json.dumps(PARAMETER)} KEY {value}\n{rules}"
+        order, lines = [head], []
+        for k, (key, said) in enumerate(named.items()):
+            if not _KEY.fullmatch(key):
+                raise ToolError(f"{where}: the parameter {key!r}; expected one line without >")
+            value, rules = self._value_rule(f"{i}_{k}", said, root, f"{where}: {key!r}")
+            lines.append(f"parameter_{i}_{k}: {json.dumps(f'{PARAMETER}{key}>{chr(10)}')} {value}\n{rules}")
+            order.append(f"parameter_{i}_{k}{'' if key in required else '?'}")
+        return f"tool_{i}: {' '.join(order)}\n{''.join(lines)}"
+
+    def _value_rule(self, tag: str, schema: Any, root: Any, where: str) -> tuple[str, str]:
+        """What stands for a value and its end in a rule, and the rules that this needs, told apart by `tag`."""
+        allowed = bare_values.kinds(schema, root)
+        if schema is False or not allowed:
+            raise ToolError(f"{where}: its schema allows no value")
+        if "string" in allowed:
+            pattern = bare_values.text_pattern(schema, root, where)
+            return (f"VALUE_{tag}", f"VALUE_{tag}: ({pattern} & PLAIN) END\n") if pattern else ("VALUE", "")
+        choices = [
+            json.dumps(self._value(word)) for kind, word in bare_values.WORDS.items() if kind in allowed
+        ]
+        rules = ""
+        if rest := allowed - bare_values.WORDS.keys():
+            choices.append(f"json_{tag}")
+            rules = f"json_{tag}: {bare_values.json_value(schema, root, where, rest, f'^{_PLAIN}$')}\n"
+        return f"({' | '.join(choices)}) {_END_VALUE}", rules
