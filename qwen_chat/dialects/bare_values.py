@@ -17,7 +17,7 @@ from qwen_chat.dialects.grammar import json_rule
 from qwen_chat.dialects.loose_json import DONE, ObjectScanner
 from qwen_chat.errors import ToolError
 
-_TYPES: Mapping[str, frozenset[str]] = {
+_KINDS_OF_TYPE: Mapping[str, frozenset[str]] = {
     "null": frozenset({"null"}),
     "boolean": frozenset({"true", "false"}),
     "integer": frozenset({"number"}),
@@ -26,10 +26,12 @@ _TYPES: Mapping[str, frozenset[str]] = {
     "array": frozenset({"array"}),
     "object": frozenset({"object"}),
 }
-KINDS = frozenset().union(*_TYPES.values())
+EVERY_KIND = frozenset().union(*_KINDS_OF_TYPE.values())
 WORDS: Mapping[str, object] = {"null": None, "true": True, "false": False}
-# $ref, anyOf and the like inside one another; more is taken for a schema that allows everything.
-_DEEPEST = 32
+# $ref, anyOf and the like inside one another, and all that are looked at for one parameter; what is beyond allows
+# everything.
+_DEEPEST, _MOST_STEPS = 32, 5_000
+_ANYTHING = "#/$defs/anything"
 
 # What a format means as text, for the formats that have a plain shape.
 _DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
@@ -38,7 +40,7 @@ _TIME = (
 )
 _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_FORMATS = {
+_FORMAT_PATTERNS = {
     "date": _DATE,
     "time": _TIME,
     "date-time": f"{_DATE}T{_TIME}",
@@ -52,73 +54,124 @@ _FORMATS = {
 _OF_TEXT = frozenset({"minLength", "maxLength", "pattern", "format", "enum", "const"})
 
 
-def argument_schema(parameters: Any, name: str) -> Any:
-    """The schema of one argument; True, which allows everything, where none is given for it."""
-    found = _described(parameters, name, parameters, 0)
-    return True if found is None else found
+class Parameters:
+    """A function's parameters, as its tool describes them. `schema`: what that says, anything at all."""
 
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+        self._steps = 0
 
-def _described(schema: Any, name: str, root: Any, depth: int) -> Any:
-    """What a schema of an object says of one property, or None."""
-    if not isinstance(schema, Mapping) or depth > _DEEPEST:
-        return None
-    properties, more = schema.get("properties"), schema.get("additionalProperties")
-    found = []
-    if isinstance(properties, Mapping) and name in properties:
-        found.append(properties[name])
-    elif isinstance(more, Mapping):
-        found.append(more)
-    parts = [referred(schema["$ref"], root)] if "$ref" in schema else []
-    parts += _branches(schema, "allOf")
-    found += [said for part in parts if (said := _described(part, name, root, depth + 1)) is not None]
-    for key in ("anyOf", "oneOf"):
-        said = (_described(branch, name, root, depth + 1) for branch in _branches(schema, key))
-        some = [one for one in said if one is not None]
-        if some:
-            found.append({"anyOf": some})
-    return found[0] if len(found) == 1 else {"allOf": found} if found else None
+    def said_of(self, name: str) -> Any:
+        """The schema of one parameter; True, which allows everything, where there is none for it."""
+        self._steps = 0
+        found = self._property(self.schema, name)
+        return True if found is None else found
 
+    def kinds(self, schema: Any) -> frozenset[str]:
+        """The kinds of value that the schema of a parameter allows: string, number, array, object, null, true, false.
 
-def kinds(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
-    """The kinds of value that a schema allows: string, number, array, object, null, true, false.
+        A type that JSON Schema does not have says nothing.
+        """
+        self._steps = 0
+        return self._kinds(schema)
 
-    A type that JSON Schema does not have says nothing. root: the whole in which a `$ref` is looked up.
-    """
-    if not isinstance(schema, Mapping) or depth > _DEEPEST:
-        return KINDS
-    found = KINDS
-    words = schema.get("type", [])
-    named = [_TYPES.get(str(word), KINDS) for word in (words if isinstance(words, list) else [words])]
-    if named:
-        found = frozenset().union(*named)
-    if isinstance(schema.get("enum"), list):
-        found &= frozenset(map(_kind, schema["enum"]))
-    if "const" in schema:
-        found &= {_kind(schema["const"])}
-    if "$ref" in schema:
-        found &= kinds(referred(schema["$ref"], root), root, depth + 1)
-    for branch in _branches(schema, "allOf"):
-        found &= kinds(branch, root, depth + 1)
-    for key in ("anyOf", "oneOf"):
-        if branches := _branches(schema, key):
-            found &= frozenset().union(*(kinds(branch, root, depth + 1) for branch in branches))
-    return found
-
-
-def referred(reference: Any, root: Any) -> Any:
-    """What a `$ref` inside `root` points to; True where nothing is there."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return True
-    place = root
-    for step in reference[1:].split("/")[1:]:
-        key = unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
-            place = place[int(key)]
-        elif isinstance(place, Mapping) and key in place:
-            place = place[key]
-        else:
+    def referred(self, reference: Any) -> Any:
+        """What a `$ref` points to; True where nothing is there."""
+        place = self.schema
+        if not isinstance(reference, str) or not reference.startswith("#"):
             return True
-    return place
+        for step in reference[1:].split("/")[1:]:
+            key = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+                place = place[int(key)]
+            elif isinstance(place, Mapping) and key in place:
+                place = place[key]
+            else:
+                return True
+        return place
+
+    def text_pattern(self, schema: Any, where: str) -> str:
+        """The texts that a schema allows as a string, as an expression of a Lark terminal; empty where it allows all.
+
+        Raises ToolError, which begins with `where`, for what cannot be held to.
+        """
+        self._steps = 0
+        return self._text_pattern(schema, where)
+
+    def json_value(self, schema: Any, where: str, kinds: frozenset[str], pattern: str) -> str:
+        """JSON under a schema, of some `kinds` that it allows, as a part of a rule. `pattern`: what every string and
+        every key in it matches. Raises ToolError."""
+        held = _guarded(schema, pattern)
+        if kinds != self.kinds(schema):
+            held = {"allOf": [held, {"type": sorted(kinds)}]}
+        definitions = {}
+        if '"#/$defs/tool' in json.dumps(held):
+            definitions["tool"] = _guarded(self.schema, pattern)
+        if f'"{_ANYTHING}"' in json.dumps([held, definitions]):
+            definitions["anything"] = _anything(pattern)
+        return json_rule({**held, "$defs": definitions} if definitions else held, where)
+
+    def _far(self) -> bool:
+        """One step more: is it one too many? References can lead on without end."""
+        self._steps += 1
+        return self._steps > _MOST_STEPS
+
+    def _property(self, schema: Any, name: str, depth: int = 0) -> Any:
+        """What a schema of an object says of one property, or None."""
+        if not isinstance(schema, Mapping) or depth > _DEEPEST or self._far():
+            return None
+        properties, more = schema.get("properties"), schema.get("additionalProperties")
+        found: list[Any] = []
+        if isinstance(properties, Mapping) and name in properties:
+            found.append(properties[name])
+        elif isinstance(more, Mapping):
+            found.append(more)
+        found += [self._property(part, name, depth + 1) for part in self._conditions(schema)]
+        for key in ("anyOf", "oneOf"):
+            said = [self._property(branch, name, depth + 1) for branch in _parts_of(schema, key)]
+            some = [one for one in said if one is not None]
+            found.append({"anyOf": some} if some else None)
+        found = [one for one in found if one is not None]
+        return found[0] if len(found) == 1 else {"allOf": found} if found else None
+
+    def _kinds(self, schema: Any, depth: int = 0) -> frozenset[str]:
+        if not isinstance(schema, Mapping) or depth > _DEEPEST or self._far():
+            return EVERY_KIND
+        found, words = EVERY_KIND, schema.get("type", [])
+        if named := words if isinstance(words, list) else [words]:
+            found = frozenset().union(*(_KINDS_OF_TYPE.get(str(word), EVERY_KIND) for word in named))
+        if isinstance(schema.get("enum"), list):
+            found &= frozenset(map(_kind_of, schema["enum"]))
+        if "const" in schema:
+            found &= {_kind_of(schema["const"])}
+        for part in self._conditions(schema):
+            found &= self._kinds(part, depth + 1)
+        for key in ("anyOf", "oneOf"):
+            if branches := _parts_of(schema, key):
+                found &= frozenset().union(*(self._kinds(branch, depth + 1) for branch in branches))
+        return found
+
+    def _text_pattern(self, schema: Any, where: str, depth: int = 0) -> str:
+        if not isinstance(schema, Mapping):
+            return ""
+        if depth > _DEEPEST or self._far():
+            raise ToolError(f"{where}: its references lead on and on; expected a plainer schema")
+        parts = [_plain_text(schema, where)] if not _OF_TEXT.isdisjoint(schema) else []
+        parts += [self._text_pattern(part, where, depth + 1) for part in self._conditions(schema)]
+        for key in ("anyOf", "oneOf"):
+            texts = [one for one in _parts_of(schema, key) if "string" in self._kinds(one, depth + 1)]
+            if key == "oneOf" and len(texts) > 1:
+                raise ToolError(
+                    f"{where}: 'oneOf' with several kinds of text; expected 'anyOf', or one kind of text"
+                )
+            choices = [self._text_pattern(branch, where, depth + 1) for branch in texts]
+            if all(choices):
+                parts.append(" | ".join(choices))
+        return " & ".join(f"({part})" for part in parts if part)
+
+    def _conditions(self, schema: Mapping[str, Any]) -> list[Any]:
+        """What else must hold, whatever holds: the schema that is referred to, and each of allOf."""
+        return ([self.referred(schema["$ref"])] if "$ref" in schema else []) + _parts_of(schema, "allOf")
 
 
 def json_of(text: str) -> str:
@@ -149,31 +202,6 @@ class _OneValue(ObjectScanner):
 # ------------------------------------------------------------------------------------------------- grammar
 
 
-def text_pattern(schema: Any, root: Any, where: str, depth: int = 0) -> str:
-    """The texts that a schema allows as a string, as an expression of a Lark terminal; empty where it allows all.
-
-    Raises ToolError, which begins with `where`, for what cannot be held to.
-    """
-    if not isinstance(schema, Mapping):
-        return ""
-    if depth > _DEEPEST:
-        raise ToolError(f"{where}: the schema refers to itself; expected one that a text can be held to")
-    parts = [_plain_text(schema, where)] if not _OF_TEXT.isdisjoint(schema) else []
-    conditions = [referred(schema["$ref"], root)] if "$ref" in schema else []
-    conditions += _branches(schema, "allOf")
-    parts += [text_pattern(condition, root, where, depth + 1) for condition in conditions]
-    for key in ("anyOf", "oneOf"):
-        texts = [branch for branch in _branches(schema, key) if "string" in kinds(branch, root)]
-        if key == "oneOf" and len(texts) > 1:
-            raise ToolError(
-                f"{where}: 'oneOf' with {len(texts)} kinds of text; expected 'anyOf', or one kind"
-            )
-        choices = [text_pattern(branch, root, where, depth + 1) for branch in texts]
-        if all(choices):
-            parts.append(" | ".join(choices))
-    return " & ".join(f"({part})" for part in parts if part)
-
-
 def _plain_text(schema: Mapping[str, Any], where: str) -> str:
     """The same, for what the schema says itself."""
     choices = [schema["enum"]] if isinstance(schema.get("enum"), list) else []
@@ -190,31 +218,19 @@ def _plain_text(schema: Mapping[str, Any], where: str) -> str:
         inner = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", inner).replace("\n", r"\n").replace("\r", r"\r")
         parts.append(f"/{start}(?:{inner}){end}/")
     if (name := schema.get("format")) is not None:
-        if name not in _FORMATS:
-            known = ", ".join(_FORMATS)
+        if name not in _FORMAT_PATTERNS:
+            known = ", ".join(_FORMAT_PATTERNS)
             raise ToolError(
                 f"{where}: format {name!r} cannot be held to in bare text; those that can: {known}"
             )
-        parts.append(f"/{_FORMATS[name]}/")
+        parts.append(f"/{_FORMAT_PATTERNS[name]}/")
     return " & ".join(f"({part})" for part in parts)
 
 
-def json_value(schema: Any, root: Any, where: str, allowed: Iterable[str], unwritten: str) -> str:
-    """JSON under a schema, as a part of a rule, of the kinds `allowed` alone.
-
-    unwritten: a regular expression that every string and every key in it matches. Raises ToolError.
-    """
-    definitions = {"anything": _anything(unwritten)}
-    if '"$ref"' in json.dumps(schema):
-        definitions["tool"] = _held(root, unwritten)
-    held = {"allOf": [_held(schema, unwritten), {"type": sorted(allowed)}]}
-    return json_rule({**held, "$defs": definitions}, where)
-
-
-def _held(schema: Any, unwritten: str) -> Any:
+def _guarded(schema: Any, unwritten: str) -> Any:
     """A schema whose strings and keys match `unwritten`, to stand in a document under `$defs/tool`."""
     if schema is True or schema == {}:
-        return {"$ref": "#/$defs/anything"}
+        return {"$ref": _ANYTHING}
     if not isinstance(schema, Mapping):
         return schema
     held = {
@@ -224,36 +240,38 @@ def _held(schema: Any, unwritten: str) -> Any:
         held["$ref"] = f"#/$defs/tool{reference[1:]}"
     for key in ("properties", "patternProperties", "$defs", "definitions"):
         if isinstance(held.get(key), Mapping):
-            held[key] = {name: _held(child, unwritten) for name, child in held[key].items()}
+            held[key] = {name: _guarded(child, unwritten) for name, child in held[key].items()}
     for key in ("items", "additionalProperties", "anyOf", "allOf", "oneOf", "prefixItems"):
         if key in held:
             child = held[key]
             held[key] = (
-                [_held(one, unwritten) for one in child]
+                [_guarded(one, unwritten) for one in child]
                 if isinstance(child, list)
-                else _held(child, unwritten)
+                else _guarded(child, unwritten)
             )
     if held.keys() & {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}:
         return held
-    allowed = kinds(schema, schema)
+    allowed = Parameters(schema).kinds(schema)
     if "string" in allowed:
         both = [{"pattern": held["pattern"]}] if "pattern" in held else []
         held |= {"pattern": unwritten} | ({"allOf": both} if both else {})
     if "array" in allowed:
-        held.setdefault("items", {"$ref": "#/$defs/anything"})
+        held.setdefault("items", {"$ref": _ANYTHING})
     if "object" in allowed and held.get("additionalProperties") is not False:
         # As at the top: what an object does not name helps nobody.
         if "patternProperties" not in held and not (
             "properties" in held and "additionalProperties" not in held
         ):
             more = held.get("additionalProperties", True)
-            held["patternProperties"] = {unwritten: {"$ref": "#/$defs/anything"} if more is True else more}
+            held["patternProperties"] = {
+                unwritten: more if isinstance(more, Mapping) else {"$ref": _ANYTHING}
+            }
         held["additionalProperties"] = False
     return held
 
 
 def _anything(unwritten: str) -> Any:
-    again = {"$ref": "#/$defs/anything"}
+    again = {"$ref": _ANYTHING}
     return {
         "anyOf": [
             {"type": ["null", "boolean", "number"]},
@@ -286,12 +304,12 @@ def without(tags: Iterable[str]) -> str:
     return f"(?:[^<]|(?:<{begun(tree)})*<{left(tree)})*(?:<{begun(tree)})*"
 
 
-def _branches(schema: Mapping[str, Any], key: str) -> list[Any]:
+def _parts_of(schema: Mapping[str, Any], key: str) -> list[Any]:
     found = schema.get(key)
     return found if isinstance(found, list) else []
 
 
-def _kind(value: object) -> str:
+def _kind_of(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):

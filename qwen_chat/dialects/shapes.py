@@ -15,8 +15,8 @@ from typing import Any, Protocol
 SPACE = r"[ \t\r\n]{0,64}"
 BLANKS = r"[ \t]{0,8}"
 COLON = "[:：]?"
-# A JSON object begins here.
-OBJECT = r"(?=\{)"
+# A JSON object begins here; something follows, whatever. An opening ends with one of them: its reading begins at once.
+OBJECT, MORE = r"(?=\{)", r"(?=[\s\S])"
 # Characters; more than any of the shapes can be.
 LONGEST_SHAPE = 640
 _NEVER = r"(?!)"

@@ -15,50 +15,54 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qwen_chat.conversation import Conversation, ToolCall
-from qwen_chat.dialects import bare_values
+from qwen_chat.dialects.bare_values import WORDS, Parameters, json_of, without
 from qwen_chat.dialects.dialect import Carried, Tools, chosen, function_of, loosened, openai_messages
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import CLOSE, OPEN
 from qwen_chat.dialects.loose_json import BROKEN, DONE, READING
-from qwen_chat.dialects.shapes import SPACE, Form, Left, Marks, Offer, letters
+from qwen_chat.dialects.shapes import MORE, SPACE, Form, Left, Marks, Offer, letters
 from qwen_chat.errors import FormatError, ToolError
 
-FUNCTION, END_FUNCTION = "<function=", "</function>"
-PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+OPEN_FUNCTION, CLOSE_FUNCTION = "<function=", "</function>"
+OPEN_PARAMETER, CLOSE_PARAMETER = "<parameter=", "</parameter>"
 # Inside a value one of these ends it, or shows that its end is missing.
-TAGS = (END_PARAMETER, END_FUNCTION, CLOSE, PARAMETER)
+TAGS = (CLOSE_PARAMETER, CLOSE_FUNCTION, CLOSE, OPEN_PARAMETER)
 _BEGINNINGS = frozenset(tag[:end] for tag in TAGS for end in range(1, len(tag)))
 
 # A name, as it stands in its tag.
-_NAME = (r"[^<>\s]", r"[^<>\n]{0,127}")
-_NAMED = re.compile("".join(_NAME))
-_KEY = re.compile(r"[^>\n]*")
-_SPACES = re.compile(r"[ \t\r\n]*")
-_TEXT = re.compile(r"[^<]*")
+_FUNCTION_NAME = (r"[^<>\s]", r"[^<>\n]{0,127}")
+_WRITABLE = re.compile("".join(_FUNCTION_NAME))
+_IN_KEY = re.compile(r"[^>\n]*")
+_BETWEEN_TAGS = re.compile(r"[ \t\r\n]*")
+_BEFORE_TAG = re.compile(r"[^<]*")
 # What the root of a tool's schema may not say where calls are forced: no order of parameters holds it.
-_UNHELD = (
+_NOT_FORCED = (
     *("anyOf", "oneOf", "allOf", "not", "if", "enum", "const", "patternProperties", "propertyNames"),
     *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies"),
 )
 # Every text that can stand as a value, and what follows it.
-_PLAIN = bare_values.without(TAGS)
-_END_VALUE = json.dumps(f"\n{END_PARAMETER}\n")
-_SLASH = r"\/"
+_UNTAGGED_TEXT = without(TAGS)
+_END_VALUE = json.dumps(f"\n{CLOSE_PARAMETER}\n")
+_COMMON_RULES = (
+    f"KEY: /[^>\\n]*>\\n/\nEND: {_END_VALUE}\nVALUE: PLAIN END\nPLAIN: /"
+    + _UNTAGGED_TEXT.replace("/", r"\/")
+    + "/\n"
+)
 
 
-class CallScanner:
+class XmlScanner:
     """Reads the parameters after `<function=NAME>`, to `</function>`.
 
     Broken by a parameter that comes twice (of two values one would be lost), by text between parameters, and by a tag
     in a value that shows that its end is missing. Where a grammar `forced` the call a parameter may come twice.
     """
 
-    def __init__(self, name: str, parameters: Any, *, forced: bool) -> None:
+    def __init__(self, name: str, parameters: Parameters, *, forced: bool) -> None:
         self.status = READING
         self.read = 0
         self.name = name
         self._parameters, self._forced = parameters, forced
-        self._step: Callable[[CallScanner, str, int], int] = CallScanner._between
+        self._step: Callable[[XmlScanner, str, int], int] = XmlScanner._between
         self._parts = ["{"]  # the arguments' JSON so far
         self._told = 0  # how many of them `more` gave out
         self._tag = ""  # the beginning of a tag
@@ -84,7 +88,7 @@ class CallScanner:
         self._told = len(self._parts)
         if not ended or self.status != READING:
             return grown
-        if self._step == CallScanner._read_key:
+        if self._step == XmlScanner._read_key:
             return grown + self._next_key()
         if not self._in_value:
             return grown
@@ -101,9 +105,9 @@ class CallScanner:
     # Each step reads at least one character, or changes the step, and returns where it stopped.
 
     def _between(self, text: str, at: int) -> int:
-        at = _SPACES.match(text, at).end()  # type: ignore[union-attr]
+        at = _BETWEEN_TAGS.match(text, at).end()  # type: ignore[union-attr]
         if at < len(text):
-            self._step = CallScanner._read_tag
+            self._step = XmlScanner._read_tag
         return at
 
     def _read_tag(self, text: str, at: int) -> int:
@@ -120,24 +124,24 @@ class CallScanner:
             return at
         self._grow(self._tag)
         self._tag = ""
-        self._step = CallScanner._value
+        self._step = XmlScanner._value
         return at
 
     def _end_tag(self, tag: str) -> None:
-        if self._in_value and tag == END_PARAMETER:
+        if self._in_value and tag == CLOSE_PARAMETER:
             self._end_value()
-            self._step = CallScanner._between
-        elif not self._in_value and tag == PARAMETER:
+            self._step = XmlScanner._between
+        elif not self._in_value and tag == OPEN_PARAMETER:
             self._key = []
-            self._step = CallScanner._read_key
-        elif not self._in_value and tag == END_FUNCTION:
+            self._step = XmlScanner._read_key
+        elif not self._in_value and tag == CLOSE_FUNCTION:
             self._parts.append("}")
             self.status = DONE
         else:
             self.status = BROKEN
 
     def _read_key(self, text: str, at: int) -> int:
-        end = _KEY.match(text, at).end()  # type: ignore[union-attr]
+        end = _IN_KEY.match(text, at).end()  # type: ignore[union-attr]
         self._key.append(text[at:end])
         if end == len(text):
             return end
@@ -145,22 +149,21 @@ class CallScanner:
         if text[end] == "\n" or (key in self._seen and not self._forced):
             self.status = BROKEN
             return end
-        schema = bare_values.argument_schema(self._parameters, key)
-        self._is_text = "string" in bare_values.kinds(schema, self._parameters)
+        self._is_text = "string" in self._parameters.kinds(self._parameters.said_of(key))
         self._parts.append(f'{self._next_key()}": ' + '"' * self._is_text)
         self._seen.add(key)
         self._in_value = self._is_fresh = True
-        self._step = CallScanner._value
+        self._step = XmlScanner._value
         return end + 1
 
     def _next_key(self) -> str:
         return (", " if self._seen else "") + '"' + _escaped("".join(self._key))
 
     def _value(self, text: str, at: int) -> int:
-        end = _TEXT.match(text, at).end()  # type: ignore[union-attr]
+        end = _BEFORE_TAG.match(text, at).end()  # type: ignore[union-attr]
         self._grow(text[at:end])
         if end < len(text):
-            self._step = CallScanner._read_tag
+            self._step = XmlScanner._read_tag
         return end
 
     def _grow(self, text: str) -> None:
@@ -179,7 +182,7 @@ class CallScanner:
             self._raw.append(text)
 
     def _end_value(self) -> None:
-        self._parts.append('"' if self._is_text else bare_values.json_of("".join(self._raw)))
+        self._parts.append('"' if self._is_text else json_of("".join(self._raw)))
         self._raw, self._newline, self._in_value = [], "", False
 
 
@@ -187,29 +190,29 @@ def _escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _scanner(shape: str, offer: Offer) -> CallScanner:
-    name = shape[shape.index(FUNCTION) + len(FUNCTION) : -1]
+def _scanner(shape: str, offer: Offer) -> XmlScanner:
+    name = shape[shape.index(OPEN_FUNCTION) + len(OPEN_FUNCTION) : -1]
     parameters = offer.functions.get(name, {}).get("parameters")
-    return CallScanner(name, parameters, forced=offer.forced)
+    return XmlScanner(name, Parameters(parameters), forced=offer.forced)
 
 
-def _offered_scanner(shape: str, offer: Offer) -> CallScanner:
+def _offered_scanner(shape: str, offer: Offer) -> XmlScanner:
     scanner = _scanner(shape, offer)
     if scanner.name not in offer.functions:
         scanner.status = BROKEN
     return scanner
 
 
-def _leaves(shape: str) -> Left:
+def _leaves_tag(shape: str) -> Left:
     return Left(closing=CLOSE)
 
 
-_OPENING = (*letters(FUNCTION), *_NAME, ">")
-_TAGGED = Form(
-    "xml", OPEN, (*letters(OPEN), SPACE, *_OPENING), _scanner, _leaves, bound=True, before=r"\n{0,2}"
+_OPENING = (*letters(OPEN_FUNCTION), *_FUNCTION_NAME, ">", MORE)
+_XML = Form(
+    "xml", OPEN, (*letters(OPEN), SPACE, *_OPENING), _scanner, _leaves_tag, bound=True, before=r"\n{0,2}"
 )
 # The outer tag is the one that models forget.
-_UNTAGGED = Form("function", FUNCTION, _OPENING, _offered_scanner, _leaves, loose=True)
+_BARE_FUNCTION = Form("function", OPEN_FUNCTION, _OPENING, _offered_scanner, _leaves_tag, loose=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,17 +224,17 @@ class Xml:
     name: ClassVar[str] = "xml"
     note: ClassVar[str] = ""
     stop_strings: ClassVar[tuple[str, ...]] = ()
-    marks: ClassVar[Marks] = Marks((_TAGGED, _UNTAGGED))
+    marks: ClassVar[Marks] = Marks((_XML, _BARE_FUNCTION))
 
     def write(self, calls: Iterable[ToolCall]) -> str:
         """The text of calls, as the template writes it. (It escapes nothing: see `carry` for what it cannot write.)"""
         return "\n".join(
-            f"{OPEN}\n{FUNCTION}{call.name}>\n"
+            f"{OPEN}\n{OPEN_FUNCTION}{call.name}>\n"
             + "".join(
-                f"{PARAMETER}{key}>\n{self._value(value)}\n{END_PARAMETER}\n"
+                f"{OPEN_PARAMETER}{key}>\n{self._value(value)}\n{CLOSE_PARAMETER}\n"
                 for key, value in json.loads(call.arguments).items()
             )
-            + f"{END_FUNCTION}\n{CLOSE}"
+            + f"{CLOSE_FUNCTION}\n{CLOSE}"
             for call in calls
         )
 
@@ -263,10 +266,10 @@ class Xml:
 
     def _problem(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         """Why a call cannot be read back, or None."""
-        if not _NAMED.fullmatch(name):
+        if not _WRITABLE.fullmatch(name):
             return f"the name {name!r}; expected one line of at most 128 characters without < and >"
         for key, value in arguments.items():
-            if not _KEY.fullmatch(key):
+            if not _IN_KEY.fullmatch(key):
                 return f"the argument {key!r}; expected one line without >"
             tag = next((tag for tag in TAGS if tag in self._value(value)), None)
             if tag is not None:
@@ -280,51 +283,55 @@ class Xml:
         """The rules of `start`, and `body`: a call of any of the tools, after its opening tag."""
         names = " | ".join(f"tool_{i}" for i in range(len(tools)))
         rules = "".join(self._tool_rules(i, function_of(tool)) for i, tool in enumerate(tools))
-        end = json.dumps(f"{END_FUNCTION}\n")
-        common = f"KEY: /[^>\\n]*>\\n/\nEND: {_END_VALUE}\nPLAIN: /{_PLAIN.replace('/', _SLASH)}/\nVALUE: PLAIN END\n"
+        end = json.dumps(f"{CLOSE_FUNCTION}\n")
         return Grammar(
-            f"{start}body: ({names}) {end} close\n{rules}{common}", (("open", OPEN), ("close", CLOSE))
+            f"{start}body: ({names}) {end} close\n{rules}{_COMMON_RULES}", (("open", OPEN), ("close", CLOSE))
         )
 
     def _tool_rules(self, i: int, function: Mapping[str, Any]) -> str:
         """The rules of one tool's call, from after the opening tag to before the end of the function."""
-        where, root = f"tool {function.get('name')!r}", function.get("parameters") or {}
-        if not isinstance(root, Mapping):
-            raise ToolError(f"{where}: parameters are no JSON schema; expected an object")
-        schema = bare_values.referred(root["$ref"], root) if "$ref" in root else root
-        unheld = [key for key in _UNHELD if not isinstance(schema, Mapping) or key in schema]
-        if unheld or not _NAMED.fullmatch(str(function.get("name"))):
-            found = f"{unheld[0]!r} at the top of its parameters" if unheld else "a name with < or >"
-            raise ToolError(f"{where}: {found}, which calls in this model's format cannot be held to")
+        where, parameters = f"tool {function.get('name')!r}", Parameters(function.get("parameters") or {})
+        schema = parameters.schema
+        if isinstance(schema, Mapping) and "$ref" in schema:
+            schema = parameters.referred(schema["$ref"])
+        if not isinstance(schema, Mapping) or "object" not in parameters.kinds(schema):
+            raise ToolError(f"{where}: parameters are no JSON schema of an object; expected one")
+        unheld = [repr(key) + " at the top of its parameters" for key in _NOT_FORCED if key in schema]
+        if not _WRITABLE.fullmatch(str(function.get("name"))):
+            unheld.append("its name, with < or >")
+        unheld += [
+            f"the parameter {key!r}" for key in schema.get("properties") or {} if not _IN_KEY.fullmatch(key)
+        ]
+        if unheld:
+            raise ToolError(f"{where}: {unheld[0]}: no call in this model's format can be held to that")
         properties, more = schema.get("properties") or {}, schema.get("additionalProperties", True)
         required = schema.get("required") or []
         named = {**properties, **{key: more for key in required if key not in properties}}
-        head = json.dumps(f"\n{FUNCTION}{function['name']}>\n")
+        head = json.dumps(f"\n{OPEN_FUNCTION}{function['name']}>\n")
         if not named and more is not False:
-            value, rules = self._value_rule(f"{i}", more, root, where)
-            return f"tool_{i}: {head} parameter_{i}*\nparameter_{i}: {json.dumps(PARAMETER)} KEY {value}\n{rules}"
+            value, rules = self._value_rule(f"{i}", more, parameters, where)
+            return f"tool_{i}: {head} parameter_{i}*\nparameter_{i}: {json.dumps(OPEN_PARAMETER)} KEY {value}\n{rules}"
         order, lines = [head], []
         for k, (key, said) in enumerate(named.items()):
-            if not _KEY.fullmatch(key):
-                raise ToolError(f"{where}: the parameter {key!r}; expected one line without >")
-            value, rules = self._value_rule(f"{i}_{k}", said, root, f"{where}: {key!r}")
-            lines.append(f"parameter_{i}_{k}: {json.dumps(f'{PARAMETER}{key}>{chr(10)}')} {value}\n{rules}")
+            if said is False and key not in required:
+                continue
+            value, rules = self._value_rule(f"{i}_{k}", said, parameters, f"{where}: {key!r}")
+            opening = json.dumps(f"{OPEN_PARAMETER}{key}>\n")
+            lines.append(f"parameter_{i}_{k}: {opening} {value}\n{rules}")
             order.append(f"parameter_{i}_{k}{'' if key in required else '?'}")
         return f"tool_{i}: {' '.join(order)}\n{''.join(lines)}"
 
-    def _value_rule(self, tag: str, schema: Any, root: Any, where: str) -> tuple[str, str]:
+    def _value_rule(self, tag: str, schema: Any, parameters: Parameters, where: str) -> tuple[str, str]:
         """What stands for a value and its end in a rule, and the rules that this needs, told apart by `tag`."""
-        allowed = bare_values.kinds(schema, root)
+        allowed = parameters.kinds(schema)
         if schema is False or not allowed:
             raise ToolError(f"{where}: its schema allows no value")
         if "string" in allowed:
-            pattern = bare_values.text_pattern(schema, root, where)
+            pattern = parameters.text_pattern(schema, where)
             return (f"VALUE_{tag}", f"VALUE_{tag}: ({pattern} & PLAIN) END\n") if pattern else ("VALUE", "")
-        choices = [
-            json.dumps(self._value(word)) for kind, word in bare_values.WORDS.items() if kind in allowed
-        ]
+        choices = [json.dumps(self._value(word)) for kind, word in WORDS.items() if kind in allowed]
         rules = ""
-        if rest := allowed - bare_values.WORDS.keys():
+        if rest := allowed - WORDS.keys():
             choices.append(f"json_{tag}")
-            rules = f"json_{tag}: {bare_values.json_value(schema, root, where, rest, f'^{_PLAIN}$')}\n"
+            rules = f"json_{tag}: {parameters.json_value(schema, where, rest, f'^{_UNTAGGED_TEXT}$')}\n"
         return f"({' | '.join(choices)}) {_END_VALUE}", rules
