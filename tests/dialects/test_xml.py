@@ -715,10 +715,8 @@ def test_whatever_a_grammar_lets_be_written_is_a_valid_call(vocabulary: LLTokeni
     assert whole
 
 
-ENDINGS = [
-    f"{end}\n</parameter>\n</function>\n</tool_call>".encode()
-    for end in ("", '"', '"]', '"}', "]", "}", '"}]')
-]
+ENDS = ("", '"', '"]', '"}', "]", "}", '"}]', "a/b")
+ENDINGS = [f"{end}\n</parameter>\n</function>\n</tool_call>".encode() for end in ENDS]
 
 
 def written_at_random(matcher: LLMatcher, rng: random.Random) -> str | None:
