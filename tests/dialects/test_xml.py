@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ from qwen_chat.dialects.reader import Delta, Reply, fold
 from qwen_chat.dialects.xml import TAGS, Xml
 from qwen_chat.errors import FormatError, ToolError
 from qwen_chat.tools.validate import check_call
+from tests.support.damaged import check_damaged, in_pieces
 
 BOTH = [Xml(), Xml(python_words=True)]
 
@@ -48,13 +50,8 @@ def parameter(key: str, text: str) -> str:
     return f"<parameter={key}>\n{text}\n</parameter>\n"
 
 
-def cut(text: str, at: Sequence[int], tools: Any = TOOLS, **options: Any) -> Reply:
-    """The reply, fed in pieces that end at `at`."""
-    parser = stream_parser(tools, **options)
-    deltas: list[Delta] = []
-    for start, end in zip([0, *at], [*at, len(text)], strict=True):
-        deltas += parser.feed(text[start:end])
-    return fold([*deltas, *parser.finish()])
+def cut(text: str, at: Sequence[int], tools: Any = TOOLS) -> Reply:
+    return in_pieces(text, at, tools=tools)
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -428,7 +425,7 @@ def schema_of(value: Any) -> dict[str, Any]:
 
 
 @given(st.lists(st.tuples(names, arguments), max_size=3, unique_by=lambda one: one[0]), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_parse_reads_what_write_writes(
     written: list[tuple[str, dict[str, Any]]], data: st.DataObject
 ) -> None:
@@ -445,6 +442,86 @@ def test_parse_reads_what_write_writes(
         assert parse(text, tools) == Reply("", "", calls)
         cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
         assert cut(text, cuts, tools) == Reply("", "", calls)
+
+
+FRAGMENTS = [
+    *[
+        ONE,
+        TWO,
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_call>\n<function=f>\n",
+        "<function=f>",
+        "<function=g>\n",
+    ],
+    *[
+        "</function>",
+        "\n</function>\n</tool_call>",
+        "<function=",
+        "<parameter=",
+        "<parameter=a>",
+        "<parameter=b>\n",
+    ],
+    *[
+        "</parameter>",
+        "\n</parameter>\n",
+        "</parameter",
+        "</",
+        "<",
+        ">",
+        "f",
+        "=",
+        "\n",
+        "\n\n",
+        " ",
+        "\t" * 20,
+    ],
+    *[parameter("a", "1"), parameter("b", "x"), parameter("c", "[1, {}]"), "<parameter=b>x</parameter>"],
+    *[
+        "<think>",
+        "</think>",
+        '{"name": "f", "arguments": {"a": 1}}',
+        "```",
+        "✿FUNCTION✿: g\n✿ARGS✿: {}",
+        " " * 70,
+    ],
+    *["1", "[1,", "{", "}", '"', "'", "True", "null", "\\", "\r\n", "<function=天气>\n<parameter=城市>\n"],
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damage_never_raises_and_never_loses_text(seed: int) -> None:
+    found = check_damaged(FRAGMENTS, seed, 300, TOOLS)
+    assert found["texts with calls"] > 50  # else it would show little
+
+
+# name: a text that would take time that grows with its square, if anything were looked at again and again.
+LONG = {
+    "a long value": f"{call(parameter('b', 'x' * 120_000))}",
+    "a long list": f"{call(parameter('a', '[' + '1, ' * 40_000 + '1]'))}",
+    "angles in a value": f"{call(parameter('b', '</p' * 40_000))}",
+    "newlines in a value": f"{call(parameter('b', chr(10) * 120_000))}",
+    "many parameters": call(*(parameter(f"p{k}", "x") for k in range(3_500))),
+    "many calls": f"{TWO}\n" * 2_500,
+    "half calls": "<tool_call>\n<function=f>\n<parameter=b>\n" * 3_000,
+    "half calls without tags": "\n<function=f>\n<parameter=b>x" * 4_000,
+    "half values": "<tool_call>\n<function=f>\n<parameter=b>\nx\n" + "<function=f> " * 9_000,
+    "open tags": "<tool_call><function=" * 5_500,
+    "newlines before a call": "\n" * 120_000 + ONE,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_replies_take_linear_time(name: str) -> None:
+    """120,000 characters, a character at a time: under a second or two; quadratic work would take minutes."""
+    text = LONG[name]
+    start = time.process_time()
+    reply = parse(text, TOOLS)
+    whole = time.process_time() - start
+    assert cut(text, range(1, len(text))) == reply
+    assert whole < 2 and time.process_time() - start < 6
+    if not reply.tool_calls:
+        assert reply.content == text
 
 
 # ----------------------------------------------------------------------------------------- under a grammar
