@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from qwen_chat.conversation import Conversation, ToolCall
-from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.known import parse, stream_parser
 from qwen_chat.dialects.reader import Delta, Reply, fold
 from qwen_chat.dialects.xml import TAGS, Xml
 from qwen_chat.errors import FormatError, ToolError
 from qwen_chat.tools.validate import check_call
+from tests.support.byte_grammars import Bytes, accepts, matcher_of
 from tests.support.damaged import check_damaged, in_pieces
 
 BOTH = [Xml(), Xml(python_words=True)]
@@ -572,33 +572,9 @@ def test_under_a_grammar_a_parameter_may_come_twice() -> None:
     assert (fold(deltas).tool_calls, was_cut) == ([ToolCall("f", '{"b": "x", "b": "y"}')], False)
 
 
-class Bytes:
-    """A vocabulary of bytes and an end."""
-
-    eos_token_id, bos_token_id = 256, None
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<|end|>")
-    special_token_ids = (256,)
-
-    def __call__(self, text: str) -> list[int]:
-        return list(text.encode())
-
-
 @pytest.fixture(scope="module")
 def vocabulary() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Bytes()), eos_token=256)  # type: ignore[arg-type]
-
-
-def matcher_of(vocabulary: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    matcher = LLMatcher(vocabulary, grammar.complete({}), log_level=0)
-    assert not matcher.is_error(), matcher.get_error()[:500]
-    return matcher
-
-
-def accepts(vocabulary: LLTokenizer, grammar: Grammar, text: str) -> bool:
-    """Whether the grammar lets the text be written, and end there."""
-    matcher = matcher_of(vocabulary, grammar)
-    encoded = list(text.encode())
-    return matcher.try_consume_tokens(encoded) == len(encoded) and bool(matcher.is_accepting())
 
 
 # Schemas of an argument, values that a forced call may have and values that it may not. They are written by the
