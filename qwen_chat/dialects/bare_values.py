@@ -50,6 +50,8 @@ _FORMAT_PATTERNS = {
     "email": rf"[A-Za-z0-9!#$%&'*+\/=?^_`{{|}}~.-]{{1,64}}@{_LABEL}(?:\.{_LABEL})*",
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[A-Za-z0-9._~:\/?#\[\]@!$&'()*+,;=%-]+",
 }
+# What says nothing of a value; without it one rule serves many parameters.
+_UNHELD_WORDS = frozenset({"$id", "$schema", "$comment", "title", "description", "default", "examples"})
 # What can be said about a text; else every text is allowed.
 _OF_TEXT = frozenset({"minLength", "maxLength", "pattern", "format", "enum", "const"})
 

@@ -282,14 +282,19 @@ class Xml:
     def _grammar(self, start: str, tools: Tools) -> Grammar:
         """The rules of `start`, and `body`: a call of any of the tools, after its opening tag."""
         names = " | ".join(f"tool_{i}" for i in range(len(tools)))
-        rules = "".join(self._tool_rules(i, function_of(tool)) for i, tool in enumerate(tools))
+        # Values of one kind share a rule, whatever parameter they are of.
+        values: dict[str, str] = {}
+        rules = [self._tool_rules(i, function_of(tool), values) for i, tool in enumerate(tools)]
+        rules += [f"{name}: {body}\n" for body, name in values.items()]
         end = json.dumps(f"{CLOSE_FUNCTION}\n")
         return Grammar(
-            f"{start}body: ({names}) {end} close\n{rules}{_COMMON_RULES}", (("open", OPEN), ("close", CLOSE))
+            f"{start}body: ({names}) {end} close\n{''.join(rules)}{_COMMON_RULES}",
+            (("open", OPEN), ("close", CLOSE)),
         )
 
-    def _tool_rules(self, i: int, function: Mapping[str, Any]) -> str:
-        """The rules of one tool's call, from after the opening tag to before the end of the function."""
+    def _tool_rules(self, i: int, function: Mapping[str, Any], values: dict[str, str]) -> str:
+        """The rules of one tool's call, from after the opening tag to before the end of the function. `values`: the
+        rules of values by what they say; it is added to."""
         where, parameters = f"tool {function.get('name')!r}", Parameters(function.get("parameters") or {})
         schema = parameters.schema
         if isinstance(schema, Mapping) and "$ref" in schema:
@@ -309,29 +314,31 @@ class Xml:
         named = {**properties, **{key: more for key in required if key not in properties}}
         head = json.dumps(f"\n{OPEN_FUNCTION}{function['name']}>\n")
         if not named and more is not False:
-            value, rules = self._value_rule(f"{i}", more, parameters, where)
-            return f"tool_{i}: {head} parameter_{i}*\nparameter_{i}: {json.dumps(OPEN_PARAMETER)} KEY {value}\n{rules}"
-        order, lines = [head], []
-        for k, (key, said) in enumerate(named.items()):
+            value = self._value_rule(more, parameters, where, values)
+            return (
+                f"tool_{i}: {head} parameter_{i}*\nparameter_{i}: {json.dumps(OPEN_PARAMETER)} KEY {value}\n"
+            )
+        order = [head]
+        for key, said in named.items():
             if said is False and key not in required:
                 continue
-            value, rules = self._value_rule(f"{i}_{k}", said, parameters, f"{where}: {key!r}")
             opening = json.dumps(f"{OPEN_PARAMETER}{key}>\n")
-            lines.append(f"parameter_{i}_{k}: {opening} {value}\n{rules}")
-            order.append(f"parameter_{i}_{k}{'' if key in required else '?'}")
-        return f"tool_{i}: {' '.join(order)}\n{''.join(lines)}"
+            value = self._value_rule(said, parameters, f"{where}: {key!r}", values)
+            order.append(f"({opening} {value}){'' if key in required else '?'}")
+        return f"tool_{i}: {' '.join(order)}\n"
 
-    def _value_rule(self, tag: str, schema: Any, parameters: Parameters, where: str) -> tuple[str, str]:
-        """What stands for a value and its end in a rule, and the rules that this needs, told apart by `tag`."""
+    def _value_rule(self, schema: Any, parameters: Parameters, where: str, values: dict[str, str]) -> str:
+        """What stands for a value and its end in a rule."""
         allowed = parameters.kinds(schema)
         if schema is False or not allowed:
             raise ToolError(f"{where}: its schema allows no value")
         if "string" in allowed:
             pattern = parameters.text_pattern(schema, where)
-            return (f"VALUE_{tag}", f"VALUE_{tag}: ({pattern} & PLAIN) END\n") if pattern else ("VALUE", "")
+            return (
+                values.setdefault(f"({pattern} & PLAIN) END", f"VALUE_{len(values)}") if pattern else "VALUE"
+            )
         choices = [json.dumps(self._value(word)) for kind, word in WORDS.items() if kind in allowed]
-        rules = ""
         if rest := allowed - WORDS.keys():
-            choices.append(f"json_{tag}")
-            rules = f"json_{tag}: {parameters.json_value(schema, where, rest, f'^{_UNTAGGED_TEXT}$')}\n"
-        return f"({' | '.join(choices)}) {_END_VALUE}", rules
+            body = parameters.json_value(schema, where, rest, f"^{_UNTAGGED_TEXT}$")
+            choices.append(values.setdefault(body, f"json_{len(values)}"))
+        return f"({' | '.join(choices)}) {_END_VALUE}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from llguidance import LLTokenizer, TokenizerWrapper
 
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.template import ChatTemplate
 from qwen_chat.conversation import Conversation, ToolCall
 from qwen_chat.dialects.dialect import Dialect
@@ -17,6 +18,7 @@ from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.known import KNOWN, parse
 from qwen_chat.dialects.reader import Reply
 from qwen_chat.dialects.xml import Xml
+from qwen_chat.errors import FormatError, OptionError
 from tests.support.byte_grammars import Bytes, accepts
 
 SPOKEN: dict[str, Dialect] = {
@@ -62,9 +64,7 @@ def test_a_templates_calls_are_its_dialects(
     name: str, chat_templates: dict[str, str], qwen3_tokenizer: Any
 ) -> None:
     assert SPOKEN.keys() == chat_templates.keys()
-    tokenizer = copy.deepcopy(qwen3_tokenizer)
-    tokenizer.chat_template = chat_templates[name]
-    template, dialect = ChatTemplate(tokenizer), SPOKEN[name]
+    template, dialect = ChatTemplate(with_template(qwen3_tokenizer, chat_templates[name])), SPOKEN[name]
     assert [one for one in KNOWN if template.speaks(one)] == [dialect]
     vocabulary = LLTokenizer(TokenizerWrapper(Bytes()), eos_token=256)  # type: ignore[arg-type]
     forced, free = dialect.call_grammar(TOOLS, parallel=True), dialect.text_grammar(TOOLS)
@@ -87,3 +87,41 @@ def test_a_templates_calls_are_its_dialects(
         assert accepts(vocabulary, forced, dialect.write(calls))
         other = Hermes() if dialect.name == "xml" else Xml()
         assert not accepts(vocabulary, forced, other.write(calls))
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def test_a_format_reads_and_forces_what_its_template_writes(
+    chat_templates: dict[str, str], qwen3_tokenizer: Any
+) -> None:
+    tokenizer = with_template(qwen3_tokenizer, chat_templates["qwen3_5_nothink"])
+    fmt = ChatFormat(tokenizer, tool_style="xml")
+    assert (fmt.tool_style, fmt.dialect) == ("xml", Xml(python_words=True))
+    assert fmt.template == chat_templates["qwen3_5_nothink"]
+    text = fmt.dialect.write([ToolCall("get_weather", '{"all": true, "days": 3}')])
+    assert "\nTrue\n" in text
+    assert fmt.parse(text, TOOLS).tool_calls == [ToolCall("get_weather", '{"all": true, "days": 3}')]
+    assert fmt.call_grammar(TOOLS) == Xml(python_words=True).call_grammar(TOOLS)
+    assert fmt.text_grammar(TOOLS) == Xml(python_words=True).text_grammar(TOOLS)
+    function = {"name": "get_weather", "arguments": {"city": "a\n</parameter>"}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    with pytest.raises(FormatError, match=r"message 1: tool_calls\[0\]: argument 'city' holds </parameter>"):
+        fmt.encode([{"role": "user", "content": "?"}, calling], TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "spoken"), [("qwen3_6", "hermes", "xml"), ("qwen3", "xml", "hermes")]
+)
+def test_another_style_than_the_templates_is_refused(
+    chat_templates: dict[str, str], qwen3_tokenizer: Any, template: str, asked: Any, spoken: str
+) -> None:
+    tokenizer = with_template(qwen3_tokenizer, chat_templates[template])
+    says = (
+        f"tool_style is '{asked}', but the chat template writes calls as {spoken}; expected auto or {spoken}"
+    )
+    with pytest.raises(OptionError, match=says):
+        ChatFormat(tokenizer, tool_style=asked)
