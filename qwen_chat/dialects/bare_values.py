@@ -30,7 +30,7 @@ EVERY_KIND = frozenset().union(*_KINDS_OF_TYPE.values())
 WORDS: Mapping[str, object] = {"null": None, "true": True, "false": False}
 # $ref, anyOf and the like inside one another, and all that are looked at for one parameter; what is beyond allows
 # everything.
-_DEEPEST, _MOST_STEPS = 32, 5_000
+_DEEPEST, _MOST_STEPS = 32, 500
 _ANYTHING = "#/$defs/anything"
 
 # What a format means as text, for the formats that have a plain shape.
@@ -51,7 +51,7 @@ _FORMAT_PATTERNS = {
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[A-Za-z0-9._~:\/?#\[\]@!$&'()*+,;=%-]+",
 }
 # What says nothing of a value; without it one rule serves many parameters.
-_UNHELD_WORDS = frozenset({"$id", "$schema", "$comment", "title", "description", "default", "examples"})
+_SILENT = frozenset({"$id", "$schema", "$comment", "title", "description", "default", "examples"})
 # What can be said about a text; else every text is allowed.
 _OF_TEXT = frozenset({"minLength", "maxLength", "pattern", "format", "enum", "const"})
 
@@ -205,13 +205,13 @@ class _OneValue(ObjectScanner):
 
 
 def _plain_text(schema: Mapping[str, Any], where: str) -> str:
-    """The same, for what the schema says itself."""
+    """The texts that a schema allows by what it says itself, as `text_pattern`."""
     choices = [schema["enum"]] if isinstance(schema.get("enum"), list) else []
     choices += [[schema["const"]]] if "const" in schema else []
     parts = [" | ".join(json.dumps(value) for value in some if isinstance(value, str)) for some in choices]
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-    if least or most != "":
-        parts.append(f"/(?s:.{{{least},{most}}})/")
+    if "minLength" in schema or "maxLength" in schema:
+        most = int(schema["maxLength"]) if "maxLength" in schema else ""
+        parts.append(f"/(?s:.{{{int(schema.get('minLength', 0))},{most}}})/")
     if isinstance(pattern := schema.get("pattern"), str):
         # Anchors at the two ends hold for all alternatives here: no text that the schema forbids gets in.
         ends = re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
@@ -229,42 +229,38 @@ def _plain_text(schema: Mapping[str, Any], where: str) -> str:
     return " & ".join(f"({part})" for part in parts)
 
 
-def _guarded(schema: Any, unwritten: str) -> Any:
-    """A schema whose strings and keys match `unwritten`, to stand in a document under `$defs/tool`."""
+def _guarded(schema: Any, unwritten: str, *, alone: bool = True) -> Any:
+    """A schema whose strings and keys match `unwritten`, to stand in a document under `$defs/tool`. `alone`: no other
+    schema says more of the same value."""
     if schema is True or schema == {}:
         return {"$ref": _ANYTHING}
     if not isinstance(schema, Mapping):
         return schema
-    held = {
-        key: value for key, value in schema.items() if key not in ("$id", "$schema", "default", "examples")
-    }
+    held = {key: value for key, value in schema.items() if key not in _SILENT}
     if isinstance(reference := held.get("$ref"), str):
         held["$ref"] = f"#/$defs/tool{reference[1:]}"
     for key in ("properties", "patternProperties", "$defs", "definitions"):
         if isinstance(held.get(key), Mapping):
             held[key] = {name: _guarded(child, unwritten) for name, child in held[key].items()}
-    for key in ("items", "additionalProperties", "anyOf", "allOf", "oneOf", "prefixItems"):
-        if key in held:
-            child = held[key]
-            held[key] = (
-                [_guarded(one, unwritten) for one in child]
-                if isinstance(child, list)
-                else _guarded(child, unwritten)
-            )
+    for key in ("items", "additionalProperties", "prefixItems", "anyOf", "allOf", "oneOf"):
+        child, apart = held.get(key), not key.endswith("Of")
+        if isinstance(child, list):
+            held[key] = [_guarded(one, unwritten, alone=apart) for one in child]
+        elif key in held:
+            held[key] = _guarded(child, unwritten)
     if held.keys() & {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}:
         return held
     allowed = Parameters(schema).kinds(schema)
     if "string" in allowed:
-        both = [{"pattern": held["pattern"]}] if "pattern" in held else []
-        held |= {"pattern": unwritten} | ({"allOf": both} if both else {})
+        held |= {"allOf": [{"pattern": held["pattern"]}]} if "pattern" in held else {}
+        held["pattern"] = unwritten
     if "array" in allowed:
         held.setdefault("items", {"$ref": _ANYTHING})
-    if "object" in allowed and held.get("additionalProperties") is not False:
+    if "object" in allowed and "patternProperties" not in held:
+        more, named = held.get("additionalProperties"), held.get("properties") or {}
         # As at the top: what an object does not name helps nobody.
-        if "patternProperties" not in held and not (
-            "properties" in held and "additionalProperties" not in held
-        ):
-            more = held.get("additionalProperties", True)
+        is_closed = more is None and alone and named and set(held.get("required", ())) <= named.keys()
+        if more is not False and not is_closed:
             held["patternProperties"] = {
                 unwritten: more if isinstance(more, Mapping) else {"$ref": _ANYTHING}
             }

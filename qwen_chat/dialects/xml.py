@@ -303,7 +303,7 @@ class Xml:
             raise ToolError(f"{where}: parameters are no JSON schema of an object; expected one")
         unheld = [repr(key) + " at the top of its parameters" for key in _NOT_FORCED if key in schema]
         if not _WRITABLE.fullmatch(str(function.get("name"))):
-            unheld.append("its name, with < or >")
+            unheld.append("its name")
         unheld += [
             f"the parameter {key!r}" for key in schema.get("properties") or {} if not _IN_KEY.fullmatch(key)
         ]

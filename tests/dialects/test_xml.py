@@ -741,6 +741,16 @@ def test_what_cannot_be_forced_is_one_line(parameters: Any, says: str | None) ->
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_values_of_one_kind_share_a_rule() -> None:
+    """128 tools of 20 parameters: about what the same schemas take as JSON, not a text's automaton for each."""
+    described = [
+        {"type": "array", "items": {"type": "string"}, "description": f"the {k}th"} for k in range(20)
+    ]
+    tools = [tool(f"tool_{i}", of(**{f"p{k}": one for k, one in enumerate(described)})) for i in range(128)]
+    assert Xml().call_grammar(tools).source.count("%json") == 1
+    assert len(Xml().call_grammar(tools).source) < 150_000
+
+
 def test_a_forbidden_parameter_is_left_out(vocabulary: LLTokenizer) -> None:
     grammar = Xml().call_grammar([tool("g", of(a=False))])
     assert accepts(vocabulary, grammar, TWO)
