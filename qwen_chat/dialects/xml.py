@@ -30,8 +30,8 @@ TAGS = (CLOSE_PARAMETER, CLOSE_FUNCTION, CLOSE, OPEN_PARAMETER)
 _BEGINNINGS = frozenset(tag[:end] for tag in TAGS for end in range(1, len(tag)))
 
 # A name, as it stands in its tag.
-_FUNCTION_NAME = (r"[^<>\s]", r"[^<>\n]{0,127}")
-_WRITABLE = re.compile("".join(_FUNCTION_NAME))
+_NAME_ATOMS = (r"[^<>\s]", r"[^<>\n]{0,127}")
+_WRITABLE = re.compile("".join(_NAME_ATOMS))
 _IN_KEY = re.compile(r"[^>\n]*")
 _BETWEEN_TAGS = re.compile(r"[ \t\r\n]*")
 _BEFORE_TAG = re.compile(r"[^<]*")
@@ -207,7 +207,7 @@ def _leaves_tag(shape: str) -> Left:
     return Left(closing=CLOSE)
 
 
-_OPENING = (*letters(OPEN_FUNCTION), *_FUNCTION_NAME, ">", MORE)
+_OPENING = (*letters(OPEN_FUNCTION), *_NAME_ATOMS, ">", MORE)
 _XML = Form(
     "xml", OPEN, (*letters(OPEN), SPACE, *_OPENING), _scanner, _leaves_tag, bound=True, before=r"\n{0,2}"
 )
