@@ -56,7 +56,9 @@ class EvaluateArguments:
     batch_size: int = option(8, "replies written at once")
     limit: int | None = option(None, "only the first so many conversations")
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop it, or are counted and left out")
-    tool_style: Literal["auto", "hermes", "qwen_agent"] = option("auto", "how tools and calls are written")
+    tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
+        "auto", "how tools and calls are written"
+    )
     output: str | None = option(None, "also write the whole report to this JSON file", "-o")
     fresh: bool = option(False, "compute everything again")
     json: bool = option(False, "print one JSON object on standard output")

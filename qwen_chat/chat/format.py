@@ -30,7 +30,7 @@ from qwen_chat.dialects.qwen_agent import Language, QwenAgent
 from qwen_chat.dialects.reader import END_THINK, THINK, Reply, StreamParser
 from qwen_chat.errors import FormatError, OptionError
 
-ToolStyle = Literal["auto", "hermes", "qwen_agent"]
+ToolStyle = Literal["auto", "hermes", "qwen_agent", "xml"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -48,8 +48,9 @@ class Prompt:
 class ChatFormat:
     """How the conversations of one model are written.
 
-    `tool_style`: "hermes" (`<tool_call>` tags), "qwen_agent" (Qwen2's flower marks), "auto": what the
-    template was saved with, else what it is found to write. `language` and `parallel`: the wording of qwen_agent;
+    `tool_style`: "hermes" (JSON in `<tool_call>` tags), "xml" (`<function=...>` in them), "qwen_agent" (Qwen2's flower
+    marks), "auto": what the template was saved with, else what it is found to write. A template that writes calls in
+    one of the first two cannot be asked for the other. `language` and `parallel`: the wording of qwen_agent;
     "auto" is Chinese where the system text or the first question has Chinese characters. A template without tools is
     completed (see `template`).
 
@@ -63,7 +64,7 @@ class ChatFormat:
         language: Language = "auto",
         parallel: bool = True,
     ) -> None:
-        _check_option("tool_style", tool_style, ("auto", "hermes", "qwen_agent"))
+        _check_option("tool_style", tool_style, ("auto", "hermes", "qwen_agent", "xml"))
         _check_option("language", language, ("auto", "en", "zh"))
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
@@ -86,10 +87,15 @@ class ChatFormat:
         """The dialect that was asked for; else the one a tuned template names, or the one its own words are in."""
         if style == "qwen_agent":
             return QwenAgent(language, parallel)
-        noted = QwenAgent.noted(self._template.source)
-        if style == "hermes" or noted is None:
-            return next(filter(self._template.speaks, known.KNOWN), Hermes()) if style == "auto" else Hermes()
-        return noted
+        spoken = next(filter(self._template.speaks, known.KNOWN), Hermes())
+        if style == "auto":
+            return QwenAgent.noted(self._template.source) or spoken
+        if style != spoken.name:
+            raise OptionError(
+                f"tool_style is {style!r}, but the chat template writes calls as {spoken.name}; expected auto or "
+                f"{spoken.name}, so that the model is served as its template writes"
+            )
+        return spoken
 
     # --------------------------------------------------------------------------------------------------- text
 

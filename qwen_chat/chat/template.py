@@ -28,7 +28,9 @@ _TOOL: Json = {
     "type": "function",
     "function": {"name": _NAME, "parameters": {"type": "object", "properties": {}}},
 }
-_CALL: Json = {"type": "function", "function": {"name": _NAME, "arguments": '{"key": ["值", 1.5, null]}'}}
+# Text, words and a list: how each is written tells the dialects apart.
+_ARGUMENTS = '{"key": ["值", 1.5, null], "text": "值", "yes": true, "none": null}'
+_CALL: Json = {"type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
 
 
 _CALLING = Conversation.from_openai(

@@ -62,7 +62,9 @@ class DataArguments:
         "all", "learn all replies, the last one only, or every token (the user's too)"
     )
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop the run, or are counted and left out")
-    tool_style: Literal["auto", "hermes", "qwen_agent"] = option("auto", "how tools and calls are written")
+    tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
+        "auto", "how tools and calls are written"
+    )
     tool_language: Literal["auto", "en", "zh"] = option("auto", "wording of the qwen_agent style")
     lazy_preprocess: bool = option(False, "tokenise on first use instead of all before training")
 

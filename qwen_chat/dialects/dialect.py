@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qwen_chat.conversation import Conversation, ToolCall
+from qwen_chat.conversation import Conversation, ToolCall, write_message
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.shapes import Marks
-from qwen_chat.errors import FormatError
+from qwen_chat.errors import FormatError, ToolError
 
 Tool = Mapping[str, Any]
 Tools = Sequence[Tool]
@@ -50,9 +50,6 @@ class Dialect(Protocol):
     def marks(self) -> Marks:
         """How its calls are found in a reply, whole or in pieces (see reader)."""
 
-    def describe(self, tools: Tools) -> str:
-        """The text about tools that follows the system text after a blank line."""
-
     def write(self, calls: Iterable[ToolCall]) -> str:
         """The text of calls, without a newline around it. The arguments' text goes in as it is, so that reading
         returns it; through `normalise_arguments` first it is the template's very bytes."""
@@ -73,6 +70,35 @@ def function_of(tool: Tool) -> Tool:
     """The function that a tool describes, in OpenAI's wrapping or bare."""
     function = tool.get("function", tool)
     return function if isinstance(function, Mapping) else {}
+
+
+def chosen(tools: Tools, name: str | None) -> Tools:
+    """The tools of which one must be called: all, or the one called `name`. Raises ToolError where there is none."""
+    found = [tool for tool in tools if name is None or function_of(tool).get("name") == name]
+    if not found:
+        known = ", ".join(str(function_of(tool).get("name")) for tool in tools) or "none"
+        raise ToolError(f"tool_choice: no tool is called {name!r}; the tools are: {known}")
+    return found
+
+
+def loosened(tools: Tools) -> Tools:
+    """The tools as a grammar holds calls to them that nobody forces: any arguments where a tool is not `strict`."""
+    return [
+        tool
+        if function_of(tool).get("strict")
+        else {"name": function_of(tool).get("name"), "parameters": {"type": "object"}}
+        for tool in tools
+    ]
+
+
+def openai_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """The messages as OpenAI writes them, but with call arguments as objects: the templates would otherwise encode the
+    arguments' JSON text a second time."""
+    messages = [write_message(message) for message in conversation.messages]
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return messages
 
 
 def normalise_arguments(arguments: str | Mapping[str, Any] | None) -> str:

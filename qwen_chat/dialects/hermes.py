@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qwen_chat.conversation import Conversation, ToolCall, write_message
-from qwen_chat.dialects.dialect import Carried, Tool, Tools, function_of
+from qwen_chat.conversation import Conversation, ToolCall
+from qwen_chat.dialects.dialect import Carried, Tools, chosen, function_of, loosened, openai_messages
 from qwen_chat.dialects.grammar import Grammar, arguments_rule
 from qwen_chat.dialects.loose_json import ObjectScanner, object_text
-from qwen_chat.dialects.shapes import OBJECT, SPACE, Form, Left, Marks, beginning, letters
-from qwen_chat.errors import ToolError
+from qwen_chat.dialects.shapes import OBJECT, SPACE, Form, Left, Marks, Offer, beginning, letters
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # Put before a template that ignores tools: it turns tools, calls and results into the plain messages that
@@ -76,7 +75,7 @@ class CallScanner(ObjectScanner):
     `type` are passed over.
     """
 
-    def __init__(self, names: frozenset[str] | None) -> None:
+    def __init__(self, names: Collection[str] | None) -> None:
         super().__init__()
         self.name = ""
         self.arguments = "{}"
@@ -162,20 +161,26 @@ _TICKS = rf"(?:`{{1,3}}{_INFO}{SPACE})?"
 _LIST = rf"(?:\[{SPACE})?"
 
 
-def _scanner(shape: str, names: frozenset[str] | None) -> CallScanner:
-    return CallScanner(names)
+def _tagged_scanner(shape: str, offer: Offer) -> CallScanner:
+    return CallScanner(None)
 
 
-_TAGGED = Form("tag", OPEN, (*letters(OPEN), SPACE, _TICKS, _LIST, OBJECT), _scanner, _leaves, bound=True)
+def _named_scanner(shape: str, offer: Offer) -> CallScanner:
+    return CallScanner(offer.functions)
+
+
+_TAGGED = Form(
+    "tag", OPEN, (*letters(OPEN), SPACE, _TICKS, _LIST, OBJECT), _tagged_scanner, _leaves, bound=True
+)
 _FENCED = Form(
     "fence",
     "```",
     (*letters("```"), _INFO, r"[ \t]{0,8}", r"\r?", r"\n", SPACE, _LIST, OBJECT),
-    _scanner,
+    _named_scanner,
     _leaves,
     loose=True,
 )
-_BARE = Form("bare", "", (_LIST, OBJECT), _scanner, _leaves, loose=True)
+_BARE = Form("bare", "", (_LIST, OBJECT), _named_scanner, _leaves, loose=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +213,8 @@ class Hermes:
         return "\n".join(f"{self._begin(call.name)}{call.arguments}{self.CALL[2]}" for call in calls)
 
     def carry(self, conversation: Conversation) -> Carried:
-        """The messages as OpenAI writes them, but with call arguments as objects: Qwen2.5's template would otherwise
-        encode the arguments' JSON text a second time."""
-        messages = [write_message(message) for message in conversation.messages]
-        for message in messages:
-            for call in message.get("tool_calls", ()):
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        return Carried(messages, conversation.tools)
+        """As `openai_messages`."""
+        return Carried(openai_messages(conversation), conversation.tools)
 
     def prelude(self, default_system: str | None) -> str:
         """Jinja source that, put before a ChatML template without tools, gives it this dialect."""
@@ -232,22 +232,12 @@ class Hermes:
 
     def call_grammar(self, tools: Tools, *, name: str | None = None, parallel: bool = False) -> Grammar:
         """One call or more, under the tools' schemas."""
-        chosen = [tool for tool in tools if name is None or function_of(tool).get("name") == name]
-        if not chosen:
-            known = ", ".join(str(function_of(tool).get("name")) for tool in tools) or "none"
-            raise ToolError(f"tool_choice: no tool is called {name!r}; the tools are: {known}")
         more = ' ("\\n" call)*' if parallel else ""
-        return self._grammar(f"start: call{more}\ncall: open body\n", chosen)
+        return self._grammar(f"start: call{more}\ncall: open body\n", chosen(tools, name))
 
     def text_grammar(self, tools: Tools) -> Grammar:
         """Free text in which every opened tag becomes a call."""
-        loose: list[Tool] = [
-            tool
-            if function_of(tool).get("strict")
-            else {"name": function_of(tool).get("name"), "parameters": {"type": "object"}}
-            for tool in tools
-        ]
-        return self._grammar("start: (until_open body)* rest\nrest: TEXT\n", loose)
+        return self._grammar("start: (until_open body)* rest\nrest: TEXT\n", loosened(tools))
 
     def _grammar(self, start: str, tools: Tools) -> Grammar:
         """The rules of `start`, and `body`: a call of any of the tools, after its opening tag."""

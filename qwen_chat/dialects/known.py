@@ -14,8 +14,9 @@ from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.qwen_agent import QwenAgent
 from qwen_chat.dialects.reader import Reply, StreamParser, fold
 from qwen_chat.dialects.shapes import Marks
+from qwen_chat.dialects.xml import Xml
 
-KNOWN: tuple[Dialect, ...] = (Hermes(), QwenAgent())
+KNOWN: tuple[Dialect, ...] = (Hermes(), QwenAgent(), Xml(), Xml(python_words=True))
 # What counts as a call: anything that any dialect knows; only what a grammar forces, read as it is written; nothing.
 Calls = Literal["any", "bound", "none"]
 
@@ -23,7 +24,7 @@ Calls = Literal["any", "bound", "none"]
 @cache
 def marks_of(calls: Calls) -> Marks:
     """What is looked for. Stop marks and thoughts are told apart whatever counts as a call."""
-    every = sum((dialect.marks for dialect in KNOWN), Marks())
+    every = sum(dict.fromkeys(dialect.marks for dialect in KNOWN), Marks())
     forms = {"any": every.forms, "bound": tuple(form for form in every.forms if form.bound), "none": ()}
     return Marks(forms[calls], every.stops, every.answers)
 

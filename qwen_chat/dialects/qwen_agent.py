@@ -20,7 +20,7 @@ from qwen_chat.dialects.dialect import Carried, Tools, function_of, normalise_ar
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.loose_json import ObjectScanner
-from qwen_chat.dialects.shapes import BLANKS, COLON, OBJECT, SPACE, Form, Left, Marks, letters
+from qwen_chat.dialects.shapes import BLANKS, COLON, OBJECT, SPACE, Form, Left, Marks, Offer, letters
 from qwen_chat.errors import FormatError
 
 Language = Literal["auto", "en", "zh"]
@@ -80,7 +80,7 @@ class _ArgumentsScanner(ObjectScanner):
         return ""
 
 
-def _flower_scanner(shape: str, names: frozenset[str] | None) -> _ArgumentsScanner:
+def _flower_scanner(shape: str, offer: Offer) -> _ArgumentsScanner:
     name = shape[shape.index(FUNCTION) + len(FUNCTION) : shape.index(ARGS)]
     return _ArgumentsScanner(name.strip(" \t\r\n:："))
 

@@ -30,7 +30,18 @@ from typing import Literal
 from qwen_chat.conversation import ToolCall
 from qwen_chat.dialects.dialect import Tools, function_of
 from qwen_chat.dialects.loose_json import BROKEN, DONE, READING
-from qwen_chat.dialects.shapes import LONGEST_SHAPE, SPACE, Form, Left, Look, Marks, Scanner, Shapes, letters
+from qwen_chat.dialects.shapes import (
+    LONGEST_SHAPE,
+    SPACE,
+    Form,
+    Left,
+    Look,
+    Marks,
+    Offer,
+    Scanner,
+    Shapes,
+    letters,
+)
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -114,8 +125,9 @@ class StreamParser:
     has been shown could not be taken back. A call that is `bound` to a grammar cannot break: its name comes
     when its arguments begin, they come as they are written, and a cut one is a call with cut arguments (`cut`).
 
-    `tools` only says which names make a call where nothing marks it. A marked call of an unknown name is a call
-    too: who runs it answers with an error, from which a model recovers.
+    `tools` says which names make a call where nothing marks it, and what type a value has that is written as bare
+    text. A marked call of an unknown name is a call too: who runs it answers with an error, from which a model
+    recovers.
     """
 
     def __init__(
@@ -131,8 +143,9 @@ class StreamParser:
         self.calls = 0  # how many have come out
         self.cut = False  # the last one's arguments are not whole
         self._bound = bound
-        self._names = frozenset(str(function_of(tool).get("name")) for tool in tools or ())
-        if not self._names:
+        functions = {str(function_of(tool).get("name")): function_of(tool) for tool in tools or ()}
+        self._offer = Offer(functions, forced=bound)
+        if not functions:
             marks = replace(marks, forms=tuple(form for form in marks.forms if not form.loose))
         self._look, self._beginning, self._plain = _looks(marks)
         self._mode: _Mode = "beginning"
@@ -280,7 +293,7 @@ class StreamParser:
             streams = False
         else:
             streams = self._bound and form.bound
-        scanner = form.scanner(shape, self._names if form.loose else None)
+        scanner = form.scanner(shape, self._offer)
         self._attempt = _Attempt(form, scanner, match.start(), skip, left, streams)
         self._mode = "call"
         return match.end()

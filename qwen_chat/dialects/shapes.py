@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 SPACE = r"[ \t\r\n]{0,64}"
 BLANKS = r"[ \t]{0,8}"
 COLON = "[:：]?"
-# A JSON object begins here.
-OBJECT = r"(?=\{)"
+# A JSON object begins here; something follows, whatever. An opening ends with one of them: its reading begins at once.
+OBJECT, MORE = r"(?=\{)", r"(?=[\s\S])"
 # Characters; more than any of the shapes can be.
 LONGEST_SHAPE = 640
 _NEVER = r"(?!)"
@@ -72,12 +72,20 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """What may be called: the functions of the tools by name, and whether a grammar `forced` what is read."""
+
+    functions: Mapping[str, Mapping[str, Any]]
+    forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """One way to write a call.
 
     `mark` begins it, or nothing does (""); where the rest turns out to be no call, so much of it is content for
-    certain. `opening`: the atoms from there up to what `scanner` reads; it is made of the text of the opening and,
-    where the form is `loose`, of the names that are offered. `leaves` says what such an opening leaves open.
+    certain. `opening`: the atoms from there up to what `scanner` reads; it is made of the text of the opening and of
+    what is offered. `leaves` says what such an opening leaves open. `before`: the layout between text and the call.
     `loose`: nothing but a tool's name tells the call from an example, so it counts only where it stands apart and
     names a tool. `bound`: the form that grammars force: under one its arguments are read as they are written.
     """
@@ -85,10 +93,11 @@ class Form:
     kind: str  # an identifier
     mark: str
     opening: tuple[str, ...]
-    scanner: Callable[[str, frozenset[str] | None], Scanner]
+    scanner: Callable[[str, Offer], Scanner]
     leaves: Callable[[str], Left]
     loose: bool = False
     bound: bool = False
+    before: str = r"\n?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +130,8 @@ class Look:
         self.forms = {form.kind: form for form in marks.forms}
         self._stops = marks.stops
         # In running text (searched), and where the content begins (matched at the spot).
-        self.text = Shapes(self._openings(r"\n?", rf"\n{_INDENT}"))
-        self.first = Shapes(self._openings(SPACE, SPACE))
+        self.text = Shapes(self._openings(None))
+        self.first = Shapes(self._openings(SPACE))
         self._after: dict[Left, tuple[Shapes, Shapes]] = {}
 
     def after(self, left: Left) -> tuple[Shapes, Shapes]:
@@ -132,16 +141,18 @@ class Look:
             self._after[left] = Shapes(self._following(left)), Shapes(self._ending(left))
         return self._after[left]
 
-    def _openings(self, before: str, own_line: str) -> dict[str, tuple[str, ...]]:
+    def _openings(self, before: str | None) -> dict[str, tuple[str, ...]]:
+        """The forms, each after `before`; after text (None) after the layout of its own, or on a line of its own."""
         return {
-            kind: (own_line if form.loose else before, *form.opening) for kind, form in self.forms.items()
+            kind: (before or (rf"\n{_INDENT}" if form.loose else form.before), *form.opening)
+            for kind, form in self.forms.items()
         }
 
     def _following(self, left: Left) -> dict[str, tuple[str, ...]]:
         before = _STRAY if left.brackets else SPACE
         shapes: dict[str, tuple[str, ...]] = {}
         if left.closing:
-            shapes["close"] = (before, _END_TICKS, *letters(left.closing))
+            shapes["close"] = (before, *((_END_TICKS,) if left.brackets else ()), *letters(left.closing))
         if left.items:
             shapes["end_list"] = (SPACE, r"\]")
         if left.fence:
@@ -151,7 +162,7 @@ class Look:
         stops = {
             f"stop{i}": (before, *letters(mark), COLON, SPACE, _NEVER) for i, mark in enumerate(self._stops)
         }
-        return shapes | self._openings(before, before) | stops
+        return shapes | self._openings(before) | stops
 
     def _ending(self, left: Left) -> dict[str, tuple[str, ...]]:
         before = _STRAY if left.brackets else SPACE

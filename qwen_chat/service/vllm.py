@@ -1,8 +1,9 @@
 """Hand a service over to vLLM, which serves many GPUs, in the format that the model was trained under.
 
 In: the same options as our own service takes. Out: vLLM's command line and environment; `replace_process`
-becomes it. Our template goes with it (vLLM would take the hub's), the Hermes parser, the adapters, and the gate
-that vLLM does not have: keys on every path, a list of paths, a bound on the queue (queue_bound.py is loaded into it).
+becomes it. Our template goes with it (vLLM would take the hub's), the parsers of what it writes, the adapters, and the
+gate that vLLM does not have: keys on every path, a list of paths, a bound on the queue (queue_bound.py is loaded into
+it).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from qwen_chat.files import cache_dir, write_whole
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
+# vLLM's names of the dialects that it reads.
+TOOL_PARSERS = {"hermes": "hermes", "xml": "qwen3_xml"}
 # What vLLM lets --max-lora-rank be.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -63,7 +66,7 @@ def command(
     """
     template = _one_template(model, adapters)
     templated = (folder for folder in adapters.values() if (folder / "tokenizer_config.json").is_file())
-    thinks = _thinks(_format(next(templated, model)))
+    fmt = _format(next(templated, model))
     flags: dict[str, Sequence[str]] = {
         "--model": [str(model)],
         "--served-model-name": [name, "default"],
@@ -72,9 +75,9 @@ def command(
         "--dtype": [dtype],
         "--chat-template": [str(template)],
         "--enable-auto-tool-choice": [],
-        "--tool-call-parser": ["hermes"],
+        "--tool-call-parser": [TOOL_PARSERS[fmt.tool_style]],
         "--exclude-tools-when-tool-choice-none": [],
-        **({"--reasoning-parser": ["qwen3"]} if thinks else {}),
+        **_reasoning_flags(fmt),
         "--max-num-seqs": [str(max_batch)],
         "--middleware": ["qwen_chat.service.queue_bound.QueueBound"],
         "--tensor-parallel-size": [str(tensor_parallel)],
@@ -133,15 +136,19 @@ def _format(folder: Path) -> ChatFormat:
     from qwen_chat.models import load_tokenizer
 
     fmt = ChatFormat(load_tokenizer(folder))
-    if fmt.tool_style == "qwen_agent":
+    if fmt.tool_style not in TOOL_PARSERS:
         raise OptionError(
-            f"{folder}: tuned with --tool_style qwen_agent, which vLLM cannot render; use --engine transformers"
+            f"{folder}: tuned with --tool_style {fmt.tool_style}, which vLLM cannot render; use --engine transformers"
         )
     return fmt
 
 
-def _thinks(fmt: ChatFormat) -> bool:
-    """Whether replies begin with a thought: the prompt opens one, or has a switch that keeps it away."""
+def _reasoning_flags(fmt: ChatFormat) -> dict[str, list[str]]:
+    """vLLM's reader of thoughts, where replies begin with one: by default, or where a request asks for it.
+
+    That reader takes a reply for a thought unless it is told that there is none, and looks at no prompt. So where a
+    template by itself closes the thought before the reply begins, the default must say so (vllm-project/vllm#53284).
+    """
 
     def prompt(**switch: bool) -> str:
         return str(
@@ -154,7 +161,12 @@ def _thinks(fmt: ChatFormat) -> bool:
             )
         )
 
-    return fmt.in_reasoning(prompt()) or prompt() != prompt(enable_thinking=False)
+    plain, parser = prompt(), {"--reasoning-parser": ["qwen3"]}
+    if fmt.in_reasoning(plain) or plain != prompt(enable_thinking=False):
+        return parser
+    if not fmt.in_reasoning(prompt(enable_thinking=True)):
+        return {}
+    return parser | {"--default-chat-template-kwargs": [json.dumps({"enable_thinking": False})]}
 
 
 def _module(name: str, folder: Path) -> str:

@@ -510,8 +510,8 @@ def test_tokenizers_that_are_no_chat_models_are_refused(qwen2_tokenizer: Any) ->
         ChatFormat(changed(qwen2_tokenizer, template=""))
     with pytest.raises(FormatError, match=r"writes no <\|im_start\|>"):
         ChatFormat(changed(qwen2_tokenizer, template="{% for m in messages %}[{{ m.content }}]{% endfor %}"))
-    with pytest.raises(OptionError, match="tool_style is 'xml'"):
-        ChatFormat(qwen2_tokenizer, tool_style="xml")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="tool_style is 'yaml'"):
+        ChatFormat(qwen2_tokenizer, tool_style="yaml")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------- any ChatML model

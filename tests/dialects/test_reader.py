@@ -1,7 +1,6 @@
 """What a model's reply says: exact values for every shape seen in the wild, however the text is cut."""
 
 import json
-import random
 import re
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from qwen_chat.dialects.known import parse, stream_parser
 from qwen_chat.dialects.qwen_agent import QwenAgent
 from qwen_chat.dialects.reader import Delta, Reply, fold
 from qwen_chat.errors import FormatError
+from tests.support.damaged import check_damaged
 
 HERMES = Hermes()
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -499,40 +499,11 @@ FRAGMENTS = [
         "json",
     ],
 ]
-MARKERS = [chr(code) for code in range(0x4E00, 0x4E40)]
-
-
-def damaged(rng: random.Random) -> str:
-    """Fragments in any order, with characters that occur nowhere else strewn in, and some taken out."""
-    pieces = rng.choices(FRAGMENTS, k=rng.randint(1, 14))
-    for marker in rng.sample(MARKERS, rng.randint(0, 6)):
-        pieces.insert(rng.randint(0, len(pieces)), marker)
-    characters = list("".join(pieces))
-    for _ in range(rng.randint(0, 3)):
-        where = rng.randrange(len(characters))
-        characters[where : where + 1] = rng.choice(["", rng.choice(MARKERS), rng.choice("{}[]\"'<>,:\\\n ")])
-        characters = characters or ["x"]
-    return "".join(characters)
-
-
-def everything(reply: Reply) -> str:
-    return reply.content + reply.reasoning + "".join(call.name + call.arguments for call in reply.tool_calls)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_damage_never_raises_and_never_loses_text(seed: int) -> None:
-    rng = random.Random(seed)
-    for _ in range(300):
-        text = damaged(rng)
-        tools, inside = rng.choice([None, TOOLS]), rng.random() < 0.2
-        reply = parse(text, tools, in_reasoning=inside)
-        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(0, 5)))
-        assert cut(text, cuts, tools=tools, in_reasoning=inside) == reply, (text, cuts)
-        assert cut(text, list(range(1, len(text))), tools=tools, in_reasoning=inside) == reply, text
-        kept = everything(reply)
-        assert Counter(c for c in text if c in MARKERS) == Counter(c for c in kept if c in MARKERS), text
-        for call in reply.tool_calls:
-            assert isinstance(json.loads(call.arguments), dict), text
+    check_damaged(FRAGMENTS, seed, 300, TOOLS)
 
 
 @given(st.text(alphabet=st.characters(), max_size=60), st.lists(st.integers(0, 60), max_size=4))

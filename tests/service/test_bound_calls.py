@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from qwen_chat.conversation import ToolCall
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.known import parse, stream_parser
 from qwen_chat.dialects.reader import Delta, fold
+from qwen_chat.dialects.xml import Xml
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
 from qwen_chat.tools.client import HttpClient
@@ -220,3 +221,59 @@ def test_the_tool_loop_reads_them(live: LiveService) -> None:
     )
     results = [message["content"] for message in done.messages if message["role"] == "tool"]
     assert results[0] == "sunny in 杭州"
+
+
+# --- a model tuned under a template that writes XML --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xml_client(chat_templates: dict[str, str]) -> Iterator[OpenAI]:
+    engine = make_engine(template=chat_templates["qwen3_5_nothink"])
+    with LiveService(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as live:
+        yield OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [*FORCED, ({"tools": [WEATHER]}, "tool_calls")],
+    ids=["required", "named", "strict", "free"],
+)
+def test_xml_calls_are_forced_read_and_streamed(
+    xml_client: OpenAI, more: dict[str, Any], reason: str
+) -> None:
+    call = ToolCall("get_weather", json.dumps({"city": CITY}, ensure_ascii=False))
+    # The prompt ends with an empty thought, where the scripted model believes to have begun its answer.
+    script = f"say <think>\n\n</think>\n\n{Xml().write([call])}"
+    messages = [{"role": "user", "content": script}]
+    plain, streamed, pieces = plain_and_streamed(xml_client, messages=messages, **more)
+    expected = {"content": "", "calls": [(call.name, call.arguments)], "reason": reason}
+    assert plain == streamed == expected
+    assert len(pieces) == 2 if more.keys() == {"tools"} and more["tools"] == [WEATHER] else len(pieces) > 60
+
+
+def test_json_is_a_call_only_where_nothing_forces_xml(xml_client: OpenAI) -> None:
+    """Under the grammar what the model wants to say ends up inside the form."""
+    messages = [{"role": "user", "content": f"say <think>\n\n</think>\n\n{CALL}"}]
+    free, _, _ = plain_and_streamed(xml_client, messages=messages, tools=[WEATHER])
+    assert free["calls"] == [("get_weather", json.dumps({"city": CITY}, ensure_ascii=False))]
+    more = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 60}
+    held, _, _ = plain_and_streamed(xml_client, messages=messages, **more)
+    assert [name for name, _ in held["calls"]] == ["get_weather"]
+    assert held["calls"] != free["calls"]
+
+
+def test_a_call_that_cannot_be_written_is_a_400(xml_client: OpenAI) -> None:
+    function = {"name": "get_weather", "arguments": '{"city": "</parameter>"}'}
+    messages: Any = [
+        {"role": "user", "content": "say x"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+    ]
+    with pytest.raises(
+        BadRequestError, match=r"argument 'city' holds </parameter>, which this model's calls"
+    ):
+        xml_client.chat.completions.create(model="scripted", messages=messages, tools=[WEATHER])  # type: ignore[list-item]

@@ -1,6 +1,7 @@
 """What is handed over to vLLM: its command line, and the gate that is loaded into it."""
 
 import asyncio
+import copy
 import hashlib
 import json
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.service import vllm
 from qwen_chat.service.queue_bound import KEYLESS, SERVED, QueueBound
 
@@ -243,7 +245,7 @@ class Format:
         return prompt.endswith("<think>")
 
 
-def command(monkeypatch: pytest.MonkeyPatch, fmt: Format, **more: Any) -> vllm.Command:
+def command(monkeypatch: pytest.MonkeyPatch, fmt: Format | ChatFormat, **more: Any) -> vllm.Command:
     monkeypatch.setattr(vllm, "_format", lambda folder: fmt)
     plain: dict[str, Any] = {
         "adapters": {},
@@ -296,3 +298,35 @@ def test_a_template_that_thinks_gets_the_parser(
     assert ("--reasoning-parser" in words) is thinks
     if thinks:
         assert words[words.index("--reasoning-parser") + 1] == "qwen3"
+
+
+# The template's name: vLLM's readers of calls and of thoughts, and what it must be told of the template's default.
+HANDED_OVER: dict[str, tuple[str, str | None, str | None]] = {
+    "qwen2_5": ("hermes", None, None),
+    "qwen3": ("hermes", "qwen3", None),
+    "qwen3_instruct_2507": ("hermes", None, None),
+    "qwen3_5_think": ("qwen3_xml", "qwen3", None),
+    "qwen3_5_nothink": ("qwen3_xml", "qwen3", '{"enable_thinking": false}'),
+    "qwen3_6": ("qwen3_xml", "qwen3", None),
+    "qwen3_8": ("qwen3_xml", "qwen3", None),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_OVER)
+def test_the_parsers_follow_from_the_template(
+    monkeypatch: pytest.MonkeyPatch, chat_templates: dict[str, str], qwen3_tokenizer: Any, name: str
+) -> None:
+    assert HANDED_OVER.keys() == chat_templates.keys()
+    tokenizer = copy.deepcopy(qwen3_tokenizer)
+    tokenizer.chat_template = chat_templates[name]
+    words = command(monkeypatch, ChatFormat(tokenizer)).words
+    found = [
+        words[words.index(flag) + 1] if flag in words else None
+        for flag in ("--tool-call-parser", "--reasoning-parser", "--default-chat-template-kwargs")
+    ]
+    assert tuple(found) == HANDED_OVER[name]
+
+
+def test_a_template_that_always_thinks_is_told_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = command(monkeypatch, Format(True, False)).words
+    assert "--default-chat-template-kwargs" not in words

@@ -100,9 +100,10 @@ class ScriptedDecoder(Decoder):
         return b"%d: " % len(script.decode(errors="replace")) + script, 0.0
 
 
-def make_engine(**options: Any) -> Engine:
+def make_engine(*, template: str = TEMPLATE, **options: Any) -> Engine:
     """An engine, not started."""
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
     decoder = ScriptedDecoder(tokenizer)
     options = {"cache_tokens": 0, "kv_tokens": 100_000, "stop_token_ids": [END], **options}
     return Engine(decoder, tokenizer, **options)
