@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from qwen_chat import demo_model  # after the environment is set: it imports nothing heavy itself
+from tests.support import published_templates
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,12 @@ def qwen2_5_tokenizer() -> Any:
 def qwen3_tokenizer() -> Any:
     """Qwen's real vocabulary with a template of Qwen3's format. Copy it before you change it."""
     return _with_template("qwen3")
+
+
+@pytest.fixture(scope="session")
+def chat_templates() -> dict[str, str]:
+    """The templates of Qwen2.5 to Qwen3.8 by name (see tests/support/published_templates.py)."""
+    return published_templates.fetch()
 
 
 def _with_template(family: demo_model.Family) -> Any:
