@@ -156,9 +156,10 @@ class ChatFormat:
         """The words that the template takes as `reasoning_effort`; none where it has no such variable."""
         return self._template.efforts
 
-    def check_variables(self, template_kwargs: Mapping[str, Any]) -> None:
-        """Raise FormatError where a variable is none of the template's, or has a value that it would pass over."""
-        self._template.check(template_kwargs)
+    def check_variables(self, template_kwargs: Mapping[str, Any], where: str) -> None:
+        """Raise FormatError where a variable is none of the template's, or has a value that it would pass over.
+        `where` they stand begins its text."""
+        self._template.check(template_kwargs, where)
 
     @cached_property
     def thinks(self) -> bool:
@@ -390,7 +391,7 @@ class ChatFormat:
         if END_THINK in begun and (message.reasoning or THINK in message.content):
             cure = "remove the thought, or take a model that thinks"
             if switch is not None:
-                value = json.dumps({switch.name: switch.on})
+                value = switch.json(thinking=True)
                 cure = (
                     f"set chat_template_kwargs {value} in the record, --template_kwargs '{value}' for all of them, "
                     "or remove the thought"

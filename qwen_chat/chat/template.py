@@ -57,6 +57,10 @@ class Switch:
     name: str
     on: bool
 
+    def json(self, *, thinking: bool) -> str:
+        """The variable's value as JSON, for a flag or a record."""
+        return json.dumps({self.name: thinking == self.on})
+
 
 class ChatTemplate:
     """The template of one tokenizer. `source` is the completed one; `template_kwargs` are values of its variables
@@ -146,7 +150,7 @@ class ChatTemplate:
         for name, value in template_kwargs.items():
             if name not in self.variables:
                 known = f"it reads {', '.join(sorted(self.variables))}" if self.variables else "it reads none"
-                raise FormatError(f"{where}: the chat template has no variable {name!r}; {known}")
+                raise FormatError(f"{where}: this chat template has no variable {name!r}; {known}")
             if name == _EFFORT and self.efforts and value not in self.efforts:
                 expected = ", ".join(self.efforts)
                 raise FormatError(f"{where}: {name} is {value!r}; expected one of {expected}")

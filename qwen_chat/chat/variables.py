@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from qwen_chat.errors import FormatError
 
@@ -32,7 +32,7 @@ def read_by(source: str) -> tuple[frozenset[str], frozenset[str]]:
     class Generation(ext.Extension):
         """`{% generation %}`, which marks what is supervised in templates made for training."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - as the base declares it
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
