@@ -19,7 +19,8 @@ from typing import Any, Literal
 from qwen_chat.chat.control_tokens import ControlTokens
 from qwen_chat.chat.encoded import Encoded, TrainOn
 from qwen_chat.chat.quick_renderer import Piece, QuickRenderer
-from qwen_chat.chat.template import END, NONE, START, ChatTemplate, Switch
+from qwen_chat.chat.template import END, NONE, START, ChatTemplate, Switch, key_of
+from qwen_chat.chat.turn_writer import TurnWriter
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.dialects import known
 from qwen_chat.dialects.dialect import Carried, Dialect, Tools
@@ -33,6 +34,8 @@ from qwen_chat.errors import FormatError, OptionError
 ToolStyle = Literal["auto", "hermes", "qwen_agent"]
 
 Messages = Sequence[Mapping[str, Any]]
+# Sets of values of a template's variables that have a writer of their own.
+_WRITERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,13 @@ class ChatFormat:
         self._quick = QuickRenderer(self._template.default_system, self._tokens)
         self._is_quick = (
             self.dialect == Hermes()
+            and self._template.adds_nothing
             and self._template.keeps_prefixes()
             and not self._tokens.swallow
             and self._template.agrees(self._quick.text)
         )
         self._newline_separates = self._probe_newline()
+        self._writers: dict[str, TurnWriter | None] = {}
 
     def _found(self, style: ToolStyle, language: Language, parallel: bool) -> Dialect:
         """The dialect that was asked for; else the one a tuned template names, or the one its own words are in."""
@@ -231,8 +236,9 @@ class ChatFormat:
         ]
 
     def audit(self, conversations: Iterable[Conversation]) -> None:
-        """Compare the quick renderer with the template on some of the real data, before any of it is encoded. Where
+        """Compare what writes quickly with the template on some of the real data, before any of it is encoded. Where
         they differ, or one refuses, the template alone is used from here on. (On the probes they agree.)"""
+        conversations = list(conversations)
         try:
             self._is_quick = self._is_quick and all(
                 self._quick.text(conversation) == self._render(conversation, generation=False)
@@ -240,6 +246,14 @@ class ChatFormat:
             )
         except (FormatError, RecursionError):
             self._is_quick = False
+        for conversation in conversations:
+            try:
+                writer = self._writer(conversation.template_kwargs)
+                same = writer is None or writer.agrees(conversation)
+            except (FormatError, RecursionError):
+                continue  # encoding it says what is wrong
+            if not same:
+                self._writers[key_of(conversation.template_kwargs)] = None
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -308,6 +322,25 @@ class ChatFormat:
         if self._is_quick and not conversation.template_kwargs:
             return "".join(piece.text for piece in self._quick.pieces(conversation, generation=generation))
         self._check(conversation)
+        writer = self._writer(conversation.template_kwargs)
+        written = None if writer is None else writer.write(conversation, generation=generation)
+        return self._templated(conversation, generation=generation) if written is None else written
+
+    def _writer(self, template_kwargs: Json) -> TurnWriter | None:
+        """What writes conversations with these variables without the template; None where nothing may."""
+        key = key_of(template_kwargs)
+        if key not in self._writers:
+            by_rule = not self._is_quick and not self._tokens.swallow and self.dialect.name != "qwen_agent"
+            by_rule = by_rule and self._template.writes_reasoning and len(self._writers) < _WRITERS
+            self._writers[key] = (
+                TurnWriter.of(self._template, self._tokens, self.dialect, self._templated, template_kwargs)
+                if by_rule
+                else None
+            )
+        return self._writers[key]
+
+    def _templated(self, conversation: Conversation, *, generation: bool) -> str:
+        """`_marked` by the template itself."""
         carried, variables = self.dialect.carry(conversation), conversation.template_kwargs
         rendered = self._written(carried, generation, variables)
         self._tokens.refuse_marks(rendered)

@@ -33,6 +33,7 @@ _NAME, _ANSWERED, _USER, _REPLY, _THOUGHT = (
     "probe reply",
     "probe thought",
 )
+_VALUE = "probe_value"
 _TOOL: Json = {
     "type": "function",
     "function": {"name": _NAME, "parameters": {"type": "object", "properties": {}}},
@@ -67,8 +68,9 @@ class ChatTemplate:
     where a conversation gives none.
 
     `default_system`: the system text that the template supplies itself, or None. `completed`: Hermes tools
-    were added. `writes_reasoning`: it knows `reasoning_content`; `splits_reasoning`: it also takes a thought out of
-    the content. Raises FormatError where there is no template, or none that writes ChatML.
+    were added. `adds_nothing`: a prompt ends right after `assistant` and its newline. `writes_reasoning`: it knows
+    `reasoning_content`; `splits_reasoning`: it also takes a thought out of the content. Raises FormatError where there
+    is no template, or none that writes ChatML.
     """
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] = NONE) -> None:
@@ -87,6 +89,7 @@ class ChatTemplate:
             raise FormatError(
                 f"the chat template writes no {START} ... {END}; expected a ChatML model's tokenizer"
             )
+        self.adds_nothing = asked.endswith(f"{START}assistant\n")
         opening = f"{START}system\n"
         begins = asked.startswith(opening)
         self.default_system = asked[len(opening) :].split(END, 1)[0] if begins else None
@@ -122,7 +125,7 @@ class ChatTemplate:
 
     def keeps_prefixes(self, template_kwargs: Mapping[str, Any] = NONE) -> bool:
         """Whether a conversation's text begins with every earlier turn's text, as far as a probe tells."""
-        key = _key(template_kwargs)
+        key = key_of(template_kwargs)
         if key not in self._keeping:
             question: Json = {"role": "user", "content": _USER}
             reply: Json = {"role": "assistant", "content": _REPLY}
@@ -140,12 +143,12 @@ class ChatTemplate:
         source = variables.split(self.source.removeprefix(QwenAgent.note_of(self.source)))[1]
         found, doubtful = variables.read_by(source)
         return found - {
-            name for name in doubtful if len({self._effect(name, v) for v in (False, True, _NAME)}) == 1
+            name for name in doubtful if len({self._effect(name, v) for v in (False, True, _VALUE)}) == 1
         }
 
     def check(self, template_kwargs: Mapping[str, Any], where: str = "chat_template_kwargs") -> None:
         """Raise FormatError where a variable is none of the template's, or has a value that it would pass over."""
-        if not template_kwargs or (key := _key(template_kwargs)) in self._checked:
+        if not template_kwargs or (key := key_of(template_kwargs)) in self._checked:
             return
         for name, value in template_kwargs.items():
             if name not in self.variables:
@@ -154,9 +157,15 @@ class ChatTemplate:
             if name == _EFFORT and self.efforts and value not in self.efforts:
                 expected = ", ".join(self.efforts)
                 raise FormatError(f"{where}: {name} is {value!r}; expected one of {expected}")
-            if not isinstance(value, bool) and self._effect(name, True) != self._effect(name, False):
+            if not isinstance(value, bool) and self._is_switch(name):
                 raise FormatError(f"{where}: {name} is {value!r}; expected true or false")
         self._checked.add(key)
+
+    def _is_switch(self, name: str) -> bool:
+        """Whether a variable's two truths differ, and any other value is not written out but taken for one of them."""
+        return self._effect(name, True) != self._effect(name, False) and _VALUE not in self._effect(
+            name, _VALUE
+        )
 
     @cached_property
     def switch(self) -> Switch | None:
@@ -173,7 +182,7 @@ class ChatTemplate:
         if _EFFORT not in self.variables:
             return ()
         thinking = {self.switch.name: self.switch.on} if self.switch else {}
-        unknown = self._effect(_EFFORT, _NAME, thinking)
+        unknown = self._effect(_EFFORT, _VALUE, thinking)
         words = dict.fromkeys((*_EFFORTS, *variables.words_of(self.source)))
         found = {word: self._effect(_EFFORT, word, thinking) for word in words}
         return tuple(word for word, effect in found.items() if effect not in ("", unknown))
@@ -264,8 +273,8 @@ class ChatTemplate:
         return _NAME in offered and _NAME in self._called()
 
 
-def _key(template_kwargs: Mapping[str, Any]) -> str:
-    """Equal for equal values of variables."""
+def key_of(template_kwargs: Mapping[str, Any]) -> str:
+    """The same text for the same values of variables."""
     return json.dumps(template_kwargs, sort_keys=True, default=repr) if template_kwargs else ""
 
 
