@@ -146,7 +146,7 @@ class TurnWriter:
             return None
         for writes_calls in (True, False):
             writer._writes_calls = writes_calls
-            if all(map(writer.agrees, _probes(given))):
+            if all(map(writer.agrees, _usual(given))):
                 return writer
         return None
 
@@ -257,7 +257,7 @@ def _kept(written: str) -> str:
     raise _Unusual
 
 
-def _probes(given: Json) -> list[Conversation]:
+def _usual(given: Json) -> list[Conversation]:
     """Conversations of the usual shape, whose prompts tell templates apart."""
     tool: Json = {"type": "function", "function": {"name": _NAME, "parameters": {"type": "object"}}}
     texts = ("", "x", "\n", " \n两 x\n ", "a\n\nb", "<b>&'\"", "<|im_end|>")

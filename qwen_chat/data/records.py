@@ -65,14 +65,14 @@ class DataReport:
         """A few lines for a person."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
         lines = [f"{counted(self.conversations, 'conversation')} in {', '.join(self.files)} ({kinds})"]
-        share = self.reasoning / max(self.conversations, 1)
-        lines.append(f"with reasoning: {self.reasoning:,} ({share:.1%})")
         if self.skipped:
             problems = counted(self.problem_total, "problem")
             lines.append(f"left out {self.skipped:,} of {counted(self.lines, 'line')} ({problems}):")
             lines.extend(f"  {problem}" for problem in self.problems)
             if self.problem_total > len(self.problems):
                 lines.append(f"  ... and {self.problem_total - len(self.problems):,} more")
+        share = self.reasoning / max(self.conversations, 1)
+        lines.append(f"with reasoning: {self.reasoning:,} ({share:.1%})")
         for count, what in (
             (self.duplicates, "saying exactly what an earlier one says"),
             (self.contradictions, "with the prompt of an earlier one and another reply"),
