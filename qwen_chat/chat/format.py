@@ -20,7 +20,7 @@ from qwen_chat.chat.control_tokens import ControlTokens
 from qwen_chat.chat.encoded import Encoded, TrainOn
 from qwen_chat.chat.quick_renderer import Piece, QuickRenderer
 from qwen_chat.chat.template import END, NONE, START, ChatTemplate, Switch, key_of
-from qwen_chat.chat.turn_writer import TurnWriter
+from qwen_chat.chat.turn_writer import TurnWriter, is_plain
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.dialects import known
 from qwen_chat.dialects.dialect import Carried, Dialect, Tools
@@ -398,17 +398,22 @@ class ChatFormat:
 
     def _turn(self, conversation: Conversation, k: int) -> list[Piece]:
         """Prompt, reply k, and what the template writes after it."""
-        before = replace(conversation, messages=conversation.messages[:k])
-        until = replace(conversation, messages=conversation.messages[: k + 1])
-        prompt, text = self._marked(before, generation=True), self._marked(until, generation=False)
         start, end = self._tokens.mark(START), self._tokens.mark(END)
+        before, message = replace(conversation, messages=conversation.messages[:k]), conversation.messages[k]
+        self._check(conversation)
+        writer = None if self._is_quick else self._writer(conversation.template_kwargs)
+        prompt = writer.write(before, generation=True) if writer is not None and is_plain(message) else None
+        if writer is not None and prompt is not None:
+            text = writer.last(message)
+        else:
+            until = replace(conversation, messages=conversation.messages[: k + 1])
+            prompt, text = self._marked(before, generation=True), self._marked(until, generation=False)
         begun = prompt[prompt.rfind(start) :]  # the assistant's turn, as far as the prompt has it
         turn = text[text.rfind(start) :]
         after = turn.rfind(end) + 1
         if not turn.startswith(begun) or after <= len(begun):
             raise FormatError(self._differs(conversation, k, begun, turn), k)
-        thought, content = conversation.messages[k].reasoning, conversation.messages[k].content.lstrip()
-        inline = thought is None and content.startswith(THINK)
+        inline = message.reasoning is None and message.content.lstrip().startswith(THINK)
         if inline and self._template.writes_reasoning and not self._template.splits_reasoning:
             raise FormatError(
                 f"message {k}: a thought stands in the content, where this chat template takes it for text; "

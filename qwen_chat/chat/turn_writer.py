@@ -23,7 +23,7 @@ from qwen_chat.errors import FormatError
 
 _USER, _REPLY, _THOUGHT, _NAME = "probe question", "probe reply", "probe thought", "probe_name"
 _PADDED = "\n\n  x  \n\n"
-_REMEMBERED = 1024  # openings
+_REMEMBERED = 1024  # openings, and calls
 _KEPT: dict[str, Callable[[str], str]] = {
     "all": str,
     "from the first line": lambda text: text.lstrip("\n"),
@@ -133,6 +133,7 @@ class TurnWriter:
         self._begun = tokens.marked(rules.begun)
         self._result = tuple(map(tokens.marked, Hermes.RESULT))
         self._openings: dict[tuple[str | None, str], str] = {}
+        self._called: dict[tuple[ToolCall, ...], str] = {}
         self._writes_calls = False
 
     @classmethod
@@ -146,6 +147,7 @@ class TurnWriter:
             return None
         for writes_calls in (True, False):
             writer._writes_calls = writes_calls
+            writer._called.clear()
             if all(map(writer.agrees, _usual(given))):
                 return writer
         return None
@@ -177,9 +179,11 @@ class TurnWriter:
             message = messages[k]
             self._tokens.refuse_marks(message.content)
             if message.role == "assistant":
-                last = k + 1 == len(messages)
-                place: Place = "last" if last else "between" if k > query else "past"
-                parts.append(f"{start}assistant\n{self._reply(message, place)}{end}\n")
+                if k + 1 == len(messages):
+                    parts.append(self.last(message))
+                else:
+                    said = self._reply(message, "between" if k > query else "past")
+                    parts.append(f"{start}assistant\n{said}{end}\n")
             elif message.role == "user":
                 parts.append(f"{start}user\n{kept(message.content)}{end}\n")
             else:
@@ -191,6 +195,10 @@ class TurnWriter:
         if generation:
             parts.append(f"{start}assistant\n{self._begun}")
         return "".join(parts)
+
+    def last(self, message: Message) -> str:
+        """The turn of a reply that ends a conversation."""
+        return f"{self._start}assistant\n{self._reply(message, 'last')}{self._end}\n"
 
     def _reply(self, message: Message, place: Place) -> str:
         rules, thought = self._rules, message.reasoning or ""
@@ -204,7 +212,15 @@ class TurnWriter:
         return f"{said}{separator}{self._calls(message.tool_calls)}" if message.tool_calls else said
 
     def _calls(self, calls: tuple[ToolCall, ...]) -> str:
-        """The text of calls: as the dialect writes it, or out of a small conversation that the template writes."""
+        """The text of calls; a conversation writes the same ones for several prompts."""
+        if calls not in self._called:
+            if len(self._called) >= _REMEMBERED:
+                self._called.clear()
+            self._called[calls] = self._new_calls(calls)
+        return self._called[calls]
+
+    def _new_calls(self, calls: tuple[ToolCall, ...]) -> str:
+        """As the dialect writes them, or out of a small conversation that the template writes."""
         said = "".join(call.name + call.arguments for call in calls)
         if self._writes_calls and not self._tokens.typed(said):
             self._tokens.refuse_marks(said)
@@ -231,16 +247,22 @@ class TurnWriter:
         return self._openings[key]
 
 
+def is_plain(message: Message) -> bool:
+    """Whether a template has nothing to look for in a message's text."""
+    marks = (THINK, END_THINK) if message.role == "assistant" else ("<tool_response>",)
+    return not any(mark in message.content for mark in marks)
+
+
 def _is_usual(messages: Sequence[Message], *, generation: bool) -> bool:
     """Whether these are questions, each with replies whose calls have results, and nothing that a template may take
     for something else."""
     before = ""
     for message in messages:
-        role, content = message.role, message.content
+        role = message.role
         if role == "user":
-            usual = before in ("", "assistant", "user") and "<tool_response>" not in content
+            usual = before in ("", "assistant", "user") and is_plain(message)
         elif role == "assistant":
-            usual = before in ("user", "tool") and THINK not in content and END_THINK not in content
+            usual = before in ("user", "tool") and is_plain(message)
         else:
             usual = role == "tool" and before in ("assistant", "tool")
         if not usual:
