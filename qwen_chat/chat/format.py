@@ -20,7 +20,7 @@ from qwen_chat.chat.control_tokens import ControlTokens
 from qwen_chat.chat.encoded import Encoded, TrainOn
 from qwen_chat.chat.quick_renderer import Piece, QuickRenderer
 from qwen_chat.chat.template import END, NONE, START, ChatTemplate, Switch, key_of
-from qwen_chat.chat.turn_writer import TurnWriter, is_plain
+from qwen_chat.chat.turn_writer import TurnWriter
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.dialects import known
 from qwen_chat.dialects.dialect import Carried, Dialect, Tools
@@ -402,10 +402,9 @@ class ChatFormat:
         before, message = replace(conversation, messages=conversation.messages[:k]), conversation.messages[k]
         self._check(conversation)
         writer = None if self._is_quick else self._writer(conversation.template_kwargs)
-        prompt = writer.write(before, generation=True) if writer is not None and is_plain(message) else None
-        if writer is not None and prompt is not None:
-            text = writer.last(message)
-        else:
+        prompt = writer.write(before, generation=True) if writer is not None else None
+        text = writer.last(message) if writer is not None else None
+        if prompt is None or text is None:
             until = replace(conversation, messages=conversation.messages[: k + 1])
             prompt, text = self._marked(before, generation=True), self._marked(until, generation=False)
         begun = prompt[prompt.rfind(start) :]  # the assistant's turn, as far as the prompt has it

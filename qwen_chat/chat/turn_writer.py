@@ -23,7 +23,7 @@ from qwen_chat.errors import FormatError
 
 _USER, _REPLY, _THOUGHT, _NAME = "probe question", "probe reply", "probe thought", "probe_name"
 _PADDED = "\n\n  x  \n\n"
-_REMEMBERED = 1024  # openings, and calls
+_REMEMBERED = 16_000_000  # characters of openings and calls
 _KEPT: dict[str, Callable[[str], str]] = {
     "all": str,
     "from the first line": lambda text: text.lstrip("\n"),
@@ -132,8 +132,8 @@ class TurnWriter:
         self._opened, self._closed = tokens.marked(rules.opened), tokens.marked(rules.closed)
         self._begun = tokens.marked(rules.begun)
         self._result = tuple(map(tokens.marked, Hermes.RESULT))
-        self._openings: dict[tuple[str | None, str], str] = {}
-        self._called: dict[tuple[ToolCall, ...], str] = {}
+        self._remembered: dict[object, str] = {}
+        self._size = 0
         self._writes_calls = False
 
     @classmethod
@@ -147,7 +147,7 @@ class TurnWriter:
             return None
         for writes_calls in (True, False):
             writer._writes_calls = writes_calls
-            writer._called.clear()
+            writer._remembered.clear()
             if all(map(writer.agrees, _usual(given))):
                 return writer
         return None
@@ -166,7 +166,21 @@ class TurnWriter:
         return True
 
     def write(self, conversation: Conversation, *, generation: bool) -> str | None:
-        """The marked text, with `generation` up to where the model goes on; None where it has no rule for it."""
+        """The marked text, with `generation` up to where the model goes on; None where it has no rule for it, or where
+        the template shall say what is wrong."""
+        try:
+            return self._write(conversation, generation=generation)
+        except FormatError:
+            return None
+
+    def last(self, message: Message) -> str | None:
+        """The turn of a reply that ends a conversation; None as of `write`."""
+        try:
+            return self._turn(message, "last") if is_plain(message) else None
+        except FormatError:
+            return None
+
+    def _write(self, conversation: Conversation, *, generation: bool) -> str | None:
         messages = conversation.messages
         is_first = int(messages[0].role == "system")
         if not _is_usual(messages[is_first:], generation=generation):
@@ -179,11 +193,8 @@ class TurnWriter:
             message = messages[k]
             self._tokens.refuse_marks(message.content)
             if message.role == "assistant":
-                if k + 1 == len(messages):
-                    parts.append(self.last(message))
-                else:
-                    said = self._reply(message, "between" if k > query else "past")
-                    parts.append(f"{start}assistant\n{said}{end}\n")
+                last = k + 1 == len(messages)
+                parts.append(self._turn(message, "last" if last else "between" if k > query else "past"))
             elif message.role == "user":
                 parts.append(f"{start}user\n{kept(message.content)}{end}\n")
             else:
@@ -196,12 +207,9 @@ class TurnWriter:
             parts.append(f"{start}assistant\n{self._begun}")
         return "".join(parts)
 
-    def last(self, message: Message) -> str:
-        """The turn of a reply that ends a conversation."""
-        return f"{self._start}assistant\n{self._reply(message, 'last')}{self._end}\n"
-
-    def _reply(self, message: Message, place: Place) -> str:
+    def _turn(self, message: Message, place: Place) -> str:
         rules, thought = self._rules, message.reasoning or ""
+        self._tokens.refuse_marks(message.content)
         self._tokens.refuse_marks(thought)
         when = rules.when[place]
         said = _KEPT[rules.bare](message.content)
@@ -209,42 +217,47 @@ class TurnWriter:
         if when == "always" or (when == "thought" and thought):
             kept = _KEPT[rules.thought](thought)
             said = f"{self._opened}{kept}{self._closed}{_KEPT[rules.within](message.content)}"
-        return f"{said}{separator}{self._calls(message.tool_calls)}" if message.tool_calls else said
+        if message.tool_calls:
+            said += separator + self._calls(message.tool_calls)
+        return f"{self._start}assistant\n{said}{self._end}\n"
+
+    def _remember(self, key: object, text: str) -> str:
+        """Conversations begin alike, and write the same calls for several prompts."""
+        self._size += len(text)
+        if self._size > _REMEMBERED:
+            self._remembered, self._size = {}, len(text)
+        self._remembered[key] = text
+        return text
 
     def _calls(self, calls: tuple[ToolCall, ...]) -> str:
-        """The text of calls; a conversation writes the same ones for several prompts."""
-        if calls not in self._called:
-            if len(self._called) >= _REMEMBERED:
-                self._called.clear()
-            self._called[calls] = self._new_calls(calls)
-        return self._called[calls]
-
-    def _new_calls(self, calls: tuple[ToolCall, ...]) -> str:
-        """As the dialect writes them, or out of a small conversation that the template writes."""
+        """As the dialect writes them, or out of a small conversation that the template writes. Raises FormatError where
+        the dialect cannot carry them."""
+        if (found := self._remembered.get(calls)) is not None:
+            return found
+        asked = Conversation(
+            (Message("user", _USER), Message("assistant", tool_calls=calls)), template_kwargs=self._given
+        )
+        self._dialect.carry(asked)
         said = "".join(call.name + call.arguments for call in calls)
         if self._writes_calls and not self._tokens.typed(said):
             self._tokens.refuse_marks(said)
             plain = (ToolCall(call.name, normalise_arguments(call.arguments)) for call in calls)
-            return self._tokens.marked(self._dialect.write(plain))
-        asked = Conversation(
-            (Message("user", _USER), Message("assistant", tool_calls=calls)), template_kwargs=self._given
-        )
+            return self._remember(calls, self._tokens.marked(self._dialect.write(plain)))
         turn = self._marked(asked, generation=False).rpartition(f"{self._start}assistant\n")[2]
-        return turn.removesuffix(f"{self._end}\n").removeprefix(f"{self._opened}{self._closed}")
+        turn = turn.removesuffix(f"{self._end}\n").removeprefix(f"{self._opened}{self._closed}")
+        return self._remember(calls, turn)
 
     def _opening(self, conversation: Conversation) -> str:
         """What stands before the first question."""
         first = conversation.messages[0]
         system = first.content if first.role == "system" else None
         key = system, json.dumps(conversation.tools) if conversation.tools else ""
-        if key not in self._openings:
-            if len(self._openings) >= _REMEMBERED:
-                self._openings.clear()
-            said = (*(() if system is None else (first,)), Message("user", _USER))
-            asked = Conversation(said, conversation.tools, template_kwargs=self._given)
-            text = self._marked(asked, generation=False)
-            self._openings[key] = text[: text.rindex(self._start)]
-        return self._openings[key]
+        if (found := self._remembered.get(key)) is not None:
+            return found
+        said = (*(() if system is None else (first,)), Message("user", _USER))
+        asked = Conversation(said, conversation.tools, template_kwargs=self._given)
+        text = self._marked(asked, generation=False)
+        return self._remember(key, text[: text.rindex(self._start)])
 
 
 def is_plain(message: Message) -> bool:
