@@ -329,15 +329,19 @@ class ChatFormat:
     def _writer(self, template_kwargs: Json) -> TurnWriter | None:
         """What writes conversations with these variables without the template; None where nothing may."""
         key = key_of(template_kwargs)
-        if key not in self._writers:
-            by_rule = not self._is_quick and not self._tokens.swallow and self.dialect.name != "qwen_agent"
-            by_rule = by_rule and self._template.writes_reasoning and len(self._writers) < _WRITERS
-            self._writers[key] = (
-                TurnWriter.of(self._template, self._tokens, self.dialect, self._templated, template_kwargs)
-                if by_rule
-                else None
-            )
-        return self._writers[key]
+        if key in self._writers:
+            return self._writers[key]
+        by_rule = self._template.writes_reasoning and not self._tokens.swallow
+        if (
+            self._is_quick
+            or not by_rule
+            or self.dialect.name == "qwen_agent"
+            or len(self._writers) >= _WRITERS
+        ):
+            return None
+        writer = TurnWriter.of(self._template, self._tokens, self.dialect, self._templated, template_kwargs)
+        self._writers[key] = writer
+        return writer
 
     def _templated(self, conversation: Conversation, *, generation: bool) -> str:
         """`_marked` by the template itself."""

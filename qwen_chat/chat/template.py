@@ -33,7 +33,8 @@ _NAME, _ANSWERED, _USER, _REPLY, _THOUGHT = (
     "probe reply",
     "probe thought",
 )
-_VALUE = "probe_value"
+_NO_WORD = "probe_value"
+_MOST_CHECKED = 1000  # sets of values that are known to be good
 _TOOL: Json = {
     "type": "function",
     "function": {"name": _NAME, "parameters": {"type": "object", "properties": {}}},
@@ -143,7 +144,7 @@ class ChatTemplate:
         source = variables.split(self.source.removeprefix(QwenAgent.note_of(self.source)))[1]
         found, doubtful = variables.read_by(source)
         return found - {
-            name for name in doubtful if len({self._effect(name, v) for v in (False, True, _VALUE)}) == 1
+            name for name in doubtful if len({self._effect(name, v) for v in (False, True, _NO_WORD)}) == 1
         }
 
     def check(self, template_kwargs: Mapping[str, Any], where: str = "chat_template_kwargs") -> None:
@@ -157,15 +158,14 @@ class ChatTemplate:
             if name == _EFFORT and self.efforts and value not in self.efforts:
                 expected = ", ".join(self.efforts)
                 raise FormatError(f"{where}: {name} is {value!r}; expected one of {expected}")
-            if not isinstance(value, bool) and self._is_switch(name):
+            # A switch: its two truths differ, and another value is not written out but taken for one of them.
+            effects = {v: self._effect(name, v) for v in (False, True, _NO_WORD)}
+            is_switch = effects[False] != effects[True] and _NO_WORD not in effects[_NO_WORD]
+            if is_switch and not isinstance(value, bool):
                 raise FormatError(f"{where}: {name} is {value!r}; expected true or false")
+        if len(self._checked) >= _MOST_CHECKED:
+            self._checked.clear()
         self._checked.add(key)
-
-    def _is_switch(self, name: str) -> bool:
-        """Whether a variable's two truths differ, and any other value is not written out but taken for one of them."""
-        return self._effect(name, True) != self._effect(name, False) and _VALUE not in self._effect(
-            name, _VALUE
-        )
 
     @cached_property
     def switch(self) -> Switch | None:
@@ -182,7 +182,7 @@ class ChatTemplate:
         if _EFFORT not in self.variables:
             return ()
         thinking = {self.switch.name: self.switch.on} if self.switch else {}
-        unknown = self._effect(_EFFORT, _VALUE, thinking)
+        unknown = self._effect(_EFFORT, _NO_WORD, thinking)
         words = dict.fromkeys((*_EFFORTS, *variables.words_of(self.source)))
         found = {word: self._effect(_EFFORT, word, thinking) for word in words}
         return tuple(word for word, effect in found.items() if effect not in ("", unknown))

@@ -21,16 +21,16 @@ from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.reader import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
-_USER, _REPLY, _THOUGHT, _NAME = "probe question", "probe reply", "probe thought", "probe_name"
+_QUESTION, _ANSWER, _WHY, _FUNCTION_NAME = "probe question", "probe reply", "probe thought", "probe_name"
 _PADDED = "\n\n  x  \n\n"
-_REMEMBERED = 16_000_000  # characters of openings and calls
-_KEPT: dict[str, Callable[[str], str]] = {
+_MOST_REMEMBERED = 16_000_000  # characters of openings and calls
+_STRIPPING: dict[str, Callable[[str], str]] = {
     "all": str,
     "from the first line": lambda text: text.lstrip("\n"),
     "between newlines": lambda text: text.strip("\n"),
     "between white space": str.strip,
 }
-_CALL = ToolCall(_NAME, '{"key": ["值", 1.5, null], "word": "a b"}')
+_PROBE_CALL = ToolCall(_FUNCTION_NAME, '{"key": ["值", 1.5, null], "word": "a b"}')
 
 When = Literal["never", "thought", "always"]
 # Where a reply stands: the last message, one of the same turn, one of an earlier turn.
@@ -70,34 +70,31 @@ class _Rules:
             text = template.render(list(messages), template_kwargs=given)
             return [part.split(END)[0] for part in text.split(f"{START}{role}\n")[1:]]
 
-        def reply(content: str, thought: str | None = None, calls: Sequence[ToolCall] = ()) -> Json:
-            message = Message("assistant", content, thought, tuple(calls))
-            asked = Conversation((Message("user", _USER), message))
-            return Hermes().carry(asked).messages[1]
-
-        question: Json = {"role": "user", "content": _USER}
-        result: Json = {"role": "tool", "content": "probe result", "name": _NAME}
-        opened, _, closed = turns("assistant", question, reply(_REPLY, _THOUGHT))[0].partition(_THOUGHT)
+        question: Json = {"role": "user", "content": _QUESTION}
+        result: Json = {"role": "tool", "content": "probe result", "name": _FUNCTION_NAME}
+        opened, _, closed = turns("assistant", question, _plain_reply(_ANSWER, _WHY))[0].partition(_WHY)
         if END_THINK not in closed:
             raise _Unusual
-        closed = closed.removesuffix(_REPLY)
-        (silent,) = turns("assistant", question, reply("", None, [_CALL]))
+        closed = closed.removesuffix(_ANSWER)
+        (silent,) = turns("assistant", question, _plain_reply("", None, [_PROBE_CALL]))
         calls = silent.removeprefix(f"{opened}{closed}")
-        (spoken,) = turns("assistant", question, reply(_REPLY, None, [_CALL]))
-        separator = spoken.removesuffix(calls).rpartition(_REPLY)[2]
+        (spoken,) = turns("assistant", question, _plain_reply(_ANSWER, None, [_PROBE_CALL]))
+        separator = spoken.removesuffix(calls).rpartition(_ANSWER)[2]
 
         def when(*after: Json, calling: bool = False) -> When:
-            said = f"{_REPLY}{separator}{calls}" if calling else _REPLY
+            said = f"{_ANSWER}{separator}{calls}" if calling else _ANSWER
             blocks = []
-            for thought in (_THOUGHT, None):
-                message = reply(_REPLY, thought, [_CALL] if calling else [])
+            for thought in (_WHY, None):
+                message = _plain_reply(_ANSWER, thought, [_PROBE_CALL] if calling else [])
                 written = turns("assistant", question, message, *after)[0]
                 if written not in (said, f"{opened}{thought or ''}{closed}{said}"):
                     raise _Unusual
                 blocks.append(written != said)
             return "always" if all(blocks) else "thought" if blocks[0] else "never"
 
-        padded = turns("assistant", question, reply(_PADDED, _PADDED), question, reply(_PADDED, _PADDED))
+        padded = turns(
+            "assistant", question, _plain_reply(_PADDED, _PADDED), question, _plain_reply(_PADDED, _PADDED)
+        )
         thought, _, within = padded[1].removeprefix(opened).partition(closed)
         prompt = template.render([question], generation=True, template_kwargs=given)
         places: dict[Place, When] = {
@@ -105,7 +102,7 @@ class _Rules:
             "between": when(result, calling=True),
             "past": when(question),
         }
-        past = turns("assistant", question, reply(_PADDED), question)[0]
+        past = turns("assistant", question, _plain_reply(_PADDED), question)[0]
         return cls(
             kept=_kept(turns("user", {"role": "user", "content": _PADDED})[0]),
             bare=_kept(past) if places["past"] != "always" else _kept(within),
@@ -143,7 +140,7 @@ class TurnWriter:
         """None where the template writes otherwise than by such rules, or refuses these values."""
         try:
             writer = cls(_Rules.of(template, given), tokens, dialect, marked, given)
-        except (FormatError, _Unusual):
+        except (FormatError, _Unusual, ValueError, IndexError):  # other turns than were asked for
             return None
         for writes_calls in (True, False):
             writer._writes_calls = writes_calls
@@ -186,7 +183,7 @@ class TurnWriter:
         if not _is_usual(messages[is_first:], generation=generation):
             return None
         query = max(k for k, message in enumerate(messages) if message.role == "user")
-        kept = _KEPT[self._rules.kept]
+        kept = _STRIPPING[self._rules.kept]
         start, end = self._start, self._end
         parts = [self._opening(conversation)]
         for k in range(is_first, len(messages)):
@@ -212,11 +209,11 @@ class TurnWriter:
         self._tokens.refuse_marks(message.content)
         self._tokens.refuse_marks(thought)
         when = rules.when[place]
-        said = _KEPT[rules.bare](message.content)
+        said = _STRIPPING[rules.bare](message.content)
         separator = rules.separator if said else ""
         if when == "always" or (when == "thought" and thought):
-            kept = _KEPT[rules.thought](thought)
-            said = f"{self._opened}{kept}{self._closed}{_KEPT[rules.within](message.content)}"
+            kept = _STRIPPING[rules.thought](thought)
+            said = f"{self._opened}{kept}{self._closed}{_STRIPPING[rules.within](message.content)}"
         if message.tool_calls:
             said += separator + self._calls(message.tool_calls)
         return f"{self._start}assistant\n{said}{self._end}\n"
@@ -224,7 +221,7 @@ class TurnWriter:
     def _remember(self, key: object, text: str) -> str:
         """Conversations begin alike, and write the same calls for several prompts."""
         self._size += len(text)
-        if self._size > _REMEMBERED:
+        if self._size > _MOST_REMEMBERED:
             self._remembered, self._size = {}, len(text)
         self._remembered[key] = text
         return text
@@ -235,7 +232,7 @@ class TurnWriter:
         if (found := self._remembered.get(calls)) is not None:
             return found
         asked = Conversation(
-            (Message("user", _USER), Message("assistant", tool_calls=calls)), template_kwargs=self._given
+            (Message("user", _QUESTION), Message("assistant", tool_calls=calls)), template_kwargs=self._given
         )
         self._dialect.carry(asked)
         said = "".join(call.name + call.arguments for call in calls)
@@ -254,10 +251,16 @@ class TurnWriter:
         key = system, json.dumps(conversation.tools) if conversation.tools else ""
         if (found := self._remembered.get(key)) is not None:
             return found
-        said = (*(() if system is None else (first,)), Message("user", _USER))
+        said = (*(() if system is None else (first,)), Message("user", _QUESTION))
         asked = Conversation(said, conversation.tools, template_kwargs=self._given)
         text = self._marked(asked, generation=False)
         return self._remember(key, text[: text.rindex(self._start)])
+
+
+def _plain_reply(content: str, thought: str | None = None, calls: Sequence[ToolCall] = ()) -> Json:
+    """A reply as a template is given it."""
+    asked = Conversation((Message("user", _QUESTION), Message("assistant", content, thought, tuple(calls))))
+    return Hermes().carry(asked).messages[1]
 
 
 def is_plain(message: Message) -> bool:
@@ -286,7 +289,7 @@ def _is_usual(messages: Sequence[Message], *, generation: bool) -> bool:
 
 def _kept(written: str) -> str:
     """Which rule makes this of the padded probe."""
-    for name, rule in _KEPT.items():
+    for name, rule in _STRIPPING.items():
         if rule(_PADDED) == written:
             return name
     raise _Unusual
@@ -294,12 +297,12 @@ def _kept(written: str) -> str:
 
 def _usual(given: Json) -> list[Conversation]:
     """Conversations of the usual shape, whose prompts tell templates apart."""
-    tool: Json = {"type": "function", "function": {"name": _NAME, "parameters": {"type": "object"}}}
+    tool: Json = {"type": "function", "function": {"name": _FUNCTION_NAME, "parameters": {"type": "object"}}}
     texts = ("", "x", "\n", " \n两 x\n ", "a\n\nb", "<b>&'\"", "<|im_end|>")
     calls = (
-        _CALL,
+        _PROBE_CALL,
         ToolCall("f", "{}"),
-        ToolCall(_NAME, '{"s": "", "t": true, "n": {"k": [1, {}]}, "l": [2.0]}'),
+        ToolCall(_FUNCTION_NAME, '{"s": "", "t": true, "n": {"k": [1, {}]}, "l": [2.0]}'),
     )
     found = []
     for k, text in enumerate(texts):
