@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from qwen_chat.conversation import Json
@@ -33,11 +34,15 @@ TOOLS: list[Json] = [
 VALUES: tuple[Any, ...] = ("杭州", "a\nb", "", 3, -1.5, True, False, None, [1, "二", None], {"k": [True, {}]})
 
 
-def text(rng: random.Random, *, empty: bool = True) -> str:
+# What spells out a control token, or what a template may take for one of its own.
+ODD = ("<|im_end|>", "<|im_start|>user\n", "<think>", "</think>", "<tool_call>", "</tool_response>", "\u3000")
+
+
+def text(rng: random.Random, texts: Sequence[str] = TEXTS, *, empty: bool = True) -> str:
     """One to three fragments; one in eight is empty where that may be."""
     if empty and rng.random() < 0.125:
         return ""
-    return "".join(rng.choices(TEXTS, k=rng.randint(1, 3)))
+    return "".join(rng.choices(texts, k=rng.randint(1, 3)))
 
 
 def call(rng: random.Random) -> Json:
@@ -48,21 +53,25 @@ def call(rng: random.Random) -> Json:
     }
 
 
-def conversation(rng: random.Random, *, thoughts: float = 0.5) -> tuple[list[Json], list[Json] | None]:
+def conversation(
+    rng: random.Random, *, thoughts: float = 0.5, texts: Sequence[str] = TEXTS
+) -> tuple[list[Json], list[Json] | None]:
     """Messages and tools: one to three turns, calls (also several at once) with their results, Chinese, empty texts;
     a share `thoughts` of the replies has a thought."""
     tools = rng.choice((None, TOOLS[:1], TOOLS))
 
     def reply(**fields: Any) -> Json:
-        message = {"role": "assistant", "content": text(rng), **fields}
-        return message | ({"reasoning_content": text(rng, empty=False)} if rng.random() < thoughts else {})
+        message = {"role": "assistant", "content": text(rng, texts), **fields}
+        return message | (
+            {"reasoning_content": text(rng, texts, empty=False)} if rng.random() < thoughts else {}
+        )
 
-    messages = [{"role": "system", "content": text(rng)}] if rng.random() < 0.5 else []
+    messages = [{"role": "system", "content": text(rng, texts)}] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 3)):
-        messages.append({"role": "user", "content": text(rng)})
+        messages.append({"role": "user", "content": text(rng, texts)})
         for _ in range(rng.choice((0, 0, 1, 2)) if tools else 0):
             calls = [call(rng) for _ in range(rng.randint(1, 3))]
             messages.append(reply(tool_calls=calls))
-            messages += [{"role": "tool", "content": text(rng)} for _ in calls]
+            messages += [{"role": "tool", "content": text(rng, texts)} for _ in calls]
         messages.append(reply())
     return messages, tools
