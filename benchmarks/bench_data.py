@@ -2,10 +2,12 @@
 
     python benchmarks/bench_data.py                  # 200,000 conversations; about 40 minutes on 2 cores
     python benchmarks/bench_data.py --conversations 5000 --repeats 1 --lines 1000 10000
+    python benchmarks/bench_data.py --template qwen3_5_think    # another template of those that TRL carries
 
 In: nothing; the conversations are generated (seeded: chat and tool calls, English and Chinese), the
-vocabulary is Qwen's. Out: `benchmarks/results/data.json`; with `--json` the same object as the last line on
-standard output. Compared, alternating, in one run, on the same cores, template and tokenizer:
+vocabulary is Qwen's. Out: `benchmarks/results/data.json` (`data_NAME.json` for another template); with `--json` the
+same object as the last line on standard output. Compared, alternating, in one run, on the same cores, template and
+tokenizer:
 
     ours   open_records + tokenise: checks, ids and labels, a memory-mapped cache
     trl    TRL's SFTTrainer preparing a data set with assistant_only_loss: ids and labels, an Arrow cache
@@ -40,7 +42,8 @@ from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ModelError, OptionError
 
-RESULT = ROOT / "benchmarks" / "results" / "data.json"
+RESULTS = ROOT / "benchmarks" / "results"
+TEMPLATE = "qwen2_5"
 # Beside the versions of torch, transformers and tokenizers used here.
 PEER = ("trl==1.16.0", "datasets==5.2.0")
 MAX_LENGTH = 4096
@@ -125,7 +128,7 @@ import pathlib, sys, trl
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 folder = pathlib.Path(trl.__file__).parent / "chat_templates"
-tokenizer.chat_template = (folder / "qwen2_5.jinja").read_text(encoding="utf-8")
+tokenizer.chat_template = (folder / f"{sys.argv[3]}.jinja").read_text(encoding="utf-8")
 tokenizer.save_pretrained(sys.argv[2])
 """
 
@@ -136,8 +139,10 @@ def main() -> int:
         work = Path(folder)
         peer = peers.python_of((*PEER, *peers.ours("torch", "transformers", "tokenizers"), "jinja2"))
         tokenizer = work / "tokenizer"
-        run([str(peer), "-c", SAVE_TOKENIZER, str(demo_model.qwen_tokenizer_path("qwen2_5")), str(tokenizer)])
+        vocabulary = demo_model.qwen_tokenizer_path("qwen2_5" if options.template == TEMPLATE else "qwen3")
+        run([str(peer), "-c", SAVE_TOKENIZER, str(vocabulary), str(tokenizer), options.template])
         result = {
+            "template": options.template,
             "conversations": options.conversations,
             "rows": compare(work, tokenizer, peer, options.conversations, options.repeats),
             "memory": [memory_row(work, tokenizer, lines) for lines in options.lines],
@@ -147,8 +152,10 @@ def main() -> int:
     result["ratio_trl"] = round(rates["ours"] / rates["trl"], 2)
     result["ratio_map"] = round(rates["ours"] / rates["map"], 2)
     result["memory_ratio_trl"] = memory_ratio(result["rows"])
-    if options.output is not None:
-        write(options.output, result)
+    if options.output is None:
+        name = "data" if options.template == TEMPLATE else f"data_{options.template}"
+        options.output = RESULTS / f"{name}.json"
+    write(options.output, result)
     print(json.dumps(result) if options.json else describe(result))
     return 0
 
@@ -169,7 +176,8 @@ def read_options() -> argparse.Namespace:
         help="of the memory table's files",
     )
     parser.add_argument("--work", type=Path, help="folder for generated files and caches (several GB)")
-    parser.add_argument("-o", "--output", type=Path, default=RESULT, help=f"[{RESULT.relative_to(ROOT)}]")
+    parser.add_argument("--template", default=TEMPLATE, help=f"one of TRL's chat_templates [{TEMPLATE}]")
+    parser.add_argument("-o", "--output", type=Path, help=f"[{RESULTS.relative_to(ROOT)}/data.json]")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options = parser.parse_args()
     if min([options.conversations, options.repeats, *options.lines]) < 1:

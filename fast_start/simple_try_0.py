@@ -10,6 +10,7 @@ standard output, as it is written; everything else goes to standard error.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ class TryArguments:
     adapter: str | None = option(None, "an adapter's folder")
     prompt: str | None = option(None, "what to ask; without it a chat in the terminal", "-p")
     system: str | None = option(None, "a system prompt; without it the template's own")
+    template_kwargs: Mapping[str, Any] | None = option(
+        None, "variables of the chat template, as JSON: '{\"enable_thinking\": false}'"
+    )
     max_new_tokens: int = option(512, "longest answer in tokens")
     temperature: float = option(0.0, "0: always the likeliest word; 1: as varied as the model is")
     seed: int | None = option(None, "with a temperature: the same seed gives the same answer")
@@ -76,16 +80,19 @@ def chat(engine: Engine, system: Messages, chosen: TryArguments) -> None:
             messages = list(system)
         elif question:
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer(engine, messages, chosen)})
+            messages.append(answer(engine, messages, chosen))
 
 
-def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> str:
-    """Stream one answer to standard output; returns it whole."""
+def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> dict[str, Any]:
+    """Stream one answer to standard output; returns it as a message, its thought apart."""
     from qwen_chat.inference.sampling import GenerationRequest
 
     adapter = "adapter" if chosen.adapter else None
+    fmt = engine.format_of(adapter)
+    fmt.check_variables(chosen.template_kwargs or {}, "--template_kwargs")
+    prompt = fmt.render(messages, **(chosen.template_kwargs or {}))
     request = GenerationRequest(
-        engine.format_of(adapter).prompt_ids(messages),
+        prompt.ids,
         max_tokens=chosen.max_new_tokens,
         temperature=chosen.temperature,
         seed=chosen.seed,
@@ -104,7 +111,9 @@ def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> str:
         if chosen.prompt is not None:
             raise
     print(flush=True)
-    return "".join(pieces)
+    reply = fmt.parse("".join(pieces), in_reasoning=prompt.in_reasoning)
+    thought = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
+    return {"role": "assistant", "content": reply.content, **thought}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,6 +59,12 @@ class EvaluateArguments:
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop it, or are counted and left out")
     tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
         "auto", "how tools and calls are written"
+    )
+    template_kwargs: Mapping[str, Any] | None = option(
+        None, "variables of the chat template, as JSON; without it those that the model was saved with"
+    )
+    empty_think: Literal["learn", "ignore"] | None = option(
+        None, "an empty think block counts in the loss, or not; as in training"
     )
     output: str | None = option(None, "also write the whole report to this JSON file", "-o")
     fresh: bool = option(False, "compute everything again")
@@ -220,6 +227,7 @@ def load_and_score(
     """The model and its chat format, when its losses on the data are known."""
     from tqdm import tqdm
 
+    from qwen_chat.chat.empty_think import taught
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.data import token_cache
 
@@ -236,8 +244,9 @@ def load_and_score(
         model, _ = models.merge(
             model, loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
         )
-    fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style)
-    tokens = token_cache.tokenise(data, fmt, max_length=options.model_max_length, too_long="drop")
+    fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style, template_kwargs=options.template_kwargs)
+    learnt = taught(fmt, options.empty_think)
+    tokens = token_cache.tokenise(data, learnt, max_length=options.model_max_length, too_long="drop")
     wanted = {data.where(i) for i in range(count(data, options))}
     chosen_ones = [i for i in range(len(tokens)) if tokens.where(i) in wanted]
     side.dropped = len(wanted) - len(chosen_ones)
@@ -255,6 +264,7 @@ def move(bar: Any, done: int) -> None:
 def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> evaluation_run.Kept:
     """The results kept for exactly this model, data and way of asking."""
     asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
+    asked += [options.template_kwargs, options.empty_think]
     identity = [
         *asked,
         identify(side.model),

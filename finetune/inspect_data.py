@@ -105,16 +105,23 @@ def inspect(
         print(f"wrote {len(conversations):,} conversations to {options.write}", file=out)
 
     from qwen_chat import models
+    from qwen_chat.chat import empty_think
     from qwen_chat.chat.encoded import Encoded
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.chat.show import show
     from qwen_chat.data import token_cache  # after the data was found good: transformers takes seconds
 
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
-    fmt = ChatFormat(tokenizer, data.tool_style, data.tool_language)
+    fmt = ChatFormat(tokenizer, data.tool_style, data.tool_language, template_kwargs=data.template_kwargs)
+    report = conversations.report
+    told = empty_think.notes(
+        fmt, data.empty_think, thoughts=report.reasoning, conversations=report.conversations
+    )
+    found["thinking"] = {"empty_think": empty_think.chosen(fmt, data.empty_think), "notes": list(told)}
+    print(*told, sep="\n", end="\n" * bool(told), file=out)
     tokens = token_cache.tokenise(
         conversations,
-        fmt,
+        empty_think.taught(fmt, data.empty_think),
         max_length=data.model_max_length,
         too_long=data.too_long,
         train_on=data.train_on,

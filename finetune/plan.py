@@ -104,7 +104,12 @@ def count_data(run: Run) -> dict[str, int]:
     from qwen_chat.training import session
 
     tokenizer = models.load_tokenizer(models.resolve(run.model.model))
-    fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
+    fmt = ChatFormat(
+        tokenizer,
+        tool_style=run.data.tool_style,
+        language=run.data.tool_language,
+        template_kwargs=run.data.template_kwargs,
+    )
     data = read_data(run, fmt)
     row, longest = session.longest_row(run, data)
     tokens, supervised = data.budget()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from qwen_chat.errors import FormatError
@@ -42,22 +42,31 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, the tools that were offered, and whether several calls at once were allowed."""
+    """Messages in order, the tools that were offered, whether several calls at once were allowed, and values of
+    variables that the chat template reads (`enable_thinking`)."""
 
     messages: tuple[Message, ...]
     tools: tuple[Json, ...] = ()
     parallel_tool_calls: bool = True
+    template_kwargs: Json = field(default_factory=dict)
 
     @classmethod
     def from_openai(cls, record: Mapping[str, Any]) -> Conversation:
-        """Read `{"messages": [...], "tools": [...]}`; raise FormatError naming the message that is wrong."""
+        """Read `{"messages": [...], "tools": [...], "chat_template_kwargs": {...}}`; raise FormatError naming the
+        message that is wrong."""
         messages = record.get("messages")
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise FormatError(f"messages: {_kind(messages)}; expected a list with at least one message")
+        variables = record.get("chat_template_kwargs")
+        if variables is not None and not isinstance(variables, Mapping):
+            raise FormatError(
+                f"chat_template_kwargs: {_kind(variables)}; expected an object: the template's variables and values"
+            )
         return cls(
             messages=tuple(read_message(message, k) for k, message in enumerate(messages)),
             tools=read_tools(record.get("tools")),
             parallel_tool_calls=record.get("parallel_tool_calls") is not False,
+            template_kwargs=dict(variables or {}),
         )
 
     def to_openai(self) -> Json:
@@ -67,6 +76,8 @@ class Conversation:
             record["tools"] = list(self.tools)
         if not self.parallel_tool_calls:
             record["parallel_tool_calls"] = False
+        if self.template_kwargs:
+            record["chat_template_kwargs"] = dict(self.template_kwargs)
         return record
 
 
@@ -95,7 +106,7 @@ def _read_message(message: object, where: str) -> Message:
     return Message(
         role=role,
         content=_read_content(content, where),
-        reasoning=_optional_text(message, "reasoning_content", where),
+        reasoning=_read_reasoning(message, where),
         tool_calls=tuple(read_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)),
         tool_call_id=_optional_text(message, "tool_call_id", where),
         name=_optional_text(message, "name", where),
@@ -208,6 +219,14 @@ def _optional_text(message: Mapping[str, Any], key: str, where: str) -> str | No
     if value is None or isinstance(value, str):
         return value
     raise FormatError(f"{where}: {key} is {_kind(value)}; expected text")
+
+
+def _read_reasoning(message: Mapping[str, Any], where: str) -> str | None:
+    """`reasoning_content`, which newer servers call `reasoning`."""
+    found = [_optional_text(message, key, where) for key in ("reasoning_content", "reasoning")]
+    if None not in found and found[0] != found[1]:
+        raise FormatError(f"{where}: 'reasoning' and 'reasoning_content' differ; give one of them")
+    return found[1] if found[0] is None else found[0]
 
 
 def _read_train(message: Mapping[str, Any], where: str) -> bool | None:

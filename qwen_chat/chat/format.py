@@ -19,7 +19,8 @@ from typing import Any, Literal
 from qwen_chat.chat.control_tokens import ControlTokens
 from qwen_chat.chat.encoded import Encoded, TrainOn
 from qwen_chat.chat.quick_renderer import Piece, QuickRenderer
-from qwen_chat.chat.template import END, START, ChatTemplate
+from qwen_chat.chat.template import END, NONE, START, ChatTemplate, Switch, key_of
+from qwen_chat.chat.turn_writer import TurnWriter
 from qwen_chat.conversation import Conversation, Json, Message
 from qwen_chat.dialects import known
 from qwen_chat.dialects.dialect import Carried, Dialect, Tools
@@ -33,6 +34,8 @@ from qwen_chat.errors import FormatError, OptionError
 ToolStyle = Literal["auto", "hermes", "qwen_agent", "xml"]
 
 Messages = Sequence[Mapping[str, Any]]
+# Sets of values of a template's variables that have a writer of their own.
+_WRITERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,11 @@ class ChatFormat:
     marks), "auto": what the template was saved with, else what it is found to write. A template that writes calls in
     one of the first two cannot be asked for the other. `language` and `parallel`: the wording of qwen_agent;
     "auto" is Chinese where the system text or the first question has Chinese characters. A template without tools is
-    completed (see `template`).
+    completed (see `template`). `template_kwargs`: values of the template's variables where a conversation gives none;
+    the saved template keeps them.
 
-    Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens).
+    Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens), or where the
+    template has no such variable.
     """
 
     def __init__(
@@ -63,11 +68,12 @@ class ChatFormat:
         tool_style: ToolStyle = "auto",
         language: Language = "auto",
         parallel: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         _check_option("tool_style", tool_style, ("auto", "hermes", "qwen_agent", "xml"))
         _check_option("language", language, ("auto", "en", "zh"))
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, template_kwargs or NONE)
         self._tokens = ControlTokens(tokenizer)
         if not {START, END} <= self._tokens.ids.keys():
             raise FormatError(
@@ -77,11 +83,13 @@ class ChatFormat:
         self._quick = QuickRenderer(self._template.default_system, self._tokens)
         self._is_quick = (
             self.dialect == Hermes()
-            and self._template.keeps_prefixes
+            and self._template.adds_nothing
+            and self._template.keeps_prefixes()
             and not self._tokens.swallow
             and self._template.agrees(self._quick.text)
         )
         self._newline_separates = self._probe_newline()
+        self._writers: dict[str, TurnWriter | None] = {}
 
     def _found(self, style: ToolStyle, language: Language, parallel: bool) -> Dialect:
         """The dialect that was asked for; else the one a tuned template names, or the one its own words are in."""
@@ -99,22 +107,33 @@ class ChatFormat:
 
     # --------------------------------------------------------------------------------------------------- text
 
-    def text(self, messages: Messages, tools: Tools | None = None) -> str:
-        """The whole conversation as the model's template writes it, byte for byte; no generation prompt."""
-        return self._render(_conversation(messages, tools), generation=False)
+    def text(self, messages: Messages, tools: Tools | None = None, **template_kwargs: Any) -> str:
+        """The whole conversation as the model's template writes it, byte for byte; no generation prompt.
 
-    def prompt(self, messages: Messages, tools: Tools | None = None) -> str:
+        `template_kwargs` (here and below): values of variables that the template reads, `enable_thinking` for one.
+        """
+        return self._render(_conversation(messages, tools, template_kwargs), generation=False)
+
+    def prompt(self, messages: Messages, tools: Tools | None = None, **template_kwargs: Any) -> str:
         """What the server feeds: ends where the model goes on."""
-        return self._render(_conversation(messages, tools), generation=True)
+        return self._render(_conversation(messages, tools, template_kwargs), generation=True)
 
-    def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
+    def prompt_ids(self, messages: Messages, tools: Tools | None = None, **template_kwargs: Any) -> list[int]:
         """The tokens of `prompt`. A control token that is spelled out in a message stays text."""
-        return self._tokens.encode([self._marked(_conversation(messages, tools), generation=True)])[0]
+        conversation = _conversation(messages, tools, template_kwargs)
+        return self._tokens.encode([self._marked(conversation, generation=True)])[0]
 
-    def render(self, messages: Messages, tools: Tools | None = None, *, most: int | None = None) -> Prompt:
+    def render(
+        self,
+        messages: Messages,
+        tools: Tools | None = None,
+        *,
+        most: int | None = None,
+        **template_kwargs: Any,
+    ) -> Prompt:
         """`prompt`, its tokens, and where the reply begins, rendered once. Raises TooManyTokens where a long prompt
         has more than `most` tokens; a short one is tokenised whatever it has."""
-        marked = self._marked(_conversation(messages, tools), generation=True)
+        marked = self._marked(_conversation(messages, tools, template_kwargs), generation=True)
         opened = self._tokens.text(marked[max(marked.rfind(self._tokens.mark(START)), 0) :])
         ids = self._tokens.encode_within(marked, most)
         return Prompt(self._tokens.text(marked), ids, self.in_reasoning(opened))
@@ -132,6 +151,41 @@ class ChatFormat:
     def knows_reasoning(self) -> bool:
         """Whether the template writes thoughts."""
         return THINK in self._template.source
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads and a conversation may give."""
+        return self._template.variables
+
+    @property
+    def thinking_switch(self) -> Switch | None:
+        """The variable that turns thinking on and off, or None where the template has none."""
+        return self._template.switch
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        """The words that the template takes as `reasoning_effort`; none where it has no such variable."""
+        return self._template.efforts
+
+    def check_variables(self, template_kwargs: Mapping[str, Any], where: str) -> None:
+        """Raise FormatError where a variable is none of the template's, or has a value that it would pass over.
+        `where` they stand begins its text."""
+        self._template.check(template_kwargs, where)
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether replies begin with a thought, if only an empty one, where nobody says otherwise."""
+        return self._template.empty_think() != ""
+
+    @cached_property
+    def empty_thinks(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens with which a reply without a thought may begin: what is written of an empty think block after
+        the prompt, under each value of the switch."""
+        switch = self._template.switch
+        values = [{}, *({switch.name: value} for value in (True, False))] if switch else [{}]
+        blocks = dict.fromkeys(map(self._template.empty_think, values))
+        encoded = self._tokens.encode([self._tokens.marked(block) for block in blocks if block])
+        return tuple(map(tuple, encoded))
 
     # ---------------------------------------------------------------------------------------------- replies
 
@@ -157,9 +211,9 @@ class ChatFormat:
 
     # ------------------------------------------------------------------------------------------------- tokens
 
-    def encode(self, messages: Messages, tools: Tools | None = None) -> list[Encoded]:
+    def encode(self, messages: Messages, tools: Tools | None = None, **template_kwargs: Any) -> list[Encoded]:
         """Training sequences: one, or one a turn where an earlier turn's tokens do not stay as they were."""
-        return self.encode_conversation(_conversation(messages, tools))
+        return self.encode_conversation(_conversation(messages, tools, template_kwargs))
 
     def encode_conversation(self, conversation: Conversation, train_on: TrainOn = "all") -> list[Encoded]:
         """`encode` of a Conversation. `train_on`: "all" replies, the "last", or "everything" (prompts too).
@@ -188,8 +242,9 @@ class ChatFormat:
         ]
 
     def audit(self, conversations: Iterable[Conversation]) -> None:
-        """Compare the quick renderer with the template on some of the real data, before any of it is encoded. Where
+        """Compare what writes quickly with the template on some of the real data, before any of it is encoded. Where
         they differ, or one refuses, the template alone is used from here on. (On the probes they agree.)"""
+        conversations = list(conversations)
         try:
             self._is_quick = self._is_quick and all(
                 self._quick.text(conversation) == self._render(conversation, generation=False)
@@ -197,6 +252,14 @@ class ChatFormat:
             )
         except (FormatError, RecursionError):
             self._is_quick = False
+        for conversation in conversations:
+            try:
+                writer = self._writer(conversation.template_kwargs)
+                same = writer is None or writer.agrees(conversation)
+            except (FormatError, RecursionError):
+                continue  # encoding it says what is wrong
+            if not same:
+                self._writers[key_of(conversation.template_kwargs)] = None
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -236,27 +299,69 @@ class ChatFormat:
     # ---------------------------------------------------------------------------------------------- rendering
 
     def _render(self, conversation: Conversation, *, generation: bool) -> str:
-        return self._written(self.dialect.carry(conversation), generation)
+        self._check(conversation)
+        return self._written(self.dialect.carry(conversation), generation, conversation.template_kwargs)
 
-    def _written(self, carried: Carried, generation: bool) -> str:
+    def _check(self, conversation: Conversation) -> None:
+        """Raise FormatError where the template would pass over something that the conversation says."""
+        self._template.check(conversation.template_kwargs)
+        dropped = self._template.dropped
+        for k, message in enumerate(conversation.messages if dropped else ()):
+            role = "later system" if k and message.role == "system" else message.role
+            in_turn = role == "tool" and self.dialect.name == "qwen_agent"
+            if role in dropped and message.content and not in_turn:
+                raise FormatError(
+                    f"message {k}: the chat template leaves out a message of the role '{message.role}' in this "
+                    "place; move its text into another message, or correct the template",
+                    k,
+                )
+
+    def _written(self, carried: Carried, generation: bool, template_kwargs: Mapping[str, Any]) -> str:
+        messages, tools = carried.messages, carried.tools
         if generation and carried.is_open:  # the model goes on inside the last message
-            text = self._template.render(carried.messages, carried.tools)
+            text = self._template.render(messages, tools, template_kwargs=template_kwargs)
             return text[: text.rindex(END)]
-        return self._template.render(carried.messages, carried.tools, generation=generation)
+        return self._template.render(messages, tools, generation=generation, template_kwargs=template_kwargs)
 
     def _marked(self, conversation: Conversation, *, generation: bool) -> str:
         """`_render` with marks for control tokens."""
-        if self._is_quick:
+        if self._is_quick and not conversation.template_kwargs:
             return "".join(piece.text for piece in self._quick.pieces(conversation, generation=generation))
-        carried = self.dialect.carry(conversation)
-        rendered = self._written(carried, generation)
+        self._check(conversation)
+        writer = self._writer(conversation.template_kwargs)
+        written = None if writer is None else writer.write(conversation, generation=generation)
+        return self._templated(conversation, generation=generation) if written is None else written
+
+    def _writer(self, template_kwargs: Json) -> TurnWriter | None:
+        """What writes conversations with these variables without the template; None where nothing may."""
+        key = key_of(template_kwargs)
+        if key in self._writers:
+            return self._writers[key]
+        by_rule = self._template.writes_reasoning and not self._tokens.swallow
+        if (
+            self._is_quick
+            or not by_rule
+            or self.dialect.name == "qwen_agent"
+            or len(self._writers) >= _WRITERS
+        ):
+            return None
+        writer = TurnWriter.of(self._template, self._tokens, self.dialect, self._templated, template_kwargs)
+        self._writers[key] = writer
+        return writer
+
+    def _templated(self, conversation: Conversation, *, generation: bool) -> str:
+        """`_marked` by the template itself."""
+        carried, variables = self.dialect.carry(conversation), conversation.template_kwargs
+        rendered = self._written(carried, generation, variables)
         self._tokens.refuse_marks(rendered)
-        if not any(map(self._tokens.typed, _strings([carried.messages, carried.tools]))):
+        if not any(map(self._tokens.typed, _strings([carried.messages, carried.tools, variables]))):
             return self._tokens.marked(rendered)
-        for thoughts_apart in (True, False) if self._template.writes_reasoning else (False,):
+        for thoughts_apart in (True, False) if self._template.splits_reasoning else (False,):
             told = [_thought_apart(m) for m in carried.messages] if thoughts_apart else carried.messages
-            messages, tools = (_shielded(part, self._tokens) for part in (told, carried.tools))
-            shielded = self._written(replace(carried, messages=messages, tools=tools), generation)
+            messages, tools, values = (
+                _shielded(part, self._tokens) for part in (told, carried.tools, variables)
+            )
+            shielded = self._written(replace(carried, messages=messages, tools=tools), generation, values)
             if self._tokens.unshield(shielded) == rendered:
                 return self._tokens.marked(shielded)
         raise FormatError(
@@ -271,17 +376,20 @@ class ChatFormat:
         if train_on == "everything":
             return [[Piece(self._marked(conversation, generation=False), reply=0)]]
         replies = _replies(conversation.messages)
-        if self._is_quick or self._template.keeps_prefixes or not replies:
-            pieces = self._one_sequence(conversation, replies)
+        supervised = _supervised(conversation.messages, train_on)
+        quick = self._is_quick and not conversation.template_kwargs
+        if quick or not replies or self._template.keeps_prefixes(conversation.template_kwargs):
+            pieces = self._one_sequence(conversation, [k for k in replies if k in supervised], quick)
             if pieces is not None:
                 return [pieces]
-        supervised = _supervised(conversation.messages, train_on)
         kept = [k for k in replies if k in supervised] or replies[-1:]
         return [self._turn(conversation, k) for k in kept]
 
-    def _one_sequence(self, conversation: Conversation, replies: list[int]) -> list[Piece] | None:
+    def _one_sequence(
+        self, conversation: Conversation, replies: list[int], quick: bool
+    ) -> list[Piece] | None:
         """The whole conversation, or None where some earlier turn's tokens do not stay as they were."""
-        if self._is_quick:
+        if quick:
             pieces = self._quick.pieces(conversation)
         else:
             whole = self._marked(conversation, generation=False)
@@ -300,18 +408,50 @@ class ChatFormat:
 
     def _turn(self, conversation: Conversation, k: int) -> list[Piece]:
         """Prompt, reply k, and what the template writes after it."""
-        before = replace(conversation, messages=conversation.messages[:k])
-        until = replace(conversation, messages=conversation.messages[: k + 1])
-        prompt, text = self._marked(before, generation=True), self._marked(until, generation=False)
         start, end = self._tokens.mark(START), self._tokens.mark(END)
+        before, message = replace(conversation, messages=conversation.messages[:k]), conversation.messages[k]
+        self._check(conversation)
+        writer = None if self._is_quick else self._writer(conversation.template_kwargs)
+        prompt = writer.write(before, generation=True) if writer is not None else None
+        text = writer.last(message) if writer is not None else None
+        if prompt is None or text is None:
+            until = replace(conversation, messages=conversation.messages[: k + 1])
+            prompt, text = self._marked(before, generation=True), self._marked(until, generation=False)
         begun = prompt[prompt.rfind(start) :]  # the assistant's turn, as far as the prompt has it
         turn = text[text.rfind(start) :]
         after = turn.rfind(end) + 1
         if not turn.startswith(begun) or after <= len(begun):
+            raise FormatError(self._differs(conversation, k, begun, turn), k)
+        inline = message.reasoning is None and message.content.lstrip().startswith(THINK)
+        if inline and self._template.writes_reasoning and not self._template.splits_reasoning:
             raise FormatError(
-                f"message {k}: the chat template writes this reply otherwise than its prompt begins it", k
+                f"message {k}: a thought stands in the content, where this chat template takes it for text; "
+                "move it into reasoning_content",
+                k,
             )
         return [Piece(prompt), Piece(turn[len(begun) : after], k), Piece(turn[after:])]
+
+    def _differs(self, conversation: Conversation, k: int, begun: str, turn: str) -> str:
+        """Why a reply does not go on where its prompt ends, and the cure."""
+        message, switch = conversation.messages[k], self._template.switch
+        begun, turn = self._tokens.text(begun), self._tokens.text(turn)
+        if END_THINK in begun and (message.reasoning or THINK in message.content):
+            cure = "remove the thought, or take a model that thinks"
+            if switch is not None:
+                value = switch.json(thinking=True)
+                cure = (
+                    f"set chat_template_kwargs {value} in the record, --template_kwargs '{value}' for all of them, "
+                    "or remove the thought"
+                )
+            return (
+                f"message {k} has a thought, but its prompt ends with an empty one: this chat template does not think "
+                f"here; {cure}"
+            )
+        same = next((i for i, (a, b) in enumerate(zip(begun, turn, strict=False)) if a != b), len(turn))
+        return (
+            f"message {k}: the chat template writes this reply otherwise than its prompt begins it: "
+            f"{turn[same : same + 40]!r} instead of {begun[same : same + 40]!r}; change that message"
+        )
 
     def _separate(self, context: str, reply: str) -> bool:
         """Whether a prompt that holds context and reply in one has the tokens of the two apart."""
@@ -339,8 +479,12 @@ class ChatFormat:
         return all(self._tokens.splits("assistant\n", text) for text in texts)
 
 
-def _conversation(messages: Messages, tools: Tools | None) -> Conversation:
-    return Conversation.from_openai({"messages": messages, "tools": tools})
+def _conversation(
+    messages: Messages, tools: Tools | None, template_kwargs: Mapping[str, Any]
+) -> Conversation:
+    return Conversation.from_openai(
+        {"messages": messages, "tools": tools, "chat_template_kwargs": template_kwargs}
+    )
 
 
 def _replies(messages: Sequence[Message]) -> list[int]:

@@ -6,16 +6,25 @@ What a template does is found out by rendering small conversations (probes), nev
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from qwen_chat.chat import variables
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.dialects.dialect import Dialect, Tools
 from qwen_chat.dialects.hermes import Hermes
+from qwen_chat.dialects.qwen_agent import QwenAgent
 from qwen_chat.dialects.reader import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
 START, END = "<|im_start|>", "<|im_end|>"
+NONE: Mapping[str, Any] = {}  # values of no variables
+# Words that a request's reasoning_effort may be: OpenAI's, and those of other servers.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_EFFORT = "reasoning_effort"
 
 _NAME, _ANSWERED, _USER, _REPLY, _THOUGHT = (
     "probe_name",
@@ -24,6 +33,8 @@ _NAME, _ANSWERED, _USER, _REPLY, _THOUGHT = (
     "probe reply",
     "probe thought",
 )
+_NO_WORD = "probe_value"
+_MOST_CHECKED = 1000  # sets of values that are known to be good
 _TOOL: Json = {
     "type": "function",
     "function": {"name": _NAME, "parameters": {"type": "object", "properties": {}}},
@@ -43,18 +54,37 @@ _CALLING = Conversation.from_openai(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """The variable that turns thinking on and off, and the value that turns it on."""
+
+    name: str
+    on: bool
+
+    def json(self, *, thinking: bool) -> str:
+        """The variable's value as JSON, for a flag or a record."""
+        return json.dumps({self.name: thinking == self.on})
+
+
 class ChatTemplate:
-    """The template of one tokenizer. `source` is the completed one.
+    """The template of one tokenizer. `source` is the completed one; `template_kwargs` are values of its variables
+    where a conversation gives none.
 
     `default_system`: the system text that the template supplies itself, or None. `completed`: Hermes tools
-    were added. `writes_reasoning`: it knows `reasoning_content`. `keeps_prefixes`: a conversation's text
-    begins with every earlier turn's text. Raises FormatError where there is no template, or none that writes
-    ChatML.
+    were added. `adds_nothing`: a prompt ends right after `assistant` and its newline. `writes_reasoning`: it knows
+    `reasoning_content`; `splits_reasoning`: it also takes a thought out of the content. Raises FormatError where there
+    is no template, or none that writes ChatML.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] = NONE) -> None:
         self._tokenizer = tokenizer
-        self.source = _template_of(tokenizer)
+        self._checked: set[str] = set()
+        self._keeping: dict[str, bool] = {}
+        own = _template_of(tokenizer)
+        note = QwenAgent.note_of(own)
+        self.source = note + variables.with_defaults(own.removeprefix(note), template_kwargs)
+        if template_kwargs:
+            self.check(template_kwargs, "--template_kwargs")
         question: Json = {"role": "user", "content": _USER}
         reply: Json = {"role": "assistant", "content": _REPLY}
         asked = self.render([question], generation=True)
@@ -62,20 +92,26 @@ class ChatTemplate:
             raise FormatError(
                 f"the chat template writes no {START} ... {END}; expected a ChatML model's tokenizer"
             )
+        self.adds_nothing = asked.endswith(f"{START}assistant\n")
         opening = f"{START}system\n"
         begins = asked.startswith(opening)
         self.default_system = asked[len(opening) :].split(END, 1)[0] if begins else None
         self.completed = not self._carries_tools()
         if self.completed:
-            self.source = Hermes().prelude(self.default_system) + self.source
-        thought = [question, reply | {"reasoning_content": _THOUGHT}]
-        self.writes_reasoning = _THOUGHT in self.render(thought)
-        turns = [question, reply, question, reply | {"reasoning_content": _THOUGHT}, question, reply]
-        self.keeps_prefixes = all(
-            self.render(turns[: k + 2]).startswith(self.render(turns[:k])) for k in range(2, len(turns), 2)
-        )
+            defaults, bare = variables.split(self.source.removeprefix(note))
+            self.source = note + defaults + Hermes().prelude(self.default_system) + bare
+        self.writes_reasoning = _THOUGHT in self.render([question, reply | {"reasoning_content": _THOUGHT}])
+        inline = reply | {"content": f"{THINK}\n{_THOUGHT}\n{END_THINK}\n\n{_REPLY}"}
+        self.splits_reasoning = self.render([question, inline]).count(THINK) == 1
 
-    def render(self, messages: list[Json], tools: Tools = (), *, generation: bool = False) -> str:
+    def render(
+        self,
+        messages: list[Json],
+        tools: Tools = (),
+        *,
+        generation: bool = False,
+        template_kwargs: Mapping[str, Any] = NONE,
+    ) -> str:
         """Text of the messages; with `generation` up to where the model goes on. FormatError if refused."""
         try:
             text = self._tokenizer.apply_chat_template(
@@ -84,10 +120,129 @@ class ChatTemplate:
                 chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=generation,
+                **template_kwargs,
             )
         except Exception as error:  # a template may raise anything: it is a program that came with the model
             raise FormatError(f"the chat template refuses this conversation: {error}") from None
         return str(text)
+
+    def keeps_prefixes(self, template_kwargs: Mapping[str, Any] = NONE) -> bool:
+        """Whether a conversation's text begins with every earlier turn's text, as far as a probe tells."""
+        key = key_of(template_kwargs)
+        if key not in self._keeping:
+            question: Json = {"role": "user", "content": _USER}
+            reply: Json = {"role": "assistant", "content": _REPLY}
+            turns = [question, reply, question, reply | {"reasoning_content": _THOUGHT}, question, reply]
+            texts = [self.render(turns[:k], template_kwargs=template_kwargs) for k in (2, 4, 6)]
+            self._keeping[key] = texts[1].startswith(texts[0]) and texts[2].startswith(texts[1])
+        return self._keeping[key]
+
+    # ---------------------------------------------------------------------------------------------- variables
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that a conversation may give. A name that the template sets itself counts where giving it
+        changes a probe."""
+        source = variables.split(self.source.removeprefix(QwenAgent.note_of(self.source)))[1]
+        found, doubtful = variables.read_by(source)
+        return found - {
+            name for name in doubtful if len({self._effect(name, v) for v in (False, True, _NO_WORD)}) == 1
+        }
+
+    def check(self, template_kwargs: Mapping[str, Any], where: str = "chat_template_kwargs") -> None:
+        """Raise FormatError where a variable is none of the template's, or has a value that it would pass over."""
+        if not template_kwargs or (key := key_of(template_kwargs)) in self._checked:
+            return
+        for name, value in template_kwargs.items():
+            if name not in self.variables:
+                known = f"it reads {', '.join(sorted(self.variables))}" if self.variables else "it reads none"
+                raise FormatError(f"{where}: this chat template has no variable {name!r}; {known}")
+            if name == _EFFORT and self.efforts and value not in self.efforts:
+                expected = ", ".join(self.efforts)
+                raise FormatError(f"{where}: {name} is {value!r}; expected one of {expected}")
+            # A switch: its two truths differ, and another value is not written out but taken for one of them.
+            effects = {v: self._effect(name, v) for v in (False, True, _NO_WORD)}
+            is_switch = effects[False] != effects[True] and _NO_WORD not in effects[_NO_WORD]
+            if is_switch and not isinstance(value, bool):
+                raise FormatError(f"{where}: {name} is {value!r}; expected true or false")
+        if len(self._checked) >= _MOST_CHECKED:
+            self._checked.clear()
+        self._checked.add(key)
+
+    @cached_property
+    def switch(self) -> Switch | None:
+        """What turns thinking on and off, or None where the template has no such variable."""
+        for name in sorted(self.variables):
+            off, on = (self._readiness({name: value}) for value in (False, True))
+            if off != on and min(off, on) >= 0:
+                return Switch(name, on > off)
+        return None
+
+    @cached_property
+    def efforts(self) -> tuple[str, ...]:
+        """The words that the template knows as reasoning_effort: those that it tells from a word that is none."""
+        if _EFFORT not in self.variables:
+            return ()
+        thinking = {self.switch.name: self.switch.on} if self.switch else {}
+        unknown = self._effect(_EFFORT, _NO_WORD, thinking)
+        words = dict.fromkeys((*_EFFORTS, *variables.words_of(self.source)))
+        found = {word: self._effect(_EFFORT, word, thinking) for word in words}
+        return tuple(word for word, effect in found.items() if effect not in ("", unknown))
+
+    def empty_think(self, template_kwargs: Mapping[str, Any] = NONE) -> str:
+        """What the template writes of an empty think block at the beginning of a reply without a thought."""
+        question: Json = {"role": "user", "content": _USER}
+        reply: Json = {"role": "assistant", "content": _REPLY}
+        prompt = self.render([question], generation=True, template_kwargs=template_kwargs)
+        whole = self.render([question, reply], template_kwargs=template_kwargs)
+        begun = whole[len(prompt) :].partition(_REPLY)[0] if whole.startswith(prompt) else ""
+        return begun if END_THINK in begun else ""
+
+    @cached_property
+    def dropped(self) -> frozenset[str]:
+        """What of a conversation the template leaves out without a word: "system", "later system", "tool"."""
+        question: Json = {"role": "user", "content": _USER}
+        system: Json = {"role": "system", "content": _NAME}
+        result: Json = {"role": "tool", "content": _ANSWERED, "tool_call_id": "1", "name": _NAME}
+        given: dict[str, tuple[str, list[Json]]] = {
+            "system": (_NAME, [system, question]),
+            "later system": (_NAME, [question, {"role": "assistant", "content": _REPLY}, system, question]),
+            "tool": (_ANSWERED, [question, *Hermes().carry(_CALLING).messages[1:], result]),
+        }
+        found = set()
+        for what, (text, messages) in given.items():
+            try:
+                if text not in self.render(messages):
+                    found.add(what)
+            except FormatError:
+                continue
+        return frozenset(found)
+
+    def _effect(self, name: str, value: object, others: Mapping[str, Any] = NONE) -> str:
+        """All probes rendered with one variable set; empty where the template refuses the value."""
+        question: Json = {"role": "user", "content": _USER}
+        thought: Json = {"role": "assistant", "content": _REPLY, "reasoning_content": _THOUGHT}
+        turns = [question, thought, question]
+        try:
+            return "".join(
+                self.render(turns, tools, generation=True, template_kwargs={**others, name: value})
+                for tools in ((), (_TOOL,))
+            )
+        except FormatError:
+            return ""
+
+    def _readiness(self, template_kwargs: Mapping[str, Any]) -> int:
+        """2: a prompt ends inside a thought; 1: a thought may begin; 0: an empty one is over; -1: refused."""
+        try:
+            prompt = self.render(
+                [{"role": "user", "content": _USER}], generation=True, template_kwargs=template_kwargs
+            )
+        except FormatError:
+            return -1
+        opened = prompt.rpartition(f"{START}assistant\n")[2]
+        return (END_THINK not in opened) * (1 + (THINK in opened))
+
+    # ------------------------------------------------------------------------------------------------- dialect
 
     def agrees(self, render: Callable[[Conversation], str]) -> bool:
         """Whether another renderer gives the template's text on every probe (whole conversations)."""
@@ -118,6 +273,11 @@ class ChatTemplate:
         except FormatError:
             return False
         return _NAME in offered and _NAME in self._called()
+
+
+def key_of(template_kwargs: Mapping[str, Any]) -> str:
+    """The same text for the same values of variables."""
+    return json.dumps(template_kwargs, sort_keys=True, default=repr) if template_kwargs else ""
 
 
 def _template_of(tokenizer: Any) -> str:

@@ -233,10 +233,10 @@ KINDS: Mapping[object, tuple[str, Callable[[str], object]]] = {
 
 
 def _alternatives(kind: object) -> tuple[object, ...]:
-    """`int | None` -> (int, NoneType); Literal's values stay one entry."""
+    """`int | None` -> (int, NoneType), a Mapping -> (dict,); Literal's values stay one entry."""
     if get_origin(kind) in (typing.Union, types.UnionType):
         return tuple(part for alternative in get_args(kind) for part in _alternatives(alternative))
-    return (kind,)
+    return (dict,) if get_origin(kind) is Mapping else (kind,)
 
 
 def _converted(kind: object, word: str) -> object:

@@ -66,6 +66,15 @@ class DataArguments:
         "auto", "how tools and calls are written"
     )
     tool_language: Literal["auto", "en", "zh"] = option("auto", "wording of the qwen_agent style")
+    template_kwargs: Mapping[str, Any] | None = option(
+        None,
+        "variables of the chat template, as JSON: '{\"enable_thinking\": true}'; saved with the result, a record's win",
+        elsewhere="chat_template_kwargs enable_thinking",
+        hint="'{\"enable_thinking\": true}'",
+    )
+    empty_think: Literal["learn", "ignore"] | None = option(
+        None, "an empty think block before a reply; ignored where the template thinks by default"
+    )
     lazy_preprocess: bool = option(False, "tokenise on first use instead of all before training")
 
 

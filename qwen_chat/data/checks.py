@@ -43,7 +43,7 @@ def plain_turns(record: object) -> tuple[tuple[str, ...], tuple[str, ...]] | Non
     The commonest record is a list of roles and texts, no text blank, no tools and no results: of the rules,
     only that of their order applies to it. It is read three times as fast as by way of a Conversation.
     """
-    if type(record) is not dict or record.get("tools"):
+    if type(record) is not dict or record.get("tools") or record.get("chat_template_kwargs"):
         return None
     try:
         messages = record["messages"]

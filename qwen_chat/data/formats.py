@@ -2,7 +2,7 @@
 
 In: one parsed record. Out: its kind and its Conversation.
 
-    openai             {"messages": [...], "tools": [...], "parallel_tool_calls": true}
+    openai             {"messages": [...], "tools": [...], "parallel_tool_calls": true, "chat_template_kwargs": {...}}
     sharegpt           {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
     alpaca             {"instruction": ..., "input": ..., "output": ..., "history": [[q, a], ...]}
     prompt_completion  {"prompt": ..., "completion": ...}, each text or a list of messages
@@ -86,7 +86,8 @@ def _sharegpt_message(turn: object, where: str) -> Json:
         calls = value if isinstance(value, list) else [value]
         message["content"] = ""
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-    return message | {key: turn[key] for key in ("train", "weight") if key in turn}
+    kept = ("train", "weight", "reasoning_content", "reasoning")
+    return message | {key: turn[key] for key in kept if key in turn}
 
 
 def alpaca_messages(record: Record) -> list[Json]:
@@ -134,6 +135,7 @@ def _conversation(record: Record, messages: object) -> Conversation:
             "messages": messages,
             "tools": unwrapped_tools(tools) if tools else None,
             "parallel_tool_calls": record.get("parallel_tool_calls"),
+            "chat_template_kwargs": record.get("chat_template_kwargs"),
         }
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwen_chat.chat.empty_think import notes, taught
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
@@ -41,10 +42,11 @@ class Data:
     held_out: TokenisedData | None
     fingerprint: str
     summary: TokenSummary
+    notes: tuple[str, ...] = ()  # on thinking
 
     def describe(self) -> str:
         """Both budgets for a person, with what was left out, counted and named."""
-        lines = [self.summary.describe()]
+        lines = [self.summary.describe(), *self.notes]
         if self.held_out is not None:
             lines.append(f"held out: {self.held_out.summary.describe()}")
         return "\n".join(lines)
@@ -108,11 +110,12 @@ def first_example(tokenizer: PreTrainedTokenizerBase, data: Data, *, colour: boo
 
 def read_data(run: Run, fmt: ChatFormat) -> Data:
     """Check and tokenise all files of a run; DataError with every bad line at once."""
+    learnt = taught(fmt, run.data.empty_think)
 
     def read(paths: Sequence[str]) -> TokenisedData:
         return tokenise(
             open_records(paths, on_error=run.data.on_error),
-            fmt,
+            learnt,
             max_length=run.data.model_max_length,
             too_long=run.data.too_long,
             train_on=run.data.train_on,
@@ -121,7 +124,9 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
 
     train = read(run.data.data_path)
     held_out = read(run.data.eval_data_path) if run.data.eval_data_path else None
-    data = Data(train, held_out, train.fingerprint, train.summary)
+    report = train.records.report
+    told = notes(fmt, run.data.empty_think, thoughts=report.reasoning, conversations=report.conversations)
+    data = Data(train, held_out, train.fingerprint, train.summary, told)
     if not run.data.data_weights:
         return data
     mixture = Mixture(train, run.data.data_weights, seed=seed_of(run))

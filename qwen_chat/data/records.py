@@ -29,10 +29,11 @@ from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.checks import check, is_encodable, plain_turns
 from qwen_chat.data.formats import read_record
 from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
+from qwen_chat.dialects.reader import END_THINK
 from qwen_chat.errors import DataError, FormatError, Problem
 
 OnError = Literal["stop", "skip"]
-# What a conversation says: its tools as text, its roles, and what each of them says.
+# What a conversation says: its tools and variables as text, its roles, and what each of them says.
 Said = tuple[str, tuple[str, ...], tuple[Any, ...]]
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -57,6 +58,7 @@ class DataReport:
     duplicates: int  # conversations that say exactly what an earlier one says
     contradictions: int  # same prompt as an earlier one, another last reply
     control_tokens: int  # conversations with <|im_start|>, <|im_end|> or <|endoftext|> typed in their text
+    reasoning: int = 0  # conversations with a thought in some reply
     notes: tuple[Problem, ...] = ()  # examples of the last three
 
     def describe(self) -> str:
@@ -69,6 +71,8 @@ class DataReport:
             lines.extend(f"  {problem}" for problem in self.problems)
             if self.problem_total > len(self.problems):
                 lines.append(f"  ... and {self.problem_total - len(self.problems):,} more")
+        share = self.reasoning / max(self.conversations, 1)
+        lines.append(f"with reasoning: {self.reasoning:,} ({share:.1%})")
         for count, what in (
             (self.duplicates, "saying exactly what an earlier one says"),
             (self.contradictions, "with the prompt of an earlier one and another reply"),
@@ -199,7 +203,7 @@ class _Scan:
         self._problems: list[Problem] = []
         self._notes: list[Problem] = []
         self._names: list[str] = []
-        self._problem_total = self._lines = self._skipped = self._control = 0
+        self._problem_total = self._lines = self._skipped = self._control = self._reasoning = 0
 
     def file(self, source: Source) -> int:
         """Read one file; how many records it has, good or bad."""
@@ -236,6 +240,12 @@ class _Scan:
         prompt = hash((tools, roles, texts[:-1]))
         self._prompts.append(prompt & _MASK)
         self._wholes.append(hash((prompt, texts[-1])) & _MASK)
+        if END_THINK in text or "reasoning" in text or "\\u00" in text:
+            replies = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
+            self._reasoning += any(
+                bool(text[1]) or END_THINK in text[0] if isinstance(text, tuple) else END_THINK in text
+                for text in replies
+            )
         if ("<|" in text or "\\u00" in text) and any(_CONTROL.search(str(part)) for part in (tools, *texts)):
             self._control += 1
             if self._control <= 3:
@@ -257,6 +267,7 @@ class _Scan:
             duplicates=same,
             contradictions=prompts - same,
             control_tokens=self._control,
+            reasoning=self._reasoning,
             notes=(*notes, *self._notes),
         )
 
@@ -283,8 +294,9 @@ def _judge(record: object, text: str) -> tuple[str, Said, list[str]]:
 def _said(conversation: Conversation) -> Said:
     """Ids of calls and `train` marks are left out: they are not rendered."""
     messages = conversation.messages
+    offered = [conversation.tools, conversation.template_kwargs]
     return (
-        json.dumps(conversation.tools, ensure_ascii=False) if conversation.tools else "",
+        json.dumps(offered, ensure_ascii=False) if any(offered) else "",
         tuple(message.role for message in messages),
         tuple(
             (

@@ -121,6 +121,12 @@ class QwenAgent:
         return cls(cast(Language, found[1]), found[2] == "true") if found else None
 
     @staticmethod
+    def note_of(template: str) -> str:
+        """The note that a template begins with; empty without one."""
+        found = _NOTED.match(template)
+        return found[0] if found else ""
+
+    @staticmethod
     def without_note(template: str) -> str:
         """The template without it."""
         return _NOTED.sub("", template)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_chat.conversation import Conversation, Json, Message
@@ -36,6 +36,7 @@ class Case:
     parallel_tool_calls: bool
     reference: Message
     wanted: tuple[Wanted, ...]
+    template_kwargs: Json = field(default_factory=dict)
 
     @property
     def language(self) -> str:
@@ -59,6 +60,7 @@ def cases_of(conversation: Conversation, key: str, accepted: Mapping[int, Any] |
             parallel_tool_calls=conversation.parallel_tool_calls,
             reference=message,
             wanted=_wanted(message, (accepted or {}).get(k), f"{key}: message {k}"),
+            template_kwargs=conversation.template_kwargs,
         )
         for k, message in enumerate(conversation.messages)
         if message.role == "assistant" and message.train is not False

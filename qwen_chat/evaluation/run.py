@@ -124,7 +124,8 @@ def fitting(cases: Sequence[Case], fmt: Any, room: int) -> list[Case]:
 
 
 def _prompt_ids(fmt: Any, case: Case) -> Sequence[int]:
-    ids: Sequence[int] = fmt.prompt_ids([write_message(message) for message in case.before], list(case.tools))
+    before = [write_message(message) for message in case.before]
+    ids: Sequence[int] = fmt.prompt_ids(before, list(case.tools), **case.template_kwargs)
     return ids
 
 
@@ -157,6 +158,7 @@ def judge(
     for case, text in zip(cases, texts, strict=True):
         inside = False
         if fmt is not None:
-            inside = fmt.render([write_message(m) for m in case.before], list(case.tools)).in_reasoning
+            before = [write_message(message) for message in case.before]
+            inside = fmt.render(before, list(case.tools), **case.template_kwargs).in_reasoning
         judged.append(Judged(case, text, score(case, text, in_reasoning=inside, same=same)))
     return judged

@@ -178,7 +178,7 @@ class Service:
 
         def answer() -> str:
             if wanted.messages is not None:
-                ids = chat_prompt_ids(body["messages"], body.get("tools"), model.fmt)
+                ids = chat_prompt_ids(wanted, body, model.fmt)
             else:
                 ids = model.fmt.text_ids(wanted.prompt or "")
             words: Json = {}

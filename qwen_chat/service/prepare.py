@@ -29,6 +29,7 @@ from qwen_chat.service.protocol import (
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedChoice,
+    RenderedRequest,
     SamplingRequest,
     TextFormat,
     WireFinish,
@@ -137,8 +138,9 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
     tools = plain_tools(body["tools"]) if request.tools and request.tool_choice != "none" else None
     messages = _messages(body["messages"])
     policy = CallPolicy.of(request, tools, model.fmt)
+    variables = template_kwargs(request, model.fmt)
     try:
-        prompt = model.fmt.render(messages, tools, most=model.context)
+        prompt = model.fmt.render(messages, tools, most=model.context, **variables)
     except TooManyTokens as error:
         raise too_long(model.context, error.least, None, at_least=True) from None
     except FormatError as error:
@@ -193,12 +195,56 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
     return Job(tuple(requests), assembly, tokens, bool(request.stream), request.include_usage, len(prompts))
 
 
-def chat_prompt_ids(messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat) -> list[int]:
+def chat_prompt_ids(request: RenderedRequest, body: Mapping[str, Any], fmt: ChatFormat) -> list[int]:
     """The tokens that a chat's prompt has; raises APIError where the messages cannot be rendered."""
+    tools, variables = body.get("tools"), template_kwargs(request, fmt)
     try:
-        return fmt.render(_messages(messages), plain_tools(tools) if tools else None).ids
+        return fmt.render(_messages(body["messages"]), plain_tools(tools) if tools else None, **variables).ids
     except FormatError as error:
         raise _bad_messages(error) from None
+
+
+def template_kwargs(request: RenderedRequest, fmt: ChatFormat) -> Json:
+    """The template's variables as a request sets them, by their names or by what OpenAI's and other servers' clients
+    call them. Raises APIError where the template has none of that kind, or two places differ."""
+    values = dict(request.chat_template_kwargs or {})
+    try:
+        fmt.check_variables(values, "Invalid 'chat_template_kwargs'")
+    except FormatError as error:
+        raise bad_value("chat_template_kwargs", f"{error}.") from None
+    switch, effort = fmt.thinking_switch, request.reasoning_effort
+    asked: dict[str, tuple[str, object]] = {}
+    if request.enable_thinking is not None:
+        if switch is None:
+            raise _no_variable("enable_thinking", "turns thinking on or off")
+        asked["enable_thinking"] = switch.name, request.enable_thinking == switch.on
+    if effort == "none" and switch is not None and "none" not in fmt.efforts:
+        asked["reasoning_effort"] = switch.name, not switch.on
+    elif effort is not None:
+        words = (*(("none",) if switch else ()), *fmt.efforts)
+        if not words:
+            raise _no_variable("reasoning_effort", "says how much to think")
+        if effort not in words:
+            text = (
+                f"Invalid value for 'reasoning_effort': this model's chat template knows {', '.join(words)}."
+            )
+            raise bad_value("reasoning_effort", text)
+        asked["reasoning_effort"] = "reasoning_effort", effort
+    for param, (name, value) in asked.items():
+        if values.setdefault(name, value) != value:
+            text = f"Invalid value for '{param}': another value of '{name}' stands elsewhere in the request."
+            raise bad_value(param, text)
+    thinks = switch is None or values.get(switch.name, fmt.thinks == switch.on) == switch.on
+    if "reasoning_effort" in values and not thinks:
+        text = "Invalid value for 'reasoning_effort': it says how much to think, but thinking is off."
+        raise bad_value("reasoning_effort", text)
+    return values
+
+
+def _no_variable(param: str, what: str) -> APIError:
+    why = f"its chat template has no variable that {what}"
+    text = f"Unsupported parameter: '{param}' is not supported by this model: {why}."
+    return bad_value(param, text, "unsupported_parameter")
 
 
 def _messages(messages: Sequence[Json]) -> list[Json]:
@@ -217,13 +263,11 @@ def _messages(messages: Sequence[Json]) -> list[Json]:
 
 def _plain_message(message: Json) -> Json:
     """Without hints, and with one name for each thing."""
-    plain = {key: value for key, value in message.items() if key not in ("cache_control", "reasoning")}
+    plain = _without_hint(message)
     if plain["role"] == "developer":
         plain["role"] = "system"
     if isinstance(plain.get("content"), list):
         plain["content"] = [_without_hint(part) for part in plain["content"]]
-    if message.get("reasoning") is not None:
-        plain["reasoning_content"] = message["reasoning"]
     if plain.get("tool_calls") == []:
         del plain["tool_calls"]
     return plain

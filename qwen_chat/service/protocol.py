@@ -36,6 +36,8 @@ MOST_BIASES = 1024
 MOST_TOKENS = 2**31 - 1
 MOST_PROMPT_TOKENS = 2**20
 MOST_PROMPTS = 64
+# Values of a chat template's variables.
+MOST_VARIABLES = 16
 
 
 # What clients send that changes no answer here: its place in a request -> what it would have been for.
@@ -378,7 +380,16 @@ class SamplingRequest(Request):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(SamplingRequest):
+class RenderedRequest(Request):
+    """What a conversation is rendered in, beside its messages. Which names and words there are, the model's chat
+    template says."""
+
+    chat_template_kwargs: Annotated[Json, Field(max_length=MOST_VARIABLES)] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+
+
+class ChatRequest(SamplingRequest, RenderedRequest):
     """POST /v1/chat/completions."""
 
     messages: MessageParams
@@ -401,7 +412,6 @@ class ChatRequest(SamplingRequest):
     audio: Unsupported = None
     function_call: Unsupported = None
     functions: Unsupported = None
-    reasoning_effort: Unsupported = None
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")
@@ -534,7 +544,7 @@ class CompletionRequest(SamplingRequest):
         return self.logprobs
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(RenderedRequest):
     """POST /tokenize: a text, or a conversation in the model's format."""
 
     model: ModelName | None = None
@@ -549,6 +559,9 @@ class TokenizeRequest(Request):
             raise _invalid("prompt", "Give exactly one of 'prompt' and 'messages'.")
         if self.tools is not None and self.messages is None:
             raise _not_alone("tools", "'messages' are specified")
+        for name in RenderedRequest.model_fields:
+            if getattr(self, name) is not None and self.messages is None:
+                raise _not_alone(name, "'messages' are specified")
         return self
 
 

@@ -71,7 +71,12 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
     Raises DataError (every bad line at once), CheckpointError (every changed setting), OptionError (no room).
     """
     tokenizer = models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code)
-    fmt = ChatFormat(tokenizer, tool_style=run.data.tool_style, language=run.data.tool_language)
+    fmt = ChatFormat(
+        tokenizer,
+        tool_style=run.data.tool_style,
+        language=run.data.tool_language,
+        template_kwargs=run.data.template_kwargs,
+    )
     data = read_data(run, fmt)
     shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
     before = run_folder.resume(run, folder, shaped_by)

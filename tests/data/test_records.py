@@ -559,6 +559,52 @@ def test_duplicates_contradictions_and_control_tokens(tmp_path: Path) -> None:
     assert [note for note in notes if "another reply" in note]
 
 
+def test_reasoning_is_counted_by_conversation_and_under_both_names(tmp_path: Path) -> None:
+    replies = [
+        {"content": "a"},
+        {"content": "a", "reasoning_content": "why"},
+        {"content": "b", "reasoning": "why"},
+        {"content": "<think>\nwhy\n</think>\n\nc"},
+        {"content": "d", "reasoning_content": ""},
+        {"content": "e", "tool_calls": [call()], "reasoning": None},
+        {"content": "<think>why</think>", "tool_calls": [call()]},
+    ]
+    lines = [{"messages": [USER, REPLY | reply], "tools": [TOOL]} for reply in replies]
+    lines.append(
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "f", "reasoning": "w"}]}
+    )
+    lines.append({"messages": [{"role": "user", "content": "what is </think>?"}, REPLY]})
+    data = open_records(write(tmp_path / "data.jsonl", *lines))
+    assert data.report.reasoning == 5
+    assert "with reasoning: 5 (55.6%)" in data.report.describe().splitlines()
+    assert [data[k].messages[1].reasoning for k in (1, 2, 7)] == ["why", "why", "w"]
+    both = {"messages": [USER, REPLY | {"reasoning": "a", "reasoning_content": "b"}]}
+    assert (
+        problem_of(tmp_path, both)
+        == "message 1: 'reasoning' and 'reasoning_content' differ; give one of them"
+    )
+
+
+def test_variables_of_the_chat_template(tmp_path: Path) -> None:
+    plain = {"messages": [USER, REPLY]}
+    given = {**plain, "chat_template_kwargs": {"enable_thinking": False}}
+    data = open_records(
+        write(tmp_path / "data.jsonl", plain, given, {**plain, "chat_template_kwargs": {}}, given)
+    )
+    assert [data[k].template_kwargs for k in range(4)] == [
+        {},
+        {"enable_thinking": False},
+        {},
+        {"enable_thinking": False},
+    ]
+    assert (data.report.duplicates, data.report.contradictions) == (2, 0)
+    assert data[1].to_openai() == given
+    for value, found in (([], "empty"), ("x", "text"), (False, "true or false")):
+        assert problem_of(tmp_path, {**plain, "chat_template_kwargs": value}) == (
+            f"chat_template_kwargs: {found}; expected an object: the template's variables and values"
+        )
+
+
 def test_many_repeats_are_counted_exactly(tmp_path: Path) -> None:
     rng = random.Random(1)
     pairs = [(rng.randrange(500), rng.randrange(3)) for _ in range(3000)]

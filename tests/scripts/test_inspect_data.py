@@ -146,3 +146,71 @@ def test_what_cannot_work(tmp_path: Path, words: list[str], message: str) -> Non
     write(tmp_path / "data.jsonl", *GOOD)
     done = inspect(*words, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_thinking_is_told_and_chosen(
+    tmp_path: Path,
+    chat_templates: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "thinking"
+    folder.mkdir()
+    for file in qwen_tokenizer_path("qwen3").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "chat_template.jinja").write_text(chat_templates["qwen3_5_nothink"], encoding="utf-8")
+    question, thought = (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning": "why"},
+    )
+    on = {"enable_thinking": True}
+    plain = {"messages": [question, {"role": "assistant", "content": "a"}]}
+    good = {"messages": [question, thought], "chat_template_kwargs": on}
+    unknown = {**plain, "chat_template_kwargs": {"think": 1}}
+    data = write(tmp_path / "data.jsonl", plain, good, {"messages": [question, thought]}, unknown)
+
+    def inspected(*words: str) -> tuple[int, Any, str]:
+        status = inspect_here(monkeypatch, tmp_path, "-m", folder, "-d", data, "--json", *words)
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out), printed.err
+
+    status, found, said = inspected()
+    assert (status, found["problem_total"]) == (2, 2)
+    assert found["problems"] == [
+        "data.jsonl:3: message 1 has a thought, but its prompt ends with an empty one: this chat template does not "
+        'think here; set chat_template_kwargs {"enable_thinking": true} in the record, --template_kwargs '
+        "'{\"enable_thinking\": true}' for all of them, or remove the thought",
+        "data.jsonl:4: chat_template_kwargs: this chat template has no variable 'think'; it reads enable_thinking",
+    ]
+    assert "with reasoning: 2 (50.0%)" in said.splitlines()
+    write(data, plain, good, {"messages": [question, thought]})
+    status, found, said = inspected("--template_kwargs", json.dumps(on), "--show", "1")
+    assert (status, found["tokens"]["supervised"], found["thinking"]["empty_think"]) == (
+        0,
+        2 + 6 + 6,
+        "ignore",
+    )
+    assert "warning: this chat template thinks by default, but 1 of 3 conversations have no reasoning" in said
+    assert "<think>↵\n↵\n</think>↵\n↵\n⟦a<|im_end|>⟧" in said
+    status, found, said = inspected(
+        "--template_kwargs", json.dumps(on), "--show", "1", "--empty_think", "learn"
+    )
+    assert (status, found["tokens"]["supervised"], found["thinking"]["empty_think"]) == (
+        0,
+        2 + 3 + 6 + 6,
+        "learn",
+    )
+    assert "<think>↵\n⟦↵\n</think>↵\n↵\na<|im_end|>⟧" in said
+    status, found, said = inspected("--template_kwargs", '{"think": true}')
+    assert status == 2
+    assert (
+        "error: --template_kwargs: this chat template has no variable 'think'; it reads enable_thinking"
+        in said
+    )
+    with_text = inspect("-m", folder, "-d", data, "--template_kwargs", "yes")
+    assert (with_text.returncode, with_text.stderr) == (
+        2,
+        "error: --template_kwargs: 'yes'; expected a JSON object or None\n",
+    )

@@ -521,7 +521,7 @@ def test_hints_are_taken_and_named(live: LiveService, stream: bool) -> None:
 
 def test_hints_change_no_prompt(fmt: ChatFormat) -> None:
     plain = prepare._messages(ALL_HINTS["messages"])
-    assert plain[2] == {"role": "assistant", "content": "old", "reasoning_content": "hm"}
+    assert plain[2] == {"role": "assistant", "content": "old", "reasoning": "hm"}
     tools = prepare.plain_tools(ALL_HINTS["tools"])
     text = fmt.prompt(plain, tools)
     assert "cache_control" not in text and "ephemeral" not in text

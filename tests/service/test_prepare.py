@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from qwen_chat import demo_model
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.inference.engine import Engine
+from qwen_chat.service.errors import APIError
+from qwen_chat.service.prepare import SamplingDefaults, Served, chat_job, template_kwargs
+from qwen_chat.service.protocol import ChatRequest
 from tests.support.chats import CALL, CHAT, WEATHER, ask
 
 
@@ -137,3 +143,92 @@ def test_extreme_sampling_harms_nobody(client: TestClient, extreme: dict[str, fl
     if "repetition_penalty" not in extreme:
         assert answer.json()["choices"][0]["message"]["content"] == "hi"
     assert client.get("/ready").status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------------ thinking
+
+
+@pytest.fixture(scope="module")
+def thinking(chat_templates: dict[str, str]) -> dict[str, ChatFormat]:
+    """The formats of some published templates."""
+    vocabulary = demo_model.qwen_tokenizer("qwen3")
+    found = {}
+    for name in ("qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_8"):
+        tokenizer = copy.copy(vocabulary)
+        tokenizer.chat_template = chat_templates[name]
+        found[name] = ChatFormat(tokenizer)
+    return found
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({**ask("q"), **fields})
+
+
+OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "variables"),
+    [
+        ("qwen2_5", {}, {}),
+        ("qwen2_5", {"enable_thinking": None, "reasoning_effort": None, "chat_template_kwargs": None}, {}),
+        ("qwen3", OFF, OFF),
+        ("qwen3", {"chat_template_kwargs": OFF}, OFF),
+        ("qwen3", {"chat_template_kwargs": OFF, **OFF}, OFF),
+        ("qwen3", {"reasoning_effort": "none"}, OFF),
+        ("qwen3_8", {"reasoning_effort": "none", **OFF}, OFF),
+        ("qwen3_8", {"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ("qwen3_8", {"reasoning_effort": "low", **ON}, {"reasoning_effort": "low", **ON}),
+        ("qwen3_8", {"chat_template_kwargs": {"preserve_thinking": False}}, {"preserve_thinking": False}),
+    ],
+)
+def test_variables_of_a_request(
+    thinking: dict[str, ChatFormat], name: str, fields: dict[str, Any], variables: dict[str, Any]
+) -> None:
+    fmt, request = thinking[name], chat(**fields)
+    assert template_kwargs(request, fmt) == variables
+    served = Served("m", None, fmt, 999, 200_000, frozenset(), SamplingDefaults())
+    job = chat_job(request, ask("q"), served, deadline=0.0)
+    assert list(job.requests[0].prompt_ids) == fmt.prompt_ids(ask("q")["messages"], **variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "param", "code", "message"),
+    [
+        ("qwen2_5", ON, "enable_thinking", "unsupported_parameter",
+         "'enable_thinking' is not supported by this model: its chat template has no variable that turns thinking on"),
+        ("qwen2_5", {"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter",
+         "its chat template has no variable that says how much to think"),
+        ("qwen3", {"reasoning_effort": "low"}, "reasoning_effort", "invalid_value",
+         "this model's chat template knows none."),
+        ("qwen3_8", {"reasoning_effort": "high"}, "reasoning_effort", "invalid_value",
+         "this model's chat template knows none, low, medium, xhigh."),
+        ("qwen3_8", {"reasoning_effort": "low", **OFF}, "reasoning_effort", "invalid_value", "thinking is off"),
+        ("qwen3_8", {"chat_template_kwargs": {"reasoning_effort": "high"}}, "chat_template_kwargs", "invalid_value",
+         "Invalid 'chat_template_kwargs': reasoning_effort is 'high'; expected one of low, medium, xhigh."),
+        ("qwen3_8", {"reasoning_effort": "none", **ON}, "reasoning_effort", "invalid_value",
+         "another value of 'enable_thinking' stands elsewhere in the request"),
+        ("qwen3", {"chat_template_kwargs": OFF, **ON}, "enable_thinking", "invalid_value", "another value of"),
+        ("qwen3", {"chat_template_kwargs": {"think": True}}, "chat_template_kwargs", "invalid_value",
+         "Invalid 'chat_template_kwargs': this chat template has no variable 'think'; it reads enable_thinking."),
+        ("qwen3", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value",
+         "no variable 'tools'"),
+        ("qwen3", {"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs", "invalid_value",
+         "enable_thinking is 'no'; expected true or false."),
+    ],
+)  # fmt: skip
+def test_variables_that_a_template_does_not_have(
+    thinking: dict[str, ChatFormat], name: str, fields: dict[str, Any], param: str, code: str, message: str
+) -> None:
+    with pytest.raises(APIError) as caught:
+        template_kwargs(chat(**fields), thinking[name])
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
+    assert message in caught.value.message
+
+
+def test_a_template_that_refuses_a_request_is_quoted(thinking: dict[str, ChatFormat]) -> None:
+    served = Served("m", None, thinking["qwen3_8"], 999, 200_000, frozenset(), SamplingDefaults())
+    body = ask("q")
+    body["messages"] = [*body["messages"], {"role": "system", "content": "s"}]
+    with pytest.raises(APIError, match="System message must be at the beginning"):
+        chat_job(ChatRequest.model_validate(body), body, served, deadline=0.0)
