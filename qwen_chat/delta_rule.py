@@ -17,7 +17,7 @@ Keys and queries are normalised here, and all is computed in float32 (float64 wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Runs:
             last=torch.tensor([before[level] + place for level, place in last]),
         )
 
+    @lru_cache(maxsize=2)  # noqa: B019  all layers of a row ask for the same
     def history(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """The runs with the `width` tokens before each of them, as places of tokens (T + a: given state a).
 

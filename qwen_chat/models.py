@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -147,10 +147,11 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Load what a folder holds, and an adapter over it. For use (not training) it goes to the accelerator,
-    unless device is "cpu".
+    unless device is "cpu". A model that sees too is loaded whole, under its own names; training leaves its sight as
+    it is.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     check_folder(path, for_training=for_training)
@@ -163,12 +164,16 @@ def load_model(
     if quantize is not None:
         options["quantization_config"] = _four_bits(kind)
         decisions.append("weights in 4 bits (NF4, double quantisation)")
+    loader = AutoModelForImageTextToText if _sees(read_config(path)) else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
     if quantize is not None:
         _keep_exact(model)
+    if for_training and (parts := beside_text(model)):
+        frozen = sum(_freeze(model.get_submodule(part)) for part in parts)
+        decisions.append(f"text alone is trained: {', '.join(parts)} ({frozen:,} parameters) stays as it is")
     # An adapter's folder holds the template that it was trained under.
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_path = adapter if adapter is not None and own_tokenizer else path
@@ -181,6 +186,28 @@ def load_model(
         if device == "auto" and torch.cuda.is_available() and quantize is None:
             model.to("cuda")
     return Loaded(model, tokenizer, tuple(decisions))
+
+
+def _sees(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model for pictures and text (Qwen3.5's own checkpoints are)."""
+    names = config.get("architectures")
+    whole = isinstance(names, list) and str(names[:1]).endswith("ForConditionalGeneration']")
+    return whole and isinstance(config.get("vision_config"), dict)
+
+
+def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """The parts that no text goes through, by name ("model.visual"); none in a model of text alone."""
+    if not hasattr(model.config, "vision_config"):
+        return ()
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    names = [name for name, p in model.named_parameters() if id(p) not in text]
+    return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+
+
+def _freeze(part: torch.nn.Module) -> int:
+    """Returns how many parameters it has."""
+    part.requires_grad_(False)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:

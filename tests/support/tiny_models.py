@@ -10,8 +10,14 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from qwen_chat.chat.encoded import Encoded
@@ -26,6 +32,25 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
+# Three layers of delta nets and one of attention. transformers multiplies experts in float64 one by one alone.
+HYBRIDS = {
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+}
+DELTA_NETS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "experts_implementation": "eager",
+}
 
 
 def tiny_model(
@@ -37,26 +62,26 @@ def tiny_model(
     attention: str = "qwen_chat",
     tied: bool = True,
 ) -> Any:
-    """Two layers, grouped queries, seeded; the same weights for the same arguments."""
+    """Two layers (a hybrid: four), grouped queries, seeded; the same weights for the same arguments."""
     from qwen_chat.training.attention import register
 
     register()
     torch.manual_seed(7)
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        attn_implementation=attention,
-    )
-    model = model_class(config).to(dtype)
+    config_class, model_class = (FAMILIES | HYBRIDS)[family]
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "attn_implementation": attention,
+    }
+    model = model_class(config_class(**shape | (DELTA_NETS if family in HYBRIDS else {}))).to(dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
         for name, parameter in model.named_parameters():
