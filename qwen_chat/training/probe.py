@@ -19,6 +19,7 @@ weight or buffer is written, no `.grad` is left.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -238,7 +239,13 @@ def _in_a_row(
 
 @contextmanager
 def _quiet(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout, no weight that wants a gradient; layers are still computed again in backward where they are."""
+    """No dropout, no weight that wants a gradient; layers are still computed again in backward where they are.
+
+    Nor transformers' advice to install kernels, for a forward of its own that the run does not use.
+    """
+    logger = logging.getLogger("transformers.integrations.hub_kernels")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     modes = [(module, module.training) for module in model.modules()]
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module, _ in modes:
@@ -248,6 +255,7 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        logger.setLevel(level)
         for module, mode in modes:
             module.training = mode
         for parameter in wanting:

@@ -1,11 +1,15 @@
 """Tiny models and data on which the training engine's exactness is tested."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -20,6 +24,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from qwen_chat import demo_model
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
@@ -51,6 +56,8 @@ DELTA_NETS: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
     "experts_implementation": "eager",
 }
+# The other part of a model that sees.
+VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 
 
 def tiny_model(
@@ -160,3 +167,22 @@ def engine(model, data, layout, batch_size, accumulation, chunk_bytes=SEVEN_TOKE
         tokens += result.tokens
     loss.remove()
     return total, tokens, gradients(model)
+
+
+def hybrid_folder(name: str, folder: Path) -> Path:
+    """A tiny hybrid as save_pretrained writes it, with Qwen's vocabulary; qwen3_5 and qwen3_5_moe see, too."""
+    tokenizer = demo_model.qwen_tokenizer()
+    text = {key: value for key, value in DELTA_NETS.items() if key != "experts_implementation"}
+    text |= {"vocab_size": 151_936, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048}
+    text |= {"tie_word_embeddings": True, "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    torch.manual_seed(7)
+    if name in ("qwen3_5", "qwen3_5_moe"):
+        whole = {"text_config": text, "vision_config": VISION, "tie_word_embeddings": True}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **whole))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **text))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}\n")
+    return folder

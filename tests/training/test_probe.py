@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from qwen_chat import families, models
 from qwen_chat.errors import ModelError
 from qwen_chat.training import attention, delta_net, probe
-from tests.support.tiny_models import FAMILIES, tiny_model
+from tests.support.tiny_models import FAMILIES, VISION, engine, mixed_data, tiny_model
 
 SHAPE = {
     "vocab_size": 97,
@@ -48,9 +48,6 @@ MORE: dict[str, dict[str, Any]] = {
 LAYOUTS = ("shared_prefix", "packed", "padded")
 LEAK = "hidden states of one conversation move"
 LOSS = "the loss of a row is off"
-
-
-VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 
 
 def family(name: str) -> Any:
@@ -93,6 +90,14 @@ def test_what_works_passes_by_far(name: str) -> None:
         assert one.loss < probe.LOSS / 10 and one.gradient < probe.GRADIENT / 50
         assert one.moved < probe.bounds(model).moved / 2 if has_experts else one.moved == 0
     assert probe.prove(model, "shared_prefix").startswith("probe: in a row as alone (loss ")
+
+
+@pytest.mark.parametrize("name", families.TRAINABLE)
+def test_layouts_agree_on_the_loss_of_the_first_step(name: str) -> None:
+    model = family(name)
+    data = mixed_data()[:5]
+    loss = [engine(model, data, layout, batch_size=len(data), accumulation=1)[0] for layout in LAYOUTS]
+    assert max(loss) - min(loss) < 1e-5 * min(loss)
 
 
 @pytest.mark.parametrize(
