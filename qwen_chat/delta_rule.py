@@ -74,7 +74,7 @@ class Runs:
             inside=inside,
             back=back,
             parents=tuple(torch.tensor([place for _, _, place in level]) for level in levels[1:]),
-            bounds=tuple(before),
+            levels=[len(level) for level in levels],
             last=torch.tensor([before[level] + place for level, place in last]),
         )
 
@@ -108,7 +108,7 @@ class Chunks:
     parents: tuple[
         Tensor, ...
     ]  # of each level but the first: the chunk before each, by its place in the level above
-    bounds: tuple[int, ...]  # the chunks [bounds[l], bounds[l + 1]) are level l's
+    levels: list[int]  # how many chunks each level has
     last: Tensor  # [R] the last chunk of each run
 
 
@@ -174,21 +174,21 @@ def gated_delta_rule(
     inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True)
     scores = (q @ k.transpose(-1, -2)) * between
     from_start, to_end = total.exp(), (total[:, :, -1:] - total).exp()
-    whole = from_start[:, :, -1:]
-
+    # Split once: a slice for each level would, in backward, be a sum over all chunks for each.
+    parts = (inverse, scores, q, k, v, b, from_start, to_end)
     outputs: list[Tensor] = []
     left: list[Tensor] = []
-    for level, (start, stop) in enumerate(zip(cut.bounds, cut.bounds[1:], strict=False)):
-        own = slice(start, stop)
+    for level, part in enumerate(zip(*(torch.split(x, cut.levels) for x in parts), strict=True)):
+        inverse, scores, q, k, v, b, from_start, to_end = part
         if level:
             state = left[-1].index_select(0, cut.parents[level - 1].to(v.device))
         elif states is None:
-            state = v.new_zeros(stop - start, heads, k.shape[-1], v.shape[-1])
+            state = v.new_zeros(len(v), heads, k.shape[-1], v.shape[-1])
         else:
             state = states.to(exact)
-        written = inverse[own] @ (b[own] * (v[own] - from_start[own] * (k[own] @ state)))
-        outputs.append(from_start[own] * (q[own] @ state) + scores[own] @ written)
-        left.append(whole[own] * state + k[own].transpose(-1, -2) @ (to_end[own] * written))
+        written = inverse @ (b * (v - from_start * (k @ state)))
+        outputs.append(from_start * (q @ state) + scores @ written)
+        left.append(from_start[:, :, -1:] * state + k.transpose(-1, -2) @ (to_end * written))
     out = torch.cat(outputs).transpose(1, 2).flatten(0, 1).index_select(0, cut.back.to(v.device))
     kept = torch.cat(left).index_select(0, cut.last.to(v.device)) if keep else None
     return out.to(value.dtype), kept
