@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -42,16 +43,15 @@ class Runs:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Where each run's first token lies."""
-        return tuple(sum(self.lengths[:run]) for run in range(len(self.lengths)))
+        return tuple(accumulate(self.lengths[:-1], initial=0))
 
     @cached_property
     def chunks(self) -> Chunks:
         """The runs cut into chunks; made once, whatever layer asks."""
         size = min(CHUNK, max(self.lengths))
-        levels: list[
-            list[tuple[int, int, int]]
-        ] = []  # of each chunk: first token, tokens, parent in the level before
-        last: list[tuple[int, int]] = []  # of each run: level of its last chunk, place in it
+        # Of each chunk: its first token, how many it has, the place of the one before it in the level above.
+        levels: list[list[tuple[int, int, int]]] = []
+        last: list[tuple[int, int]] = []  # of each run: the level of its last chunk, the place in it
         for start, length, parent in zip(self.starts, self.lengths, self.parents, strict=True):
             level, place = last[parent] if parent >= 0 else (-1, -1)
             for at in range(0, length, size):
@@ -107,7 +107,7 @@ class Chunks:
     back: Tensor  # [T] the place of each token
     parents: tuple[
         Tensor, ...
-    ]  # of each level but the first: the chunk before each, by its place in the level above
+    ]  # of each level but the first: where in the level above each chunk's predecessor is
     levels: list[int]  # how many chunks each level has
     last: Tensor  # [R] the last chunk of each run
 

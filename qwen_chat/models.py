@@ -173,8 +173,9 @@ def load_model(
     if quantize is not None:
         _keep_exact(model)
     if for_training and (parts := beside_text(model)):
-        frozen = sum(_freeze(model.get_submodule(part)) for part in parts)
-        decisions.append(f"text alone is trained: {', '.join(parts)} ({frozen:,} parameters) stays as it is")
+        frozen = [p for part in parts for p in model.get_submodule(part).requires_grad_(False).parameters()]
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in frozen)
+        decisions.append(f"text alone is trained: {', '.join(parts)} ({size:,} parameters) stays as it is")
     # An adapter's folder holds the template that it was trained under.
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_path = adapter if adapter is not None and own_tokenizer else path
@@ -191,9 +192,8 @@ def load_model(
 
 def _sees(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a model for pictures and text (Qwen3.5's own checkpoints are)."""
-    names = config.get("architectures")
-    whole = isinstance(names, list) and str(names[:1]).endswith("ForConditionalGeneration']")
-    return whole and isinstance(config.get("vision_config"), dict)
+    classes = config.get("architectures") or [""]
+    return str(classes[0]).endswith("ForConditionalGeneration") and "vision_config" in config
 
 
 def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
@@ -203,12 +203,6 @@ def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
     text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     names = [name for name, p in model.named_parameters() if id(p) not in text]
     return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
-
-
-def _freeze(part: torch.nn.Module) -> int:
-    """Returns how many parameters it has."""
-    part.requires_grad_(False)
-    return sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:

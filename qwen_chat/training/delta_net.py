@@ -31,11 +31,21 @@ PACKAGES = ("fla", "causal_conv1d")
 
 
 def install(model: torch.nn.Module) -> int:
-    """Give every such layer the forward that knows rows; returns how many there are. Twice is as once."""
+    """Give every such layer the forward that knows rows; returns how many there are. Twice is as once.
+
+    ModelError where an adapter lies over a layer's convolution.
+    """
     found = [(parent, child) for parent in model.modules() for child in parent.children()]
     pairs = [(parent, cast(Any, child)) for parent, child in found if type(child).__name__ in KINDS]
     for parent, layer in pairs:
+        convolution: Any = layer.conv1d
+        if type(convolution) is not torch.nn.Conv1d:
+            raise ModelError(
+                f"{type(layer).__name__}: an adapter over conv1d is never run, the layer reads its weight alone; leave"
+                " it out of --lora_target_modules"
+            )
         if "_without_rows" not in vars(layer):
+            vars(convolution)["forward"] = MethodType(_convolution, convolution)
             layer._without_rows = layer.forward
             layer._inside = (parent,)  # in a tuple it is no module of this one
             layer.forward = MethodType(_forward, layer)
@@ -93,7 +103,7 @@ def _forward(
         bounds = {"cu_seq_lens_q": stops.to(**where), "seq_idx": numbers.to(**where)}
         return cast(Tensor, self._without_rows(hidden_states, **bounds, **kwargs))
     mixed, z, b, a = _projected(self, hidden_states)
-    inputs = (mixed, b, a, self.conv1d.weight, self.A_log, self.dt_bias)
+    inputs = (mixed, b, a, self.A_log, self.dt_bias)
     if torch.is_grad_enabled() and not getattr(self._inside[0], "gradient_checkpointing", False):
         # What the chunks keep for backward is more than all the rest of the layer, and soon computed again.
         core = checkpoint(_core, self, row, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -114,30 +124,32 @@ def _projected(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mixed, z, b, a
 
 
-def _core(*arguments: Any) -> Tensor:
-    """`_apart`, whose sums are exact under autocast too."""
-    with torch.autocast(arguments[2].device.type, enabled=False):
-        return _apart(*arguments)
-
-
-def _apart(
-    layer: Any, row: Runs, mixed: Tensor, b: Tensor, a: Tensor, kernel: Tensor, log_rate: Tensor, bias: Tensor
+def _core(
+    layer: Any, row: Runs, mixed: Tensor, b: Tensor, a: Tensor, log_rate: Tensor, bias: Tensor
 ) -> Tensor:
-    """Convolution and delta rule: [T, H, V]."""
+    """Convolution and delta rule: [T, H, V]. Its sums are exact under autocast too."""
     exact = torch.float64 if mixed.dtype == torch.float64 else torch.float32
-    mixed, _ = convolve(mixed.to(kernel.dtype), kernel.squeeze(1), row)
-    mixed = ACT2FN[layer.activation](mixed)
-    q, k, v = torch.split(mixed, [layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    decay = -log_rate.to(exact).exp() * torch.nn.functional.softplus(a.to(exact) + bias.to(exact))
-    out, _ = gated_delta_rule(
-        q.reshape(len(q), -1, layer.head_k_dim),
-        k.reshape(len(k), -1, layer.head_k_dim),
-        v.reshape(len(v), -1, layer.head_v_dim),
-        decay,
-        b.to(exact).sigmoid(),
-        row,
-    )
+    with torch.autocast(mixed.device.type, enabled=False):
+        mixed = ACT2FN[layer.activation](layer.conv1d(mixed, row))
+        q, k, v = torch.split(mixed, [layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+        decay = -log_rate.to(exact).exp() * torch.nn.functional.softplus(a.to(exact) + bias.to(exact))
+        out, _ = gated_delta_rule(
+            q.reshape(len(q), -1, layer.head_k_dim),
+            k.reshape(len(k), -1, layer.head_k_dim),
+            v.reshape(len(v), -1, layer.head_v_dim),
+            decay,
+            b.to(exact).sigmoid(),
+            row,
+        )
     return out
+
+
+def _convolution(self: torch.nn.Conv1d, x: Tensor, row: Runs) -> Tensor:
+    """The forward of a layer's convolution, which transformers never calls: x [T, D] -> [T, D].
+
+    Called as a module, so that ZeRO-3 and offloading have its weight there in time.
+    """
+    return convolve(x.to(self.weight.dtype), self.weight.squeeze(1), row)[0]
 
 
 _last: tuple[Tensor, Runs] | None = None

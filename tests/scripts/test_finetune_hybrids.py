@@ -111,6 +111,7 @@ def test_a_full_fine_tune_leaves_the_sight_as_it_was(short: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_the_layouts_agree_on_the_first_step(name: str, short: Path, tmp_path: Path) -> None:
     """Through finetune.sh, to 1e-5."""

@@ -71,7 +71,7 @@ def test_a_leak_that_no_config_tells_is_refused_before_the_first_step(
     (tmp_path / "short.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
 
     torch.set_num_threads(1)  # in this process: torch is imported once
-    monkeypatch.setattr(matmul, "choose", lambda *_: matmul.Route("torch", "not measured in a test"))
+    monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("torch", "not measured in a test"))
     words = ["-m", str(folder), "-d", str(tmp_path / "short.jsonl"), "-o", str(out), "--use_lora"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
     status = errors.run(runpy.run_path(str(ROOT / "finetune" / "finetune.py"))["main"])

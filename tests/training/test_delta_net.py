@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_chat.errors import ModelError
 from qwen_chat.training import delta_net, fused, matmul
 from tests.support.tiny_models import (
     HYBRIDS,
@@ -207,3 +208,11 @@ def test_other_models_are_left_alone() -> None:
     model = tiny_model("qwen3")
     assert delta_net.install(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_adapter_over_the_convolution_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("qwen3_5_text"), LoraConfig(r=80, target_modules=["conv1d"]))
+    with pytest.raises(ModelError, match="leave it out of --lora_target_modules"):
+        delta_net.install(model)
