@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dialects",),
     ("chat",),
     ("data", "demo_model"),
-    ("models",),
+    ("models", "delta_rule"),
     ("training", "inference"),
     ("service",),
     ("evaluation",),

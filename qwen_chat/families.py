@@ -17,6 +17,11 @@ TRAINABLE = (
     "qwen2_moe",
     "qwen3",
     "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
     "llama",
     "mistral",
     "phi3",
@@ -27,6 +32,9 @@ TRAINABLE = (
 # What in a config.json tells for certain that rows of several conversations would be learnt wrong, and why.
 # Kinds of layers that keep conversations apart.
 _ATTENDS = {"full_attention", "attention", "sliding_attention", "chunked_attention"}
+# Types whose recurrent layers keep them apart too (training/delta_net.py), and the kind of these layers.
+_HYBRIDS = {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"}
+_DELTA = {"linear_attention"}
 _STATE = "layers carry a state from one conversation of a row into the next"
 # Settings of convolutions, recurrences and their places, from transformers' hybrid models.
 _STATES = (
@@ -65,10 +73,12 @@ def _why_not_trained(config: Mapping[str, Any]) -> str:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         types = part.get("layer_types")
-        others = {str(kind) for kind in types} - _ATTENDS if isinstance(types, list) else set()
+        apart = _ATTENDS | _DELTA if config.get("model_type") in _HYBRIDS else _ATTENDS
+        others = {str(kind) for kind in types} - apart if isinstance(types, list) else set()
         if others:
             return f"layer_types has {', '.join(sorted(others))}: {_STATE}"
-        if state := [name for name in _STATES if part.get(name) is not None]:
+        known = {"linear_conv_kernel_dim"} if apart is not _ATTENDS else set()
+        if state := [name for name in _STATES if part.get(name) is not None and name not in known]:
             return f"it has {state[0]}: {_STATE}"
         for name, why in _CHANGES.items():
             if part.get(name) not in (None, 1, 1.0):

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,7 @@ if not hardware.has_accelerator():
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 Device = Literal["auto", "cpu"]
 
 
@@ -147,10 +148,11 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Load what a folder holds, and an adapter over it. For use (not training) it goes to the accelerator,
-    unless device is "cpu".
+    unless device is "cpu". A model that sees too is loaded whole, under its own names; training leaves its sight as
+    it is.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     check_folder(path, for_training=for_training)
@@ -163,12 +165,17 @@ def load_model(
     if quantize is not None:
         options["quantization_config"] = _four_bits(kind)
         decisions.append("weights in 4 bits (NF4, double quantisation)")
+    loader = AutoModelForImageTextToText if _sees(read_config(path)) else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
     if quantize is not None:
         _keep_exact(model)
+    if for_training and (parts := beside_text(model)):
+        frozen = [p for part in parts for p in model.get_submodule(part).requires_grad_(False).parameters()]
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in frozen)
+        decisions.append(f"text alone is trained: {', '.join(parts)} ({size:,} parameters) stays as it is")
     # An adapter's folder holds the template that it was trained under.
     own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_path = adapter if adapter is not None and own_tokenizer else path
@@ -181,6 +188,21 @@ def load_model(
         if device == "auto" and torch.cuda.is_available() and quantize is None:
             model.to("cuda")
     return Loaded(model, tokenizer, tuple(decisions))
+
+
+def _sees(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model for pictures and text (Qwen3.5's own checkpoints are)."""
+    classes = config.get("architectures") or [""]
+    return str(classes[0]).endswith("ForConditionalGeneration") and "vision_config" in config
+
+
+def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """The parts that no text goes through, by name ("model.visual"); none in a model of text alone."""
+    if not hasattr(model.config, "vision_config"):
+        return ()
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    names = [name for name, p in model.named_parameters() if id(p) not in text]
+    return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:

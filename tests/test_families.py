@@ -49,7 +49,8 @@ def test_conversations_longer_than_the_model_has_positions(
             {"model_type": "new_hybrid", "layer_types": ["full_attention", "linear_attention"]},
             "linear_attention",
         ),
-        ({"model_type": "qwen3_next", "linear_conv_kernel_dim": 4}, "it has linear_conv_kernel_dim"),
+        ({"model_type": "olmo_hybrid", "linear_conv_kernel_dim": 4}, "it has linear_conv_kernel_dim"),
+        ({"model_type": "qwen3_next", "mamba_d_conv": 4}, "it has mamba_d_conv"),
         ({"model_type": "qwen3_5", "text_config": {"layer_types": ["conv"]}}, "layer_types has conv"),
         ({"model_type": "lfm2", "conv_L_cache": 3}, "it has conv_L_cache"),
         ({"model_type": "falcon_h1", "mamba_d_state": 64}, "it has mamba_d_state"),
@@ -86,6 +87,11 @@ def test_what_a_config_tells_is_refused_for_training_alone(
             "attn_logit_softcapping": None,
         },
         {"text_config": None, "layer_types": None},
+        {"model_type": "qwen3_next", "layer_types": ["linear_attention"], "linear_conv_kernel_dim": 4},
+        {
+            "model_type": "qwen3_5",
+            "text_config": {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"]},
+        },
     ],
 )
 def test_what_is_harmless_in_a_config_passes(more: dict[str, object], tmp_path: Path) -> None:

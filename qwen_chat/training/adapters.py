@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, rows: Sequence[int]
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=_targets(model, lora.lora_target_modules),
+        exclude_modules="|".join(rf"{re.escape(part)}\..*" for part in models.beside_text(model)) or None,
         bias=lora.lora_bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,

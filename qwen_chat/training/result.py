@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,6 +62,9 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
         model.generation_config.save_pretrained(aside)
     else:
         model.save_pretrained(aside, state_dict=weights)
+        for file in models.PROCESSORS:  # what prepares pictures, which no step has changed
+            if (session.model_path / file).is_file():
+                shutil.copy2(session.model_path / file, aside / file)
     fmt.complete_tokenizer()
     fmt.tokenizer.save_pretrained(aside)
     checkpoints.move_into(aside, session.folder)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import set_seed
 from qwen_chat import models
 from qwen_chat.cli.run_options import Run
 from qwen_chat.console import rank_zero
-from qwen_chat.training import adapters, attention, fused, matmul, probe
+from qwen_chat.training import adapters, attention, delta_net, fused, matmul, probe
 from qwen_chat.training.ranks import from_rank_zero
 from qwen_chat.training.session import Session
 
@@ -38,6 +38,8 @@ def build(session: Session) -> Tuned:
     loaded = load(run, session.model_path, args)
     wrapped = adapt(run, loaded.model, session.fmt.tokenizer, args)
     fusing, chosen = fuse(wrapped.model, args, session.choices)
+    if layers := delta_net.install(wrapped.model):
+        fusing = (*fusing, delta_net.decision(layers, args.device.type, run.train.layout))
     proven = probe.prove(wrapped.model, run.train.layout)
     decisions = (*loaded.decisions, *wrapped.decisions, *fusing, proven)
     return Tuned(wrapped.model, wrapped.initial, decisions, {**session.choices, **chosen})
@@ -82,8 +84,9 @@ def adapt(
 ) -> adapters.Wrapped:
     """Put the adapter over the model; a full fine-tune leaves it as it is."""
     if not run.lora.use_lora:
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        return adapters.Wrapped(model, (f"full fine-tune: all {trained:,} parameters are trained",), {})
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        which = "all " if all(p.requires_grad for p in model.parameters()) else ""
+        return adapters.Wrapped(model, (f"full fine-tune: {which}{trained:,} parameters are trained",), {})
     set_seed(args.seed)
     return adapters.wrap(model, run.lora, tokenizer, checkpointing=args.gradient_checkpointing)
 

@@ -42,14 +42,14 @@ def folder(tiny_model_path: Path, tmp_path: Path) -> Path:
 
 
 def test_a_hybrid_is_refused_by_its_config_before_torch(folder: Path, tmp_path: Path) -> None:
-    config = {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+    config = {"model_type": "olmo_hybrid", "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").touch()
     status, torch_loaded, said = run("-m", str(folder), "-d", str(DATA), "-o", str(tmp_path / "out"))
     last = said.splitlines()[-1]
     assert (status, torch_loaded) == (2, "False")
     assert last.startswith(
-        f"error: {folder}/config.json: a model of type 'qwen3_next' cannot be trained here: "
+        f"error: {folder}/config.json: a model of type 'olmo_hybrid' cannot be trained here: "
     )
     assert not (tmp_path / "out").exists()
 

@@ -1,19 +1,30 @@
 """Tiny models and data on which the training engine's exactness is tested."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
+from qwen_chat import demo_model
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
@@ -26,6 +37,27 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
+# Three layers of delta nets and one of attention. transformers multiplies experts in float64 one by one alone.
+HYBRIDS = {
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+}
+DELTA_NETS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "experts_implementation": "eager",
+}
+# The other part of a model that sees.
+VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 
 
 def tiny_model(
@@ -37,26 +69,26 @@ def tiny_model(
     attention: str = "qwen_chat",
     tied: bool = True,
 ) -> Any:
-    """Two layers, grouped queries, seeded; the same weights for the same arguments."""
+    """Two layers (a hybrid: four), grouped queries, seeded; the same weights for the same arguments."""
     from qwen_chat.training.attention import register
 
     register()
     torch.manual_seed(7)
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        attn_implementation=attention,
-    )
-    model = model_class(config).to(dtype)
+    config_class, model_class = (FAMILIES | HYBRIDS)[family]
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "attn_implementation": attention,
+    }
+    model = model_class(config_class(**shape | (DELTA_NETS if family in HYBRIDS else {}))).to(dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
         for name, parameter in model.named_parameters():
@@ -135,3 +167,22 @@ def engine(model, data, layout, batch_size, accumulation, chunk_bytes=SEVEN_TOKE
         tokens += result.tokens
     loss.remove()
     return total, tokens, gradients(model)
+
+
+def hybrid_folder(name: str, folder: Path) -> Path:
+    """A tiny hybrid as save_pretrained writes it, with Qwen's vocabulary; qwen3_5 and qwen3_5_moe see, too."""
+    tokenizer = demo_model.qwen_tokenizer()
+    text = {key: value for key, value in DELTA_NETS.items() if key != "experts_implementation"}
+    text |= {"vocab_size": 151_936, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048}
+    text |= {"tie_word_embeddings": True, "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    torch.manual_seed(7)
+    if name in ("qwen3_5", "qwen3_5_moe"):
+        whole = {"text_config": text, "vision_config": VISION, "tie_word_embeddings": True}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **whole))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **text))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}\n")
+    return folder

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qwen_chat import families, models
 from qwen_chat.errors import ModelError
-from qwen_chat.training import attention, probe
-from tests.support.tiny_models import FAMILIES, tiny_model
+from qwen_chat.training import attention, delta_net, probe
+from tests.support.tiny_models import FAMILIES, VISION, engine, mixed_data, tiny_model
 
 SHAPE = {
     "vocab_size": 97,
@@ -39,6 +39,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "qwen3_next": EXPERTS | DELTA | {"shared_expert_intermediate_size": 16},
     "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": EXPERTS | DELTA | {"shared_expert_intermediate_size": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
     "granite": {"logits_scaling": 8.0},
@@ -50,10 +51,18 @@ LOSS = "the loss of a row is off"
 
 
 def family(name: str) -> Any:
+    """As tuned_model makes it ready."""
     attention.register()
     torch.manual_seed(7)
-    config = AutoConfig.for_model(name, **(SHAPE | MORE.get(name, {})))
-    return AutoModelForCausalLM.from_config(config, attn_implementation="qwen_chat").float().train()
+    kind: Any = AutoModelForCausalLM
+    shape = SHAPE | MORE.get(name, {})
+    if name in ("qwen3_5", "qwen3_5_moe"):
+        kind = AutoModelForImageTextToText
+        shape = {"text_config": SHAPE | MORE[f"{name}_text"], "vision_config": VISION}
+    config = AutoConfig.for_model(name, **shape)
+    model = kind.from_config(config, attn_implementation="qwen_chat").float().train()
+    delta_net.install(model)
+    return model
 
 
 def with_lora(model: Any) -> Any:
@@ -72,21 +81,28 @@ def test_what_works_passes_by_far(name: str) -> None:
     found = [probe.measure(model, layout) for layout in LAYOUTS[:2]]
     model.gradient_checkpointing_enable({"use_reentrant": False})
     found.append(probe.measure(model, "padded"))
-    if "moe" not in name:  # peft: fused expert weights take no dropout
+    if "moe" not in name and name != "qwen3_next":  # peft: fused expert weights take no dropout
         model = with_lora(model)
     found.append(probe.measure(model, "shared_prefix"))
+    has_experts = "moe" in name or name == "qwen3_next"
     for one in found:
         assert isinstance(one, probe.Difference)
-        assert one.loss < probe.LOSS / 10 and one.gradient < probe.GRADIENT / 100
-        assert one.moved < probe.MOVED / 10 if "moe" in name else one.moved == 0
+        assert one.loss < probe.LOSS / 10 and one.gradient < probe.GRADIENT / 50
+        assert one.moved < probe.bounds(model).moved / 2 if has_experts else one.moved == 0
     assert probe.prove(model, "shared_prefix").startswith("probe: in a row as alone (loss ")
+
+
+@pytest.mark.parametrize("name", families.TRAINABLE)
+def test_layouts_agree_on_the_loss_of_the_first_step(name: str) -> None:
+    model = family(name)
+    data = mixed_data()[:5]
+    loss = [engine(model, data, layout, batch_size=len(data), accumulation=1)[0] for layout in LAYOUTS]
+    assert max(loss) - min(loss) < 1e-5 * min(loss)
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("qwen3_next", LEAK),
-        ("qwen3_5_text", LEAK),
         ("lfm2", LEAK),
         ("falcon_h1", LEAK),
         ("stablelm", LEAK),
@@ -109,9 +125,9 @@ def test_what_cannot_be_served_is_refused_in_one_line(name: str, what: str) -> N
 class Leaky(torch.nn.Module):
     """A layer's MLP with something beside it that goes from token to token."""
 
-    def __init__(self, mlp: torch.nn.Module, kind: str) -> None:
+    def __init__(self, mlp: torch.nn.Module, kind: str, share: float = 1e-2) -> None:
         super().__init__()
-        self.mlp, self.kind = mlp, kind
+        self.mlp, self.kind, self.share = mlp, kind, share
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "convolution":
@@ -119,7 +135,7 @@ class Leaky(torch.nn.Module):
         else:  # a state that fades by half with each token
             at = torch.arange(x.shape[1])
             past = (0.5 ** (at[:, None] - at[None, :]).clamp_min(0)).tril().to(x.dtype) @ x
-        return self.mlp(x) + 1e-2 * past
+        return self.mlp(x) + self.share * past
 
 
 def planted(kind: str) -> Any:
@@ -168,13 +184,56 @@ def test_a_planted_fault_is_refused(kind: str, what: str, layout: str) -> None:
     probe.prove(planted("none"), layout)
 
 
+def test_the_faintest_leak_is_seen() -> None:
+    """Where nothing but rounding is at work nothing moves at all: a millionth part of a state is a leak."""
+    model = tiny_model("qwen3", dtype=torch.float32)
+    layer = model.model.layers[1]
+    layer.mlp = Leaky(layer.mlp, "recurrent state", 1e-6)
+    found = probe.measure(model, "packed")
+    assert isinstance(found, probe.Difference)
+    assert 0 < found.moved < 1e-5 and found.loss < probe.LOSS
+    with pytest.raises(ModelError, match=LEAK):
+        probe.prove(model, "packed")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+def test_one_delta_net_that_runs_over_the_row_is_refused(name: str, layout: str) -> None:
+    model = family(name)
+    layer = model.model.layers[1].linear_attn
+    layer.forward = layer._without_rows
+    with pytest.raises(ModelError, match=LEAK):
+        probe.prove(model, layout)
+
+
+def test_kernels_that_run_over_the_row_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of an older release may not take the boundaries, and transformers drops what one does not take."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    def forgetful(kernel: Any) -> Any:
+        def call(*args: Any, cu_seqlens: Any = None, seq_idx: Any = None, **kwargs: Any) -> Any:
+            return kernel(*args, **kwargs)
+
+        return call
+
+    model = family("qwen3_5_text").bfloat16()
+    line = probe.prove(model, "shared_prefix")
+    assert "; a float32 copy of 2 layers, " in line
+    monkeypatch.setattr(delta_net, "_has_kernels", lambda device: True)
+    for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
+        monkeypatch.setattr(modeling, name, forgetful(getattr(modeling, name)))
+    with pytest.raises(ModelError, match=LEAK) as caught:
+        probe.prove(model, "shared_prefix")
+    assert "(at most 2e-02, 2e-02, 2e-02)" in str(caught.value)
+
+
 def test_the_line_names_the_type_the_figures_and_what_works() -> None:
     with pytest.raises(ModelError) as caught:
         probe.prove(planted("scaled"), "packed")
     text = str(caught.value)
     assert text.startswith("model type 'qwen2' cannot be trained in rows of several conversations (packed): ")
     assert text.endswith(
-        "(at most 1e-04, 1e-05, 1e-03); model types that work: " + ", ".join(families.TRAINABLE)
+        "(at most 0e+00, 1e-05, 1e-03); model types that work: " + ", ".join(families.TRAINABLE)
     )
 
 
@@ -209,7 +268,9 @@ def test_a_copy_stands_in_where_the_model_cannot_be_judged_itself(why: str) -> N
         return model
 
     assert "; a float32 copy of 2 layers, " in probe.prove(stand_in("qwen3"), "shared_prefix")
-    for name in ("qwen3_next", "lfm2", "cohere"):
+    for name in ("qwen3_5_text", "qwen3_5_moe"):
+        assert "; a float32 copy of 2 layers, " in probe.prove(stand_in(name), "shared_prefix")
+    for name in ("lfm2", "cohere"):
         with pytest.raises(ModelError, match="cannot be trained in rows"):
             probe.prove(stand_in(name), "packed")
 
