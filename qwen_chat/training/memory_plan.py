@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from qwen_chat import hardware
 from qwen_chat.cli.deepspeed_file import read_deepspeed
-from qwen_chat.cli.run_options import Run
+from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, Run, target_words
 from qwen_chat.errors import ModelError
 from qwen_chat.hardware import MIB
 
@@ -47,13 +47,54 @@ MOMENTS = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 4.0, "lomo": 0.0}
 
 
 # Model types whose parameters are counted; of any other nothing is guessed.
-COUNTED = ("qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "mixtral")
-MIXTURES = COUNTED[4:]
+DENSE = ("qwen2", "qwen3", "llama", "mistral")
+MIXTURES = ("qwen2_moe", "qwen3_moe", "mixtral")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# A folder with a vision part names its text part's type in text_config.
+COUNTED = (*DENSE, *MIXTURES, "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+WITH_EXPERTS = (*MIXTURES, "qwen3_next", "qwen3_5_moe_text")
+# Types of which peft takes gate_proj, up_proj and down_proj for the experts', wherever they are.
+RENAMED = ("qwen3_moe", "mixtral", "qwen3_next")
+# What transformers takes where a hybrid's file says nothing.
+_HYBRID_DEFAULTS = {
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+CHUNK = 64  # tokens that a delta net on a CPU computes at once
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """The recurrent part of a hybrid's layers of type linear_attention: widths of what a token has there."""
+
+    key: int  # all key heads; queries are as wide
+    value: int  # all value heads; the gate is as wide
+    heads: int  # of values
+    kernel: int  # taps of the convolution
+    joined: bool  # Qwen3-Next: two matrices where Qwen3.5 has four
+
+    def linears(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """(in, out) of its linear layers."""
+        mixed = 2 * self.key + self.value
+        widths = {"qkv": mixed, "z": self.value, "b": self.heads, "a": self.heads}
+        if self.joined:
+            widths = {"qkvz": mixed + self.value, "ba": 2 * self.heads}
+        found = {f"linear_attn.in_proj_{name}": (hidden, width) for name, width in widths.items()}
+        return found | {"linear_attn.out_proj": (self.value, hidden)}
+
+    @property
+    def others(self) -> int:
+        """Its parameters outside linear layers: convolution, A_log, dt_bias, the norm of one head."""
+        return self.kernel * (2 * self.key + self.value) + 2 * self.heads + self.value // self.heads
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What config.json says of a Qwen2-, Qwen3-, Llama- or Mistral-like model, dense or a mixture of experts."""
+    """What config.json says of a Qwen-, Llama- or Mistral-like model: dense, a mixture of experts, a hybrid."""
 
     kind: str
     hidden: int = 0
@@ -64,36 +105,46 @@ class Shape:
     head: int = 0  # width of one head
     words: int = 0
     tied: bool = False
-    biases: int = 0  # in one layer
-    norms: int = 0  # weights of norms in one layer
+    gated: bool = False  # the attention's output has a gate, which makes q_proj twice as wide
+    biases: int = 0  # in one layer with attention
+    normed: bool = False  # queries and keys have norms
     stored: int = 4  # bytes of a weight in the file
     experts: int = 0  # in each sparse layer
     chosen: int = 0  # of them for a token
     expert: int = 0  # width of one
     shared: int = 0  # width of the one that every token passes
     sparse: frozenset[int] = frozenset()  # the layers that have experts
+    delta: DeltaNet | None = None
+    recurrent: frozenset[int] = frozenset()  # the layers that have a delta net in place of attention
+    left_out: str = ""  # a part of the folder's model that text training does not load
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """Raises ModelError where a field that decides the size is missing."""
-        config = config.get("text_config") or config
-        kind = str(config.get("model_type", "?"))
+        text = config.get("text_config") or config
+        kind = str(text.get("model_type") or config.get("model_type", "?"))
+        kind = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.get(kind, kind)
         if kind not in COUNTED:
             return cls(kind)
+        hybrid = kind in HYBRIDS
+        fields = (_HYBRID_DEFAULTS if hybrid else {}) | dict(text)
         try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            inner, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
-            words = int(config["vocab_size"])
-            mixture = _mixture(kind, config, layers) if kind in MIXTURES else {}
+            hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
+            layers, words = int(fields["num_hidden_layers"]), int(fields["vocab_size"])
+            inner = 0 if kind == "qwen3_5_moe_text" else int(fields["intermediate_size"])
+            parts = _mixture(kind, fields, layers) if kind in WITH_EXPERTS else {}
+            parts |= _recurrence(kind, fields, layers) if hybrid else {}
+            # What transformers takes where the file says nothing.
+            kv_heads = int(
+                fields.get("num_key_value_heads") or ((4 if kind == "qwen3_5_text" else 2) if hybrid else heads)
+            )
+            head = int(fields.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"config.json: {error} is missing or no number; expected a Qwen2-like model"
             ) from None
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        # What transformers takes where the file says nothing.
-        head = int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        qkv, out, mlp = _biases(kind, config)
+        dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
+        qkv, out, mlp = _biases(kind, fields)
         return cls(
             kind=kind,
             hidden=hidden,
@@ -103,11 +154,15 @@ class Shape:
             kv_heads=kv_heads,
             head=head,
             words=words,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            biases=qkv * (heads + 2 * kv_heads) * head + out * hidden + mlp * (2 * inner + hidden),
-            norms=2 * hidden + (2 * head if kind in ("qwen3", "qwen3_moe") else 0),
+            tied=bool(fields.get("tie_word_embeddings", False)),
+            gated=hybrid,
+            biases=qkv * ((1 + hybrid) * heads + 2 * kv_heads) * head
+            + out * hidden
+            + mlp * (2 * inner + hidden),
+            normed=hybrid or kind in ("qwen3", "qwen3_moe"),
             stored=2 if dtype in ("bfloat16", "float16") else 4,
-            **mixture,
+            left_out="vision" if config.get("vision_config") else "",
+            **parts,
         )
 
     @property
@@ -133,11 +188,13 @@ class Shape:
         """(in, out) of each linear layer of a block, by its name in the model; experts are not linear layers."""
         hidden = self.hidden
         found = {
-            "self_attn.q_proj": (hidden, self.query),
+            "self_attn.q_proj": (hidden, (1 + self.gated) * self.query),
             "self_attn.k_proj": (hidden, self.key),
             "self_attn.v_proj": (hidden, self.key),
             "self_attn.o_proj": (self.query, hidden),
         }
+        if self.delta is not None and layer in self.recurrent:
+            found = self.delta.linears(hidden)
         prefix, inner = "mlp", self.inner
         if layer in self.sparse:
             prefix, inner = "mlp.shared_expert", self.shared
@@ -153,7 +210,11 @@ class Shape:
     def block(self, layer: int) -> int:
         """Parameters of one layer."""
         experts = self.experts * (3 * self.hidden * self.expert + self.hidden) if layer in self.sparse else 0
-        return experts + sum(a * b for a, b in self.linears(layer).values()) + self.biases + self.norms
+        if self.delta is not None and layer in self.recurrent:
+            others = self.delta.others
+        else:
+            others = self.biases + (2 * self.head if self.normed else 0)
+        return experts + sum(a * b for a, b in self.linears(layer).values()) + others + 2 * self.hidden
 
     @property
     def largest(self) -> int:
@@ -192,10 +253,30 @@ def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any
         experts = int(config["num_experts" if "num_experts" in config else "num_local_experts"])
         every, chosen = int(config.get("decoder_sparse_step", 1)), int(config["num_experts_per_tok"])
         dense = frozenset(config.get("mlp_only_layers") or ())
-    shared = int(config["shared_expert_intermediate_size"]) if kind == "qwen2_moe" else 0
+    if kind == "qwen3_5_moe_text":
+        every, dense = 1, frozenset()  # every layer has experts, whatever the file says
+    shared = 0 if kind in ("mixtral", "qwen3_moe") else int(config["shared_expert_intermediate_size"])
     sparse = frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0)
     found = {"experts": experts, "chosen": chosen, "expert": width, "shared": shared}
     return {**found, "sparse": sparse if experts else frozenset()}
+
+
+def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The delta net of a hybrid, and which layers have it: three of four where the file says nothing."""
+    heads = int(config["linear_num_value_heads"])
+    delta = DeltaNet(
+        key=int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"]),
+        value=heads * int(config["linear_value_head_dim"]),
+        heads=heads,
+        kernel=int(config["linear_conv_kernel_dim"]),
+        joined=kind == "qwen3_next",
+    )
+    every = int(config.get("full_attention_interval") or 4)
+    types = config.get("layer_types") or [
+        "full_attention" if (layer + 1) % every == 0 else "linear_attention" for layer in range(layers)
+    ]
+    recurrent = frozenset(layer for layer in range(layers) if types[layer] == "linear_attention")
+    return {"delta": delta, "recurrent": recurrent}
 
 
 def _biases(kind: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
@@ -229,7 +310,7 @@ class Setup:
     half: bool = False  # matrix products in bfloat16 or float16
     lora_r: int = 64
     lora_dropout: float = 0.05
-    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
     lora_bias: str = "none"
     dora: bool = False
     lean: bool = False  # the layers of fused.py, which keep less
@@ -335,37 +416,43 @@ def trainable(shape: Shape, setup: Setup) -> int:
     for layer in range(shape.layers):
         where = f"model.layers.{layer}"
         for name, (width_in, width_out) in shape.linears(layer).items():
-            if _targeted(f"{where}.{name}", setup.lora_targets):
+            if _reached(shape, f"{where}.{name}", setup.lora_targets):
                 total += setup.lora_r * (width_in + width_out) + (width_out if setup.dora else 0)
         if layer in shape.sparse:
             total += setup.lora_r * _in_experts(shape, where, setup.lora_targets)
     if setup.lora_bias != "none":
-        total += shape.layers * shape.biases
+        total += (shape.layers - len(shape.recurrent)) * shape.biases
     return total
+
+
+def _reached(shape: Shape, name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a linear layer gets an adapter: it is targeted, and peft does not take its name for the experts'."""
+    taken = shape.kind in RENAMED and ".mlp." in name and name.endswith("_proj")
+    return _targeted(name, targets) and not taken
 
 
 def _in_experts(shape: Shape, where: str, targets: tuple[str, ...]) -> int:
     """Parameters of an adapter over a layer's experts for each of its ranks, as peft 0.21 makes it.
 
-    Its all-linear reaches the router and the experts of Qwen3's and Mixtral's mixtures, not Qwen2's; gate and up
-    are one tensor there, so both get an adapter over both.
+    Gate and up are one tensor: asked for as `experts` it gets one adapter, by the old names of its two halves both
+    get one over both.
     """
-    if shape.kind == "qwen2_moe":
-        return 0
     hidden, width, experts = shape.hidden, shape.expert, shape.experts
-    total = hidden + experts if targets == ("all-linear",) else 0
+    if EXPERTS in target_words(targets):
+        return experts * (hidden + 2 * width + width + hidden)
+    if shape.kind not in RENAMED:
+        return 0
+    total = 0
     gate, up, down = ("w1", "w3", "w2") if shape.kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for name, widths in ((gate, hidden + 2 * width), (up, hidden + 2 * width), (down, width + hidden)):
-        if _targeted(f"{where}.mlp.experts.{name}", targets):
+        if targets != (ALL_LINEAR,) and _targeted(f"{where}.mlp.experts.{name}", targets):
             total += experts * widths
     return total
 
 
 def _targeted(name: str, targets: tuple[str, ...]) -> bool:
-    if targets == ("all-linear",):
-        return True
-    names = targets if len(targets) > 1 else tuple(targets[0].split(","))
-    if any(name == target or name.endswith(f".{target}") for target in names):
+    names = target_words(targets)
+    if ALL_LINEAR in names or any(name == target or name.endswith(f".{target}") for target in names):
         return True
     try:
         return len(targets) == 1 and re.fullmatch(targets[0], name) is not None
