@@ -74,6 +74,7 @@ class DeltaNet:
     key: int  # all key heads; queries are as wide
     value: int  # all value heads; the gate is as wide
     heads: int  # of values
+    key_head: int  # width of one of keys
     kernel: int  # taps of the convolution
     joined: bool  # Qwen3-Next: two matrices where Qwen3.5 has four
 
@@ -136,7 +137,8 @@ class Shape:
             parts |= _recurrence(kind, fields, layers) if hybrid else {}
             # What transformers takes where the file says nothing.
             kv_heads = int(
-                fields.get("num_key_value_heads") or ((4 if kind == "qwen3_5_text" else 2) if hybrid else heads)
+                fields.get("num_key_value_heads")
+                or ((4 if kind == "qwen3_5_text" else 2) if hybrid else heads)
             )
             head = int(fields.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
         except (KeyError, TypeError, ValueError) as error:
@@ -264,10 +266,12 @@ def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any
 def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The delta net of a hybrid, and which layers have it: three of four where the file says nothing."""
     heads = int(config["linear_num_value_heads"])
+    width = int(config["linear_key_head_dim"])
     delta = DeltaNet(
-        key=int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"]),
+        key=int(config["linear_num_key_heads"]) * width,
         value=heads * int(config["linear_value_head_dim"]),
         heads=heads,
+        key_head=width,
         kernel=int(config["linear_conv_kernel_dim"]),
         joined=kind == "qwen3_next",
     )
@@ -275,7 +279,11 @@ def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, 
     types = config.get("layer_types") or [
         "full_attention" if (layer + 1) % every == 0 else "linear_attention" for layer in range(layers)
     ]
-    recurrent = frozenset(layer for layer in range(layers) if types[layer] == "linear_attention")
+    if len(types) != layers:
+        raise ModelError(
+            f"config.json: layer_types has {len(types)} entries, num_hidden_layers is {layers}; expected as many"
+        )
+    recurrent = frozenset(layer for layer, kind in enumerate(types) if kind == "linear_attention")
     return {"delta": delta, "recurrent": recurrent}
 
 
@@ -569,30 +577,70 @@ def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, in
     return weights, gradients, optimizer, host
 
 
-def layer_bytes(shape: Shape, setup: Setup, *, sparse: bool = False) -> int:
-    """What one layer keeps of one token until backward, counted tensor by tensor."""
+def layer_bytes(shape: Shape, setup: Setup, layer: int = 0) -> int:
+    """What a layer keeps of one token until backward, counted tensor by tensor."""
     a = 2 if setup.half else 4
-    hidden, query, key = shape.hidden, shape.query, shape.key
+    hidden, sparse = shape.hidden, layer in shape.sparse
     inner = shape.shared if sparse else shape.inner
-    attention = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
-    # A norm keeps its float32 input and its output (what the linears read), where it learns the normalised
-    # input too. The MLP keeps gate, silu(gate), up and their product; fused it keeps gate and up.
-    norms = 2 * hidden * (4 + a)
-    normed = query + key if shape.kind in ("qwen3", "qwen3_moe") else 0  # queries and keys have norms too
-    attention += 4 * normed + (a * normed if setup.method == "full" and not setup.lean else 0)
-    mlp = (2 if setup.lean else 4) * a * inner
+    mixer = _mixer_bytes(shape, setup, layer in shape.recurrent)
     experts = _expert_bytes(shape, setup, a) if sparse else 0
+    # A norm keeps its float32 input, where it learns the normalised input too. The MLP keeps gate, silu(gate), up and
+    # their product; fused it keeps gate and up. What a linear layer reads stays where it, or its adapter, learns.
+    norms, mlp = 2 * hidden * 4 + 8, (2 if setup.lean else 4) * a * inner
     if setup.method == "full":
-        return attention + norms + (0 if setup.lean else 2 * hidden * a) + mlp + experts + 8
-    lora = 7 * setup.lora_r * a
-    if setup.lora_dropout == 0:
-        return attention + norms + mlp + experts + lora + 8
-    # With dropout each adapted layer keeps its own input (after dropout) and the noise instead: of q, k, v,
-    # gate, up over `hidden`, of o over `query`, of down over `inner`.
-    noise = 1 if setup.device == "cuda" else a
-    dropped = (a + noise) * (5 * hidden + query + inner)
-    mlp -= 0 if setup.lean else a * inner
-    return attention + 2 * hidden * 4 + mlp + experts + dropped + lora + 8
+        norms += 2 * hidden * a * (1 if _lean_norms(shape, setup) else 2)
+        return mixer + norms + mlp + experts
+    learnt = {
+        name: widths
+        for name, widths in shape.linears(layer).items()
+        if _reached(shape, f"model.layers.{layer}.{name}", setup.lora_targets)
+    }
+    read = sum(width_in for width_in, _ in learnt.values())
+    if not setup.lean and (setup.lora_dropout or not any(name.endswith("down_proj") for name in learnt)):
+        mlp -= a * inner
+    if setup.lora_dropout:  # each adapted layer keeps its own input after dropout, and the noise
+        inputs = (a + (1 if setup.device == "cuda" else a)) * read
+    else:  # those that read a norm's output share it
+        inner_ones = ("o_proj", "out_proj", "down_proj")
+        inputs = a * hidden * len({name.split(".")[0] for name in learnt if not name.endswith(inner_ones)})
+    return mixer + norms + mlp + experts + inputs + len(learnt) * setup.lora_r * a
+
+
+def _lean_norms(shape: Shape, setup: Setup) -> bool:
+    """Whether the norms are those that fused.py knows."""
+    return setup.lean and shape.kind in ("qwen2", "qwen3", "llama")
+
+
+def _mixer_bytes(shape: Shape, setup: Setup, recurrent: bool) -> int:
+    """What attention, or the delta net in its place, keeps of one token beside the layer's norms."""
+    a, learns = 2 if setup.half else 4, setup.method == "full"
+    if shape.delta is not None and recurrent:
+        # What is projected: the chunks are computed from it again. Then the norm's float32 input, the gate and its
+        # silu, what both give, the normalised input where the norm learns, and one number a head.
+        key, value, heads = shape.delta.key, shape.delta.value, shape.delta.heads
+        projected = a * (2 * key + value + 2 * heads)
+        return projected + value * (3 * 4 + (3 if learns else 2) * a) + 4 * heads
+    query, key = shape.query, shape.key
+    kept = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
+    if shape.normed:  # queries and keys have norms too
+        kept += 4 * (query + key) + (a * (query + key) if learns and not _lean_norms(shape, setup) else 0)
+    if (
+        shape.gated
+    ):  # the gate's sigmoid, the product; in float32 the norm's input holds the gate beside the queries
+        kept += (2 if setup.half else 3) * a * query + 4 * (shape.heads + shape.kv_heads)
+    return kept
+
+
+def _chunk_bytes(shape: Shape) -> int:
+    """What a delta net's chunks hold of one token while backward walks through a layer: seven squares of a chunk for
+    each head and the gradients of three; what is convolved; queries and keys; values in six stages; states.
+    """
+    if not shape.recurrent or shape.delta is None:
+        return 0
+    delta = shape.delta
+    squares = 10 * CHUNK * delta.heads
+    spread = 2 * (2 * delta.key + delta.value) + 2 * delta.heads * delta.key_head + 6 * delta.value
+    return 4 * (squares + spread + delta.key_head * delta.value // CHUNK)
 
 
 def _expert_bytes(shape: Shape, setup: Setup, a: int) -> int:
@@ -616,17 +664,12 @@ def _remade(shape: Shape, setup: Setup) -> int:
 def activations(shape: Shape, setup: Setup) -> int:
     """What a row's forward keeps, and what backward adds while it walks through one layer."""
     a = 2 if setup.half else 4
-    dense, sparse = layer_bytes(shape, setup), layer_bytes(shape, setup, sparse=True)
-    wide = len(shape.sparse)
-    walking = a * (3 * shape.widest + 2 * shape.hidden)
-    kept = wide * sparse + (shape.layers - wide) * dense
-    if setup.checkpointing:
-        kept = shape.layers * a * shape.hidden + max(
-            sparse if wide else 0, dense if wide < shape.layers else 0
-        )
+    layers = [layer_bytes(shape, setup, layer) for layer in range(shape.layers)]
+    walking = a * (3 * shape.widest + 2 * shape.hidden) + _chunk_bytes(shape)
+    kept = shape.layers * a * shape.hidden + max(layers) if setup.checkpointing else sum(layers)
     total = setup.row * (kept + walking + a * shape.hidden)
     # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).
-    total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else wide))
+    total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else len(shape.sparse)))
     if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
         total += HOLES[0] + int(HOLES[1] * total)
     return total
