@@ -614,12 +614,15 @@ def _lean_norms(shape: Shape, setup: Setup) -> bool:
 def _mixer_bytes(shape: Shape, setup: Setup, recurrent: bool) -> int:
     """What attention, or the delta net in its place, keeps of one token beside the layer's norms."""
     a, learns = 2 if setup.half else 4, setup.method == "full"
+    read = (
+        a if learns or not setup.lora_dropout else 0
+    )  # what goes into the last linear layer; dropout makes a copy
     if shape.delta is not None and recurrent:
         # What is projected: the chunks are computed from it again. Then the norm's float32 input, the gate and its
-        # silu, what both give, the normalised input where the norm learns, and one number a head.
+        # silu, what the norm gives and, where it learns, what it normalised, and one number a head.
         key, value, heads = shape.delta.key, shape.delta.value, shape.delta.heads
         projected = a * (2 * key + value + 2 * heads)
-        return projected + value * (3 * 4 + (3 if learns else 2) * a) + 4 * heads
+        return projected + value * (3 * 4 + (2 if learns else 1) * a + read) + 4 * heads
     query, key = shape.query, shape.key
     kept = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
     if shape.normed:  # queries and keys have norms too
@@ -627,7 +630,7 @@ def _mixer_bytes(shape: Shape, setup: Setup, recurrent: bool) -> int:
     if (
         shape.gated
     ):  # the gate's sigmoid, the product; in float32 the norm's input holds the gate beside the queries
-        kept += (2 if setup.half else 3) * a * query + 4 * (shape.heads + shape.kv_heads)
+        kept += query * ((1 if setup.half else 2) * a + read) + 4 * (shape.heads + shape.kv_heads)
     return kept
 
 

@@ -383,6 +383,27 @@ def test_a_layer_keeps_about_what_is_planned(
     assert few - 64 * token == pytest.approx(once, rel=0.02, abs=16)
 
 
+@pytest.mark.parametrize("kind", memory_plan.HYBRIDS)
+@pytest.mark.parametrize(("method", "dropout"), [("full", 0.0), ("lora", 0.0), ("lora", 0.1)])
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_recurrent_layer_keeps_what_is_planned(
+    kind: str, method: str, dropout: float, lean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With our own chunks, to 0.2 % for each token."""
+    from qwen_chat.training import loss
+
+    delta_net = pytest.importorskip("qwen_chat.training.delta_net")
+    own = loss.ModelLoss
+    monkeypatch.setattr(loss, "ModelLoss", lambda model: delta_net.install(model) and own(model))
+    config = small(kind) | {"layer_types": ["linear_attention"] * 4}
+    setup = Setup(method=method, lora_r=8, lora_dropout=dropout, lean=lean)  # type: ignore[arg-type]
+    few, many = (
+        _saved(3, method, dropout, lean, config, tokens) - _saved(2, method, dropout, lean, config, tokens)
+        for tokens in (64, 96)
+    )
+    assert (many - few) / 32 == pytest.approx(memory_plan.layer_bytes(Shape.of(config), setup), rel=0.002)
+
+
 def _tiny(layers: int) -> dict[str, Any]:
     small = CONFIG | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": layers}
     return small | {"num_attention_heads": 4, "vocab_size": 100}
