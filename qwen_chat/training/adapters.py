@@ -135,7 +135,7 @@ def _left_out(model: PreTrainedModel, words: tuple[str, ...]) -> list[str]:
         )
     plain = {
         name.rpartition("mlp.")[2]
-        for name, module in model.named_modules()
+        for name, module in model.get_decoder().named_modules()
         if isinstance(module, torch.nn.Linear) and ".mlp." in name
         if ".base_layer" not in name and ".lora_" not in name
     }
@@ -191,11 +191,10 @@ def _targets(model: PreTrainedModel, given: tuple[str, ...]) -> str | list[str]:
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """The last names of all linear layers but the head, without those that peft takes for the experts'."""
-    head = model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, torch.nn.Linear)
     }
     return sorted(_as_peft_reads(model, sorted(names)))
 

@@ -117,7 +117,8 @@ class Shape:
     sparse: frozenset[int] = frozenset()  # the layers that have experts
     delta: DeltaNet | None = None
     recurrent: frozenset[int] = frozenset()  # the layers that have a delta net in place of attention
-    left_out: str = ""  # a part of the folder's model that text training does not load
+    vision: int = 0  # parameters of the part that sees, which is loaded and stays as it is
+    vision_linears: int = 0  # of them in linear layers
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
@@ -163,8 +164,8 @@ class Shape:
             + mlp * (2 * inner + hidden),
             normed=hybrid or kind in ("qwen3", "qwen3_moe"),
             stored=2 if dtype in ("bfloat16", "float16") else 4,
-            left_out="vision" if config.get("vision_config") else "",
             **parts,
+            **_vision(config),
         )
 
     @property
@@ -226,7 +227,8 @@ class Shape:
     @property
     def in_linears(self) -> int:
         """Parameters that 4 bits hold in Q-LoRA: the linear layers' weights."""
-        return sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
+        text = sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
+        return text + self.vision_linears
 
     @property
     def embedding(self) -> int:
@@ -234,15 +236,19 @@ class Shape:
 
     @property
     def parameters(self) -> int:
+        """All that is loaded."""
+        return self.text + self.vision
+
+    @property
+    def text(self) -> int:
+        """Parameters of the language model: all but the part that sees."""
         blocks = sum(self.block(layer) for layer in range(self.layers))
         return blocks + self.hidden + self.embedding * (1 if self.tied else 2)
 
     @property
     def active(self) -> int:
-        """Parameters that one token passes: of the experts only those chosen for it."""
-        return (
-            self.parameters - len(self.sparse) * (self.experts - self.chosen) * 3 * self.hidden * self.expert
-        )
+        """Parameters that one token of text passes: of the experts only those chosen for it."""
+        return self.text - len(self.sparse) * (self.experts - self.chosen) * 3 * self.hidden * self.expert
 
 
 def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -285,6 +291,23 @@ def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, 
         )
     recurrent = frozenset(layer for layer, kind in enumerate(types) if kind == "linear_attention")
     return {"delta": delta, "recurrent": recurrent}
+
+
+def _vision(config: Mapping[str, Any]) -> dict[str, int]:
+    """The size of the part that sees, of a folder whose model is loaded whole (models.load_model)."""
+    vision, names = config.get("vision_config"), config.get("architectures") or [""]
+    if not (isinstance(vision, Mapping) and str(names[0]).endswith("ForConditionalGeneration")):
+        return {}
+    hidden, inner = int(vision.get("hidden_size", 1152)), int(vision.get("intermediate_size", 4304))
+    depth, patch = int(vision.get("depth", 27)), int(vision.get("patch_size", 16))
+    channels, frames = int(vision.get("in_channels", 3)), int(vision.get("temporal_patch_size", 2))
+    places, out = int(vision.get("num_position_embeddings", 2304)), int(vision.get("out_hidden_size", 3584))
+    merged = hidden * int(vision.get("spatial_merge_size", 2)) ** 2
+    linears = depth * (4 * hidden * hidden + 2 * hidden * inner) + merged * (merged + out)
+    biases = depth * (4 * hidden + inner + hidden) + merged + out
+    norms = 2 * hidden * (2 * depth + 1)
+    patches = hidden * (channels * frames * patch * patch + 1)
+    return {"vision": linears + biases + norms + patches + places * hidden, "vision_linears": linears}
 
 
 def _biases(kind: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
@@ -419,7 +442,7 @@ def _offloads(block: object) -> bool:
 def trainable(shape: Shape, setup: Setup) -> int:
     """Parameters that learn (single trained token rows are not counted: they are a few kilobytes)."""
     if setup.method == "full":
-        return shape.parameters
+        return shape.text
     total = 0
     for layer in range(shape.layers):
         where = f"model.layers.{layer}"
@@ -548,16 +571,14 @@ def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, in
     sharing = setup.ranks if setup.zero >= 2 else 1
     sharing_optimizer = setup.ranks if setup.zero >= 1 else 1  # ZeRO-1 splits the optimizer alone
 
-    base = 0 if setup.method == "full" else size * shape.parameters
+    base = size * (shape.vision if setup.method == "full" else shape.parameters)
     if setup.method == "qlora":
         base = _four_bit_weights(shape)
     own, gathered = base + trained_size * trained, 0
     if setup.zero == 3:  # a share, and whole those in use and as many of the others as may stay
         own //= sharing
         gathered = size * max(shape.embedding + 2 * shape.largest, min(shape.parameters, setup.live))
-    autocast = (
-        2 * shape.parameters if setup.half and not pure_half else 0
-    )  # half-precision copies for the step
+    autocast = 2 * shape.text if setup.half and not pure_half else 0  # half-precision copies for the step
     weights = own + gathered + autocast
 
     share = trained_size * trained // sharing
@@ -854,12 +875,14 @@ def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
     trained = trainable(shape, setup)
     size = 2 if setup.half and setup.zero and setup.device == "cuda" else 4
     states = (4 + size) * trained if setup.zero else 0  # DeepSpeed writes its own copy of the weights too
-    return int((size + setup.moments) * trained) + states + 20 * MIB  # tokenizer, RNG states
+    frozen = size * shape.vision if setup.method == "full" else 0
+    return int((size + setup.moments) * trained) + frozen + states + 20 * MIB  # tokenizer, RNG states
 
 
 def result_bytes(shape: Shape, setup: Setup) -> int:
     """What stays at the end beside the checkpoints."""
-    return 4 * trainable(shape, setup) + 20 * MIB
+    frozen = shape.vision if setup.method == "full" else 0
+    return 4 * (trainable(shape, setup) + frozen) + 20 * MIB
 
 
 def disk_needed(shape: Shape, run: Run) -> int:

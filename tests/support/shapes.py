@@ -129,9 +129,9 @@ PUBLISHED = {
         },
         79_674_391_296,
     ),
-    # Counted is the text part, which is what text training loads. The shape is the default of transformers'
+    # Without `architectures` its text part alone is loaded. The shape is the default of transformers'
     # Qwen3_5TextConfig; a GGUF of it states 8.95 thousand million parameters.
-    "Qwen3.5-9B": (
+    "Qwen3.5-9B, text alone": (
         {
             "model_type": "qwen3_5",
             "text_config": {
@@ -150,7 +150,6 @@ PUBLISHED = {
                 "tie_word_embeddings": False,
                 "vocab_size": 248320,
             },
-            "vision_config": {"depth": 27, "hidden_size": 1152},
         },
         8_953_803_264,
     ),
@@ -158,6 +157,7 @@ PUBLISHED = {
     "Qwen3.5-27B": (
         {
             "model_type": "qwen3_5",
+            "architectures": ["Qwen3_5ForConditionalGeneration"],
             "text_config": {
                 "model_type": "qwen3_5_text",
                 "attention_bias": False,
@@ -176,9 +176,21 @@ PUBLISHED = {
                 "tie_word_embeddings": False,
                 "vocab_size": 248320,
             },
-            "vision_config": {"depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
+            "vision_config": {
+                "model_type": "qwen3_5",
+                "depth": 27,
+                "hidden_size": 1152,
+                "in_channels": 3,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 5120,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
         },
-        26_895_998_464,
+        27_356_728_560,
     ),
     # The shape is the default of transformers' Qwen3_5MoeTextConfig.
     "Qwen3.5-35B-A3B": (

@@ -125,11 +125,12 @@ def test_parameters_are_the_published_counts() -> None:
 def model_of(config: dict[str, Any]) -> Any:
     """What transformers makes of a config.json, without its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     fields = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")}
+    kind: Any = AutoModelForImageTextToText if "architectures" in config else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+        return kind.from_config(AutoConfig.for_model(config["model_type"], **fields))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -214,10 +215,21 @@ def test_what_a_hybrid_s_config_leaves_out_is_transformers_default(kind: str) ->
     assert Shape.of(config).parameters == sum(p.numel() for p in model_of(config).parameters())
 
 
-def test_the_vision_part_of_a_folder_is_left_out_and_so_is_it_loaded() -> None:
-    config = PUBLISHED["Qwen3.5-9B"][0]
-    assert Shape.of(config).left_out == "vision" and Shape.of(config["text_config"]).left_out == ""
-    assert not [name for name, _ in model_of(config).named_parameters() if "visual" in name]
+def test_the_part_that_sees_is_frozen_weights() -> None:
+    config, published = PUBLISHED["Qwen3.5-27B"]
+    shape, text = Shape.of(config), Shape.of(config["text_config"])
+    sees = [(name, p.numel()) for name, p in model_of(config).named_parameters() if "visual" in name]
+    assert shape.vision == sum(size for _, size in sees) == published - text.parameters
+    assert shape.active == shape.text == text.parameters
+    assert {**vars(shape), "vision": 0, "vision_linears": 0} == vars(text)
+    for method in ("full", "lora"):
+        setup = Setup(method=method, half=True, device="cuda", zero=2)  # type: ignore[arg-type]
+        assert memory_plan.trainable(shape, setup) == memory_plan.trainable(text, setup)
+        added = memory_plan.need(shape, setup).weights - memory_plan.need(text, setup).weights
+        assert added == 2 * shape.vision
+    again = Setup(method="qlora", half=True, device="cuda")
+    four_bits = memory_plan.need(shape, again).weights - memory_plan.need(text, again).weights
+    assert four_bits < shape.vision  # its linear layers are in 4 bits too
 
 
 @pytest.mark.parametrize(
