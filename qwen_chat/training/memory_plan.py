@@ -293,7 +293,7 @@ def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, 
     return {"delta": delta, "recurrent": recurrent}
 
 
-def _vision(config: Mapping[str, Any]) -> dict[str, int]:
+def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
     """The size of the part that sees, of a folder whose model is loaded whole (models.load_model)."""
     vision, names = config.get("vision_config"), config.get("architectures") or [""]
     if not (isinstance(vision, Mapping) and str(names[0]).endswith("ForConditionalGeneration")):
