@@ -142,7 +142,7 @@ def made_tables() -> dict[str, tuple[Path, str]]:
     from qwen_chat.cli import training_fields
 
     return {
-        "models": (ROOT / "docs/models.md", families.markdown()),
+        "models": (ROOT / "docs/models.md", families.families_table()),
         "training_fields": (ROOT / "docs/finetune.md", training_fields.markdown()),
         "floors": (ROOT / "docs/architecture.md", floors_table()),
         "modules": (ROOT / "docs/architecture.md", modules_table()),

@@ -46,7 +46,7 @@ def main() -> int:
     if options.models:
         print(families.listing(), file=sys.stderr if options.json else sys.stdout)
         if options.json:
-            print(json.dumps({"models": [asdict(family) for family in families.FAMILIES]}))
+            print(json.dumps({"models": [asdict(family) for family in families.TABLE]}))
         return 0
     config = read_config(run.model.model)
     families.check_trainable(config, run.model.model)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from qwen_chat.errors import ModelError
 
-LAYOUTS = ("shared_prefix", "packed", "padded")
+ALL_LAYOUTS = ("shared_prefix", "packed", "padded")
 PROBED = "found by probing"  # whatever the table says: what a template speaks is read from what it renders
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """What models of one type can do here, and the tests that show it."""
 
     model_type: str  # as config.json has it
@@ -26,52 +26,52 @@ class Family:
     dialect: str  # of calls, under the models' own templates
     thinking: str
     proven: tuple[str, ...]  # tests, as pytest names them
-    trains: tuple[str, ...] = LAYOUTS  # the layouts of rows
+    trains: tuple[str, ...] = ALL_LAYOUTS  # the layouts of rows
 
 
-_ROWS = "tests/training/test_probe.py::test_what_works_passes_by_far"
+_IN_ROWS = "tests/training/test_probe.py::test_what_works_passes_by_far"
 _LOGITS = "tests/inference/test_engine.py::test_logits_are_the_models_own"
 _EXPERTS = "tests/training/test_adapters.py::test_an_adapter_over_experts_is_saved_loaded_and_merged"
-_DENSE, _MIXED = (_ROWS, _LOGITS), (_ROWS, _LOGITS, _EXPERTS)
+_DENSE, _MIXED = (_IN_ROWS, _LOGITS), (_IN_ROWS, _LOGITS, _EXPERTS)
 _SWITCH = "enable_thinking; -Thinking always, -Instruct never"
 _DEFAULT = "enable_thinking, reasoning_effort (3.8); the template has the default"
-FAMILIES = (
-    Family("qwen2", "Qwen2, Qwen2.5", "ours", "hermes (Qwen2: qwen_agent)", "none", _DENSE),
-    Family("qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", "ours", "qwen_agent", "none", _MIXED),
-    Family("qwen3", "Qwen3", "ours", "hermes", _SWITCH, _DENSE),
-    Family("qwen3_moe", "Qwen3-MoE, Qwen3-Coder", "ours", "hermes (Coder: xml)", _SWITCH, _MIXED),
-    Family("qwen3_next", "Qwen3-Next", "ours", "hermes", "-Thinking always, -Instruct never", _MIXED),
-    Family("qwen3_5", "Qwen3.5, 3.6, 3.8 as published", "ours", "xml", _DEFAULT, _DENSE),
-    Family("qwen3_5_text", "their text part alone", "ours", "xml", _DEFAULT, _DENSE),
-    Family("qwen3_5_moe", "the same with experts", "ours", "xml", _DEFAULT, _DENSE),
-    Family("qwen3_5_moe_text", "their text part alone", "ours", "xml", _DEFAULT, _MIXED),
-    Family("llama", "Llama 2 and 3, SmolLM2", "ours", PROBED, PROBED, _DENSE),
-    Family("mistral", "Mistral 7B and its like", "ours", PROBED, PROBED, _DENSE),
-    Family("phi3", "Phi-3, Phi-4", "vLLM", PROBED, PROBED, (_ROWS,)),
-    Family("gemma", "Gemma", "vLLM", PROBED, PROBED, (_ROWS,)),
-    Family("olmo2", "OLMo 2", "vLLM", PROBED, PROBED, (_ROWS,)),
-    Family("smollm3", "SmolLM3", "vLLM", PROBED, PROBED, (_ROWS,)),
+TABLE = (
+    ModelFamily("qwen2", "Qwen2, Qwen2.5", "ours", "hermes (Qwen2: qwen_agent)", "none", _DENSE),
+    ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", "ours", "qwen_agent", "none", _MIXED),
+    ModelFamily("qwen3", "Qwen3", "ours", "hermes", _SWITCH, _DENSE),
+    ModelFamily("qwen3_moe", "Qwen3-MoE, Qwen3-Coder", "ours", "hermes (Coder: xml)", _SWITCH, _MIXED),
+    ModelFamily("qwen3_next", "Qwen3-Next", "ours", "hermes", "-Thinking always, -Instruct never", _MIXED),
+    ModelFamily("qwen3_5", "Qwen3.5, 3.6, 3.8 as published", "ours", "xml", _DEFAULT, _DENSE),
+    ModelFamily("qwen3_5_text", "their text part alone", "ours", "xml", _DEFAULT, _DENSE),
+    ModelFamily("qwen3_5_moe", "the same with experts", "ours", "xml", _DEFAULT, _DENSE),
+    ModelFamily("qwen3_5_moe_text", "their text part alone", "ours", "xml", _DEFAULT, _MIXED),
+    ModelFamily("llama", "Llama 2 and 3, SmolLM2", "ours", PROBED, PROBED, _DENSE),
+    ModelFamily("mistral", "Mistral 7B and its like", "ours", PROBED, PROBED, _DENSE),
+    ModelFamily("phi3", "Phi-3, Phi-4", "vLLM", PROBED, PROBED, (_IN_ROWS,)),
+    ModelFamily("gemma", "Gemma", "vLLM", PROBED, PROBED, (_IN_ROWS,)),
+    ModelFamily("olmo2", "OLMo 2", "vLLM", PROBED, PROBED, (_IN_ROWS,)),
+    ModelFamily("smollm3", "SmolLM3", "vLLM", PROBED, PROBED, (_IN_ROWS,)),
 )
 # Model types whose rows are shown to be right; any other is proven before its first step or refused.
-TRAINABLE = tuple(family.model_type for family in FAMILIES if family.trains)
+TRAINABLE = tuple(family.model_type for family in TABLE if family.trains)
 # Those that our own engine serves.
-SERVED = tuple(family.model_type for family in FAMILIES if family.engine == "ours")
+ENGINE_SERVES = tuple(family.model_type for family in TABLE if family.engine == "ours")
 # Types whose recurrent layers keep the conversations of a row apart (their layers of kind linear_attention).
 HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 
 _TITLES = ("type", "models", "trains in rows", "engine", "calls", "thinking", "proven by")
 
 
-def _cells(family: Family) -> tuple[str, ...]:
-    rows = "all layouts" if family.trains == LAYOUTS else ", ".join(family.trains) or "no"
+def _cells(family: ModelFamily) -> tuple[str, ...]:
+    rows = "all layouts" if family.trains == ALL_LAYOUTS else ", ".join(family.trains) or "no"
     said = (family.models, rows, family.engine, family.dialect, family.thinking)
     return (family.model_type, *said, ", ".join(test.rpartition("::")[2] for test in family.proven))
 
 
-def markdown() -> str:
+def families_table() -> str:
     """The table of families, for docs/models.md."""
     lines = [_TITLES, ("---",) * len(_TITLES)]
-    for family in FAMILIES:
+    for family in TABLE:
         kind, *said, _ = _cells(family)
         tests = "<br>".join(f"`{test}`" for test in family.proven)
         lines.append((f"`{kind}`", *said, tests))
@@ -80,7 +80,7 @@ def markdown() -> str:
 
 def listing() -> str:
     """The same in columns, for a terminal."""
-    rows = [_TITLES, *map(_cells, FAMILIES)]
+    rows = [_TITLES, *map(_cells, TABLE)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -129,10 +129,10 @@ def check_trainable(config: Mapping[str, Any], file: object) -> None:
 
 def check_served(config: Mapping[str, Any], file: object) -> None:
     """Raise ModelError where our engine does not serve the model's type. `file`: the config's name."""
-    if (kind := config.get("model_type")) not in SERVED:
+    if (kind := config.get("model_type")) not in ENGINE_SERVES:
         raise ModelError(
             f"{file}: a model of type '{kind}' is not served by the engine; model types that it serves:"
-            f" {', '.join(SERVED)}; for others use --engine vllm of simple_try_create_service.py"
+            f" {', '.join(ENGINE_SERVES)}; for others use --engine vllm of simple_try_create_service.py"
         )
 
 

@@ -15,14 +15,14 @@ REQUIRED = "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_text qwen
 
 
 def test_the_table_has_each_type_once() -> None:
-    types = [family.model_type for family in families.FAMILIES]
+    types = [family.model_type for family in families.TABLE]
     assert len(types) == len(set(types))
-    assert set(REQUIRED.split()) <= set(families.SERVED) <= set(families.TRAINABLE) == set(types)
+    assert set(REQUIRED.split()) <= set(families.ENGINE_SERVES) <= set(families.TRAINABLE) == set(types)
     assert set(families.HYBRIDS) < set(types)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.model_type)
-def test_what_the_table_names_exists(family: families.Family) -> None:
+@pytest.mark.parametrize("family", families.TABLE, ids=lambda family: family.model_type)
+def test_what_the_table_names_exists(family: families.ModelFamily) -> None:
     """Its tests are there, its layouts are the run's, its dialects are among those that are spoken."""
     from transformers import CONFIG_MAPPING
 
@@ -41,9 +41,9 @@ def test_what_the_table_names_exists(family: families.Family) -> None:
 
 
 def test_the_table_is_shown_as_it_is() -> None:
-    listing, page = families.listing().splitlines(), families.markdown().splitlines()
-    assert len(listing) == len(page) - 1 == len(families.FAMILIES) + 1
-    for family, line, row in zip(families.FAMILIES, listing[1:], page[2:], strict=True):
+    listing, page = families.listing().splitlines(), families.families_table().splitlines()
+    assert len(listing) == len(page) - 1 == len(families.TABLE) + 1
+    for family, line, row in zip(families.TABLE, listing[1:], page[2:], strict=True):
         assert line.split()[0] == family.model_type and row.startswith(f"| `{family.model_type}` |")
         for cell in (family.models, "all layouts", family.engine, family.dialect, family.thinking):
             assert f"  {cell}" in line and f"| {cell} |" in row
@@ -56,7 +56,7 @@ def test_what_the_engine_does_not_serve_is_told(kind: str | None) -> None:
         families.check_served({"model_type": kind}, "x/config.json")
     assert str(caught.value) == (
         f"x/config.json: a model of type '{kind}' is not served by the engine; model types that it serves:"
-        f" {', '.join(families.SERVED)}; for others use --engine vllm of simple_try_create_service.py"
+        f" {', '.join(families.ENGINE_SERVES)}; for others use --engine vllm of simple_try_create_service.py"
     )
     families.check_served({"model_type": "qwen3_moe"}, "x/config.json")
 

@@ -182,21 +182,12 @@ def _targets(model: PreTrainedModel, given: tuple[str, ...]) -> str | list[str]:
     words = target_words(given)
     names = [word for word in words if word not in (ALL_LINEAR, EXPERTS)]
     if ALL_LINEAR in words:
-        linear = _linear_names(model)
+        inside = model.get_decoder().named_modules()
+        linear = {name.rpartition(".")[2] for name, module in inside if isinstance(module, torch.nn.Linear)}
         plain = words == (ALL_LINEAR,) and _as_peft_reads(model, ALL_LINEAR) == ALL_LINEAR
-        return ALL_LINEAR if plain else [*linear, *names]
+        return ALL_LINEAR if plain else [*sorted(_as_peft_reads(model, sorted(linear))), *names]
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return names if len(given) > 1 or EXPERTS in words or set(names) <= leaves else given[0]
-
-
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """The last names of all linear layers but the head, without those that peft takes for the experts'."""
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.get_decoder().named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    return sorted(_as_peft_reads(model, sorted(names)))
 
 
 def _as_peft_reads(model: PreTrainedModel, targets: str | list[str]) -> Any:

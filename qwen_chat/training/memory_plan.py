@@ -49,7 +49,7 @@ MOMENTS = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 4.0, "lomo": 0.0}
 # Model types whose parameters are counted; of any other nothing is guessed.
 DENSE = ("qwen2", "qwen3", "llama", "mistral")
 MIXTURES = ("qwen2_moe", "qwen3_moe", "mixtral")
-HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # A folder with a vision part names its text part's type in text_config.
 COUNTED = (*DENSE, *MIXTURES, "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 WITH_EXPERTS = (*MIXTURES, "qwen3_next", "qwen3_5_moe_text")
@@ -64,7 +64,7 @@ _HYBRID_DEFAULTS = {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-CHUNK = 64  # tokens that a delta net on a CPU computes at once
+DELTA_CHUNK = 64  # tokens that a delta net on a CPU computes at once
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,14 @@ class DeltaNet:
     def others(self) -> int:
         """Its parameters outside linear layers: convolution, A_log, dt_bias, the norm of one head."""
         return self.kernel * (2 * self.key + self.value) + 2 * self.heads + self.value // self.heads
+
+    @property
+    def walked(self) -> int:
+        """Bytes of one token while backward walks through its chunks: seven squares of a chunk for each head and the
+        gradients of three; what is convolved; queries and keys; values in six stages; states."""
+        squares = 10 * DELTA_CHUNK * self.heads
+        spread = 2 * (2 * self.key + self.value) + 2 * self.heads * self.key_head + 6 * self.value
+        return 4 * (squares + spread + self.key_head * self.value // DELTA_CHUNK)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Shape:
         kind = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.get(kind, kind)
         if kind not in COUNTED:
             return cls(kind)
-        hybrid = kind in HYBRIDS
+        hybrid = kind in DELTA_NETS
         fields = (_HYBRID_DEFAULTS if hybrid else {}) | dict(text)
         try:
             hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
@@ -655,18 +663,6 @@ def _mixer_bytes(shape: Shape, setup: Setup, recurrent: bool) -> int:
     return kept
 
 
-def _chunk_bytes(shape: Shape) -> int:
-    """What a delta net's chunks hold of one token while backward walks through a layer: seven squares of a chunk for
-    each head and the gradients of three; what is convolved; queries and keys; values in six stages; states.
-    """
-    if not shape.recurrent or shape.delta is None:
-        return 0
-    delta = shape.delta
-    squares = 10 * CHUNK * delta.heads
-    spread = 2 * (2 * delta.key + delta.value) + 2 * delta.heads * delta.key_head + 6 * delta.value
-    return 4 * (squares + spread + delta.key_head * delta.value // CHUNK)
-
-
 def _expert_bytes(shape: Shape, setup: Setup, a: int) -> int:
     """What the experts chosen for one token keep: gate, silu(gate), up, the output; their input and product too
     where they learn; the router's float32 shares, and which token went where.
@@ -689,7 +685,8 @@ def activations(shape: Shape, setup: Setup) -> int:
     """What a row's forward keeps, and what backward adds while it walks through one layer."""
     a = 2 if setup.half else 4
     layers = [layer_bytes(shape, setup, layer) for layer in range(shape.layers)]
-    walking = a * (3 * shape.widest + 2 * shape.hidden) + _chunk_bytes(shape)
+    walking = a * (3 * shape.widest + 2 * shape.hidden)
+    walking += shape.delta.walked if shape.delta is not None and shape.recurrent else 0
     kept = shape.layers * a * shape.hidden + max(layers) if setup.checkpointing else sum(layers)
     total = setup.row * (kept + walking + a * shape.hidden)
     # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).

@@ -188,10 +188,10 @@ DELTA = {
 
 def small(kind: str) -> dict[str, Any]:
     """Four layers of a family's config, with experts and recurrent layers where it has them."""
-    return MIXTURE | (DELTA if kind in memory_plan.HYBRIDS else {}) | {"model_type": kind}
+    return MIXTURE | (DELTA if kind in memory_plan.DELTA_NETS else {}) | {"model_type": kind}
 
 
-@pytest.mark.parametrize("kind", memory_plan.HYBRIDS)
+@pytest.mark.parametrize("kind", memory_plan.DELTA_NETS)
 @pytest.mark.parametrize(
     "more",
     [
@@ -207,7 +207,7 @@ def test_hybrids_are_counted_exactly(kind: str, more: dict[str, Any]) -> None:
     assert Shape.of(config).parameters == sum(p.numel() for p in model_of(config).parameters())
 
 
-@pytest.mark.parametrize("kind", memory_plan.HYBRIDS)
+@pytest.mark.parametrize("kind", memory_plan.DELTA_NETS)
 def test_what_a_hybrid_s_config_leaves_out_is_transformers_default(kind: str) -> None:
     left_out = {"head_dim", "num_key_value_heads", *DELTA}
     config = {name: value for name, value in small(kind).items() if name not in left_out}
@@ -395,7 +395,7 @@ def test_a_layer_keeps_about_what_is_planned(
     assert few - 64 * token == pytest.approx(once, rel=0.02, abs=16)
 
 
-@pytest.mark.parametrize("kind", memory_plan.HYBRIDS)
+@pytest.mark.parametrize("kind", memory_plan.DELTA_NETS)
 @pytest.mark.parametrize(("method", "dropout"), [("full", 0.0), ("lora", 0.0), ("lora", 0.1)])
 @pytest.mark.parametrize("lean", [True, False])
 def test_a_recurrent_layer_keeps_what_is_planned(
