@@ -138,9 +138,11 @@ def unequal_languages() -> Iterator[Fault]:
 
 def made_tables() -> dict[str, tuple[Path, str]]:
     """What is made from the code: the table's name, its page, its text."""
+    from qwen_chat import families
     from qwen_chat.cli import training_fields
 
     return {
+        "models": (ROOT / "docs/models.md", families.families_table()),
         "training_fields": (ROOT / "docs/finetune.md", training_fields.markdown()),
         "floors": (ROOT / "docs/architecture.md", floors_table()),
         "modules": (ROOT / "docs/architecture.md", modules_table()),

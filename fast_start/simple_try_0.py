@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors
+from qwen_chat import errors, families, models
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.errors import OptionError, ServiceError
@@ -51,6 +51,12 @@ def main() -> int:
     chosen = parser.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
     if chosen.max_new_tokens < 1:
         raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
+    base = chosen.model
+    if base is None and chosen.adapter:
+        base = models.adapter_base(Path(chosen.adapter))
+    if base is not None:
+        folder = models.resolve(base)
+        families.check_served(models.read_config(folder), folder / "config.json")
     from qwen_chat.inference.engine import load_engine  # torch comes in here: --help is answered at once
 
     adapters = {"adapter": Path(chosen.adapter)} if chosen.adapter else {}

@@ -121,13 +121,16 @@ def serve(
     listener = server.bind(service.host, service.port)  # a port in use is told before a model is loaded
     log = RequestLog(Path(service.log_file or LOG_FILE))
 
-    from qwen_chat import models
+    from qwen_chat import families, models
+
+    folder = models.resolve(base)
+    families.check_served(models.read_config(folder), folder / "config.json")  # before torch comes in
+
     from qwen_chat.inference.engine import load_engine
     from qwen_chat.service.app import create_app
     from qwen_chat.service.prepare import SamplingDefaults, recommended_sampling
     from qwen_chat.service.settings import ServiceSettings
 
-    folder = models.resolve(base)
     name = model.name or served_name(base, folder)
     if name in adapters:
         raise OptionError(

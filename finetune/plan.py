@@ -1,6 +1,7 @@
 """What a run needs before anything is loaded: memory for each method and engine, disk, steps, tokens.
 
     python finetune/plan.py -m Qwen/Qwen2-7B-Instruct --ranks 8 --gpu_gib 80
+    python finetune/plan.py --models        # which families are trained and served, and what shows it
 
 In: a model (its config.json alone is read), any flag of finetune.py, and the data where it is known. Out: a
 table of full / LoRA / Q-LoRA x none / ZeRO-2 / ZeRO-3 / offload x gradient checkpointing on and off, what fits
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ class PlanArguments:
     row_tokens: int | None = option(
         None, "tokens of the longest row; from the data, else batch size x model_max_length"
     )
+    models: bool = option(False, "list the families of models and what each can do here, and stop")
     json: bool = option(False, "print one JSON object on standard output; the rest goes to standard error")
 
 
 def main() -> int:
     run, values = run_problems.read_run_and(sys.argv[1:], PlanArguments, about=str(__doc__), needs_data=False)
     options = values[PlanArguments]
+    if options.models:
+        print(families.listing(), file=sys.stderr if options.json else sys.stdout)
+        if options.json:
+            print(json.dumps({"models": [asdict(family) for family in families.TABLE]}))
+        return 0
     config = read_config(run.model.model)
     families.check_trainable(config, run.model.model)
     shape = memory_plan.Shape.of(config)
@@ -60,6 +67,7 @@ def main() -> int:
         "model": run.model.model or "the demo model",
         "parameters": shape.parameters,
         "active_parameters": shape.active,
+        "vision_parameters": shape.vision,
         "method": run.method,
         "row_tokens": setup.row,
         "ranks": setup.ranks,
@@ -174,7 +182,7 @@ def length(run: Run, counted: dict[str, int], ranks: int) -> dict[str, int]:
 def describe(answer: dict[str, Any], have: memory_plan.Room) -> str:
     """The plan for a person."""
     active = answer["active_parameters"]
-    mixture = f" ({active:,} of them for one token)" if active < answer["parameters"] else ""
+    mixture = f" ({active:,} of them for one token of text)" if active < answer["parameters"] else ""
     lines = [
         f"{answer['model']}: {answer['parameters']:,} parameters{mixture}; a row of {answer['row_tokens']:,} tokens,"
         f" {answer['ranks']} process(es); {have}",

@@ -21,6 +21,14 @@ LEARNING_RATES = {
     "qlora": 2e-4,
 }
 
+# Words of --lora_target_modules: every linear layer but the head; the experts of a mixture, which are no linear layers.
+ALL_LINEAR, EXPERTS = "all-linear", "experts"
+
+
+def target_words(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of --lora_target_modules, given apart or in one with commas (so may a regular expression be cut)."""
+    return given if len(given) > 1 else tuple(given[0].split(","))
+
 
 @dataclass(frozen=True)
 class ModelArguments:
@@ -88,7 +96,9 @@ class LoraArguments:
     lora_alpha: int = option(16, "scale: the adapter counts lora_alpha / lora_r times")
     lora_dropout: float = option(0.05, "dropout in front of the adapter")
     lora_target_modules: tuple[str, ...] = option(
-        ("all-linear",), "layers to adapt: names, one regular expression, or all-linear", splits=False
+        (ALL_LINEAR,),
+        "layers to adapt: names, one regular expression, or all-linear; experts: those of a mixture too",
+        splits=False,
     )
     lora_weight_path: str | None = option(None, "continue from this adapter")
     lora_bias: Literal["none", "all", "lora_only"] = option("none", "which biases are trained")

@@ -15,7 +15,15 @@ from qwen_chat import hardware
 from qwen_chat.cli import training_fields
 from qwen_chat.cli.deepspeed_file import deepspeed_problems
 from qwen_chat.cli.parser import Values, read
-from qwen_chat.cli.run_options import DataArguments, LoraArguments, ModelArguments, Run, TrainArguments
+from qwen_chat.cli.run_options import (
+    EXPERTS,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    Run,
+    TrainArguments,
+    target_words,
+)
 from qwen_chat.errors import OptionError
 
 
@@ -219,6 +227,18 @@ def _lora_problems(run: Run) -> list[str]:
         found.append(
             "--q_lora with --lora_init pissa: PiSSA changes the base, 4 bits cannot; use --use_lora alone"
         )
+    if lora.use_lora and not lora.lora_weight_path and EXPERTS in target_words(lora.lora_target_modules):
+        told = f"--lora_target_modules {' '.join(lora.lora_target_modules)}"
+        if lora.lora_dropout:
+            found.append(
+                f"--lora_dropout {lora.lora_dropout} with {told}: peft has no dropout before an adapter over experts;"
+                " give --lora_dropout 0"
+            )
+        found += [
+            f"{flag} with {told}: peft has none for experts; leave one of them out"
+            for flag, on in (("--use_dora", lora.use_dora), ("--lora_init", lora.lora_init != "default"))
+            if on
+        ]
     if not re.fullmatch(r"default|pissa(_niter_\d+)?", lora.lora_init):
         found.append(f"--lora_init {lora.lora_init}: expected default, pissa or pissa_niter_N")
     if lora.lora_weight_path and lora.lora_init != "default":

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qwen_chat import models
-from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, LoraArguments, target_words
 from qwen_chat.errors import OptionError
 from qwen_chat.models import merge
 
@@ -99,7 +99,7 @@ def wrap(
             f"--lora_r {lora.lora_r} with --lora_init {lora.lora_init}: a layer here has only {min(ranks)} singular "
             f"vectors; give --lora_r {min(ranks)} or less"
         )
-    notes = [note for note in (reason, _experts_left_out(wrapped)) if note]
+    notes = [*([reason] if reason else []), *_left_out(wrapped, target_words(lora.lora_target_modules))]
     return Wrapped(wrapped, (*notes, _share(wrapped)), initial)
 
 
@@ -115,21 +115,50 @@ def _learn_in_float32(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
-def _experts_left_out(model: PreTrainedModel) -> str:
-    """A line where a layer's experts are one tensor that no adapter reaches: `all-linear` means linear layers."""
-    sizes = [
-        getattr(parameter, "ds_numel", parameter.numel())
-        for name, parameter in model.named_parameters()
-        if ".experts." in name and ".base_layer." not in name and ".lora_" not in name
-        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
-    ]
-    return f"no adapter over the experts ({sum(sizes):,} parameters stay as they are)" if sizes else ""
+def _experts(model: PreTrainedModel) -> dict[str, int]:
+    """A mixture's experts that no adapter reaches: the name of each fused tensor in its layer, how many weights."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        _, inside, leaf = name.rpartition(".experts.")
+        if inside and "." not in leaf and len(getattr(parameter, "ds_shape", parameter.shape)) == 3:
+            size = int(getattr(parameter, "ds_numel", parameter.numel()))
+            found[f"experts.{leaf}"] = found.get(f"experts.{leaf}", 0) + size
+    return found
+
+
+def _left_out(model: PreTrainedModel, words: tuple[str, ...]) -> list[str]:
+    """A line for the experts where no adapter reaches them, and one for what `all-linear` cannot reach."""
+    notes, experts = [], sum(_experts(model).values())
+    if experts:
+        notes.append(
+            f"no adapter over the experts ({experts:,} parameters stay as they are);"
+            f" --lora_target_modules {ALL_LINEAR} {EXPERTS} --lora_dropout 0 trains them too"
+        )
+    plain = {
+        name.rpartition("mlp.")[2]
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, torch.nn.Linear) and ".mlp." in name
+        if ".base_layer" not in name and ".lora_" not in name
+    }
+    if plain and ALL_LINEAR in words:
+        notes.append(f"no adapter over {', '.join(sorted(plain))} (peft takes these names for the experts')")
+    return notes
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments, rows: Sequence[int] = ()) -> Any:
-    """peft's LoraConfig from the flags. A lone target that is no layer's name is a regular expression."""
+    """peft's LoraConfig from the flags. A lone target that is no layer's name is a regular expression.
+
+    Raises OptionError where experts are asked for and the model has none.
+    """
     from peft import LoraConfig
 
+    words = target_words(lora.lora_target_modules)
+    experts = list(_experts(model)) if EXPERTS in words else None
+    if experts == []:
+        raise OptionError(
+            f"--lora_target_modules {' '.join(lora.lora_target_modules)}: this model has no experts in one tensor;"
+            f" leave {EXPERTS} out"
+        )
     indices: list[int] | dict[str, list[int]] | None = list(rows) or None
     if rows and not model.config.tie_word_embeddings:
         # A head of its own has rows of its own: without them a new token would never be said.
@@ -141,6 +170,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, rows: Sequence[int]
         lora_dropout=lora.lora_dropout,
         target_modules=_targets(model, lora.lora_target_modules),
         exclude_modules="|".join(rf"{re.escape(part)}\..*" for part in models.beside_text(model)) or None,
+        target_parameters=experts,
         bias=lora.lora_bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
@@ -149,14 +179,28 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments, rows: Sequence[int]
     )
 
 
-def _targets(model: PreTrainedModel, given: Sequence[str]) -> str | list[str]:
-    if len(given) > 1:
-        return list(given)
-    if given[0] == "all-linear":
-        return given[0]
+def _targets(model: PreTrainedModel, given: tuple[str, ...]) -> str | list[str]:
+    """peft's target_modules: a list of names, a regular expression, or its own word for all linear layers."""
+    words = target_words(given)
+    names = [word for word in words if word not in (ALL_LINEAR, EXPERTS)]
+    if ALL_LINEAR in words:
+        inside = model.get_decoder().named_modules()
+        linear = {name.rpartition(".")[2] for name, module in inside if isinstance(module, torch.nn.Linear)}
+        plain = words == (ALL_LINEAR,) and _as_peft_reads(model, ALL_LINEAR) == ALL_LINEAR
+        return ALL_LINEAR if plain else [*sorted(_as_peft_reads(model, sorted(linear))), *names]
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    names = given[0].split(",")
-    return names if set(names) <= leaves else given[0]
+    return names if len(given) > 1 or EXPERTS in words or set(names) <= leaves else given[0]
+
+
+def _as_peft_reads(model: PreTrainedModel, targets: str | list[str]) -> Any:
+    """The target modules that peft leaves: for files of older transformers it turns gate_proj, up_proj and down_proj
+    of some mixtures into the experts' tensors, even those of a dense layer or a shared expert."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=targets)
+    convert_peft_config_for_transformers(config, model, None)
+    return config.target_modules
 
 
 def trainable_rows(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from qwen_chat import hardware
 from qwen_chat.cli.deepspeed_file import read_deepspeed
-from qwen_chat.cli.run_options import Run
+from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, Run, target_words
 from qwen_chat.errors import ModelError
 from qwen_chat.hardware import MIB
 
@@ -47,13 +47,63 @@ MOMENTS = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 4.0, "lomo": 0.0}
 
 
 # Model types whose parameters are counted; of any other nothing is guessed.
-COUNTED = ("qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "mixtral")
-MIXTURES = COUNTED[4:]
+DENSE = ("qwen2", "qwen3", "llama", "mistral")
+MIXTURES = ("qwen2_moe", "qwen3_moe", "mixtral")
+DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# A folder with a vision part names its text part's type in text_config.
+COUNTED = (*DENSE, *MIXTURES, "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+WITH_EXPERTS = (*MIXTURES, "qwen3_next", "qwen3_5_moe_text")
+# Types of which peft takes gate_proj, up_proj and down_proj for the experts', wherever they are.
+RENAMED = ("qwen3_moe", "mixtral", "qwen3_next")
+# What transformers takes where a hybrid's file says nothing.
+_HYBRID_DEFAULTS = {
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+DELTA_CHUNK = 64  # tokens that a delta net on a CPU computes at once
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """The recurrent part of a hybrid's layers of type linear_attention: widths of what a token has there."""
+
+    key: int  # all key heads; queries are as wide
+    value: int  # all value heads; the gate is as wide
+    heads: int  # of values
+    key_head: int  # width of one of keys
+    kernel: int  # taps of the convolution
+    joined: bool  # Qwen3-Next: two matrices where Qwen3.5 has four
+
+    def linears(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """(in, out) of its linear layers."""
+        mixed = 2 * self.key + self.value
+        widths = {"qkv": mixed, "z": self.value, "b": self.heads, "a": self.heads}
+        if self.joined:
+            widths = {"qkvz": mixed + self.value, "ba": 2 * self.heads}
+        found = {f"linear_attn.in_proj_{name}": (hidden, width) for name, width in widths.items()}
+        return found | {"linear_attn.out_proj": (self.value, hidden)}
+
+    @property
+    def others(self) -> int:
+        """Its parameters outside linear layers: convolution, A_log, dt_bias, the norm of one head."""
+        return self.kernel * (2 * self.key + self.value) + 2 * self.heads + self.value // self.heads
+
+    @property
+    def walked(self) -> int:
+        """Bytes of one token while backward walks through its chunks: seven squares of a chunk for each head and the
+        gradients of three; what is convolved; queries and keys; values in six stages; states."""
+        squares = 10 * DELTA_CHUNK * self.heads
+        spread = 2 * (2 * self.key + self.value) + 2 * self.heads * self.key_head + 6 * self.value
+        return 4 * (squares + spread + self.key_head * self.value // DELTA_CHUNK)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What config.json says of a Qwen2-, Qwen3-, Llama- or Mistral-like model, dense or a mixture of experts."""
+    """What config.json says of a Qwen-, Llama- or Mistral-like model: dense, a mixture of experts, a hybrid."""
 
     kind: str
     hidden: int = 0
@@ -64,36 +114,48 @@ class Shape:
     head: int = 0  # width of one head
     words: int = 0
     tied: bool = False
-    biases: int = 0  # in one layer
-    norms: int = 0  # weights of norms in one layer
+    gated: bool = False  # the attention's output has a gate, which makes q_proj twice as wide
+    biases: int = 0  # in one layer with attention
+    normed: bool = False  # queries and keys have norms
     stored: int = 4  # bytes of a weight in the file
     experts: int = 0  # in each sparse layer
     chosen: int = 0  # of them for a token
     expert: int = 0  # width of one
     shared: int = 0  # width of the one that every token passes
     sparse: frozenset[int] = frozenset()  # the layers that have experts
+    delta: DeltaNet | None = None
+    recurrent: frozenset[int] = frozenset()  # the layers that have a delta net in place of attention
+    vision: int = 0  # parameters of the part that sees, which is loaded and stays as it is
+    vision_linears: int = 0  # of them in linear layers
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """Raises ModelError where a field that decides the size is missing."""
-        config = config.get("text_config") or config
-        kind = str(config.get("model_type", "?"))
+        text = config.get("text_config") or config
+        kind = str(text.get("model_type") or config.get("model_type", "?"))
+        kind = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.get(kind, kind)
         if kind not in COUNTED:
             return cls(kind)
+        hybrid = kind in DELTA_NETS
+        fields = (_HYBRID_DEFAULTS if hybrid else {}) | dict(text)
         try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            inner, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
-            words = int(config["vocab_size"])
-            mixture = _mixture(kind, config, layers) if kind in MIXTURES else {}
+            hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
+            layers, words = int(fields["num_hidden_layers"]), int(fields["vocab_size"])
+            inner = 0 if kind == "qwen3_5_moe_text" else int(fields["intermediate_size"])
+            parts = _mixture(kind, fields, layers) if kind in WITH_EXPERTS else {}
+            parts |= _recurrence(kind, fields, layers) if hybrid else {}
+            # What transformers takes where the file says nothing.
+            kv_heads = int(
+                fields.get("num_key_value_heads")
+                or ((4 if kind == "qwen3_5_text" else 2) if hybrid else heads)
+            )
+            head = int(fields.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"config.json: {error} is missing or no number; expected a Qwen2-like model"
             ) from None
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        # What transformers takes where the file says nothing.
-        head = int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads))
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        qkv, out, mlp = _biases(kind, config)
+        dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
+        qkv, out, mlp = _biases(kind, fields)
         return cls(
             kind=kind,
             hidden=hidden,
@@ -103,11 +165,15 @@ class Shape:
             kv_heads=kv_heads,
             head=head,
             words=words,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            biases=qkv * (heads + 2 * kv_heads) * head + out * hidden + mlp * (2 * inner + hidden),
-            norms=2 * hidden + (2 * head if kind in ("qwen3", "qwen3_moe") else 0),
+            tied=bool(fields.get("tie_word_embeddings", False)),
+            gated=hybrid,
+            biases=qkv * ((1 + hybrid) * heads + 2 * kv_heads) * head
+            + out * hidden
+            + mlp * (2 * inner + hidden),
+            normed=hybrid or kind in ("qwen3", "qwen3_moe"),
             stored=2 if dtype in ("bfloat16", "float16") else 4,
-            **mixture,
+            **parts,
+            **_vision(config),
         )
 
     @property
@@ -133,11 +199,13 @@ class Shape:
         """(in, out) of each linear layer of a block, by its name in the model; experts are not linear layers."""
         hidden = self.hidden
         found = {
-            "self_attn.q_proj": (hidden, self.query),
+            "self_attn.q_proj": (hidden, (1 + self.gated) * self.query),
             "self_attn.k_proj": (hidden, self.key),
             "self_attn.v_proj": (hidden, self.key),
             "self_attn.o_proj": (self.query, hidden),
         }
+        if self.delta is not None and layer in self.recurrent:
+            found = self.delta.linears(hidden)
         prefix, inner = "mlp", self.inner
         if layer in self.sparse:
             prefix, inner = "mlp.shared_expert", self.shared
@@ -153,7 +221,11 @@ class Shape:
     def block(self, layer: int) -> int:
         """Parameters of one layer."""
         experts = self.experts * (3 * self.hidden * self.expert + self.hidden) if layer in self.sparse else 0
-        return experts + sum(a * b for a, b in self.linears(layer).values()) + self.biases + self.norms
+        if self.delta is not None and layer in self.recurrent:
+            others = self.delta.others
+        else:
+            others = self.biases + (2 * self.head if self.normed else 0)
+        return experts + sum(a * b for a, b in self.linears(layer).values()) + others + 2 * self.hidden
 
     @property
     def largest(self) -> int:
@@ -163,7 +235,8 @@ class Shape:
     @property
     def in_linears(self) -> int:
         """Parameters that 4 bits hold in Q-LoRA: the linear layers' weights."""
-        return sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
+        text = sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
+        return text + self.vision_linears
 
     @property
     def embedding(self) -> int:
@@ -171,15 +244,19 @@ class Shape:
 
     @property
     def parameters(self) -> int:
+        """All that is loaded."""
+        return self.text + self.vision
+
+    @property
+    def text(self) -> int:
+        """Parameters of the language model: all but the part that sees."""
         blocks = sum(self.block(layer) for layer in range(self.layers))
         return blocks + self.hidden + self.embedding * (1 if self.tied else 2)
 
     @property
     def active(self) -> int:
-        """Parameters that one token passes: of the experts only those chosen for it."""
-        return (
-            self.parameters - len(self.sparse) * (self.experts - self.chosen) * 3 * self.hidden * self.expert
-        )
+        """Parameters that one token of text passes: of the experts only those chosen for it."""
+        return self.text - len(self.sparse) * (self.experts - self.chosen) * 3 * self.hidden * self.expert
 
 
 def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -192,10 +269,53 @@ def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any
         experts = int(config["num_experts" if "num_experts" in config else "num_local_experts"])
         every, chosen = int(config.get("decoder_sparse_step", 1)), int(config["num_experts_per_tok"])
         dense = frozenset(config.get("mlp_only_layers") or ())
-    shared = int(config["shared_expert_intermediate_size"]) if kind == "qwen2_moe" else 0
+    if kind == "qwen3_5_moe_text":
+        every, dense = 1, frozenset()  # every layer has experts, whatever the file says
+    shared = 0 if kind in ("mixtral", "qwen3_moe") else int(config["shared_expert_intermediate_size"])
     sparse = frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0)
     found = {"experts": experts, "chosen": chosen, "expert": width, "shared": shared}
     return {**found, "sparse": sparse if experts else frozenset()}
+
+
+def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The delta net of a hybrid, and which layers have it: three of four where the file says nothing."""
+    heads = int(config["linear_num_value_heads"])
+    width = int(config["linear_key_head_dim"])
+    delta = DeltaNet(
+        key=int(config["linear_num_key_heads"]) * width,
+        value=heads * int(config["linear_value_head_dim"]),
+        heads=heads,
+        key_head=width,
+        kernel=int(config["linear_conv_kernel_dim"]),
+        joined=kind == "qwen3_next",
+    )
+    every = int(config.get("full_attention_interval") or 4)
+    types = config.get("layer_types") or [
+        "full_attention" if (layer + 1) % every == 0 else "linear_attention" for layer in range(layers)
+    ]
+    if len(types) != layers:
+        raise ModelError(
+            f"config.json: layer_types has {len(types)} entries, num_hidden_layers is {layers}; expected as many"
+        )
+    recurrent = frozenset(layer for layer, kind in enumerate(types) if kind == "linear_attention")
+    return {"delta": delta, "recurrent": recurrent}
+
+
+def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of the part that sees, of a folder whose model is loaded whole (models.load_model)."""
+    vision, names = config.get("vision_config"), config.get("architectures") or [""]
+    if not (isinstance(vision, Mapping) and str(names[0]).endswith("ForConditionalGeneration")):
+        return {}
+    hidden, inner = int(vision.get("hidden_size", 1152)), int(vision.get("intermediate_size", 4304))
+    depth, patch = int(vision.get("depth", 27)), int(vision.get("patch_size", 16))
+    channels, frames = int(vision.get("in_channels", 3)), int(vision.get("temporal_patch_size", 2))
+    places, out = int(vision.get("num_position_embeddings", 2304)), int(vision.get("out_hidden_size", 3584))
+    merged = hidden * int(vision.get("spatial_merge_size", 2)) ** 2
+    linears = depth * (4 * hidden * hidden + 2 * hidden * inner) + merged * (merged + out)
+    biases = depth * (4 * hidden + inner + hidden) + merged + out
+    norms = 2 * hidden * (2 * depth + 1)
+    patches = hidden * (channels * frames * patch * patch + 1)
+    return {"vision": linears + biases + norms + patches + places * hidden, "vision_linears": linears}
 
 
 def _biases(kind: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
@@ -229,7 +349,7 @@ class Setup:
     half: bool = False  # matrix products in bfloat16 or float16
     lora_r: int = 64
     lora_dropout: float = 0.05
-    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
     lora_bias: str = "none"
     dora: bool = False
     lean: bool = False  # the layers of fused.py, which keep less
@@ -330,42 +450,48 @@ def _offloads(block: object) -> bool:
 def trainable(shape: Shape, setup: Setup) -> int:
     """Parameters that learn (single trained token rows are not counted: they are a few kilobytes)."""
     if setup.method == "full":
-        return shape.parameters
+        return shape.text
     total = 0
     for layer in range(shape.layers):
         where = f"model.layers.{layer}"
         for name, (width_in, width_out) in shape.linears(layer).items():
-            if _targeted(f"{where}.{name}", setup.lora_targets):
+            if _reached(shape, f"{where}.{name}", setup.lora_targets):
                 total += setup.lora_r * (width_in + width_out) + (width_out if setup.dora else 0)
         if layer in shape.sparse:
             total += setup.lora_r * _in_experts(shape, where, setup.lora_targets)
     if setup.lora_bias != "none":
-        total += shape.layers * shape.biases
+        total += (shape.layers - len(shape.recurrent)) * shape.biases
     return total
+
+
+def _reached(shape: Shape, name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a linear layer gets an adapter: it is targeted, and peft does not take its name for the experts'."""
+    taken = shape.kind in RENAMED and ".mlp." in name and name.endswith("_proj")
+    return _targeted(name, targets) and not taken
 
 
 def _in_experts(shape: Shape, where: str, targets: tuple[str, ...]) -> int:
     """Parameters of an adapter over a layer's experts for each of its ranks, as peft 0.21 makes it.
 
-    Its all-linear reaches the router and the experts of Qwen3's and Mixtral's mixtures, not Qwen2's; gate and up
-    are one tensor there, so both get an adapter over both.
+    Gate and up are one tensor: asked for as `experts` it gets one adapter, by the old names of its two halves both
+    get one over both.
     """
-    if shape.kind == "qwen2_moe":
-        return 0
     hidden, width, experts = shape.hidden, shape.expert, shape.experts
-    total = hidden + experts if targets == ("all-linear",) else 0
+    if EXPERTS in target_words(targets):
+        return experts * (hidden + 2 * width + width + hidden)
+    if shape.kind not in RENAMED:
+        return 0
+    total = 0
     gate, up, down = ("w1", "w3", "w2") if shape.kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for name, widths in ((gate, hidden + 2 * width), (up, hidden + 2 * width), (down, width + hidden)):
-        if _targeted(f"{where}.mlp.experts.{name}", targets):
+        if targets != (ALL_LINEAR,) and _targeted(f"{where}.mlp.experts.{name}", targets):
             total += experts * widths
     return total
 
 
 def _targeted(name: str, targets: tuple[str, ...]) -> bool:
-    if targets == ("all-linear",):
-        return True
-    names = targets if len(targets) > 1 else tuple(targets[0].split(","))
-    if any(name == target or name.endswith(f".{target}") for target in names):
+    names = target_words(targets)
+    if ALL_LINEAR in names or any(name == target or name.endswith(f".{target}") for target in names):
         return True
     try:
         return len(targets) == 1 and re.fullmatch(targets[0], name) is not None
@@ -453,16 +579,14 @@ def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, in
     sharing = setup.ranks if setup.zero >= 2 else 1
     sharing_optimizer = setup.ranks if setup.zero >= 1 else 1  # ZeRO-1 splits the optimizer alone
 
-    base = 0 if setup.method == "full" else size * shape.parameters
+    base = size * (shape.vision if setup.method == "full" else shape.parameters)
     if setup.method == "qlora":
         base = _four_bit_weights(shape)
     own, gathered = base + trained_size * trained, 0
     if setup.zero == 3:  # a share, and whole those in use and as many of the others as may stay
         own //= sharing
         gathered = size * max(shape.embedding + 2 * shape.largest, min(shape.parameters, setup.live))
-    autocast = (
-        2 * shape.parameters if setup.half and not pure_half else 0
-    )  # half-precision copies for the step
+    autocast = 2 * shape.text if setup.half and not pure_half else 0  # half-precision copies for the step
     weights = own + gathered + autocast
 
     share = trained_size * trained // sharing
@@ -482,30 +606,61 @@ def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, in
     return weights, gradients, optimizer, host
 
 
-def layer_bytes(shape: Shape, setup: Setup, *, sparse: bool = False) -> int:
-    """What one layer keeps of one token until backward, counted tensor by tensor."""
+def layer_bytes(shape: Shape, setup: Setup, layer: int = 0) -> int:
+    """What a layer keeps of one token until backward, counted tensor by tensor."""
     a = 2 if setup.half else 4
-    hidden, query, key = shape.hidden, shape.query, shape.key
+    hidden, sparse = shape.hidden, layer in shape.sparse
     inner = shape.shared if sparse else shape.inner
-    attention = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
-    # A norm keeps its float32 input and its output (what the linears read), where it learns the normalised
-    # input too. The MLP keeps gate, silu(gate), up and their product; fused it keeps gate and up.
-    norms = 2 * hidden * (4 + a)
-    normed = query + key if shape.kind in ("qwen3", "qwen3_moe") else 0  # queries and keys have norms too
-    attention += 4 * normed + (a * normed if setup.method == "full" and not setup.lean else 0)
-    mlp = (2 if setup.lean else 4) * a * inner
+    mixer = _mixer_bytes(shape, setup, layer in shape.recurrent)
     experts = _expert_bytes(shape, setup, a) if sparse else 0
+    # A norm keeps its float32 input, where it learns the normalised input too. The MLP keeps gate, silu(gate), up and
+    # their product; fused it keeps gate and up. What a linear layer reads stays where it, or its adapter, learns.
+    norms, mlp = 2 * hidden * 4 + 8, (2 if setup.lean else 4) * a * inner
     if setup.method == "full":
-        return attention + norms + (0 if setup.lean else 2 * hidden * a) + mlp + experts + 8
-    lora = 7 * setup.lora_r * a
-    if setup.lora_dropout == 0:
-        return attention + norms + mlp + experts + lora + 8
-    # With dropout each adapted layer keeps its own input (after dropout) and the noise instead: of q, k, v,
-    # gate, up over `hidden`, of o over `query`, of down over `inner`.
-    noise = 1 if setup.device == "cuda" else a
-    dropped = (a + noise) * (5 * hidden + query + inner)
-    mlp -= 0 if setup.lean else a * inner
-    return attention + 2 * hidden * 4 + mlp + experts + dropped + lora + 8
+        norms += 2 * hidden * a * (1 if _lean_norms(shape, setup) else 2)
+        return mixer + norms + mlp + experts
+    learnt = {
+        name: widths
+        for name, widths in shape.linears(layer).items()
+        if _reached(shape, f"model.layers.{layer}.{name}", setup.lora_targets)
+    }
+    read = sum(width_in for width_in, _ in learnt.values())
+    if not setup.lean and (setup.lora_dropout or not any(name.endswith("down_proj") for name in learnt)):
+        mlp -= a * inner
+    if setup.lora_dropout:  # each adapted layer keeps its own input after dropout, and the noise
+        inputs = (a + (1 if setup.device == "cuda" else a)) * read
+    else:  # those that read a norm's output share it
+        inner_ones = ("o_proj", "out_proj", "down_proj")
+        inputs = a * hidden * len({name.split(".")[0] for name in learnt if not name.endswith(inner_ones)})
+    return mixer + norms + mlp + experts + inputs + len(learnt) * setup.lora_r * a
+
+
+def _lean_norms(shape: Shape, setup: Setup) -> bool:
+    """Whether the norms are those that fused.py knows."""
+    return setup.lean and shape.kind in ("qwen2", "qwen3", "llama")
+
+
+def _mixer_bytes(shape: Shape, setup: Setup, recurrent: bool) -> int:
+    """What attention, or the delta net in its place, keeps of one token beside the layer's norms."""
+    a, learns = 2 if setup.half else 4, setup.method == "full"
+    read = (
+        a if learns or not setup.lora_dropout else 0
+    )  # what goes into the last linear layer; dropout makes a copy
+    if shape.delta is not None and recurrent:
+        # What is projected: the chunks are computed from it again. Then the norm's float32 input, the gate and its
+        # silu, what the norm gives and, where it learns, what it normalised, and one number a head.
+        key, value, heads = shape.delta.key, shape.delta.value, shape.delta.heads
+        projected = a * (2 * key + value + 2 * heads)
+        return projected + value * (3 * 4 + (2 if learns else 1) * a + read) + 4 * heads
+    query, key = shape.query, shape.key
+    kept = a * (2 * query + 2 * key) + 4 * shape.heads  # q, k, v, output, log-sum-exp
+    if shape.normed:  # queries and keys have norms too
+        kept += 4 * (query + key) + (a * (query + key) if learns and not _lean_norms(shape, setup) else 0)
+    if (
+        shape.gated
+    ):  # the gate's sigmoid, the product; in float32 the norm's input holds the gate beside the queries
+        kept += query * ((1 if setup.half else 2) * a + read) + 4 * (shape.heads + shape.kv_heads)
+    return kept
 
 
 def _expert_bytes(shape: Shape, setup: Setup, a: int) -> int:
@@ -529,17 +684,13 @@ def _remade(shape: Shape, setup: Setup) -> int:
 def activations(shape: Shape, setup: Setup) -> int:
     """What a row's forward keeps, and what backward adds while it walks through one layer."""
     a = 2 if setup.half else 4
-    dense, sparse = layer_bytes(shape, setup), layer_bytes(shape, setup, sparse=True)
-    wide = len(shape.sparse)
+    layers = [layer_bytes(shape, setup, layer) for layer in range(shape.layers)]
     walking = a * (3 * shape.widest + 2 * shape.hidden)
-    kept = wide * sparse + (shape.layers - wide) * dense
-    if setup.checkpointing:
-        kept = shape.layers * a * shape.hidden + max(
-            sparse if wide else 0, dense if wide < shape.layers else 0
-        )
+    walking += shape.delta.walked if shape.delta is not None and shape.recurrent else 0
+    kept = shape.layers * a * shape.hidden + max(layers) if setup.checkpointing else sum(layers)
     total = setup.row * (kept + walking + a * shape.hidden)
     # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).
-    total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else wide))
+    total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else len(shape.sparse)))
     if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
         total += HOLES[0] + int(HOLES[1] * total)
     return total
@@ -721,12 +872,14 @@ def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
     trained = trainable(shape, setup)
     size = 2 if setup.half and setup.zero and setup.device == "cuda" else 4
     states = (4 + size) * trained if setup.zero else 0  # DeepSpeed writes its own copy of the weights too
-    return int((size + setup.moments) * trained) + states + 20 * MIB  # tokenizer, RNG states
+    frozen = size * shape.vision if setup.method == "full" else 0
+    return int((size + setup.moments) * trained) + frozen + states + 20 * MIB  # tokenizer, RNG states
 
 
 def result_bytes(shape: Shape, setup: Setup) -> int:
     """What stays at the end beside the checkpoints."""
-    return 4 * trainable(shape, setup) + 20 * MIB
+    frozen = shape.vision if setup.method == "full" else 0
+    return 4 * (trainable(shape, setup) + frozen) + 20 * MIB
 
 
 def disk_needed(shape: Shape, run: Run) -> int:

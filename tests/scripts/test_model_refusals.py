@@ -1,15 +1,17 @@
-"""finetune.py and models that it cannot train right: one line, status 2, and nothing of the user's is touched."""
+"""Models that cannot be trained right, or served: one line, status 2, and nothing of the user's is touched."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from qwen_chat import errors
+from qwen_chat import errors, families
 from qwen_chat.training import matmul
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,10 +19,10 @@ DATA = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"
 
 
 def program(*words: str) -> str:
-    """finetune.py as a command; says at the end whether torch came in."""
+    """A script as a command; says at the end whether torch came in."""
     return (
         "import runpy, sys\n"
-        f"sys.argv = {['finetune/finetune.py', *words]!r}\n"
+        f"sys.argv = {list(words)!r}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally:\n    print('torch' in sys.modules)\n"
     )
@@ -41,17 +43,60 @@ def folder(tiny_model_path: Path, tmp_path: Path) -> Path:
     return model
 
 
-def test_a_hybrid_is_refused_by_its_config_before_torch(folder: Path, tmp_path: Path) -> None:
-    config = {"model_type": "olmo_hybrid", "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+@pytest.mark.parametrize(
+    ("script", "config", "said"),
+    [
+        (
+            "finetune/finetune.py",
+            {"model_type": "qwen4_exp", "text_config": {"layer_types": ["linear_attention"]}},
+            "a model of type 'qwen4_exp' cannot be trained here: layer_types has linear_attention: ",
+        ),
+        (
+            "finetune/finetune.py",
+            {"model_type": "qwen3_moe", "output_router_logits": True},
+            "a model of type 'qwen3_moe' cannot be trained here: output_router_logits is true: ",
+        ),
+        (
+            "finetune/plan.py",
+            {"model_type": "lfm2", "conv_L_cache": 3},
+            "a model of type 'lfm2' cannot be trained here: it has conv_L_cache: ",
+        ),
+        (
+            "fast_start/simple_try_0.py",
+            {"model_type": "qwen4_exp"},
+            "a model of type 'qwen4_exp' is not served by the engine; ",
+        ),
+        (
+            "fast_start/simple_try_create_service.py",
+            {"model_type": "phi3"},
+            "a model of type 'phi3' is not served by the engine; ",
+        ),
+    ],
+)
+def test_what_a_config_tells_is_refused_before_torch(
+    script: str, config: dict[str, object], said: str, folder: Path, tmp_path: Path
+) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").touch()
-    status, torch_loaded, said = run("-m", str(folder), "-d", str(DATA), "-o", str(tmp_path / "out"))
-    last = said.splitlines()[-1]
+    more = {
+        "finetune/finetune.py": ["-d", str(DATA), "-o", str(tmp_path / "out")],
+        "fast_start/simple_try_create_service.py": ["--port", "0", "--log_file", str(tmp_path / "log")],
+    }
+    begun = time.process_time() + sum(_children())
+    status, torch_loaded, found = run(script, "-m", str(folder), *more.get(script, []))
+    took = time.process_time() + sum(_children()) - begun
+    last = found.splitlines()[-1]
+    where = folder if script == "finetune/plan.py" else folder / "config.json"
     assert (status, torch_loaded) == (2, "False")
-    assert last.startswith(
-        f"error: {folder}/config.json: a model of type 'olmo_hybrid' cannot be trained here: "
-    )
+    assert last.startswith(f"error: {where}: {said}") and ", ".join(families.ENGINE_SERVES) in last
+    assert took < 2  # seconds of processor: others use this machine too
     assert not (tmp_path / "out").exists()
+
+
+def _children() -> tuple[float, float]:
+    """Seconds of processor that ended child processes took."""
+    times = os.times()
+    return times.children_user, times.children_system
 
 
 def test_a_leak_that_no_config_tells_is_refused_before_the_first_step(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qwen_chat import families
 from tests.support.shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,29 @@ def test_a_mixture_of_experts_is_counted_whole(tmp_path: Path) -> None:
     assert (found["parameters"], found["active_parameters"]) == (30_532_122_624, 3_353_032_704)
     assert {one["engine"] for one in found["rows"] if one["fits"]} <= {"zero3", "zero3+offload"}
     assert not row(found, "lora", "none", True)["fits"]
-    assert "parameters (3,353,032,704 of them for one token)" in done.stderr
+    assert "parameters (3,353,032,704 of them for one token of text)" in done.stderr
+
+
+def test_a_folder_with_a_part_that_sees_is_planned_whole(tmp_path: Path) -> None:
+    config, published = PUBLISHED["Qwen3.5-27B"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = plan("-m", str(tmp_path), "--use_lora", "True", "--gpu_gib", "80", "--json")
+    found = answer(done)
+    assert (found["parameters"], found["active_parameters"]) == (published, 26_895_998_464)
+    assert found["vision_parameters"] == published - 26_895_998_464
+    assert row(found, "lora", "none", True)["fits"] and not row(found, "full", "none", True)["fits"]
+
+
+def test_the_families_are_listed() -> None:
+    begun = time.monotonic()
+    done = plan("--models")
+    assert time.monotonic() - begun < 5  # no torch
+    assert (done.returncode, done.stdout) == (0, families.listing() + "\n")
+    done = plan("--models", "--json")
+    assert done.stderr == families.listing() + "\n"
+    (first, *_) = answer(done)["models"]
+    assert first["model_type"] == "qwen2" and first["trains"] == ["shared_prefix", "packed", "padded"]
+    assert set(first) == {"model_type", "models", "trains", "engine", "dialect", "thinking", "proven"}
 
 
 def test_a_type_that_is_not_counted_is_said(tmp_path: Path) -> None:

@@ -138,27 +138,134 @@ def test_all_that_is_trained_over_a_half_precision_base_is_float32(
     assert len(moved) and torch.allclose(moved.abs(), torch.full_like(moved, 2e-4), atol=2e-6), name
 
 
+MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
+EXPERTS = replace(PLAIN, trainable_tokens=(), lora_target_modules=("all-linear", "experts"))
+SHORT = torch.arange(3, 40)[None]
+
+
 def mixture(kind: str) -> Any:
-    """One layer, four experts, of which each token takes two."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    """Four layers, four experts, of which each token takes two."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    from qwen_chat.training import attention
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    sizes |= {"moe_intermediate_size": 16}
-    if kind == "qwen2":
-        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16))
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=8))
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "head_dim": 8}
+    sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sizes |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "initializer_range": 0.2}
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(kind, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.register()).float()
 
 
-def test_experts_and_what_peft_can_do_with_them() -> None:
-    plain = replace(PLAIN, trainable_tokens=())
-    said = adapters.wrap(mixture("qwen2"), plain, None).decisions
-    assert said[0] == f"no adapter over the experts ({4 * (32 * 32 + 32 * 16):,} parameters stay as they are)"
-    assert len(adapters.wrap(mixture("qwen3"), plain, None).decisions) == 1
+def over(kind: str, lora: LoraArguments) -> adapters.Wrapped:
+    tokenizer: Any = None
+    return adapters.wrap(mixture(kind), lora, tokenizer)
+
+
+def parts(model: Any) -> set[str]:
+    """The last names of what has an adapter in a layer; a fused tensor's is that of its wrapper."""
+    names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    return {name.partition(".lora_A.")[0].removesuffix(".base_layer").rpartition(".")[2] for name in names}
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"}
+LINEAR = {
+    "qwen2_moe": ATTENTION | MLP,
+    "qwen3_moe": ATTENTION,
+    "qwen3_next": ATTENTION | {"in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"},
+    "qwen3_5_moe_text": ATTENTION | MLP | {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_what_of_a_mixture_is_adapted(kind: str) -> None:
+    plain = over(kind, replace(EXPERTS, lora_target_modules=("all-linear",), lora_dropout=0.05))
+    assert parts(plain.model) == LINEAR[kind]
+    size = 4 * 4 * (32 * 32 + 32 * 16)
+    assert plain.decisions[0] == (
+        f"no adapter over the experts ({size:,} parameters stay as they are);"
+        " --lora_target_modules all-linear experts --lora_dropout 0 trains them too"
+    )
+    shared = "shared_expert.down_proj, shared_expert.gate_proj, shared_expert.up_proj"
+    note = f"no adapter over {shared} (peft takes these names for the experts')"
+    assert (note in plain.decisions) is (kind == "qwen3_next")
+    both = over(kind, EXPERTS)
+    assert parts(both.model) == LINEAR[kind] | {"experts"}
+    assert not [line for line in both.decisions if "the experts (" in line]
+    assert parts(over(kind, replace(EXPERTS, lora_target_modules=("q_proj,experts",))).model) == {
+        "q_proj",
+        "experts",
+    }
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("targets", [("all-linear", "experts"), ("experts",)])
+def test_an_adapter_over_experts_is_saved_loaded_and_merged(
+    kind: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    def logits_of(model: Any) -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            out: torch.Tensor = model(input_ids=SHORT).logits
+        return out
+
+    wrap = over(kind, replace(EXPERTS, lora_target_modules=targets))
+    before = logits_of(mixture(kind))
+    torch.testing.assert_close(logits_of(wrap.model), before, atol=1e-5, rtol=1e-5)
+    optimizer = torch.optim.AdamW([p for p in wrap.model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = wrap.model.train()(input_ids=SHORT, labels=SHORT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05, losses
+    after = logits_of(wrap.model)
+    assert float((after - before).abs().max()) > 1e-2
+    adapters.save_adapter(wrap.model, tmp_path, base="a/base")
+    torch.testing.assert_close(logits_of(models.load_adapter(mixture(kind), tmp_path)), after)
+    merged, difference = models.merge(wrap.model, SHORT[0].tolist())
+    assert difference < 1e-4
+    torch.testing.assert_close(logits_of(merged), after, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MIXTURES[:2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layouts_agree_where_experts_learn(kind: str, checkpointing: bool) -> None:
+    """Loss and gradients of a step in each layout are those of each conversation alone; torch groups the experts'
+    products in single precision at most."""
+    from tests.support.tiny_models import engine, mixed_data, reference, relative
+
+    model = over(kind, EXPERTS).model.train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    data = mixed_data()
+    loss, gradient = reference(model, data)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for layout in ("shared_prefix", "packed", "padded"):
+        found, _, gradients = engine(model, data, layout, 4, 3)
+        assert abs(found / loss - 1) < 1e-6 and relative(gradients, gradient) < 1e-4
+
+
+def test_what_peft_cannot_do_with_experts_is_told() -> None:
     with pytest.raises(OptionError, match=r"^--lora_dropout 0\.05: .* give --lora_dropout 0$"):
-        adapters.wrap(mixture("qwen3"), replace(plain, lora_dropout=0.05), None)
+        over("qwen3_moe", replace(EXPERTS, lora_dropout=0.05))
     with pytest.raises(OptionError, match=r"^--lora_init pissa: peft cannot take apart"):
-        adapters.wrap(mixture("qwen3"), replace(plain, lora_init="pissa"), None)
+        over("qwen3_moe", replace(EXPERTS, lora_init="pissa"))
+
+
+def test_a_model_without_experts_has_none_to_adapt(tiny_model_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"^--lora_target_modules all-linear experts: this model has no exp"
+    ):
+        wrapped(tiny_model_path, EXPERTS)
 
 
 def test_bias_of_the_adapted_layers_only(tiny_model_path: Path) -> None:

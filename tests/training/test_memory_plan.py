@@ -125,11 +125,12 @@ def test_parameters_are_the_published_counts() -> None:
 def model_of(config: dict[str, Any]) -> Any:
     """What transformers makes of a config.json, without its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     fields = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")}
+    kind: Any = AutoModelForImageTextToText if "architectures" in config else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+        return kind.from_config(AutoConfig.for_model(config["model_type"], **fields))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -139,7 +140,7 @@ def test_a_published_shape_is_counted_exactly(name: str) -> None:
     assert sum(p.numel() for p in model_of(config).parameters()) == published
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kind", memory_plan.MIXTURES)
 @pytest.mark.parametrize(
     "more",
     [
@@ -152,11 +153,11 @@ def test_a_published_shape_is_counted_exactly(name: str) -> None:
 def test_which_layers_have_experts(kind: str, more: dict[str, Any]) -> None:
     if kind == "mixtral" and "num_experts" in more:
         return  # it has no dense layers
-    small = MIXTURE | {"model_type": kind} | more
+    config = small(kind) | more
     if "num_experts" in more:
-        del small["num_local_experts"]  # the same field for Qwen3's mixture
-    shape = Shape.of(small)
-    assert shape.parameters == sum(p.numel() for p in model_of(small).parameters())
+        del config["num_local_experts"]  # the same field for Qwen3's mixture
+    shape = Shape.of(config)
+    assert shape.parameters == sum(p.numel() for p in model_of(config).parameters())
     passed = [n for n in range(4) if n in shape.sparse]
     assert shape.active == shape.parameters - len(passed) * (4 - 2) * 3 * 64 * shape.expert
 
@@ -177,28 +178,85 @@ MIXTURE = {
 }
 
 
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 24,
+}
+
+
+def small(kind: str) -> dict[str, Any]:
+    """Four layers of a family's config, with experts and recurrent layers where it has them."""
+    return MIXTURE | (DELTA if kind in memory_plan.DELTA_NETS else {}) | {"model_type": kind}
+
+
+@pytest.mark.parametrize("kind", memory_plan.DELTA_NETS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True},
+        {"layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"]},
+        {"full_attention_interval": 2, "linear_conv_kernel_dim": 3},
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ],
+)
+def test_hybrids_are_counted_exactly(kind: str, more: dict[str, Any]) -> None:
+    config = small(kind) | more
+    assert Shape.of(config).parameters == sum(p.numel() for p in model_of(config).parameters())
+
+
+@pytest.mark.parametrize("kind", memory_plan.DELTA_NETS)
+def test_what_a_hybrid_s_config_leaves_out_is_transformers_default(kind: str) -> None:
+    left_out = {"head_dim", "num_key_value_heads", *DELTA}
+    config = {name: value for name, value in small(kind).items() if name not in left_out}
+    config |= {"hidden_size": 128}
+    assert Shape.of(config).parameters == sum(p.numel() for p in model_of(config).parameters())
+
+
+def test_the_part_that_sees_is_frozen_weights() -> None:
+    config, published = PUBLISHED["Qwen3.5-27B"]
+    shape, text = Shape.of(config), Shape.of(config["text_config"])
+    sees = [(name, p.numel()) for name, p in model_of(config).named_parameters() if "visual" in name]
+    assert shape.vision == sum(size for _, size in sees) == published - text.parameters
+    assert shape.active == shape.text == text.parameters
+    assert {**vars(shape), "vision": 0, "vision_linears": 0} == vars(text)
+    for method in ("full", "lora"):
+        setup = Setup(method=method, half=True, device="cuda", zero=2)  # type: ignore[arg-type]
+        assert memory_plan.trainable(shape, setup) == memory_plan.trainable(text, setup)
+        added = memory_plan.need(shape, setup).weights - memory_plan.need(text, setup).weights
+        assert added == 2 * shape.vision
+    again = Setup(method="qlora", half=True, device="cuda")
+    four_bits = memory_plan.need(shape, again).weights - memory_plan.need(text, again).weights
+    assert four_bits < shape.vision  # its linear layers are in 4 bits too
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
-        ("qwen2_moe", "all-linear"),
+        *((kind, "all-linear") for kind in memory_plan.COUNTED if kind not in ("qwen3_5", "qwen3_5_moe")),
+        *((kind, "all-linear experts") for kind in memory_plan.WITH_EXPERTS),
+        ("qwen2_moe", "experts"),
+        ("qwen2_moe", "q_proj,experts"),
         ("qwen2_moe", "q_proj gate_proj"),
         ("qwen2_moe", r".*mlp\..*_proj"),
-        ("qwen3_moe", "all-linear"),
         ("qwen3_moe", "q_proj v_proj"),
         ("qwen3_moe", "gate_proj up_proj down_proj"),
-        ("mixtral", "all-linear"),
+        ("qwen3_5_text", "in_proj_qkv out_proj o_proj"),
     ],
 )
-def test_an_adapter_over_experts_is_counted_as_peft_makes_it(kind: str, targets: str) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_an_adapter_is_counted_as_peft_makes_it(kind: str, targets: str) -> None:
+    from qwen_chat.training import adapters
 
-    config = MIXTURE | {"model_type": kind}
-    chosen: Any = targets.split() if " " in targets else targets
-    wrapped = get_peft_model(
-        model_of(config), LoraConfig(r=8, target_modules=chosen, lora_dropout=0, task_type="CAUSAL_LM")
+    config, words = small(kind), tuple(targets.split())
+    lora = run_options.LoraArguments(
+        use_lora=True, lora_r=8, lora_dropout=0, lora_target_modules=words, trainable_tokens=()
     )
+    tokenizer: Any = None
+    wrapped = adapters.wrap(model_of(config), lora, tokenizer).model
     learnt = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    setup = Setup(method="lora", lora_r=8, lora_targets=tuple(targets.split()))
+    setup = Setup(method="lora", lora_r=8, lora_targets=words)
     assert memory_plan.trainable(Shape.of(config), setup) == learnt
 
 
@@ -302,20 +360,60 @@ def test_a_layer_keeps_what_autograd_saves(method: str, dropout: float, lean: bo
     assert sizes[1] - sizes[0] == 64 * memory_plan.layer_bytes(shape, setup)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_layer_of_experts_keeps_about_what_is_planned(kind: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {}),
+        ("mixtral", {}),
+        ("qwen3_5_text", {"layer_types": ["full_attention"] * 4}),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 4}),
+        ("qwen3_5_moe_text", {"layer_types": ["full_attention"] * 4}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "targets"), [("full", "all-linear"), ("lora", "all-linear"), ("lora", "all-linear,experts")]
+)
+def test_a_layer_keeps_about_what_is_planned(
+    kind: str, more: dict[str, Any], method: str, targets: str
+) -> None:
     """Within 2 % for each token (the loop over the experts is transformers'), and the experts made anew once."""
-    config = MIXTURE | {"model_type": kind}
+    config = small(kind) | more
     shape = Shape.of(config)
-    setup = Setup(method=method, lora_r=8, lora_dropout=0)  # type: ignore[arg-type]
+    if "experts" in targets and not shape.sparse:
+        return
+    setup = Setup(method=method, lora_r=8, lora_dropout=0, lora_targets=(targets,))  # type: ignore[arg-type]
     few, many = (
-        _saved(3, method, 0.0, False, config, tokens) - _saved(2, method, 0.0, False, config, tokens)
+        _saved(3, method, 0.0, False, config, tokens, targets)
+        - _saved(2, method, 0.0, False, config, tokens, targets)
         for tokens in (64, 96)
     )
     token = (many - few) / 32
-    assert token == pytest.approx(memory_plan.layer_bytes(shape, setup, sparse=True), rel=0.02)
-    assert few - 64 * token == pytest.approx(memory_plan._remade(shape, setup), rel=0.02, abs=16)
+    assert token == pytest.approx(memory_plan.layer_bytes(shape, setup), rel=0.02)
+    once = memory_plan._remade(shape, setup)
+    once += 4 * 2 * (shape.hidden + shape.head) if shape.gated else 0  # their norms' weights plus one
+    assert few - 64 * token == pytest.approx(once, rel=0.02, abs=16)
+
+
+@pytest.mark.parametrize("kind", memory_plan.DELTA_NETS)
+@pytest.mark.parametrize(("method", "dropout"), [("full", 0.0), ("lora", 0.0), ("lora", 0.1)])
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_recurrent_layer_keeps_what_is_planned(
+    kind: str, method: str, dropout: float, lean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With our own chunks, to 0.2 % for each token."""
+    from qwen_chat.training import loss
+
+    delta_net = pytest.importorskip("qwen_chat.training.delta_net")
+    own = loss.ModelLoss
+    monkeypatch.setattr(loss, "ModelLoss", lambda model: delta_net.install(model) and own(model))
+    config = small(kind) | {"layer_types": ["linear_attention"] * 4}
+    setup = Setup(method=method, lora_r=8, lora_dropout=dropout, lean=lean)  # type: ignore[arg-type]
+    few, many = (
+        _saved(3, method, dropout, lean, config, tokens) - _saved(2, method, dropout, lean, config, tokens)
+        for tokens in (64, 96)
+    )
+    assert (many - few) / 32 == pytest.approx(memory_plan.layer_bytes(Shape.of(config), setup), rel=0.002)
 
 
 def _tiny(layers: int) -> dict[str, Any]:
@@ -330,24 +428,27 @@ def _saved(
     lean: bool,
     config: dict[str, Any] | None = None,
     tokens: int = 64,
+    targets: str = "all-linear",
 ) -> int:
     """Bytes that autograd keeps of one row, weights left out."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qwen_chat.training import attention, fused, matmul
+    from qwen_chat.training import adapters, attention, fused, matmul
     from qwen_chat.training.loss import ModelLoss
 
     config = (config or _tiny(layers)) | {"num_hidden_layers": layers}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
     fields = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype")}
     name = attention.register()
     model: Any = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config["model_type"], **fields), attn_implementation=name, dtype=torch.float32
     )
     if method == "lora":
-        lora = LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        lora = run_options.LoraArguments(lora_r=8, lora_dropout=dropout, lora_target_modules=(targets,))
+        model = get_peft_model(model, adapters.lora_config(model, lora))
     if lean:
         fused.install(model, matmul.Route("torch", "").product)
     model.train()
