@@ -18,12 +18,14 @@ from qwen_chat import hardware, models
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
-from qwen_chat.inference.decoder import Decoder, Segment
+from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong, load_engine
 from qwen_chat.inference.events import Generation
-from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVShape, KVStore, PrefixCache
+from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
 from qwen_chat.inference.lora import Lora, NotBeside, _is_harmless, why_merged
+from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
+from qwen_chat.inference.step import Segment
 from tests.support.scripted import TEMPLATE
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
