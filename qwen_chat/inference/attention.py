@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from qwen_chat.inference.activation import by_rows
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Place
 from qwen_chat.inference.norm import Norm
@@ -89,8 +90,7 @@ class Attention:
         torch.addcmul(turned * step.cos, turned.roll(rotary // 2, -1), step.sin, out=heads[:, :keys, :rotary])
         a = self._attend(heads, step)
         if self.is_gated:
-            gate = heads[:, keys + self.kv_heads :].sigmoid_()
-            a = a * gate.reshape(a.shape)
+            a = a * by_rows(torch.sigmoid, heads.flatten(1)[:, -a.shape[1] :])
         return self.output(a, step)
 
     def _attend(self, all_heads: torch.Tensor, step: Step) -> torch.Tensor:

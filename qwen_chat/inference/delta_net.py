@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from qwen_chat.inference.activation import by_rows
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Place
 from qwen_chat.inference.norm import Norm
@@ -88,34 +89,28 @@ class DeltaNet:
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x (tokens, hidden) -> (tokens, hidden)"""
-        # Whatever takes an exponential works in place on a part of the rows of `y`: a row by itself. Over a whole
-        # tensor the last few numbers would go through another routine, whose last bits differ.
         y = self.inputs(x, step).float()
         channels, values = self.filters.shape[1], self.heads * self.value_dim
-        mixed, gate = y[:, :channels], y[:, channels : channels + values]
-        gates = y[:, channels + values :].view(len(x), 2, self.heads)
-        strength = gates[:, 0].sigmoid_()
-        decay = functional.softplus(gates[:, 1].add_(self.decay_bias)) * self.decay
-        inputs = self._convolve(mixed, step)
-        qk, v = mixed[:, :-values], mixed[:, -values:]
+        gate = by_rows(functional.silu, y[:, channels : channels + values])
+        strength = by_rows(torch.sigmoid, y[:, channels + values : -self.heads])
+        decay = by_rows(functional.softplus, y[:, -self.heads :].add_(self.decay_bias)) * self.decay
+        mixed, inputs = self._convolve(y[:, :channels], step)
+        qk, v = mixed[:, :-values].reshape(len(x), 2, self.key_heads, self.key_dim), mixed[:, -values:]
         # x / sqrt(sum(x^2) + eps) by way of the mean; queries are scaled by 1 / sqrt(key_dim) beside.
-        qk = functional.rms_norm(
-            qk.view(len(x), 2, self.key_heads, self.key_dim), (self.key_dim,), None, _EPS / self.key_dim
-        )
+        qk = functional.rms_norm(qk, (self.key_dim,), None, _EPS / self.key_dim)
         scale = torch.tensor([1 / self.key_dim, 1 / math.sqrt(self.key_dim)])
         qk = (qk * scale[:, None, None]).repeat_interleave(self.heads // self.key_heads, 2)
-        v = v.view(len(x), self.heads, self.value_dim)
+        v = v.reshape(len(x), self.heads, self.value_dim)
         gates = torch.stack((decay, strength), 1)
         found = []
         for segment, tokens, own in zip(step.segments, step.tokens, inputs, strict=True):
             found.append(self._advance(segment, qk[tokens], v[tokens], gates[tokens], own))
         a = self.norm(found[0] if len(found) == 1 else torch.cat(found))
-        a = a.view(len(x), values) * functional.silu(gate, inplace=True)
-        return self.output(a.to(x.dtype), step)
+        return self.output((a.view(len(x), values) * gate).to(x.dtype), step)
 
-    def _convolve(self, mixed: torch.Tensor, step: Step) -> list[torch.Tensor]:
-        """Convolution and SiLU, in place; returns for each segment the inputs of its tokens after those before
-        them, (history + tokens, channels)."""
+    def _convolve(self, mixed: torch.Tensor, step: Step) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Convolution (into `mixed`) and SiLU, (tokens, channels); and for each segment the inputs of its tokens
+        after those before them, (history + tokens, channels)."""
         history = len(self.filters) - 1
         inputs, places = [], []
         begin = 0
@@ -129,8 +124,7 @@ class DeltaNet:
         torch.mul(whole[place], self.filters[0], out=mixed)
         for tap in range(1, history + 1):
             mixed += whole[place + tap] * self.filters[tap]
-        functional.silu(mixed, inplace=True)
-        return inputs
+        return by_rows(functional.silu, mixed), inputs
 
     def _advance(
         self, segment: Segment, qk: torch.Tensor, v: torch.Tensor, gates: torch.Tensor, inputs: torch.Tensor

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen_chat.inference.activation import by_rows
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Place
 from qwen_chat.inference.projection import Projection
@@ -48,9 +49,10 @@ class Dense:
         y = self.gate_up(x, step)
         if not self.has_switch:
             gate, up = y.chunk(2, -1)
-            return self.down(self.activation(gate) * up, step)
+            return self.down(by_rows(self.activation, gate) * up, step)
         gate, up = y[:, :-1].chunk(2, -1)
-        return self.down(self.activation(gate) * up, step).mul_(y[:, -1:].sigmoid_())
+        switch = by_rows(torch.sigmoid, y[:, -1:])
+        return self.down(by_rows(self.activation, gate) * up, step).mul_(switch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,6 @@ class Experts:
         for expert in sorted(set(experts.flatten().tolist())):
             tokens, place = (experts == expert).nonzero(as_tuple=True)
             gate, up = self.gate_up[expert](x[tokens]).chunk(2, -1)
-            found = self.down[expert](self.activation(gate) * up)
+            found = self.down[expert](by_rows(self.activation, gate) * up)
             y.index_add_(0, tokens, found * scores[tokens, place, None])
         return y if self.shared is None else y + self.shared(x, step)

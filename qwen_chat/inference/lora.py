@@ -312,9 +312,9 @@ def _halves(
     halves = {}
     for name, tensor in tensors.items():
         found = _HALF.search(name)
-        layer = places.layers[int(found[2])] if found and int(found[2]) < len(places.layers) else ()
+        known = places.layers[int(found[2])] if found and int(found[2]) < len(places.layers) else ()
         part = next(
-            (part for place in layer for part in place.parts if found and part.path == found[3]), None
+            (part for place in known for part in place.parts if found and part.path == found[3]), None
         )
         if found is None or part is None:
             raise _no_place(folder, name)
