@@ -81,3 +81,35 @@ def tiny_family(name: str, seed: int = 0, **more: Any) -> Any:
 
     torch.manual_seed(seed)
     return shake(AutoModelForCausalLM.from_config(family_config(name, **more)), seed)
+
+
+def tiny_conditional(seed: int = 0) -> Any:
+    """A Qwen3_5ForConditionalGeneration: the text model of qwen3_5_text, and a vision part that text never meets."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    }
+    text = family_config("qwen3_5_text").to_dict()
+    torch.manual_seed(seed)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    return shake(Qwen3_5ForConditionalGeneration(config), seed)
+
+
+def byte_tokenizer() -> Any:
+    """Byte-level, 256 bytes and a few special tokens; id n < 256 is a byte."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from qwen_chat.inference.text import _BYTE_OF
+
+    raw = Tokenizer(models.BPE(vocab=dict(_BYTE_OF), merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
