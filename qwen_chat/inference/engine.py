@@ -27,7 +27,7 @@ import torch
 from qwen_chat import hardware
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
-from qwen_chat.inference.decoder import Decoder, Segment
+from qwen_chat.inference.decoder import Decoder, check_served
 from qwen_chat.inference.events import (
     Completion,
     Fault,
@@ -37,10 +37,12 @@ from qwen_chat.inference.events import (
     TokenLogprob,
 )
 from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
-from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVStore, PrefixCache
+from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
 from qwen_chat.inference.lora import Lora, why_merged
+from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
 from qwen_chat.inference.quantize import check_dtype
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
+from qwen_chat.inference.step import Segment
 from qwen_chat.inference.text import StopText, TokenText
 from qwen_chat.threads import in_own_thread
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
 LOGGER = logging.getLogger(__name__)
+_SNAPSHOT_EVERY = 128  # tokens: how often one is expected in the prefix cache, for which it gets room
 
 
 class PromptTooLong(ServiceError):
@@ -130,9 +133,10 @@ class Engine:
     """Serves requests over one model.
 
     Args:
-        model: a transformers causal model (qwen2, qwen3, llama), or a Decoder that was made of one.
+        model: a transformers causal model (of `decoder.FAMILIES`), or a Decoder that was made of one.
         max_batch: requests that run at once; further ones wait.
-        kv_tokens: tokens that running requests may hold together; None = what fits the free memory.
+        kv_tokens: tokens that running requests may hold together, their states counted as so many; None = what
+            fits the free memory.
         cache_tokens: tokens that the prefix cache may hold, at most an eighth of the free memory; 0 = off.
         prefill_tokens: prompt tokens in a step while others decode (what a long prompt may delay them by).
         adapters: name -> folder of a LoRA adapter.
@@ -173,11 +177,12 @@ class Engine:
         self.stop_strings = tuple(stop_strings)
         self._fmt = fmt
         self._base_stops = () if fmt is None else fmt.stop_strings
-        fits, cache_tokens = _memory_tokens(self.decoder.kv_shape.token_bytes, cache_tokens)
+        shape = self.decoder.kv_shape
+        fits, cache_tokens = _memory_tokens(shape, cache_tokens)
         self.kv_tokens = kv_tokens or fits
         self._token_text = TokenText(tokenizer)
-        self._cache = PrefixCache(cache_tokens)
-        self._kv = KVStore(self.decoder.kv_shape)
+        self._cache = PrefixCache(cache_tokens, shape.snapshot_tokens)
+        self._kv = KVStore(shape)
         self._grammars: GrammarTokenizer | None = None
         self._grammar_lock = threading.Lock()
         self._adapters: dict[str, _Adapter] = {}
@@ -444,15 +449,16 @@ class Engine:
         the running ones outgrow the memory, the youngest waits again (its tokens are kept, its keys and
         values computed anew)."""
         with self._wakeup:
-            held = sum(max(len(row.tokens) + 1, row.computed) for row in self._running)
+            state = self.decoder.kv_shape.state_tokens
+            held = sum(max(len(row.tokens) + 1, row.computed) + state for row in self._running)
             while held > self.kv_tokens and len(self._running) > 1:
                 row = self._running.pop()
-                held -= len(row.tokens) + 1
+                held -= len(row.tokens) + 1 + state
                 row.kv.release()
                 row.computed, row.started = 0, False
                 self._waiting.appendleft(row)
             while self._waiting and len(self._running) < self.max_batch:
-                need = min(len(self._waiting[0].tokens) + BLOCK, self._waiting[0].end)
+                need = min(len(self._waiting[0].tokens) + BLOCK, self._waiting[0].end) + state
                 if self._running and held + need > self.kv_tokens:
                     break
                 held += need
@@ -497,8 +503,14 @@ class Engine:
     def _segment(self, row: _Row, count: int) -> Segment:
         stop = row.computed + count
         row.kv.reserve(stop)
+        keep: tuple[int, ...] = ()
+        if row.kv.state is not None and self._cache.is_on:
+            # The last block end; of a prompt's last piece, one that the same prompt could go on from.
+            last = stop - (stop == len(row.tokens) and not row.generated)
+            ends = {last // BLOCK * BLOCK, row.kv.state.branch}
+            keep = tuple(sorted(end for end in ends if row.computed < end <= stop))
         return Segment(
-            row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens)
+            row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens), keep
         )
 
     def _choose(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Choice | Exception]:
@@ -590,6 +602,7 @@ def load_engine(
     if model_path is None and lone is not None:
         model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
+    check_served(str(models.read_config(path)["model_type"]))
     reason = None if lone is None else why_merged(lone)
     loading = dtype if reason is None else "float32"  # a merge is exact in float32 alone
     loaded = models.load_model(path, dtype=loading, device="cpu", trust_remote_code=trust_remote_code)
@@ -659,10 +672,11 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
-def _memory_tokens(token_bytes: int, cache_tokens: int) -> tuple[int, int]:
+def _memory_tokens(shape: KVShape, cache_tokens: int) -> tuple[int, int]:
     """Tokens for running requests and for the prefix cache: half of the memory that is free, a container's limit
-    included. The cache gets at most a quarter of it; a row's capacity may be twice its length.
+    included. The cache gets at most a quarter of it; a row's capacity may be twice its length. Where the model has
+    states, the cache gets room for a snapshot every 128 tokens beside.
     """
-    budget = hardware.free_memory() // 2 // token_bytes
-    cache = min(cache_tokens, budget // 4)
+    budget = hardware.free_memory() // 2 // max(shape.token_bytes, 1)
+    cache = min(cache_tokens + cache_tokens // _SNAPSHOT_EVERY * shape.snapshot_tokens, budget // 4)
     return max((budget - cache) // 2, 1024), cache

@@ -1,42 +1,50 @@
-"""Keys and values: one row's, growing as it does, and those of finished prompts, kept for the next that
-begins alike.
+"""What a row keeps between steps: keys and values, growing as it does, and the states of delta-net layers.
 
-In: layers, key-value heads, head size. Out: a `KVStore` that hands out `KVRow`s (one a request), and a
-`PrefixCache` (bounded by tokens, least recently used out first).
+In: layers, key-value heads, head size, the shape of a state. Out: a `KVStore` that hands out `KVRow`s (one a
+request).
 
 Rows of about one length lie side by side in a bank, so that one attention call serves neighbours; a row that
-outgrows its bank moves to one of twice the capacity.
+outgrows its bank moves to one of twice the capacity. A state has one size for ever and lies by itself.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from qwen_chat.inference.row_state import RowState, StateShape
+
 TILE = 64  # attention covers key-value lengths that are multiples of this: a function of the position alone
-BLOCK = 32  # tokens of one cached block
 _SMALLEST_BANK = 256  # tokens a row
 _BANK_TOKENS = 4096  # tokens a bank, all its rows together; a longer row has a bank to itself
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Of one token: `layers` x (keys and values) x `heads` x `head_dim`, in `dtype`."""
+    """Of one token: `layers` (with attention) x (keys and values) x `heads` x `head_dim`, in `dtype`; and the states
+    of a whole row, where the model has any."""
 
     layers: int
     heads: int
     head_dim: int
     dtype: torch.dtype
+    state: StateShape | None = None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values, all layers."""
         return self.layers * 2 * self.heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def state_tokens(self) -> int:
+        """How many tokens' keys and values weigh as much as the states of one row."""
+        return 0 if self.state is None else -(-self.state.row_bytes // max(self.token_bytes, 1))
+
+    @property
+    def snapshot_tokens(self) -> int:
+        """How many tokens' keys and values weigh as much as one snapshot."""
+        return 0 if self.state is None else -(-self.state.snapshot_bytes // max(self.token_bytes, 1))
 
 
 class Bank:
@@ -58,14 +66,15 @@ class Bank:
 
 
 class KVRow:
-    """One request's keys and values: a slot of a bank, or nothing yet."""
+    """One request's keys and values (a slot of a bank) and states, or nothing yet."""
 
-    __slots__ = ("_store", "bank", "slot")
+    __slots__ = ("_store", "bank", "slot", "state")
 
     def __init__(self, store: KVStore) -> None:
         self._store = store
         self.bank: Bank | None = None
         self.slot = 0
+        self.state: RowState | None = None
 
     @property
     def capacity(self) -> int:
@@ -84,8 +93,9 @@ class KVRow:
             self._store.move(self, tokens)
 
     def release(self) -> None:
-        """Give the slot back."""
+        """Give the slot back and drop the states."""
         self._store.give_back(self)
+        self.state = None
 
 
 class KVStore:
@@ -116,6 +126,8 @@ class KVStore:
             bank.tensor[:, slot, :, : row.capacity] = row.tensor
             self.give_back(row)
         row.bank, row.slot = bank, slot
+        if row.state is None and self._shape.state is not None:
+            row.state = RowState(self._shape.state)
 
     def give_back(self, row: KVRow) -> None:
         """Free a row's slot; an empty bank goes, unless it is the last of its capacity."""
@@ -139,66 +151,3 @@ class KVStore:
         self._made += 1
         banks.append(Bank(self._shape, self._made, max(1, _BANK_TOKENS // capacity), capacity))
         return banks[-1]
-
-
-class PrefixCache:
-    """Blocks of keys and values, each under the hash of the adapter and all tokens up to its end."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_blocks = max_tokens // BLOCK
-        self._blocks: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens held now."""
-        return len(self._blocks) * BLOCK
-
-    def fill(self, row: KVRow, adapter: int, ids: Sequence[int]) -> int:
-        """Copy into `row` what is known of the beginning of `ids`; returns how many tokens that is.
-
-        At least one token is left to compute: its logits are needed.
-        """
-        found: list[bytes] = []
-        for key in _keys(adapter, ids[: len(ids) - 1]):
-            if key not in self._blocks:
-                break
-            found.append(key)
-        if found:
-            row.reserve(len(ids))
-            tensor = row.tensor
-            for place, key in enumerate(found):
-                tensor[:, :, place * BLOCK : (place + 1) * BLOCK] = self._blocks[key]
-        self._touch(found)
-        return len(found) * BLOCK
-
-    def store(self, row: KVRow, adapter: int, ids: Sequence[int]) -> None:
-        """Keep the whole blocks of `ids`, whose keys and values `row` holds."""
-        if len(ids) < BLOCK or not self._max_blocks:
-            return
-        keys = _keys(adapter, ids)[: self._max_blocks]
-        tensor = row.tensor
-        for place, key in enumerate(keys):
-            if key not in self._blocks:
-                self._blocks[key] = tensor[:, :, place * BLOCK : (place + 1) * BLOCK].clone()
-        self._touch(keys)
-        while len(self._blocks) > self._max_blocks:
-            self._blocks.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._blocks.clear()
-
-    def _touch(self, keys: list[bytes]) -> None:
-        """Last block first: a prefix must outlive what continues it, or the rest could not be found."""
-        for key in reversed(keys):
-            self._blocks.move_to_end(key)
-
-
-def _keys(adapter: int, ids: Sequence[int]) -> list[bytes]:
-    """One key a whole block: each hashes the key before it, so equal keys mean equal beginnings."""
-    keys, key = [], adapter.to_bytes(8, "little")
-    numbers = array("q", ids)
-    for end in range(BLOCK, len(ids) + 1, BLOCK):
-        key = hashlib.blake2b(key + numbers[end - BLOCK : end].tobytes(), digest_size=16).digest()
-        keys.append(key)
-    return keys

@@ -26,12 +26,6 @@ from safetensors.torch import load_file
 from qwen_chat.errors import ModelError
 from qwen_chat.inference.quantize import FloatLinear
 
-JOINED = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 # The keys of adapter_config.json. Those that are read:
 _READ = {
     "peft_type",
@@ -53,29 +47,56 @@ _WITHOUT_EFFECT = {
 _INITS = (True, False, "gaussian", "orthogonal")  # the others change the base's weights, or may
 _OFF: tuple[object, ...] = (None, False, {}, [])  # where any other key, known or not, does nothing
 _MERGE = "serve it alone: a lone adapter is merged into its base as it is loaded"
-_HALF = re.compile(
-    r"^base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_A|lora_B)\.weight$"
+_BODY = (
+    r"^base_model\.model\.(model\.(?:language_model\.)?)"  # a multimodal model's text part lies one deeper
 )
-_MODULES = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
-_BIAS = re.compile(r"^base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.base_layer\.bias$")
-_ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+_HALF = re.compile(
+    _BODY + r"layers\.(\d+)\.((?:self_attn|linear_attn|mlp|mlp\.shared_expert)\.(?:in_proj_\w+|\w+_proj)"
+    r"|mlp\.shared_expert_gate)\.(lora_A|lora_B)\.weight$"
+)
+_BIAS = re.compile(_BODY + r"layers\.(\d+)\.(self_attn\.[qkv]_proj)\.base_layer\.bias$")
+_ROWS = re.compile(_BODY + r"embed_tokens\.token_adapter\.trainable_tokens_delta$")
 _WEIGHTS = "adapter_model.safetensors"
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """What an adapter must fit: layers, inputs and outputs of each projection, rows and width of the embedding,
-    dtype, the joined bias of query, key and value by layer (or None), and whether the head shares the
-    embedding's rows."""
+class Part:
+    """A linear module by its path in its layer (`self_attn.q_proj`), its numbers of inputs and outputs."""
 
-    layers: int
-    inputs: Mapping[str, int]
-    outputs: Mapping[str, int]
+    path: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Modules that the decoder joined: their outputs lie one after the other, or in `order`. bias: theirs, not
+    ordered; None where one has none."""
+
+    parts: tuple[Part, ...]
+    bias: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in a layer."""
+        return self.parts[0].path
+
+    def ordered(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Along the first dimension, as the joined layer has them."""
+        return outputs if self.order is None else outputs[self.order]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What an adapter must fit: the places of each layer, rows and width of the embedding, dtype, and whether the
+    head shares the embedding's rows."""
+
+    layers: tuple[tuple[Place, ...], ...]
     vocabulary: int
     width: int
     dtype: torch.dtype
-    biases: tuple[torch.Tensor | None, ...]
     tied: bool
 
 
@@ -92,7 +113,7 @@ def why_merged(folder: Path) -> str | None:
         _read_config(folder)
         names = _tensor_names(folder)
         for name in names:
-            if name != _ROWS and not _BIAS.search(name) and not _HALF.search(name):
+            if not any(known.search(name) for known in (_ROWS, _BIAS, _HALF)):
                 raise _no_place(folder, name)
     except NotBeside as error:
         return str(error)
@@ -115,25 +136,31 @@ class Lora:
         self._token_ids, self._token_rows = _trained_rows(folder, tensors, config, places)
         self._token_head = FloatLinear(self._token_rows) if places.tied and len(self._token_ids) else None
         halves = _halves(folder, tensors, places)
+        body = next((found[1] for name in tensors if (found := _HALF.search(name))), "")
         self._pairs: dict[tuple[int, str], tuple[FloatLinear, FloatLinear]] = {}
-        for layer in range(places.layers):
-            for place, names in JOINED.items():
-                block = f"model.layers.{layer}.{_MODULES[place]}"
+        for layer, known in enumerate(places.layers):
+            for place in known:
                 scales = {
-                    name: _scale(folder, config, f"{block}.{name}", halves.get((layer, name, "lora_A")))
-                    for name in names
+                    part.path: _scale(
+                        folder,
+                        config,
+                        f"{body}layers.{layer}.{part.path}",
+                        halves.get((layer, part.path, "lora_A")),
+                    )
+                    for part in place.parts
                 }
-                pair = _join(halves, layer, names, places, scales)
+                pair = _join(halves, layer, place, places.dtype, scales)
                 if pair is not None:
-                    self._pairs[layer, place] = pair
+                    self._pairs[layer, place.name] = pair
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, place: str) -> None:
         """Add this adapter's share for inputs x (tokens, in) to y (tokens, out), in place."""
         pair = self._pairs.get((layer, place))
         if pair is not None:
             y += pair[1](pair[0](x))
-        if place == "qkv" and layer in self._biases:
-            y += self._biases[layer]
+        change = self._biases.get((layer, place))
+        if change is not None:
+            y += change
 
     def embed(self, x: torch.Tensor, ids: torch.Tensor) -> None:
         """Put the embedding rows that were trained (`trainable_token_indices`) in place; x (tokens,
@@ -242,22 +269,22 @@ def _unreadable(folder: Path, error: Exception) -> ModelError:
     return ModelError(f"{folder}: {_WEIGHTS} cannot be read ({error})")
 
 
-def _bias_changes(tensors: dict[str, torch.Tensor], places: Places) -> dict[int, torch.Tensor]:
+def _bias_changes(tensors: dict[str, torch.Tensor], places: Places) -> dict[tuple[int, str], torch.Tensor]:
     """`bias="all"` and `"lora_only"` save whole biases; the base's are subtracted. Taken out of `tensors`."""
-    found: dict[int, torch.Tensor] = {}
-    for name in [name for name in tensors if _BIAS.search(name)]:
-        match = _BIAS.search(name)
-        layer = int(match[1]) if match else 0
-        base = places.biases[layer] if layer < places.layers else None
-        if match is None or base is None:
-            continue
-        begin = 0
-        for part in JOINED["qkv"]:
-            end = begin + places.outputs[part]
-            if part == match[2]:
-                change = found.setdefault(layer, torch.zeros_like(base))
-                change[begin:end] = tensors.pop(name).to(base.dtype) - base[begin:end]
-            begin = end
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    for layer, known in enumerate(places.layers):
+        for place in known:
+            begin, change = 0, None
+            for part in place.parts:
+                end = begin + part.outputs
+                for name in [name for name in tensors if place.bias is not None]:
+                    match = _BIAS.search(name)
+                    if match and place.bias is not None and (int(match[2]), match[3]) == (layer, part.path):
+                        change = torch.zeros_like(place.bias) if change is None else change
+                        change[begin:end] = tensors.pop(name).to(change.dtype) - place.bias[begin:end]
+                begin = end
+            if change is not None:
+                found[layer, place.name] = place.ordered(change)
     return found
 
 
@@ -271,7 +298,8 @@ def _trained_rows(
     beyond = [token for token in ids if not 0 <= token < places.vocabulary]
     if beyond:
         raise _misfit(folder, f"trained token {beyond[0]}", "no row", places.vocabulary)
-    rows = tensors.pop(_ROWS, torch.empty(0, places.width))
+    name = next((name for name in tensors if _ROWS.search(name)), "")
+    rows = tensors.pop(name, torch.empty(0, places.width))
     if rows.shape != (len(ids), places.width):
         raise _misfit(folder, "trained rows", f"the shape {tuple(rows.shape)}", places.width)
     return torch.tensor(ids, dtype=torch.long), rows.to(places.dtype)
@@ -280,19 +308,22 @@ def _trained_rows(
 def _halves(
     folder: Path, tensors: Mapping[str, torch.Tensor], places: Places
 ) -> dict[tuple[int, str, str], torch.Tensor]:
-    """(layer, projection, lora_A or lora_B) -> matrix; every tensor of the file is used or the adapter is
+    """(layer, path, lora_A or lora_B) -> matrix; every tensor of the file is used or the adapter is
     refused."""
     halves = {}
     for name, tensor in tensors.items():
         found = _HALF.search(name)
-        if found is None or int(found[1]) >= places.layers or found[2] not in places.outputs:
+        known = places.layers[int(found[2])] if found and int(found[2]) < len(places.layers) else ()
+        part = next(
+            (part for place in known for part in place.parts if found and part.path == found[3]), None
+        )
+        if found is None or part is None:
             raise _no_place(folder, name)
-        half = (int(found[1]), found[2], found[3])
-        if found[3] == "lora_B" and tensor.shape[0] != places.outputs[found[2]]:
-            raise _misfit(folder, name, f"{tensor.shape[0]} outputs", places.outputs[found[2]])
-        if found[3] == "lora_A" and tensor.shape[1] != places.inputs[found[2]]:
-            raise _misfit(folder, name, f"{tensor.shape[1]} inputs", places.inputs[found[2]])
-        halves[half] = tensor
+        if found[4] == "lora_B" and tensor.shape[0] != part.outputs:
+            raise _misfit(folder, name, f"{tensor.shape[0]} outputs", part.outputs)
+        if found[4] == "lora_A" and tensor.shape[1] != part.inputs:
+            raise _misfit(folder, name, f"{tensor.shape[1]} inputs", part.inputs)
+        halves[int(found[2]), part.path, found[4]] = tensor
     for layer, name, half_name in halves:
         down, up = halves.get((layer, name, "lora_A")), halves.get((layer, name, "lora_B"))
         if down is None or up is None or down.shape[0] != up.shape[1]:
@@ -312,23 +343,24 @@ def _misfit(folder: Path, name: str, found: str, wanted: int) -> ModelError:
 def _join(
     halves: Mapping[tuple[int, str, str], torch.Tensor],
     layer: int,
-    names: tuple[str, ...],
-    places: Places,
+    place: Place,
+    dtype: torch.dtype,
     scales: Mapping[str, float],
 ) -> tuple[FloatLinear, FloatLinear] | None:
     """A of all projections stacked, B as blocks on the diagonal and scaled: two multiplications for the
     joined layer."""
     ups, downs = [], []
-    for name in names:
-        down = halves.get((layer, name, "lora_A"))
+    for part in place.parts:
+        down = halves.get((layer, part.path, "lora_A"))
         if down is None:  # neither half: this projection is not adapted
-            ups.append(torch.zeros(places.outputs[name], 0))
+            ups.append(torch.zeros(part.outputs, 0))
             continue
         downs.append(down.float())
-        ups.append(halves[layer, name, "lora_B"].float() * scales[name])
+        ups.append(halves[layer, part.path, "lora_B"].float() * scales[part.path])
     if not downs:
         return None
-    return FloatLinear(torch.cat(downs).to(places.dtype)), FloatLinear(_block_diagonal(ups).to(places.dtype))
+    up = place.ordered(_block_diagonal(ups)).to(dtype)
+    return FloatLinear(torch.cat(downs).to(dtype)), FloatLinear(up)
 
 
 def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:

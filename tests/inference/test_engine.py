@@ -18,13 +18,16 @@ from qwen_chat import hardware, models
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
-from qwen_chat.inference.decoder import Decoder, Segment
+from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong, load_engine
 from qwen_chat.inference.events import Generation
-from qwen_chat.inference.kv_cache import BLOCK, KVRow, KVShape, KVStore, PrefixCache
+from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
 from qwen_chat.inference.lora import Lora, NotBeside, _is_harmless, why_merged
+from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
+from qwen_chat.inference.step import Segment
 from tests.support.scripted import TEMPLATE
+from tests.support.tiny_families import byte_tokenizer
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
 VOCABULARY = 512
@@ -60,17 +63,7 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **more: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer() -> Any:
-    """Byte-level, 256 bytes and a few special tokens; id n < 256 is a byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from qwen_chat.inference.text import _BYTE_OF
-
-    raw = Tokenizer(models.BPE(vocab=dict(_BYTE_OF), merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([AddedToken("<|im_end|>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
+    return byte_tokenizer()
 
 
 def prompts(count: int, longest: int = 150) -> list[list[int]]:
@@ -134,7 +127,9 @@ def test_a_model_of_another_kind_is_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8))
-    with pytest.raises(ModelError, match="model type 'gpt2': the engine serves qwen2, qwen3, llama"):
+    with pytest.raises(
+        ModelError, match=r"model type 'gpt2': the engine serves qwen2, qwen2_moe, .*, mistral; for others"
+    ):
         Decoder(model)
 
 

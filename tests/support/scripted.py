@@ -16,9 +16,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qwen_chat.inference.decoder import Decoder, Segment
+from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.engine import Engine
 from qwen_chat.inference.kv_cache import KVRow, KVShape
+from qwen_chat.inference.step import Segment
 from qwen_chat.inference.text import _BYTE_OF
 
 TEMPLATE = (
