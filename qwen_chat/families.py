@@ -91,7 +91,6 @@ def listing() -> str:
 # What in a config.json tells for certain that rows of several conversations would be learnt wrong, and why.
 # Kinds of layers that keep conversations apart.
 _ATTENDS = {"full_attention", "attention", "sliding_attention", "chunked_attention"}
-# Types whose recurrent layers keep them apart too (training/delta_net.py), and the kind of these layers.
 _STATE = "layers carry a state from one conversation of a row into the next"
 # Settings of convolutions, recurrences and their places, from transformers' hybrid models.
 _STATES = (

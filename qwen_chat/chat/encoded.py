@@ -5,8 +5,11 @@ In: what a format wrote and tokenised. Out: the same as spans (how it is stored 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from qwen_chat.conversation import Conversation
 
 # The label of a token that is not supervised, as torch's cross entropy has it.
 IGNORED = -100
@@ -34,3 +37,19 @@ class Encoded:
         """The tokens `[start, end)` as a sequence of their own; within it spans are counted from its start."""
         clipped = ((max(a, start) - start, min(b, end) - start) for a, b in self.spans)
         return Encoded(self.input_ids[start:end], [(a, b) for a, b in clipped if a < b])
+
+
+class Encoder(Protocol):
+    """What makes training sequences of conversations: a ChatFormat, or one that leaves empty thoughts unlearnt."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides ids and labels."""
+
+    def audit(self, conversations: Iterable[Conversation]) -> None:
+        """What has to be decided on real data, before any of it is encoded."""
+
+    def encode_many(
+        self, conversations: Sequence[Conversation], train_on: TrainOn = "all"
+    ) -> list[list[Encoded]]:
+        """The sequences of each conversation; FormatError as soon as one is refused."""

@@ -1,6 +1,6 @@
 """Conversations to arrays: tokenised under the length policy, a block of records at a time, by all cores.
 
-In: `Records`, a ChatFormat, `TokenOptions`. Out: a `Block` for each run of records, in their order.
+In: `Records`, an Encoder, `TokenOptions`. Out: a `Block` for each run of records, in their order.
 """
 
 import gc
@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_chat import hardware
-from qwen_chat.chat.encoded import IGNORED, Encoded, TrainOn
-from qwen_chat.chat.format import ChatFormat
+from qwen_chat.chat.encoded import IGNORED, Encoded, Encoder, TrainOn
 from qwen_chat.conversation import Conversation
 from qwen_chat.data.records import Records
 from qwen_chat.errors import FormatError, OutputError
@@ -92,7 +91,7 @@ class Block:
         return tuple(map(Sequence32, ids, spans))
 
 
-def encode_block(records: Records, fmt: ChatFormat, options: TokenOptions, indices: Sequence[int]) -> Block:
+def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices: Sequence[int]) -> Block:
     """These records, tokenised here."""
     encoded: list[Encoded] = []
     counts, kept, full = array("i"), array("Q"), array("i")
@@ -138,7 +137,7 @@ def longest(sequences: Sequence[Encoded]) -> int:
 
 
 def _encode(
-    fmt: ChatFormat, conversations: Sequence[Conversation], train_on: TrainOn
+    fmt: Encoder, conversations: Sequence[Conversation], train_on: TrainOn
 ) -> Sequence[Sequence[Encoded] | FormatError]:
     """The sequences of each conversation, or why the template cannot carry it."""
     try:
@@ -149,7 +148,7 @@ def _encode(
         return [_encode(fmt, [conversation], train_on)[0] for conversation in conversations]
 
 
-def _fitted(fmt: ChatFormat, conversation: Conversation, options: TokenOptions) -> Sequence[Encoded] | None:
+def _fitted(fmt: Encoder, conversation: Conversation, options: TokenOptions) -> Sequence[Encoded] | None:
     """The newest turns of a too long conversation, or None where not even the last one fits.
 
     A turn is a user message with everything up to the next one, so no call is cut from its result and the
@@ -175,7 +174,7 @@ def _fitted(fmt: ChatFormat, conversation: Conversation, options: TokenOptions) 
 
 
 def encode_blocks(
-    records: Records, fmt: ChatFormat, options: TokenOptions, indices: Sequence[int], workers: int | None
+    records: Records, fmt: Encoder, options: TokenOptions, indices: Sequence[int], workers: int | None
 ) -> Iterator[Block]:
     """The blocks of these records, in order; at most a few wait in memory.
 
@@ -211,10 +210,10 @@ def encode_blocks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_job: tuple[Records, ChatFormat, TokenOptions] | None = None
+_job: tuple[Records, Encoder, TokenOptions] | None = None
 
 
-def _start_worker(records: Records, fmt: ChatFormat, options: TokenOptions, parent: int) -> None:
+def _start_worker(records: Records, fmt: Encoder, options: TokenOptions, parent: int) -> None:
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the thread pool does not survive a fork
     _job = records, fmt, options

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwen_chat.chat.format import ChatFormat
+from qwen_chat.chat.encoded import Encoder
 from qwen_chat.conversation import Conversation, Message
 from qwen_chat.data.blocks import Sequence32, TokenOptions, encode_block, encode_blocks, longest
 from qwen_chat.data.records import Records
@@ -30,7 +30,7 @@ class LazyData(TokenisedData):
     """
 
     def __init__(
-        self, records: Records, fmt: ChatFormat, options: TokenOptions, key: str, workers: int | None = None
+        self, records: Records, fmt: Encoder, options: TokenOptions, key: str, workers: int | None = None
     ) -> None:
         super().__init__(records)
         self.fingerprint = key

@@ -1,6 +1,6 @@
 """Tokenised conversations: on disk, built once by all cores, memory-mapped, keyed by everything that matters.
 
-In: `Records`, a ChatFormat and the length policy. Out: `TokenisedData` (tokenised.py), here or lazy (lazy.py).
+In: `Records`, an Encoder and the length policy. Out: `TokenisedData` (tokenised.py), here or lazy (lazy.py).
 
 A cache is a folder `<cache dir>/tokens/<key>`. The key covers the content of the data files, the format's
 fingerprint (template, style, vocabulary), the options, the source of the modules that tokenise, and the
@@ -32,8 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_chat import files
-from qwen_chat.chat.encoded import TrainOn
-from qwen_chat.chat.format import ChatFormat
+from qwen_chat.chat.encoded import Encoder, TrainOn
 from qwen_chat.data.blocks import Block, Sequence32, TokenOptions, TooLong, encode_blocks
 from qwen_chat.data.lazy import LazyData
 from qwen_chat.data.records import Records
@@ -60,7 +59,7 @@ _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 def tokenise(
     records: Records,
-    fmt: ChatFormat,
+    fmt: Encoder,
     *,
     max_length: int,
     too_long: TooLong = "drop",
