@@ -138,9 +138,7 @@ def test_where_the_outer_tags_are_tokens_the_grammar_writes_the_tokens(qwen3_tok
         text = f"Let me see.\n\n{Xml().write(calls)}"
         ids = qwen3_tokenizer.encode(text, add_special_tokens=False)
         assert ids.count(qwen3_tokenizer.convert_tokens_to_ids("<tool_call>")) == len(calls)
-        matcher = grammars.matcher(
-            Xml().text_grammar([{"function": {**tool["function"], "strict": True}} for tool in TOOLS])
-        )
+        matcher = grammars.matcher(Xml().text_grammar(strict))
         for token in ids:
             assert matcher.mask(torch.zeros(len(qwen3_tokenizer)))[token] == 0
             matcher.consume(token)
