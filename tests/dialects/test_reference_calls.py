@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from llguidance import LLTokenizer, TokenizerWrapper
 
 from qwen_chat.conversation import ToolCall
 from qwen_chat.dialects.dialect import Dialect, Tools
@@ -15,7 +16,9 @@ from qwen_chat.dialects.known import parse, stream_parser
 from qwen_chat.dialects.qwen_agent import QwenAgent
 from qwen_chat.dialects.reader import Reply, fold
 from qwen_chat.dialects.xml import Xml
+from qwen_chat.tools.validate import check_call
 from tests.support import reference_calls
+from tests.support.byte_grammars import Bytes, accepts
 
 DIALECTS: dict[str, Dialect] = {
     "hermes": Hermes(),
@@ -80,6 +83,27 @@ def check(dialect: Dialect, questions: list[reference_calls.Question]) -> tuple[
 def test_every_twenty_fifth_question(name: str, questions: list[reference_calls.Question]) -> None:
     assert len(questions) == 2501
     assert check(DIALECTS[name], questions[::25]) == (134, 0)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_grammar_lets_every_valid_call_be_written(
+    name: str, questions: list[reference_calls.Question]
+) -> None:
+    """Those of every twenty-fifth question, with the arguments in the order of the schema."""
+    dialect, written = DIALECTS[name], 0
+    vocabulary = LLTokenizer(TokenizerWrapper(Bytes()), eos_token=256)  # type: ignore[arg-type]
+    for question in questions[::25]:
+        for call in question.calls:
+            if check_call(call, question.tools) is not None:
+                continue
+            function = next(one["function"] for one in question.tools if one["function"]["name"] == call.name)
+            arguments, order = json.loads(call.arguments), list(function["parameters"].get("properties", ()))
+            sorted_arguments = {key: arguments[key] for key in sorted(arguments, key=order.index)}
+            text = Hermes().write if dialect == QwenAgent() else dialect.write
+            one = ToolCall(call.name, json.dumps(sorted_arguments, ensure_ascii=False))
+            assert accepts(vocabulary, dialect.call_grammar(question.tools), text([one])), question.name
+            written += 1
+    assert written == 133
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from qwen_chat.chat.format import ChatFormat
@@ -19,6 +20,7 @@ from qwen_chat.dialects.known import KNOWN, parse
 from qwen_chat.dialects.reader import Reply
 from qwen_chat.dialects.xml import Xml
 from qwen_chat.errors import FormatError, OptionError
+from qwen_chat.inference.grammar import GrammarTokenizer
 from tests.support.byte_grammars import Bytes, accepts
 
 SPOKEN: dict[str, Dialect] = {
@@ -125,3 +127,19 @@ def test_another_style_than_the_templates_is_refused(
     )
     with pytest.raises(OptionError, match=says):
         ChatFormat(tokenizer, tool_style=asked)
+
+
+def test_where_the_outer_tags_are_tokens_the_grammar_writes_the_tokens(qwen3_tokenizer: Any) -> None:
+    grammars = GrammarTokenizer(qwen3_tokenizer, len(qwen3_tokenizer), [qwen3_tokenizer.eos_token_id])
+    strict = [{"function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    rng = random.Random(0)
+    for _ in range(5):
+        calls = random_calls(rng)
+        text = f"Let me see.\n\n{Xml().write(calls)}"
+        ids = qwen3_tokenizer.encode(text, add_special_tokens=False)
+        assert ids.count(qwen3_tokenizer.convert_tokens_to_ids("<tool_call>")) == len(calls)
+        matcher = grammars.matcher(Xml().text_grammar(strict))
+        for token in ids:
+            assert matcher.mask(torch.zeros(len(qwen3_tokenizer)))[token] == 0
+            matcher.consume(token)
+        assert matcher.mask(torch.zeros(len(qwen3_tokenizer)))[qwen3_tokenizer.eos_token_id] == 0

@@ -714,6 +714,15 @@ def test_text_is_free_and_every_call_in_it_is_held(vocabulary: LLTokenizer) -> N
     assert accepts(vocabulary, grammar, "It is < warm, I think.")
     assert accepts(vocabulary, grammar, f"I look.\n\n{ONE}\n{call(parameter('c', 'x'), name='g')}")
     assert accepts(vocabulary, grammar, call(parameter("b", "x"), parameter("a", "y"), name="g"))
+    for held in (
+        call(),
+        call(parameter("a", "x")),
+        call(parameter("b", "x")),
+        call(name="h"),
+        "<tool_call>\n<function=g>\nx",
+    ):
+        assert not accepts(vocabulary, grammar, f"I look.\n\n{held}"), held
+    assert not accepts(vocabulary, grammar, call(parameter("b", "x</function>y"), name="g"))
 
 
 @pytest.mark.parametrize(
