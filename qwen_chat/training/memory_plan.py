@@ -22,7 +22,7 @@ from typing import Any, Literal
 from qwen_chat import hardware
 from qwen_chat.cli.deepspeed_file import read_deepspeed
 from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, Run, target_words
-from qwen_chat.errors import ModelError
+from qwen_chat.errors import ModelError, OptionError
 from qwen_chat.hardware import MIB
 
 Method = Literal["full", "lora", "qlora"]
@@ -748,8 +748,22 @@ class Verdict:
     refusal: str | None
 
 
+def check_targets(run: Run, shape: Shape) -> None:
+    """OptionError where an adapter over experts is asked for and the model has none."""
+    targets = run.lora.lora_target_modules
+    if run.method != "full" and shape.counted and not shape.sparse and EXPERTS in target_words(targets):
+        raise OptionError(
+            f"--lora_target_modules {' '.join(targets)}: a model of type {shape.kind!r} has no experts here;"
+            f" leave {EXPERTS} out"
+        )
+
+
 def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -> Verdict:
-    """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation."""
+    """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation.
+
+    Raises OptionError where an adapter's targets are not there.
+    """
+    check_targets(run, shape)
     asked = run.train.gradient_checkpointing
     if not shape.counted:
         line = (
