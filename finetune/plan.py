@@ -56,6 +56,7 @@ def main() -> int:
             f"config.json: model_type {shape.kind!r}, whose parameters are not counted; expected one of"
             f" {', '.join(memory_plan.COUNTED)}; finetune.py tunes it without a plan"
         )
+    memory_plan.check_targets(run, shape)
     counted = count_data(run) if run.data.data_path else {}
     for note in families.positions_note(config, counted.get("longest", run.data.model_max_length)):
         print(f"note: {note}", file=sys.stderr)

@@ -27,7 +27,7 @@ ALL_LINEAR, EXPERTS = "all-linear", "experts"
 
 def target_words(given: tuple[str, ...]) -> tuple[str, ...]:
     """The words of --lora_target_modules, given apart or in one with commas (so may a regular expression be cut)."""
-    return given if len(given) > 1 else tuple(given[0].split(","))
+    return tuple(given[0].split(",")) if len(given) == 1 else given
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from qwen_chat import hardware
 from qwen_chat.cli.deepspeed_file import read_deepspeed
 from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, Run, target_words
-from qwen_chat.errors import ModelError
+from qwen_chat.errors import ModelError, OptionError
 from qwen_chat.hardware import MIB
 
 Method = Literal["full", "lora", "qlora"]
@@ -132,7 +132,9 @@ class Shape:
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """Raises ModelError where a field that decides the size is missing."""
         text = config.get("text_config") or config
-        kind = str(text.get("model_type") or config.get("model_type", "?"))
+        # Such a folder's model is loaded whole (models.load_model).
+        sees = config.get("vision_config") and "ForConditionalGeneration" in str(config.get("architectures"))
+        kind = str((not sees and text.get("model_type")) or config.get("model_type", "?"))
         kind = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.get(kind, kind)
         if kind not in COUNTED:
             return cls(kind)
@@ -144,6 +146,7 @@ class Shape:
             inner = 0 if kind == "qwen3_5_moe_text" else int(fields["intermediate_size"])
             parts = _mixture(kind, fields, layers) if kind in WITH_EXPERTS else {}
             parts |= _recurrence(kind, fields, layers) if hybrid else {}
+            parts |= _vision(config["vision_config"]) if sees else {}
             # What transformers takes where the file says nothing.
             kv_heads = int(
                 fields.get("num_key_value_heads")
@@ -165,7 +168,7 @@ class Shape:
             kv_heads=kv_heads,
             head=head,
             words=words,
-            tied=bool(fields.get("tie_word_embeddings", False)),
+            tied=bool((config if sees else fields).get("tie_word_embeddings", False)),
             gated=hybrid,
             biases=qkv * ((1 + hybrid) * heads + 2 * kv_heads) * head
             + out * hidden
@@ -173,7 +176,6 @@ class Shape:
             normed=hybrid or kind in ("qwen3", "qwen3_moe"),
             stored=2 if dtype in ("bfloat16", "float16") else 4,
             **parts,
-            **_vision(config),
         )
 
     @property
@@ -301,11 +303,8 @@ def _recurrence(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, 
     return {"delta": delta, "recurrent": recurrent}
 
 
-def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The size of the part that sees, of a folder whose model is loaded whole (models.load_model)."""
-    vision, names = config.get("vision_config"), config.get("architectures") or [""]
-    if not (isinstance(vision, Mapping) and str(names[0]).endswith("ForConditionalGeneration")):
-        return {}
+def _vision(vision: Mapping[str, Any]) -> dict[str, int]:
+    """The size of the part that sees, with what transformers takes where the file says nothing."""
     hidden, inner = int(vision.get("hidden_size", 1152)), int(vision.get("intermediate_size", 4304))
     depth, patch = int(vision.get("depth", 27)), int(vision.get("patch_size", 16))
     channels, frames = int(vision.get("in_channels", 3)), int(vision.get("temporal_patch_size", 2))
@@ -748,8 +747,22 @@ class Verdict:
     refusal: str | None
 
 
+def check_targets(run: Run, shape: Shape) -> None:
+    """OptionError where an adapter over experts is asked for and the model has none."""
+    targets = run.lora.lora_target_modules
+    if run.method != "full" and shape.counted and not shape.sparse and EXPERTS in target_words(targets):
+        raise OptionError(
+            f"--lora_target_modules {' '.join(targets)}: a model of type {shape.kind!r} has no experts here;"
+            f" leave {EXPERTS} out"
+        )
+
+
 def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -> Verdict:
-    """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation."""
+    """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation.
+
+    Raises OptionError where an adapter's targets are not there.
+    """
+    check_targets(run, shape)
     asked = run.train.gradient_checkpointing
     if not shape.counted:
         line = (

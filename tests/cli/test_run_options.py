@@ -300,6 +300,15 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--q_lora", "--lora_init", "pissa"], "PiSSA changes the base, 4 bits cannot"),
         (["--use_lora", "--lora_init", "pissa_niter_x"], "expected default, pissa or pissa_niter_N"),
+        (
+            ["--use_lora", "--lora_target_modules", "all-linear", "experts"],
+            "--lora_dropout 0.05 with --lora_target_modules all-linear experts: peft has no dropout before an adapter"
+            " over experts; give --lora_dropout 0",
+        ),
+        (
+            ["--use_lora", "--lora_target_modules", "q_proj,experts", "--lora_dropout", "0", "--use_dora"],
+            "--use_dora with --lora_target_modules q_proj,experts: peft has none for experts; leave one of them out",
+        ),
         (["--use_lora", "--lora_weight_path", "/nowhere"], "no adapter_config.json there"),
         (["--use_lora", "--loraplus_lr_ratio", "0.5"], "expected 1 or more; 16 is usual"),
         (["--data_weights", "1", "2"], "--data_weights has 2 numbers for 1 data files"),

@@ -161,6 +161,10 @@ def test_weights_and_positions_count(
             "4-bit weights cannot",
         ),
         (["--lora_r", "0", "--use_lora", "True"], "--lora_r 0: expected a number above 0"),
+        (
+            ["--use_lora", "True", "--lora_target_modules", "all-linear", "experts", "--lora_dropout", "0"],
+            "--lora_target_modules all-linear experts: a model of type 'qwen2' has no experts here; leave experts",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words: list[str], said: str, seven: Path) -> None:

@@ -232,6 +232,32 @@ def test_the_part_that_sees_is_frozen_weights() -> None:
     assert four_bits < shape.vision  # its linear layers are in 4 bits too
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("outer", [True, False])
+def test_whose_word_on_tied_embeddings_counts(whole: bool, inner: bool, outer: bool) -> None:
+    """The outer config's where the folder is loaded whole, else its text part's."""
+    text = small("qwen3_5_text") | {"tie_word_embeddings": inner}
+    config = {"model_type": "qwen3_5", "tie_word_embeddings": outer, "text_config": text}
+    config["vision_config"] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64}
+    if whole:
+        config["architectures"] = ["Qwen3_5ForConditionalGeneration"]
+    shape = Shape.of(config)
+    assert shape.parameters == sum(p.numel() for p in model_of(config).parameters())
+    assert (shape.vision > 0) is whole and shape.tied is (outer if whole else inner)
+
+
+def test_another_folder_that_sees_is_not_counted() -> None:
+    text = CONFIG | {"model_type": "mistral"}
+    config = {"model_type": "mistral3", "text_config": text, "vision_config": {"hidden_size": 1024}}
+    assert Shape.of(config).parameters > 0
+    whole = Shape.of(config | {"architectures": ["Mistral3ForConditionalGeneration"]})
+    assert (whole.kind, whole.counted) == ("mistral3", False)
+    damaged = PUBLISHED["Qwen3.5-27B"][0] | {"vision_config": {"patch_size": [16, 16]}}
+    with pytest.raises(ModelError, match=r"^config\.json: "):
+        Shape.of(damaged)
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
