@@ -353,5 +353,5 @@ def _small_copy(model: PreTrainedModel) -> PreTrainedModel:
         torch.manual_seed(0)
         with torch.device("cpu"):
             small: PreTrainedModel = type(base)(config).float()
-    delta_net.install(small)
+    delta_net.keep_apart(small)
     return small
