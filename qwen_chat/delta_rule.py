@@ -118,19 +118,21 @@ def convolve(
     """Each channel's weighted sum over a token and the W - 1 before it on its run's way.
 
     x [T, D]; weight [D, W], the token's own last; states [roots, W - 1, D]: the inputs before the roots, else zeros.
-    Returns the sums [T, D] and, with `keep`, the last W - 1 inputs on the way to each run's end [R, W - 1, D].
+    Returns the sums [T, D], made in float32 or better, and, with `keep`, the last W - 1 inputs on the way to each
+    run's end [R, W - 1, D].
     """
     width = weight.shape[1] - 1
     extended, own, tails = (index.to(x.device) for index in runs.history(width))
     before = x.new_zeros(width * len(runs.roots), x.shape[1]) if states is None else states.flatten(0, 1)
     source = torch.cat([x, before.to(x.dtype)])
-    spread = source.index_select(0, extended)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    spread, weight = source.index_select(0, extended).to(exact), weight.to(exact)
     count = len(extended) - width
     total = spread[width:] * weight[:, width]
     for back in range(width):
         total = torch.addcmul(total, spread[back : back + count], weight[:, back])
     kept = source.index_select(0, tails.flatten()).view(*tails.shape, -1) if keep else None
-    return total.index_select(0, own - width), kept
+    return total.index_select(0, own - width).to(x.dtype), kept
 
 
 def gated_delta_rule(

@@ -26,17 +26,17 @@ from qwen_chat.delta_rule import Runs, convolve, gated_delta_rule
 from qwen_chat.errors import ModelError
 
 # The layers of which it is known how they project: three arrange the same arithmetic in two ways.
-KINDS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 PACKAGES = ("fla", "causal_conv1d")
 
 
-def install(model: torch.nn.Module) -> int:
+def keep_apart(model: torch.nn.Module) -> int:
     """Give every such layer the forward that knows rows; returns how many there are. Twice is as once.
 
     ModelError where an adapter lies over a layer's convolution.
     """
     found = [(parent, child) for parent in model.modules() for child in parent.children()]
-    pairs = [(parent, cast(Any, child)) for parent, child in found if type(child).__name__ in KINDS]
+    pairs = [(parent, cast(Any, child)) for parent, child in found if type(child).__name__ in LAYERS]
     for parent, layer in pairs:
         convolution: Any = layer.conv1d
         if type(convolution) is not torch.nn.Conv1d:
@@ -94,7 +94,7 @@ def _forward(
         return cast(Tensor, own)
     if cache_params is not None or attention_mask is not None or hidden_states.shape[0] != 1:
         raise ModelError(f"{type(self).__name__}: a row is a batch of 1 without a cache or an attention mask")
-    row = _row(segments)
+    row = _runs(segments)
     if _has_kernels(hidden_states.device.type) and max(row.parents) < 0:
         stops = torch.tensor([0, *(start + n for start, n in zip(row.starts, row.lengths, strict=True))])
         lengths = torch.tensor(row.lengths)
@@ -155,7 +155,7 @@ def _convolution(self: torch.nn.Conv1d, x: Tensor, row: Runs) -> Tensor:
 _last: tuple[Tensor, Runs] | None = None
 
 
-def _row(segments: Tensor) -> Runs:
+def _runs(segments: Tensor) -> Runs:
     """The row's segments as runs, read once a row: all layers of a step are given the same tensor."""
     global _last
     if _last is None or _last[0] is not segments:

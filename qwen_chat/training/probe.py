@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as zero
 
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError, first_line
@@ -307,6 +308,17 @@ def _is_exact(model: PreTrainedModel) -> bool:
     )
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """A model that is built of others (text and sight) would have these cut up under ZeRO-3."""
+    given = zero._hf_deepspeed_config_weak_ref
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = given
+
+
 def _small_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class, hidden size and heads, in float32 with random weights and narrow MLPs.
 
@@ -337,9 +349,9 @@ def _small_copy(model: PreTrainedModel) -> PreTrainedModel:
         vision.num_hidden_layers = 1  # it is not run
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, None)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _whole():
         torch.manual_seed(0)
         with torch.device("cpu"):
             small: PreTrainedModel = type(base)(config).float()
-    delta_net.install(small)
+    delta_net.keep_apart(small)
     return small

@@ -38,7 +38,7 @@ def build(session: Session) -> Tuned:
     loaded = load(run, session.model_path, args)
     wrapped = adapt(run, loaded.model, session.fmt.tokenizer, args)
     fusing, chosen = fuse(wrapped.model, args, session.choices)
-    if layers := delta_net.install(wrapped.model):
+    if layers := delta_net.keep_apart(wrapped.model):
         fusing = (*fusing, delta_net.decision(layers, args.device.type, run.train.layout))
     proven = probe.prove(wrapped.model, run.train.layout)
     decisions = (*loaded.decisions, *wrapped.decisions, *fusing, proven)

@@ -111,6 +111,21 @@ def test_a_full_fine_tune_leaves_the_sight_as_it_was(short: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_zero_3_has_the_curve_of_one_process(short: Path, tmp_path: Path) -> None:
+    """Also where no weight is small enough to be left whole: a convolution's is gathered when it is needed."""
+    base = hybrid_folder("qwen3_5", tmp_path / "base")
+    file = tmp_path / "zero3.json"
+    config = json.loads((ROOT / "finetune" / "ds_config_zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file.write_text(json.dumps(config))
+    words = ["-m", str(base), "-d", str(short), *RATE, "--max_steps", "2", "--save_strategy", "no"]
+    words += ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size"]
+    runs.finish([*words, "4"], tmp_path / "one")
+    runs.finish([*words, "2", "--deepspeed", str(file)], tmp_path / "two", ranks=2)
+    assert runs.curve(tmp_path / "two") == pytest.approx(runs.curve(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_the_layouts_agree_on_the_first_step(name: str, short: Path, tmp_path: Path) -> None:

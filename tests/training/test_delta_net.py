@@ -58,7 +58,7 @@ def test_rows_are_each_conversation_alone(family: str, lora: bool, double: None)
                 torch.nn.init.normal_(parameter, std=0.1)
     data = mixed_data()
     loss, expected = reference(model, data)
-    assert delta_net.install(model) == 3 == delta_net.install(model)
+    assert delta_net.keep_apart(model) == 3 == delta_net.keep_apart(model)
     for layout in LAYOUTS:
         total, _, found = engine(model, data, layout, batch_size=len(data), accumulation=1)
         assert abs(total - loss) < 1e-6 * loss
@@ -71,7 +71,7 @@ def test_gradient_checkpointing_and_several_rows(double: None) -> None:
     model = tiny_model("qwen3_5_text", lora=True, checkpointing=True)
     data = mixed_data()
     loss, expected = reference(model, data)
-    delta_net.install(model)
+    delta_net.keep_apart(model)
     for layout in LAYOUTS[:2]:
         total, _, found = engine(model, data, layout, batch_size=3, accumulation=3)
         assert abs(total - loss) < 1e-6 * loss and relative(found, expected) < 1e-6
@@ -84,7 +84,7 @@ def test_in_the_numbers_of_a_run(family: str) -> None:
     data = mixed_data()
     loss, expected = reference(model, data)
     fused.install(model, matmul.Route("torch", "test").product)
-    delta_net.install(model)
+    delta_net.keep_apart(model)
     for layout in LAYOUTS:
         total, _, found = engine(model, data, layout, batch_size=len(data), accumulation=1)
         assert abs(total - loss) < 1e-5 * loss and relative(found, expected) < 1e-3
@@ -94,7 +94,7 @@ def test_what_it_keeps_is_computed_again() -> None:
     """Between forward and backward a layer keeps less than its chunks work on."""
     model = tiny_model("qwen3_5_text", dtype=torch.float32)
     layer = model.model.layers[0].linear_attn
-    delta_net.install(model)
+    delta_net.keep_apart(model)
     x = torch.randn(1, 400, 32, requires_grad=True)
     segments = torch.tensor([[0, 400, 400]])
 
@@ -165,7 +165,7 @@ def test_the_rows_boundaries_reach_the_kernels(family: str, monkeypatch: pytest.
     model = tiny_model(family)
     data = mixed_data()
     loss, expected = reference(model, data)
-    delta_net.install(model)
+    delta_net.keep_apart(model)
     kernels = Kernels(family, monkeypatch)
     total, _, found = engine(model, data, "packed", batch_size=len(data), accumulation=1)
     assert abs(total - loss) < 1e-6 * loss and relative(found, expected) < 1e-4
@@ -181,7 +181,7 @@ def test_a_row_with_shared_prefixes_goes_through_our_own(monkeypatch: pytest.Mon
     model = tiny_model("qwen3_5_text")
     data = mixed_data()
     loss, _ = reference(model, data)
-    delta_net.install(model)
+    delta_net.keep_apart(model)
     kernels = Kernels("qwen3_5_text", monkeypatch)
     total, _, _ = engine(model, data, "shared_prefix", batch_size=len(data), accumulation=1)
     assert abs(total - loss) < 1e-6 * loss and kernels.bounds == []
@@ -206,7 +206,7 @@ def test_which_way_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_models_are_left_alone() -> None:
     model = tiny_model("qwen3")
-    assert delta_net.install(model) == 0
+    assert delta_net.keep_apart(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -215,4 +215,4 @@ def test_an_adapter_over_the_convolution_is_refused() -> None:
 
     model = get_peft_model(tiny_model("qwen3_5_text"), LoraConfig(r=80, target_modules=["conv1d"]))
     with pytest.raises(ModelError, match="leave it out of --lora_target_modules"):
-        delta_net.install(model)
+        delta_net.keep_apart(model)

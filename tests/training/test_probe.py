@@ -61,7 +61,7 @@ def family(name: str) -> Any:
         shape = {"text_config": SHAPE | MORE[f"{name}_text"], "vision_config": VISION}
     config = AutoConfig.for_model(name, **shape)
     model = kind.from_config(config, attn_implementation="qwen_chat").float().train()
-    delta_net.install(model)
+    delta_net.keep_apart(model)
     return model
 
 
