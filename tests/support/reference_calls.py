@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import bench_function_calling as bench
+from qwen_chat import demo_model
 from qwen_chat.conversation import Json, ToolCall
 
 SETS = (
@@ -37,7 +38,7 @@ class Question:
 
 
 def load() -> list[Question]:
-    folder = bench.fetch() / "bfcl_eval" / "data"
+    folder = demo_model.unpacked_wheel(*bench.WHEEL) / "bfcl_eval" / "data"
     found = []
     for name in SETS:
         truths = bench.read_lines(folder / "possible_answer" / f"BFCL_v4_{name}.json")
