@@ -428,11 +428,10 @@ def test_a_recurrent_layer_keeps_what_is_planned(
     kind: str, method: str, dropout: float, lean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With our own chunks, to 0.2 % for each token."""
-    from qwen_chat.training import loss
+    from qwen_chat.training import delta_net, loss
 
-    delta_net = pytest.importorskip("qwen_chat.training.delta_net")
     own = loss.ModelLoss
-    monkeypatch.setattr(loss, "ModelLoss", lambda model: delta_net.install(model) and own(model))
+    monkeypatch.setattr(loss, "ModelLoss", lambda model: delta_net.keep_apart(model) and own(model))
     config = small(kind) | {"layer_types": ["linear_attention"] * 4}
     setup = Setup(method=method, lora_r=8, lora_dropout=dropout, lean=lean)  # type: ignore[arg-type]
     few, many = (

@@ -88,7 +88,7 @@ def test_what_works_passes_by_far(name: str) -> None:
     for one in found:
         assert isinstance(one, probe.Difference)
         assert one.loss < probe.LOSS / 10 and one.gradient < probe.GRADIENT / 50
-        assert one.moved < probe.bounds(model).moved / 2 if has_experts else one.moved == 0
+        assert one.moved < probe.bounds(model).moved / 5 if has_experts else one.moved == 0
     assert probe.prove(model, "shared_prefix").startswith("probe: in a row as alone (loss ")
 
 
