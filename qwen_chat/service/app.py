@@ -30,7 +30,14 @@ from qwen_chat.service.engine_watch import EngineWatch
 from qwen_chat.service.errors import APIError, bad_value
 from qwen_chat.service.metrics import CONTENT_TYPE, Metrics
 from qwen_chat.service.middleware import Gate, Journal
-from qwen_chat.service.prepare import Job, Served, chat_job, chat_prompt_ids, completion_job
+from qwen_chat.service.prepare import (
+    Job,
+    Served,
+    chat_job,
+    chat_prompt_ids,
+    completion_job,
+    template_kwargs,
+)
 from qwen_chat.service.request_log import RequestLog, RequestRecord
 from qwen_chat.service.routes import PATHS, add_routes
 from qwen_chat.service.settings import ServiceSettings
@@ -178,7 +185,8 @@ class Service:
 
         def answer() -> str:
             if wanted.messages is not None:
-                ids = chat_prompt_ids(wanted, body, model.fmt)
+                variables = template_kwargs(wanted, model.fmt)
+                ids = chat_prompt_ids(body["messages"], body.get("tools"), model.fmt, variables)
             else:
                 ids = model.fmt.text_ids(wanted.prompt or "")
             words: Json = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen_chat.chat.control_tokens import TooManyTokens
 from qwen_chat.chat.format import ChatFormat
+from qwen_chat.chat.template import NONE
 from qwen_chat.conversation import Json
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.known import Calls
@@ -195,11 +196,12 @@ def completion_job(request: CompletionRequest, model: Served, deadline: float) -
     return Job(tuple(requests), assembly, tokens, bool(request.stream), request.include_usage, len(prompts))
 
 
-def chat_prompt_ids(request: RenderedRequest, body: Mapping[str, Any], fmt: ChatFormat) -> list[int]:
+def chat_prompt_ids(
+    messages: Sequence[Json], tools: list[Json] | None, fmt: ChatFormat, variables: Mapping[str, Any] = NONE
+) -> list[int]:
     """The tokens that a chat's prompt has; raises APIError where the messages cannot be rendered."""
-    tools, variables = body.get("tools"), template_kwargs(request, fmt)
     try:
-        return fmt.render(_messages(body["messages"]), plain_tools(tools) if tools else None, **variables).ids
+        return fmt.render(_messages(messages), plain_tools(tools) if tools else None, **variables).ids
     except FormatError as error:
         raise _bad_messages(error) from None
 
