@@ -77,7 +77,7 @@ class Decoder:
         body = getattr(model.model, "language_model", model.model)  # a multimodal model's text part
         if body.rotary_emb.rope_type in ("dynamic", "longrope"):
             raise ModelError(
-                f"rope_type {body.rotary_emb.rope_type!r}: a position would turn by the longest conversation beside it; "
+                f"rope_type {body.rotary_emb.rope_type!r}: a position would turn by the longest row of a step; "
                 "the engine serves fixed ones (default, linear, yarn, llama3); for others use --engine vllm"
             )
         self.vocabulary: int = model.lm_head.weight.shape[0]

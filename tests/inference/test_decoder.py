@@ -198,7 +198,7 @@ def test_a_folder_of_another_type_is_refused_before_it_is_loaded(tmp_path: Path)
 
 def test_rotations_that_depend_on_company_are_refused() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    with pytest.raises(ModelError, match="rope_type 'dynamic': a position would turn by the longest"):
+    with pytest.raises(ModelError, match="rope_type 'dynamic': a position would turn by the longest row of a step"):
         Decoder(tiny_family("mistral_full", rope_parameters=rope))
 
 
