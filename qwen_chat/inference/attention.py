@@ -81,13 +81,14 @@ class Attention:
         """x (tokens, hidden) -> (tokens, hidden)"""
         keys, rotary = self.heads + self.kv_heads, self.rotary
         heads = self.inputs(x, step).view(len(x), -1, self.head_dim)
-        qk = heads[:, :keys]
+        qk = out = heads[:, :keys]
         if self.norm is not None:
             qk = self.norm(qk)
-            if rotary < self.head_dim:
-                heads[:, :keys, rotary:] = qk[..., rotary:]
-        turned = qk if rotary == self.head_dim else qk[..., :rotary]
-        torch.addcmul(turned * step.cos, turned.roll(rotary // 2, -1), step.sin, out=heads[:, :keys, :rotary])
+        if rotary < self.head_dim:
+            if qk is not out:
+                out[..., rotary:] = qk[..., rotary:]
+            qk, out = qk[..., :rotary], out[..., :rotary]
+        torch.addcmul(qk * step.cos, qk.roll(rotary // 2, -1), step.sin, out=out)
         a = self._attend(heads, step)
         if self.is_gated:
             a = a * by_rows(torch.sigmoid, heads.flatten(1)[:, -a.shape[1] :])

@@ -75,6 +75,11 @@ class Decoder:
         if any(parameter.device.type != "cpu" for parameter in model.parameters()):
             raise ModelError("the engine runs on the CPU; on a GPU use --engine vllm")
         body = getattr(model.model, "language_model", model.model)  # a multimodal model's text part
+        if body.rotary_emb.rope_type in ("dynamic", "longrope"):
+            raise ModelError(
+                f"rope_type {body.rotary_emb.rope_type!r}: a position would turn by the longest row of a step; "
+                "the engine serves fixed ones (default, linear, yarn, llama3); for others use --engine vllm"
+            )
         self.vocabulary: int = model.lm_head.weight.shape[0]
         self.dtype: torch.dtype = body.embed_tokens.weight.dtype
         self.context = int(body.config.max_position_embeddings)
