@@ -43,6 +43,7 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck finetune/*.sh .ci/run
 	$(BIN)/python docs/check.py
+	$(BIN)/python docs/measure.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

@@ -21,7 +21,7 @@ from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.reader import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
-_QUESTION, _ANSWER, _WHY, _FUNCTION_NAME = "probe question", "probe reply", "probe thought", "probe_name"
+_QUESTION, _REPLY, _WHY, _FUNCTION_NAME = "probe question", "probe reply", "probe thought", "probe_name"
 _PADDED = "\n\n  x  \n\n"
 _MOST_REMEMBERED = 16_000_000  # characters of openings and calls
 _STRIPPING: dict[str, Callable[[str], str]] = {
@@ -72,20 +72,20 @@ class _Rules:
 
         question: Json = {"role": "user", "content": _QUESTION}
         result: Json = {"role": "tool", "content": "probe result", "name": _FUNCTION_NAME}
-        opened, _, closed = turns("assistant", question, _plain_reply(_ANSWER, _WHY))[0].partition(_WHY)
+        opened, _, closed = turns("assistant", question, _plain_reply(_REPLY, _WHY))[0].partition(_WHY)
         if END_THINK not in closed:
             raise _Unusual
-        closed = closed.removesuffix(_ANSWER)
+        closed = closed.removesuffix(_REPLY)
         (silent,) = turns("assistant", question, _plain_reply("", None, [_PROBE_CALL]))
         calls = silent.removeprefix(f"{opened}{closed}")
-        (spoken,) = turns("assistant", question, _plain_reply(_ANSWER, None, [_PROBE_CALL]))
-        separator = spoken.removesuffix(calls).rpartition(_ANSWER)[2]
+        (spoken,) = turns("assistant", question, _plain_reply(_REPLY, None, [_PROBE_CALL]))
+        separator = spoken.removesuffix(calls).rpartition(_REPLY)[2]
 
         def when(*after: Json, calling: bool = False) -> When:
-            said = f"{_ANSWER}{separator}{calls}" if calling else _ANSWER
+            said = f"{_REPLY}{separator}{calls}" if calling else _REPLY
             blocks = []
             for thought in (_WHY, None):
-                message = _plain_reply(_ANSWER, thought, [_PROBE_CALL] if calling else [])
+                message = _plain_reply(_REPLY, thought, [_PROBE_CALL] if calling else [])
                 written = turns("assistant", question, message, *after)[0]
                 if written not in (said, f"{opened}{thought or ''}{closed}{said}"):
                     raise _Unusual
