@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from qwen_chat import errors, files
 from qwen_chat.dialects.hermes import CLOSE, OPEN, Hermes
-from qwen_chat.dialects.reader import END_THINK, THINK
+from qwen_chat.dialects.shapes import END_THINK, THINK
 from qwen_chat.errors import ModelError
 from qwen_chat.files import build_once, cache_dir
 

@@ -28,7 +28,8 @@ from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.known import Calls
 from qwen_chat.dialects.qwen_agent import Language, QwenAgent
-from qwen_chat.dialects.reader import END_THINK, THINK, Reply, StreamParser
+from qwen_chat.dialects.reader import Reply, StreamParser
+from qwen_chat.dialects.shapes import END_THINK, THINK
 from qwen_chat.errors import FormatError, OptionError
 
 ToolStyle = Literal["auto", "hermes", "qwen_agent", "xml"]

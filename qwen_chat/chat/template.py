@@ -17,7 +17,7 @@ from qwen_chat.conversation import Conversation, Json
 from qwen_chat.dialects.dialect import Dialect, Tools
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.dialects.qwen_agent import QwenAgent
-from qwen_chat.dialects.reader import END_THINK, THINK
+from qwen_chat.dialects.shapes import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
 START, END = "<|im_start|>", "<|im_end|>"

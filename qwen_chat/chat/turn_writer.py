@@ -18,7 +18,7 @@ from qwen_chat.chat.template import END, START, ChatTemplate
 from qwen_chat.conversation import Conversation, Json, Message, ToolCall
 from qwen_chat.dialects.dialect import Dialect, normalise_arguments
 from qwen_chat.dialects.hermes import Hermes
-from qwen_chat.dialects.reader import END_THINK, THINK
+from qwen_chat.dialects.shapes import END_THINK, THINK
 from qwen_chat.errors import FormatError
 
 _QUESTION, _REPLY, _WHY, _FUNCTION_NAME = "probe question", "probe reply", "probe thought", "probe_name"

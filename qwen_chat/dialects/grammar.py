@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_chat.dialects.shapes import END_THINK
 from qwen_chat.errors import ToolError
 
 Schema = Mapping[str, Any]
@@ -39,6 +40,13 @@ class Grammar:
     def json_schema(cls, schema: Schema | bool) -> Grammar:
         """JSON that is valid under `schema`. Raises ToolError where the schema is no schema or too large."""
         return cls(f"start: {json_rule(schema, 'response_format')}\n")
+
+    def after_thought(self) -> Grammar:
+        """The same after the rest of a thought, its end and an empty line, as thinking models are taught to answer."""
+        source = self.source.replace("start:", "answer:", 1)
+        return Grammar(
+            f'start: until_end_thought "\\n\\n" answer\n{source}', (*self.tags, ("end_thought", END_THINK))
+        )
 
     def complete(self, tokens: Mapping[str, int]) -> str:
         """The whole text for a vocabulary in which `tokens` are tokens of their own."""

@@ -31,8 +31,10 @@ from qwen_chat.conversation import ToolCall
 from qwen_chat.dialects.dialect import Tools, function_of
 from qwen_chat.dialects.loose_json import BROKEN, DONE, READING
 from qwen_chat.dialects.shapes import (
+    END_THINK,
     LONGEST_SHAPE,
     SPACE,
+    THINK,
     Form,
     Left,
     Look,
@@ -42,8 +44,6 @@ from qwen_chat.dialects.shapes import (
     Shapes,
     letters,
 )
-
-THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)

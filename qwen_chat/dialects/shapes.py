@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+# Around a thought.
+THINK, END_THINK = "<think>", "</think>"
 SPACE = r"[ \t\r\n]{0,64}"
 BLANKS = r"[ \t]{0,8}"
 COLON = "[:：]?"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from qwen_chat.chat.format import ChatFormat, Prompt
 from qwen_chat.conversation import write_message
 from qwen_chat.errors import ServiceError
 from qwen_chat.evaluation.cases import Case
@@ -86,7 +87,7 @@ def sequence_losses(
 
 def write_replies(
     engine: Any,
-    fmt: Any,
+    fmt: ChatFormat,
     cases: Sequence[Case],
     kept: Kept,
     *,
@@ -118,29 +119,29 @@ def write_replies(
     return [kept[f"reply {case.key}"] for case in cases]
 
 
-def fitting(cases: Sequence[Case], fmt: Any, room: int) -> list[Case]:
+def fitting(cases: Sequence[Case], fmt: ChatFormat, room: int) -> list[Case]:
     """The cases whose prompt leaves a place for a reply in `room` tokens."""
-    return [case for case in cases if len(_prompt_ids(fmt, case)) < room]
+    return [case for case in cases if len(_prompt(fmt, case).ids) < room]
 
 
-def _prompt_ids(fmt: Any, case: Case) -> Sequence[int]:
+def _prompt(fmt: ChatFormat, case: Case) -> Prompt:
     before = [write_message(message) for message in case.before]
-    ids: Sequence[int] = fmt.prompt_ids(before, list(case.tools), **case.template_kwargs)
-    return ids
+    return fmt.render(before, list(case.tools), **case.template_kwargs)
 
 
-def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | None) -> Any:
+def _request(fmt: ChatFormat, case: Case, calls: str, max_tokens: int, adapter: str | None) -> Any:
     from qwen_chat.inference.sampling import GenerationRequest
 
-    grammar = None
+    grammar, prompt = None, _prompt(fmt, case)
     if calls == "required":
         grammar = fmt.call_grammar(list(case.tools), parallel=case.parallel_tool_calls)
+        grammar = grammar.after_thought() if prompt.in_reasoning else grammar
     elif calls == "strict":
         # As if the tools' owner had asked for valid arguments: in the grammar, not in the prompt.
         strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in case.tools]
         grammar = fmt.text_grammar(strict)
     return GenerationRequest(
-        prompt_ids=_prompt_ids(fmt, case),
+        prompt_ids=prompt.ids,
         max_tokens=max_tokens,
         temperature=0.0,
         stop=tuple(fmt.stop_strings),
@@ -151,14 +152,13 @@ def _request(fmt: Any, case: Case, calls: str, max_tokens: int, adapter: str | N
 
 
 def judge(
-    cases: Sequence[Case], texts: Sequence[str], fmt: Any = None, *, same: Same = same_json
+    cases: Sequence[Case], texts: Sequence[str], fmt: ChatFormat | None = None, *, same: Same = same_json
 ) -> list[Judged]:
     """Score replies. fmt (a ChatFormat): to know where a prompt ended inside a thinking block."""
     judged = []
     for case, text in zip(cases, texts, strict=True):
         inside = False
         if fmt is not None:
-            before = [write_message(message) for message in case.before]
-            inside = fmt.render(before, list(case.tools), **case.template_kwargs).in_reasoning
+            inside = _prompt(fmt, case).in_reasoning
         judged.append(Judged(case, text, score(case, text, in_reasoning=inside, same=same)))
     return judged

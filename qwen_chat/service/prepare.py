@@ -146,18 +146,25 @@ def chat_job(request: ChatRequest, body: Mapping[str, Any], model: Served, deadl
         raise too_long(model.context, error.least, None, at_least=True) from None
     except FormatError as error:
         raise _bad_messages(error) from None
+    grammar = policy.grammar
+    if grammar is not None and prompt.in_reasoning and not policy.may_think:
+        grammar = grammar.after_thought()
     first = _generation(request, model, tuple(prompt.ids), deadline)
     first = replace(
         first,
         stop=(*first.stop, *model.fmt.stop_strings),
         stop_token_ids=tuple(model.fmt.stop_token_ids),
-        grammar=policy.grammar,
+        grammar=grammar,
     )
-    thinking = prompt.in_reasoning and policy.may_think
-    plain = policy.marks == "none" and not (policy.may_think and model.fmt.knows_reasoning)
+    thoughts = prompt.in_reasoning or (policy.may_think and model.fmt.knows_reasoning)
+    plain = policy.marks == "none" and not thoughts
 
     def parser() -> StreamParser | None:
-        return None if plain else model.fmt.stream_parser(tools, in_reasoning=thinking, calls=policy.marks)
+        return (
+            None
+            if plain
+            else model.fmt.stream_parser(tools, in_reasoning=prompt.in_reasoning, calls=policy.marks)
+        )
 
     assembly = ChatAssembly(
         model=model.name,

@@ -277,3 +277,51 @@ def test_a_call_that_cannot_be_written_is_a_400(xml_client: OpenAI) -> None:
         BadRequestError, match=r"argument 'city' holds </parameter>, which this model's calls"
     ):
         xml_client.chat.completions.create(model="scripted", messages=messages, tools=[WEATHER])  # type: ignore[list-item]
+
+
+# --- a prompt that ends inside a thought -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinking_client(chat_templates: dict[str, str]) -> Iterator[OpenAI]:
+    engine = make_engine(template=chat_templates["qwen3_5_think"])
+    with LiveService(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as live:
+        yield OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+
+
+XML_CALL = Xml().write([ToolCall("get_weather", json.dumps({"city": CITY}, ensure_ascii=False))])
+OBJECT = {
+    "type": "json_schema",
+    "json_schema": {"name": "n", "schema": {"type": "object", "required": ["a"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "more"),
+    [(XML_CALL, more) for more, _ in FORCED[:2]] + [('{"a": 1}', {"response_format": OBJECT})],
+    ids=["required", "named", "response_format"],
+)
+def test_a_thought_is_ended_before_what_is_forced(
+    thinking_client: OpenAI, answer: str, more: dict[str, Any]
+) -> None:
+    """As thinking models are taught: the thought, its end, an empty line, and only then what the grammar holds."""
+    script = f"say <think>\nI look <b>outside</b>.\n</think>\n\n{answer}"
+    messages: Any = [{"role": "user", "content": script}]
+    completion = thinking_client.chat.completions.create(model="default", messages=messages, **more)
+    said = completion.choices[0].message
+    assert said.reasoning_content == "I look <b>outside</b>."  # type: ignore[attr-defined]
+    calls = [(call.function.name, call.function.arguments) for call in said.tool_calls or ()]
+    if "response_format" in more:
+        assert (said.content, calls) == (answer, [])
+    else:
+        expected = json.dumps({"city": CITY}, ensure_ascii=False)
+        assert (said.content or "", calls) == ("", [("get_weather", expected)])
+
+
+def test_a_forced_call_without_an_end_of_the_thought_is_cut(thinking_client: OpenAI) -> None:
+    """What is said inside the thought is never taken for the call."""
+    messages: Any = [{"role": "user", "content": f"say <think>\n{XML_CALL}"}]
+    more: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 60}
+    choice = thinking_client.chat.completions.create(model="default", messages=messages, **more).choices[0]
+    assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
+    assert choice.message.reasoning_content == XML_CALL.encode()[:60].decode()  # type: ignore[attr-defined]
