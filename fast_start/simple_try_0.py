@@ -4,7 +4,7 @@
     python fast_start/simple_try_0.py --adapter finetune/io_file/output_data/RUN      # no prompt: a chat
 
 In: a question, or a chat typed in the terminal (/new begins again, /exit ends). Out: the answer alone on
-standard output, as it is written; everything else goes to standard error.
+standard output, as it is written; everything else, a thought too, goes to standard error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from qwen_chat import errors, families, models
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
+from qwen_chat.dialects.reader import Delta, fold
 from qwen_chat.errors import OptionError, ServiceError
 
 if TYPE_CHECKING:
@@ -105,21 +106,29 @@ def answer(engine: Engine, messages: Messages, chosen: TryArguments) -> dict[str
         adapter=adapter,
     )
     generation = engine.submit(request)
-    pieces: list[str] = []
+    reader = fmt.stream_parser(in_reasoning=prompt.in_reasoning, calls="none")
+    deltas: list[Delta] = []
     try:
         for event in generation:
-            pieces.append(event.text)
-            print(event.text, end="", flush=True)
+            deltas += show(reader.feed(event.text))
             if event.error:
                 raise ServiceError(f"the answer failed: {event.error}")
     except KeyboardInterrupt:
         generation.cancel()
         if chosen.prompt is not None:
             raise
+    reply = fold([*deltas, *show(reader.finish())])
     print(flush=True)
-    reply = fmt.parse("".join(pieces), in_reasoning=prompt.in_reasoning)
     thought = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
     return {"role": "assistant", "content": reply.content, **thought}
+
+
+def show(deltas: list[Delta]) -> list[Delta]:
+    """The answer goes to standard output, a thought to standard error."""
+    for delta in deltas:
+        print(delta.reasoning or "", end="", file=sys.stderr, flush=True)
+        print(delta.content or "", end="", flush=True)
+    return deltas
 
 
 if __name__ == "__main__":

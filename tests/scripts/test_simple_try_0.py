@@ -79,21 +79,32 @@ def test_bad_input_is_one_line(words: list[str], line: str) -> None:
     assert len(said) == 1 and said[0].startswith(line), done.stderr
 
 
-def test_an_adapter_is_asked_in_the_format_that_it_was_saved_with() -> None:
+def test_an_adapter_is_asked_in_the_format_that_it_was_saved_with(
+    capsys: pytest.CaptureFixture[str], qwen2_tokenizer: Any, qwen3_tokenizer: Any
+) -> None:
+    """And its thoughts go to standard error."""
     import runpy
     from types import SimpleNamespace
 
+    from qwen_chat.chat.format import ChatFormat
+
     script = runpy.run_path(str(ROOT / "fast_start" / "simple_try_0.py"))
+    formats = {None: ChatFormat(qwen2_tokenizer), "adapter": ChatFormat(qwen3_tokenizer)}
     asked: list[tuple[list[int], str | None]] = []
 
     class Engine:
-        def format_of(self, adapter: str | None) -> SimpleNamespace:
-            return SimpleNamespace(prompt_ids=lambda messages: [7 if adapter else 5])
+        def format_of(self, adapter: str | None) -> ChatFormat:
+            return formats[adapter]
 
         def submit(self, request: Any) -> list[Any]:
             asked.append((request.prompt_ids, request.adapter))
-            return [SimpleNamespace(text="", error=None)]
+            pieces = ["<thi", "nk>\nhm\n</think>\n\nY", "es."]
+            return [SimpleNamespace(text=text, error=None) for text in pieces]
 
+    messages = [{"role": "user", "content": "x"}]
     for words in ({}, {"adapter": "somewhere"}):
-        script["answer"](Engine(), [], script["TryArguments"](prompt="x", **words))
-    assert asked == [([5], None), ([7], "adapter")]
+        reply = script["answer"](Engine(), messages, script["TryArguments"](prompt="x", **words))
+        assert reply == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}
+    assert asked == [(fmt.prompt_ids(messages), adapter) for adapter, fmt in formats.items()]
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Yes.\nYes.\n", "hmhm")
