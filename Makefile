@@ -32,7 +32,12 @@ demo: .venv/run
 	@bash finetune/demo.sh $(DEMO_DIR)
 
 test: .venv/dev
+ifdef ARGS
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+else
+	$(BIN)/python -m pytest -m "not slow and not alone" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and alone"
+endif
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)

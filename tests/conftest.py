@@ -20,6 +20,19 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from qwen_chat import demo_model  # after the environment is set: it imports nothing heavy itself
 from tests.support import published_templates
 
+# What measures time, or fills the cores with processes of its own.
+ALONE = (
+    *("service", "inference", "distributed", "scripts/test_service_script.py", "scripts/test_web_demo.py"),
+    *("scripts/test_try_function_calling.py", "scripts/test_simple_try_0.py", "scripts/test_demo.py"),
+    *("data/test_token_cache.py", "dialects/test_reader.py", "training/test_packing.py", "test_threads.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if str(item.path.relative_to(ROOT / "tests")).startswith(ALONE):
+            item.add_marker(pytest.mark.alone)
+
 
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
