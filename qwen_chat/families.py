@@ -30,9 +30,11 @@ class ModelFamily:
 
 
 _IN_ROWS = "tests/training/test_probe.py::test_what_works_passes_by_far"
-_LOGITS = "tests/inference/test_engine.py::test_logits_are_the_models_own"
+_LOGITS = "tests/inference/test_decoder.py::test_logits_are_the_models_own_and_depend_on_the_row_alone"
+_SEEING = "tests/inference/test_decoder.py::test_a_multimodal_folder_is_loaded"
+_LLAMA = "tests/inference/test_engine.py::test_logits_are_the_models_own"
 _EXPERTS = "tests/training/test_adapters.py::test_an_adapter_over_experts_is_saved_loaded_and_merged"
-_DENSE, _MIXED = (_IN_ROWS, _LOGITS), (_IN_ROWS, _LOGITS, _EXPERTS)
+_DENSE, _MIXED, _WHOLE = (_IN_ROWS, _LOGITS), (_IN_ROWS, _LOGITS, _EXPERTS), (_IN_ROWS, _SEEING)
 _SWITCH = "enable_thinking; -Thinking always, -Instruct never"
 _BY_TEMPLATE = "enable_thinking, reasoning_effort (3.8); the template has the default"
 TABLE = (
@@ -41,11 +43,11 @@ TABLE = (
     ModelFamily("qwen3", "Qwen3", "ours", "hermes", _SWITCH, _DENSE),
     ModelFamily("qwen3_moe", "Qwen3-MoE, Qwen3-Coder", "ours", "hermes (Coder: xml)", _SWITCH, _MIXED),
     ModelFamily("qwen3_next", "Qwen3-Next", "ours", "hermes", "-Thinking always, -Instruct never", _MIXED),
-    ModelFamily("qwen3_5", "Qwen3.5, 3.6, 3.8 as published", "ours", "xml", _BY_TEMPLATE, _DENSE),
+    ModelFamily("qwen3_5", "Qwen3.5, 3.6, 3.8 as published", "ours", "xml", _BY_TEMPLATE, _WHOLE),
     ModelFamily("qwen3_5_text", "their text part alone", "ours", "xml", _BY_TEMPLATE, _DENSE),
-    ModelFamily("qwen3_5_moe", "the same with experts", "ours", "xml", _BY_TEMPLATE, _DENSE),
+    ModelFamily("qwen3_5_moe", "the same with experts", "ours", "xml", _BY_TEMPLATE, _WHOLE),
     ModelFamily("qwen3_5_moe_text", "their text part alone", "ours", "xml", _BY_TEMPLATE, _MIXED),
-    ModelFamily("llama", "Llama 2 and 3, SmolLM2", "ours", PROBED, PROBED, _DENSE),
+    ModelFamily("llama", "Llama 2 and 3, SmolLM2", "ours", PROBED, PROBED, (_IN_ROWS, _LLAMA)),
     ModelFamily("mistral", "Mistral 7B and its like", "ours", PROBED, PROBED, _DENSE),
     ModelFamily("phi3", "Phi-3, Phi-4", "vLLM", PROBED, PROBED, (_IN_ROWS,)),
     ModelFamily("gemma", "Gemma", "vLLM", PROBED, PROBED, (_IN_ROWS,)),

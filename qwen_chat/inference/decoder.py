@@ -1,4 +1,4 @@
-"""A loaded model of a family in `FAMILIES`, laid out for decoding: many rows of different length in one step.
+"""A loaded model of a family that the engine serves, laid out for decoding: many rows of different length in one step.
 
 In: a transformers model; each step, `Segment`s: the next tokens of some rows, prompts' pieces and single
 tokens side by side.
@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 
 from qwen_chat.errors import ModelError
+from qwen_chat.families import check_served
 from qwen_chat.inference.attention import Attention
 from qwen_chat.inference.delta_net import DeltaNet
 from qwen_chat.inference.feed_forward import Dense, Experts
@@ -42,20 +43,6 @@ from qwen_chat.inference.step import (
     token_slices,
 )
 
-FAMILIES = (
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_5",
-    "qwen3_5_text",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "llama",
-    "mistral",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -71,7 +58,7 @@ class Decoder:
     """The model's layers with projections of the same input in one matrix."""
 
     def __init__(self, model: Any, *, quantize: str | None = None) -> None:
-        check_served(model.config.model_type)
+        check_served({"model_type": model.config.model_type}, "this model")
         if any(parameter.device.type != "cpu" for parameter in model.parameters()):
             raise ModelError("the engine runs on the CPU; on a GPU use --engine vllm")
         body = getattr(model.model, "language_model", model.model)  # a multimodal model's text part
@@ -162,14 +149,6 @@ class Decoder:
             x = x + layer.mixer(layer.mixer_norm(x), step)
             x = x + layer.feed(layer.feed_norm(x), step)
         return x
-
-
-def check_served(model_type: str) -> None:
-    """ModelError for a type of model that the engine does not know."""
-    if model_type not in FAMILIES:
-        raise ModelError(
-            f"model type {model_type!r}: the engine serves {', '.join(FAMILIES)}; for others use --engine vllm"
-        )
 
 
 def _layer(source: LayerSource, slots: Counter[str]) -> Layer:

@@ -27,7 +27,8 @@ import torch
 from qwen_chat import hardware
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
-from qwen_chat.inference.decoder import Decoder, check_served
+from qwen_chat.families import check_served
+from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.events import (
     Completion,
     Fault,
@@ -602,7 +603,7 @@ def load_engine(
     if model_path is None and lone is not None:
         model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
-    check_served(str(models.read_config(path)["model_type"]))
+    check_served(models.read_config(path), path / "config.json")
     reason = None if lone is None else why_merged(lone)
     loading = dtype if reason is None else "float32"  # a merge is exact in float32 alone
     loaded = models.load_model(path, dtype=loading, device="cpu", trust_remote_code=trust_remote_code)

@@ -128,7 +128,8 @@ def test_a_model_of_another_kind_is_refused() -> None:
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8))
     with pytest.raises(
-        ModelError, match=r"model type 'gpt2': the engine serves qwen2, qwen2_moe, .*, mistral; for others"
+        ModelError,
+        match=r"this model: a model of type 'gpt2' is not served by the engine; .* qwen2, qwen2_moe, .*, mistral; for",
     ):
         Decoder(model)
 

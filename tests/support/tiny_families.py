@@ -83,9 +83,9 @@ def tiny_family(name: str, seed: int = 0, **more: Any) -> Any:
     return shake(AutoModelForCausalLM.from_config(family_config(name, **more)), seed)
 
 
-def tiny_conditional(seed: int = 0) -> Any:
-    """A Qwen3_5ForConditionalGeneration: the text model of qwen3_5_text, and a vision part that text never meets."""
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+def tiny_conditional(name: str = "qwen3_5", seed: int = 0) -> Any:
+    """A whole Qwen3.5: the text model of its family, and a vision part that text never meets."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     vision = {
         "depth": 1,
@@ -95,10 +95,10 @@ def tiny_conditional(seed: int = 0) -> Any:
         "out_hidden_size": 64,
         "num_position_embeddings": 16,
     }
-    text = family_config("qwen3_5_text").to_dict()
+    text = family_config(f"{name}_text").to_dict()
     torch.manual_seed(seed)
-    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    return shake(Qwen3_5ForConditionalGeneration(config), seed)
+    config = AutoConfig.for_model(name, text_config=text, vision_config=vision, tie_word_embeddings=True)
+    return shake(AutoModelForImageTextToText.from_config(config), seed)
 
 
 def byte_tokenizer() -> Any:
