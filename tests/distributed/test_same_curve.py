@@ -100,12 +100,14 @@ def routed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_same_curve_with_a_routers_loss(routed: Path, conversations: Path, tmp_path: Path) -> None:
     curves: dict[str, dict[str, list[float]]] = {}
-    for way, (batch, accumulation, ranks, more) in {"1x8": (1, 8, 1, []), **WAYS}.items():
+    again = ["--deepspeed", ZERO3, "--gradient_checkpointing", "True"]
+    ways = WAYS | {"1x8": (1, 8, 1, []), "2 ranks ZeRO-3, checkpointing": (2, 2, 2, again)}
+    for way, (batch, accumulation, ranks, more) in ways.items():
         folder = tmp_path / way.replace(" ", "_")
         finish([*words(routed, conversations, "full", batch, accumulation), *more], folder, ranks=ranks)
         lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
         curves[way] = {name: [line[name] for line in lines] for name in ("loss", "router_loss")}
-    for way in WAYS:
+    for way in ways:
         for name in ("loss", "router_loss"):
-            assert curves[way][name] == pytest.approx(curves["1x8"][name], abs=5e-4), (way, name)
+            assert curves[way][name] == pytest.approx(curves["1x8"][name], abs=5e-5), (way, name)
     assert curves["1x8"]["router_loss"][-1] < curves["1x8"]["router_loss"][0] - 0.02  # it is learnt

@@ -16,7 +16,15 @@ from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.packing import LAYOUTS
 from qwen_chat.training.router_loss import RouterLoss
 from qwen_chat.training.trainer import ChatTrainer
-from tests.support.tiny_models import DELTA_NETS, VISION, VOCABULARY, gradients, mixed_data, relative
+from tests.support.tiny_models import (
+    DELTA_NETS,
+    VISION,
+    VOCABULARY,
+    gradients,
+    in_double,
+    mixed_data,
+    relative,
+)
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -106,7 +114,8 @@ def alone(model: Any) -> tuple[float, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", families.BALANCED)
-def test_a_row_is_each_alone_as_transformers_has_it(name: str) -> None:
+def test_a_row_is_each_alone_as_transformers_has_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_double(monkeypatch)
     model = mixture(name)
     expected, expected_gradient = alone(model)
     [batch] = rows("shared_prefix", len(DATA), 1)
@@ -116,8 +125,7 @@ def test_a_row_is_each_alone_as_transformers_has_it(name: str) -> None:
     assert found is not None
     (found / len(SEQUENCES)).backward()
     assert found.item() / len(SEQUENCES) == pytest.approx(expected, rel=1e-6)
-    # transformers' own delta nets compute in float32.
-    assert relative(gradients(model), expected_gradient) < (3e-4 if name in families.HYBRIDS else 1e-6)
+    assert relative(gradients(model), expected_gradient) < 1e-6
     # Of the row as one text it would be another number.
     row = {key: batch[key] for key in ("input_ids", "position_ids", "segments")}
     as_one = model(**row, use_cache=False).aux_loss
