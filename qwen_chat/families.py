@@ -60,6 +60,8 @@ TRAINABLE = tuple(family.model_type for family in TABLE if family.trains)
 ENGINE_SERVES = tuple(family.model_type for family in TABLE if family.engine == "ours")
 # Types whose recurrent layers keep the conversations of a row apart (their layers of kind linear_attention).
 HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+# Types whose router's loss is computed, where their config.json turns it on.
+BALANCED = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
 
 _TITLES = ("type", "models", "trains in rows", "engine", "calls", "thinking", "proven by")
 
@@ -115,9 +117,7 @@ _CHANGES = {
     "attn_logit_softcapping": _SCORES,
 }
 _SINKS = {"gpt_oss": "the attention over rows has no sinks"}
-_ROUTER = (
-    "output_router_logits is true: the router's own loss is not computed here; set it to false in config.json"
-)
+_ROUTER = "output_router_logits is true: the router's own loss is not computed for it; set it to false in config.json"
 
 
 def check_trainable(config: Mapping[str, Any], file: object) -> None:
@@ -142,10 +142,11 @@ def _why_not_trained(config: Mapping[str, Any]) -> str:
     """What in a config.json (or its text_config) tells for certain that training would be wrong; else ""."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        hybrid = part.get("model_type", config.get("model_type")) in HYBRIDS
+        kind = part.get("model_type", config.get("model_type"))
+        hybrid = kind in HYBRIDS
         apart = _ATTENDS | {"linear_attention"} if hybrid else _ATTENDS
         types = part.get("layer_types")
-        others = {str(kind) for kind in types} - apart if isinstance(types, list) else set()
+        others = {str(one) for one in types} - apart if isinstance(types, list) else set()
         if others:
             return f"layer_types has {', '.join(sorted(others))}: {_STATE}"
         states = [name for name in _STATES if not (hybrid and name == "linear_conv_kernel_dim")]
@@ -154,9 +155,11 @@ def _why_not_trained(config: Mapping[str, Any]) -> str:
         for name, why in _CHANGES.items():
             if part.get(name) not in (None, 1, 1.0):
                 return f"{name} is {part[name]}: {why}"
-        if (kind := part.get("model_type")) in _SINKS:
-            return _SINKS[kind]
-        if part.get("output_router_logits") and part.get("router_aux_loss_coef") != 0:
+        if part.get("model_type") in _SINKS:
+            return _SINKS[part["model_type"]]
+        # Of a model built of parts transformers reads the text's own setting.
+        balanced = kind in BALANCED and not (part is config and isinstance(text, dict))
+        if part.get("output_router_logits") and part.get("router_aux_loss_coef") != 0 and not balanced:
             return _ROUTER
     return ""
 

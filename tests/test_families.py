@@ -107,14 +107,12 @@ def test_conversations_longer_than_the_model_has_positions(
             "linear_attention",
         ),
         (
-            {"model_type": "qwen3_moe", "output_router_logits": True},
+            {"model_type": "mixtral", "output_router_logits": True},
             "output_router_logits is true: .* set it to",
         ),
         (
-            {
-                "model_type": "qwen3_5_moe",
-                "text_config": {"output_router_logits": True, "router_aux_loss_coef": 0.01},
-            },
+            # transformers reads it from the text's part alone
+            {"model_type": "qwen3_5_moe", "output_router_logits": True, "text_config": {}},
             "output_router_logits is true",
         ),
         ({"model_type": "qwen3_5", "text_config": {"layer_types": ["conv"]}}, "layer_types has conv"),
@@ -161,6 +159,11 @@ def test_what_a_config_tells_is_refused_for_training_alone(
         {"model_type": "qwen3_5_moe", "text_config": {"linear_conv_kernel_dim": 4}},
         {"output_router_logits": False, "router_aux_loss_coef": 0.001},
         {"output_router_logits": True, "router_aux_loss_coef": 0},
+        {"model_type": "qwen3_moe", "output_router_logits": True},
+        {
+            "model_type": "qwen3_5_moe",
+            "text_config": {"output_router_logits": True, "router_aux_loss_coef": 0.01},
+        },
     ],
 )
 def test_what_is_harmless_in_a_config_passes(more: dict[str, object], tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ class WindowSampler:
         for members, shared in plans:
             lengths = tuple(len(keys[member]) // TOKEN_BYTES for member in members)
             pad_to = max(lengths, default=0) if self.layout == "padded" else 0
-            rows.append(PackedRow(tuple(names[member] for member in members), lengths, shared, pad_to))
+            sequences = tuple(names[member] for member in members)
+            rows.append(PackedRow(sequences, lengths, shared, pad_to, len(keys)))
         return rows
 
     def where(self, conversation: int) -> str:
@@ -206,7 +207,13 @@ class Collator:
     model.forward · logits_to_keep [K] the positions whose logits are needed (one that several sequences
     continue from may repeat) · shift_labels [1, K] what each of them should predict · labels: the same tensor
     (the Trainer wants to see the name).
+
+    For a router's loss (`balanced`) also: last_tokens [S] where in the row each sequence ends · step_sequences [1]
+    how many sequences the optimizer step has.
     """
+
+    def __init__(self, *, balanced: bool = False) -> None:
+        self.balanced = balanced
 
     def __call__(
         self, items: Sequence[tuple[PackedRow, Sequence[TrainingSequence]]]
@@ -221,6 +228,7 @@ class Collator:
         # Where the last sequence's tokens lie in the row.
         path = np.zeros(max(row.lengths, default=0), dtype=np.int64)
         keep, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        last: list[int] = []
         at = 0
         for encoded, length, shared in zip(sequences, row.lengths, row.shared, strict=True):
             own = length - shared
@@ -233,8 +241,9 @@ class Collator:
                 keep.append(path[first - 1 : end - 1].copy())
                 targets.append(np.asarray(encoded.input_ids[first:end], dtype=np.int64))
             at += stored
+            last.append(int(path[length - 1]))
         labels_kept = torch.from_numpy(np.concatenate(targets))[None]
-        return {
+        tensors = {
             "input_ids": torch.from_numpy(ids)[None],
             "position_ids": torch.from_numpy(positions)[None],
             "segments": torch.tensor(row.segments(), dtype=torch.int64),
@@ -242,3 +251,7 @@ class Collator:
             "labels": labels_kept,
             "shift_labels": labels_kept,
         }
+        if self.balanced:
+            tensors["last_tokens"] = torch.tensor(last, dtype=torch.int64)
+            tensors["step_sequences"] = torch.tensor([row.step_sequences])
+        return tensors

@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from qwen_chat.errors import ModelError
 from qwen_chat.training.memory_plan import CHUNK_BYTES
+from qwen_chat.training.router_loss import RouterLoss
+
+# What a collated row holds beside the model's inputs.
+NOT_INPUTS = ("labels", "shift_labels", "last_tokens", "step_sequences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ class LossResult:
     loss_sum: torch.Tensor  # scalar with gradient: sum of -log p over the supervised tokens
     correct: torch.Tensor  # scalar: supervised tokens that were the likeliest word
     tokens: int  # supervised tokens
+    # Scalar with gradient: the router's losses of its sequences; None where none is learnt.
+    router_sum: torch.Tensor | None = None
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -107,14 +113,19 @@ class ModelLoss:
     The head is where the weight is owned, so ZeRO-3's hooks have gathered it when the chunks need it, and
     LoRA or trained token rows on the head work as they are. Outside of a call of ours the head does what it
     always did.
+
+    router: the router's loss, formed beside it where a gradient is; the rows must hold `last_tokens` (Collator).
     """
 
-    def __init__(self, model: torch.nn.Module, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, chunk_bytes: int = CHUNK_BYTES, router: RouterLoss | None = None
+    ) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, torch.nn.Module):
             raise ModelError(f"{type(model).__name__} has no output head; expected a causal language model")
         self._targets: torch.Tensor | None = None
         self._hits: torch.Tensor | None = None
+        self._router = router
         self._chunk_bytes = chunk_bytes
         self._vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._own_forward: Callable[[torch.Tensor], torch.Tensor] = head.forward
@@ -147,10 +158,12 @@ class ModelLoss:
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> LossResult:
         """Run `model` (wrapped as it may be) on a collated row. `batch` is not changed."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+        inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+        balanced = self._router if torch.is_grad_enabled() else None
+        asked = {} if self._router is None else {"output_router_logits": balanced is not None}
         self._targets = batch["shift_labels"].flatten()
         try:
-            output = model(**inputs, use_cache=False)
+            output = model(**inputs, use_cache=False, **asked)
         finally:
             tokens, self._targets = self._targets.numel(), None
         if self._hits is None:
@@ -159,5 +172,10 @@ class ModelLoss:
                 " this model type cannot be trained here"
             )
         hits, self._hits = self._hits, None
+        router_sum = None
+        if balanced is not None:
+            output.aux_loss = None  # transformers', of the row as one text: its memory is free again
+            # Layers that are computed again in backward give their logits once, on the way forward.
+            router_sum = balanced(output.router_logits, batch)
         # The head returned the loss (see `_forward`), and the model passes on what its head returns as `logits`.
-        return LossResult(loss_sum=output.logits, correct=hits, tokens=tokens)
+        return LossResult(loss_sum=output.logits, correct=hits, tokens=tokens, router_sum=router_sum)

@@ -123,6 +123,7 @@ class Shape:
     expert: int = 0  # width of one
     shared: int = 0  # width of the one that every token passes
     sparse: frozenset[int] = frozenset()  # the layers that have experts
+    balanced: bool = False  # a router's loss is learnt
     delta: DeltaNet | None = None
     recurrent: frozenset[int] = frozenset()  # the layers that have a delta net in place of attention
     vision: int = 0  # parameters of the part that sees, which is loaded and stays as it is
@@ -275,7 +276,8 @@ def _mixture(kind: str, config: Mapping[str, Any], layers: int) -> dict[str, Any
         every, dense = 1, frozenset()  # every layer has experts, whatever the file says
     shared = 0 if kind in ("mixtral", "qwen3_moe") else int(config["shared_expert_intermediate_size"])
     sparse = frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0)
-    found = {"experts": experts, "chosen": chosen, "expert": width, "shared": shared}
+    balanced = bool(config.get("output_router_logits")) and config.get("router_aux_loss_coef") != 0
+    found = {"experts": experts, "chosen": chosen, "expert": width, "shared": shared, "balanced": balanced}
     return {**found, "sparse": sparse if experts else frozenset()}
 
 
@@ -688,6 +690,9 @@ def activations(shape: Shape, setup: Setup) -> int:
     walking += shape.delta.walked if shape.delta is not None and shape.recurrent else 0
     kept = shape.layers * a * shape.hidden + max(layers) if setup.checkpointing else sum(layers)
     total = setup.row * (kept + walking + a * shape.hidden)
+    if shape.balanced:
+        # Each layer's router logits and float32 shares, even where layers are computed again; their sums.
+        total += setup.row * shape.experts * (len(shape.sparse) * (a + 4) + 16)
     # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).
     total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else len(shape.sparse)))
     if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):

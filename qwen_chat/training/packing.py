@@ -47,6 +47,7 @@ class PackedRow:
     lengths: tuple[int, ...]  # tokens of each sequence, shared ones included
     shared: tuple[int, ...]  # first tokens of each that the row already holds
     pad_to: int = 0  # tokens that each sequence is padded to (layout "padded" only)
+    step_sequences: int = 0  # of all rows of the optimizer step, over all ranks
 
     @property
     def tokens(self) -> int:

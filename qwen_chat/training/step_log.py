@@ -59,7 +59,10 @@ class StepLog(TrainerCallback):
         self.tokens += record.tokens
         self.supervised += record.supervised_tokens
         self.highest_rate = max(self.highest_rate, record.learning_rate)
-        self._write(asdict(record))
+        line = asdict(record)
+        if record.router_loss is None:
+            del line["router_loss"]
+        self._write(line)
         if self.bar is not None:
             rate = self.tokens / max(time.perf_counter() - self.started, 1e-9)
             self.bar.set_postfix_str(f"loss {record.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)

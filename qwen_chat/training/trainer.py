@@ -32,6 +32,7 @@ from qwen_chat.errors import TrainingError
 from qwen_chat.training import adapters, checkpoints, memory_plan, ranks
 from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
+from qwen_chat.training.router_loss import RouterLoss
 from qwen_chat.training.stop_signal import StopSignal
 
 # peft asks for transformers' old word for gradient checkpointing; nobody here can act on the warning.
@@ -57,6 +58,8 @@ class StepRecord:
     tokens_per_s: float
     grad_norm: float | None
     memory_gib: float  # peak of this process so far
+    # Mean of its sequences, before the coefficient; None where none is learnt.
+    router_loss: float | None = None
 
 
 @dataclass
@@ -64,11 +67,14 @@ class StepTotals:
     """What the rows of the running optimizer step add up to, on this rank."""
 
     loss: torch.Tensor | None = None
+    router: torch.Tensor | None = None
     tokens: int = 0
     supervised: int = 0
 
-    def add(self, loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> None:
+    def add(self, loss: torch.Tensor, router: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> None:
         self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+        if router is not None:
+            self.router = router.detach() if self.router is None else self.router + router.detach()
         self.tokens += batch["input_ids"].numel()
         self.supervised += batch["labels"].numel()
 
@@ -93,7 +99,8 @@ class ChatTrainer(Trainer, TrainerCallback):
         self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio
         self.run_record, self.on_step = run_record or {}, on_step
         self.totals = StepTotals()
-        self.sums = (0.0, 0, 0)  # loss, tokens, supervised tokens of the running step, over all ranks
+        # Loss, router's loss, tokens, supervised tokens of the running step, over all ranks.
+        self.sums = (0.0, 0.0, 0, 0)
         self.rate = 0.0
         self.grad_norm: float | None = None
         self.last: StepRecord | None = None
@@ -102,9 +109,12 @@ class ChatTrainer(Trainer, TrainerCallback):
         self.stop: StopSignal | None = None  # whether this rank was asked to end
         self.stopping = False  # whether any rank was
         self._aside: Path | None = None
-        self.model_loss = ModelLoss(options["model"])  # before DeepSpeed or DDP wraps the model
+        self.router = RouterLoss.of(options["model"].config)
+        self.unlogged: list[float] = []  # router's losses of the steps that no reporter has seen yet
+        # Before DeepSpeed or DDP wraps the model.
+        self.model_loss = ModelLoss(options["model"], router=self.router)
         super().__init__(
-            data_collator=Collator(),
+            data_collator=Collator(balanced=self.router is not None),
             train_dataset=RowDataset(windows.data),
             eval_dataset=None if held_out is None else RowDataset(held_out.data),
             **options,
@@ -154,6 +164,10 @@ class ChatTrainer(Trainer, TrainerCallback):
         names = ("learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "memory_gib")
         if "loss" in logs and self.last is not None:
             logs = logs | {name: getattr(self.last, name) for name in names}
+            if self.router is not None and self.unlogged:
+                # The Trainer adds up what compute_loss returned: the reporters get its two parts as well.
+                mean, self.unlogged = statistics.mean(self.unlogged), []
+                logs |= {"loss": logs["loss"] - self.router.coefficient * mean, "router_loss": mean}
         super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, **options: object) -> None:
@@ -190,10 +204,18 @@ class ChatTrainer(Trainer, TrainerCallback):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """This row's loss / supervised tokens of the global step, times ranks (DDP averages gradients)."""
+        """This row's loss / supervised tokens of the global step, times ranks (DDP averages gradients).
+
+        A router's loss is added: its sum over the row / sequences of the global step, times its coefficient.
+        """
         count = max(1, int(num_items_in_batch or 0))  # 0: a step in which no token is supervised
-        loss = self.model_loss(model, inputs).loss_sum * (self.accelerator.num_processes / count)
-        self.totals.add(loss, inputs)
+        row = self.model_loss(model, inputs)
+        loss, router = row.loss_sum * (self.accelerator.num_processes / count), None
+        if row.router_sum is not None:
+            router = row.router_sum * self.accelerator.num_processes / inputs["step_sequences"][0]
+        self.totals.add(loss, router, inputs)
+        if self.router is not None and router is not None:
+            loss = loss + self.router.coefficient * router
         return (loss, {}) if return_outputs else loss
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -237,21 +259,24 @@ class ChatTrainer(Trainer, TrainerCallback):
         totals, self.totals = self.totals, StepTotals()
         loss = 0.0 if totals.loss is None else float(totals.loss)
         asked = self.stop is not None and self.stop.requested
-        parts = [loss / args.world_size, totals.tokens, totals.supervised, asked]
+        router = 0.0 if totals.router is None else float(totals.router)
+        parts = [loss / args.world_size, router / args.world_size, totals.tokens, totals.supervised, asked]
         sums = torch.tensor(parts, dtype=torch.float64).to(args.device)
-        loss, tokens, supervised, stops = self.accelerator.reduce(sums, reduction="sum").tolist()
+        loss, router, tokens, supervised, stops = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.stopping = self.stopping or stops > 0  # every rank knows at the same step
         if not math.isfinite(loss):
             raise self.failure(f"the loss is {loss}")
         before = None if self.last is None else self.last.loss
         if loss == 0 and supervised and not is_learnt_by_heart(before, state.global_step):
             raise self.failure("the loss is exactly 0")
-        self.sums = (loss, int(tokens), int(supervised))
+        self.sums = (loss, router, int(tokens), int(supervised))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        loss, tokens, supervised = self.sums
+        loss, router, tokens, supervised = self.sums
+        if self.router is not None:
+            self.unlogged.append(router)
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         self.last = StepRecord(
@@ -265,6 +290,7 @@ class ChatTrainer(Trainer, TrainerCallback):
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             grad_norm=self.grad_norm,
             memory_gib=round(hardware.peak_memory() / memory_plan.GIB, 3),
+            router_loss=None if self.router is None else router,
         )
         # Name the conversations of a step whose loss stands out from the last fifty.
         if len(self.recent) >= 10:

@@ -1,5 +1,7 @@
 """The loss curve does not depend on accumulation, ranks, engine or laziness."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,38 @@ def test_same_curve(
     differences = [abs(a - b) for a, b in zip(found, reference[method], strict=True)]
     assert max(differences) < 2e-4, (found, reference[method])
     assert sum(differences) / STEPS < 5e-5
+
+
+@pytest.fixture(scope="module")
+def routed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture whose config.json turns the router's loss on, so heavy that it moves the words' curve."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("routed") / "model"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tiny / "tokenizer_config.json", folder)
+    plain = json.loads((tiny / "config.json").read_text())
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    shape = {name: plain[name] for name in (*names, "intermediate_size", "initializer_range", "eos_token_id")}
+    shape |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    shape |= {"output_router_logits": True, "router_aux_loss_coef": 2.0, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_same_curve_with_a_routers_loss(routed: Path, conversations: Path, tmp_path: Path) -> None:
+    curves: dict[str, dict[str, list[float]]] = {}
+    again = ["--deepspeed", ZERO3, "--gradient_checkpointing", "True"]
+    ways = WAYS | {"1x8": (1, 8, 1, []), "2 ranks ZeRO-3, checkpointing": (2, 2, 2, again)}
+    for way, (batch, accumulation, ranks, more) in ways.items():
+        folder = tmp_path / way.replace(" ", "_")
+        finish([*words(routed, conversations, "full", batch, accumulation), *more], folder, ranks=ranks)
+        lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+        curves[way] = {name: [line[name] for line in lines] for name in ("loss", "router_loss")}
+    for way in ways:
+        for name in ("loss", "router_loss"):
+            assert curves[way][name] == pytest.approx(curves["1x8"][name], abs=5e-5), (way, name)
+    assert curves["1x8"]["router_loss"][-1] < curves["1x8"]["router_loss"][0] - 0.02  # it is learnt

@@ -53,8 +53,8 @@ def folder(tiny_model_path: Path, tmp_path: Path) -> Path:
         ),
         (
             "finetune/finetune.py",
-            {"model_type": "qwen3_moe", "output_router_logits": True},
-            "a model of type 'qwen3_moe' cannot be trained here: output_router_logits is true: ",
+            {"model_type": "mixtral", "output_router_logits": True},
+            "a model of type 'mixtral' cannot be trained here: output_router_logits is true: ",
         ),
         (
             "finetune/plan.py",

@@ -1,9 +1,11 @@
 """Tiny models and data on which the training engine's exactness is tested."""
 
+import importlib
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -99,6 +101,25 @@ def tiny_model(
         if lora:
             model.enable_input_require_grads()
     return model.train()
+
+
+def modeling(family: str) -> Any:
+    name = family.removesuffix("_text")
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own float32 passages (delta rule, decays, norms) in float64, so that nothing is rounded away."""
+
+    class Torch:
+        float32 = torch.float64
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    for family in HYBRIDS:
+        monkeypatch.setattr(modeling(family), "torch", Torch())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 def conversation(rng: random.Random, prefix: list[int], own: int, supervised: int | None = None) -> Encoded:

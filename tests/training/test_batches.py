@@ -1,5 +1,7 @@
 """Windows: what a step sees, on every rank, whatever the layout; and a row as tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
@@ -109,6 +111,9 @@ def test_collated_row():
     ]  # the prefix's last token predicts for the first
     assert batch["labels"].tolist() == [[1, 2, 4, 5]]
     assert batch["shift_labels"] is batch["labels"]
+    balanced = Collator(balanced=True)([(replace(row, step_sequences=5), [first, second])])
+    assert (balanced["last_tokens"].tolist(), balanced["step_sequences"].tolist()) == ([21, 24], [5])
+    assert balanced.keys() - batch.keys() == {"last_tokens", "step_sequences"}
 
 
 def test_padded_row_pads_to_its_longest():

@@ -1,8 +1,6 @@
 """Hybrid models in rows: each conversation is what it is alone, on a CPU by our chunks, else by the kernels."""
 
-import importlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +11,9 @@ from qwen_chat.training import delta_net, fused, matmul
 from tests.support.tiny_models import (
     HYBRIDS,
     engine,
+    in_double,
     mixed_data,
+    modeling,
     reference,
     relative,
     tiny_model,
@@ -22,25 +22,9 @@ from tests.support.tiny_models import (
 LAYOUTS = ("shared_prefix", "packed", "padded")
 
 
-def modeling(family: str) -> Any:
-    name = family.removesuffix("_text")
-    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-
-
 @pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers' own float32 passages (delta rule, decays, norms) in float64, so that nothing is rounded away."""
-
-    class Torch:
-        float32 = torch.float64
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-    for family in HYBRIDS:
-        monkeypatch.setattr(modeling(family), "torch", Torch())
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    yield
+def double(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_double(monkeypatch)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

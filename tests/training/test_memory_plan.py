@@ -297,6 +297,10 @@ def test_a_mixture_needs_memory_and_disk_for_all_its_experts() -> None:
     four_bits = memory_plan.need(shape, replace(lora, method="qlora"))
     assert four_bits.weights > 4 * 0.9 * shape.parameters  # no linear layers: experts stay float32 in 4 bits
     assert memory_plan.disk_needed(shape, run_of()) > 4 * shape.parameters
+    # A router's loss keeps 6 bytes of each expert's share, for every token and layer, and sums four matrices of them.
+    balanced = Shape.of(PUBLISHED["Qwen3-30B-A3B"][0] | {"output_router_logits": True})
+    more = memory_plan.activations(balanced, lora) - memory_plan.activations(shape, lora)
+    assert more == 2048 * 128 * (48 * 6 + 4 * 4)
 
 
 @pytest.mark.parametrize(
