@@ -26,7 +26,9 @@ from qwen_chat.inference.row_state import CHUNK, RowState, StateShape
 from qwen_chat.inference.step import Segment, Step
 
 _EPS = 1e-6  # in the length that queries and keys are divided by
-_LATER = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
+# From a list: an operator that torch shares among threads would leave a worker in the thread that imports this, beside
+# which the engine's own sleep after every product (threads.py).
+_LATER = torch.tensor([[key > query for key in range(CHUNK)] for query in range(CHUNK)])
 
 
 @dataclass(frozen=True, slots=True)
