@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks import bench_train
-from benchmarks.machine import where, write
+from benchmarks.machine import merged, where, write
 from qwen_chat.console import rank_zero
 
 RESULT = ROOT / "benchmarks" / "results" / "checkouts.json"
@@ -37,6 +37,9 @@ def main() -> int:
     )
     parser.add_argument("--before", type=Path, required=True, help="the other checkout's folder")
     parser.add_argument("--rounds", type=int, default=3, help="times through both [3]")
+    parser.add_argument(
+        "--part", choices=("training", "serving"), help="only this; the rest of the record stays"
+    )
     parser.add_argument("-o", "--output", type=Path, default=RESULT, help=f"[{RESULT.relative_to(ROOT)}]")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options = parser.parse_args()
@@ -44,26 +47,20 @@ def main() -> int:
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spec = training_spec(folder)
-        for _ in range(options.rounds):
+        spec = None if options.part == "serving" else training_spec(folder)
+        for _ in range(options.rounds if spec else 0):
             for side, checkout in checkouts.items():
-                step = train(checkout, spec, folder / f"{side}.json")
-                found.setdefault("training, tokens/s", {}).setdefault(side, []).append(step["rate"])
-                found.setdefault("training, peak GiB", {}).setdefault(side, []).append(step["peak"])
-                found.setdefault("training, loss", {}).setdefault(side, []).append(step["loss"])
-        for _ in range(options.rounds):
+                for what, value in train(checkout, spec or {}, folder / f"{side}.json").items():
+                    found.setdefault(what, {}).setdefault(side, []).append(value)
+        for _ in range(options.rounds if options.part != "training" else 0):
             for side, checkout in checkouts.items():
                 for what, rate in serve(checkout, folder / "serve.json").items():
                     found.setdefault(what, {}).setdefault(side, []).append(rate)
     rows = [row(what, sides) for what, sides in found.items()]
     commits = {side: commit(checkout) for side, checkout in checkouts.items()}
-    result = {
-        "rows": rows,
-        "commits": commits,
-        "rounds": options.rounds,
-        **where(("torch", "transformers", "peft", "tokenizers")),
-    }
-    write(options.output, result)
+    rows = [{**line, "commits": commits} for line in rows]
+    result = {"rows": rows, **where(("torch", "transformers", "peft", "tokenizers"))}
+    write(options.output, merged(options.output, result, ["what"]))
     for line in rows:
         rank_zero(f"{line['what']:32} {line['before']:>10} {line['now']:>10}  {line['ratio']}")
     if options.json:
@@ -95,7 +92,8 @@ def train(checkout: Path, spec: dict[str, Any], path: Path) -> dict[str, float]:
     done = run([str(checkout / "benchmarks" / "train_worker.py"), str(path)], checkout)
     told = json.loads(done.splitlines()[-1])
     rate = spec["tokens"] / statistics.median(told["seconds"])
-    return {"rate": rate, "peak": told["peak_gib"], "loss": told["losses"][-1]}
+    peak, loss = told["peak_gib"], told["losses"][-1]
+    return {"training, tokens/s": rate, "training, peak GiB": peak, "training, loss": loss}
 
 
 def serve(checkout: Path, output: Path) -> dict[str, float]:
