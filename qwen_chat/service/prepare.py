@@ -234,10 +234,8 @@ def template_kwargs(request: RenderedRequest, fmt: ChatFormat) -> Json:
         if not words:
             raise _no_variable("reasoning_effort", "says how much to think")
         if effort not in words:
-            text = (
-                f"Invalid value for 'reasoning_effort': this model's chat template knows {', '.join(words)}."
-            )
-            raise bad_value("reasoning_effort", text)
+            expected = " or ".join(repr(word) for word in words)
+            raise bad_value("reasoning_effort", f"Invalid value for 'reasoning_effort': expected {expected}.")
         asked["reasoning_effort"] = "reasoning_effort", effort
     for param, (name, value) in asked.items():
         if values.setdefault(name, value) != value:
