@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
+from qwen_chat.chat.format import Prompt
 from qwen_chat.conversation import Conversation
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ServiceError
@@ -391,9 +392,12 @@ class Format:
     stop_token_ids = (7,)
     call_grammar, text_grammar = Hermes().call_grammar, Hermes().text_grammar
 
-    def prompt_ids(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+    def __init__(self, in_reasoning: bool = False) -> None:
+        self.in_reasoning = in_reasoning
+
+    def render(self, messages: list[dict[str, Any]], tools: Any) -> Prompt:
         assert tools == TOOLS
-        return [len(messages[-1]["content"])]
+        return Prompt("", [len(messages[-1]["content"])], self.in_reasoning)
 
 
 class Echo:
@@ -432,6 +436,13 @@ def test_requests_are_greedy_and_constrained_as_asked(calls: Any) -> None:
         assert (request.temperature, request.max_tokens) == (0.0, 9)
         assert (request.stop, request.stop_token_ids) == (("✿RESULT✿",), (7,))
         assert request.grammar == expected[calls]
+
+
+def test_a_required_call_comes_after_the_thought_that_its_prompt_begins() -> None:
+    engine = Echo()
+    write_replies(engine, Format(in_reasoning=True), many(), Kept(None), calls="required")
+    after = Hermes().call_grammar(TOOLS, parallel=True).after_thought()
+    assert [request.grammar for request in engine.requests] == [after] * 10
 
 
 def test_replies_go_on_where_they_were_killed(tmp_path: Path) -> None:
@@ -475,8 +486,8 @@ def test_a_grammar_that_leads_nowhere_is_the_replys_own_fault() -> None:
 
 def test_prompts_that_fill_the_context_are_told_apart() -> None:
     class Long(Format):
-        def prompt_ids(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
-            return [0] * len(messages[-1]["content"])
+        def render(self, messages: list[dict[str, Any]], tools: Any) -> Prompt:
+            return Prompt("", [0] * len(messages[-1]["content"]), in_reasoning=False)
 
     assert [one.key for one in fitting(many(), Long(), 6)] == [f"f:{n}#1" for n in range(1, 6)]
 
