@@ -51,6 +51,7 @@ def run_client(python: Path, code: str, url: str) -> str:
 
 def test_schemathesis(live: LiveService, tmp_path: Path) -> None:
     """What the OpenAPI document says is what happens: no 5xx, no undeclared status, type or shape."""
+    # The script's first line names the folder that the environment was built in, so it is given its interpreter.
     python = python_of(["schemathesis==4.32.5"])
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     document = requests.get(f"{live.url}/openapi.json", timeout=10).json()
@@ -61,7 +62,7 @@ def test_schemathesis(live: LiveService, tmp_path: Path) -> None:
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     done = subprocess.run(
         [
-            str(python.parent / "st"), "run", str(tmp_path / "openapi.json"), "--url", live.url, "--checks", checks,
+            str(python), str(python.parent / "st"), "run", str(tmp_path / "openapi.json"), "--url", live.url, "--checks", checks,
             "--max-examples", "60", "--seed", "1", "--request-timeout", "30", "--exclude-path-regex", "metrics",
         ],
         capture_output=True, text=True, timeout=1500, check=False, cwd=tmp_path,
