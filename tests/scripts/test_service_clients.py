@@ -62,7 +62,8 @@ def test_schemathesis(live: LiveService, tmp_path: Path) -> None:
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     done = subprocess.run(
         [
-            str(python), str(python.parent / "st"), "run", str(tmp_path / "openapi.json"), "--url", live.url, "--checks", checks,
+            str(python), str(python.parent / "st"), "run", str(tmp_path / "openapi.json"), "--url", live.url,
+            "--checks", checks,
             "--max-examples", "60", "--seed", "1", "--request-timeout", "30", "--exclude-path-regex", "metrics",
         ],
         capture_output=True, text=True, timeout=1500, check=False, cwd=tmp_path,
