@@ -2,7 +2,8 @@
 
 In: what a layer projects from the tokens of many runs, one run after the other, and which run each continues from.
 Out: what each run would give with all that lies on its way before it and nothing else, and the states it leaves
-behind. Training lays the segments of a row out as runs, serving the next tokens of its requests.
+behind. Training lays the segments of a row out as runs. The engine has chunks of its own, at fixed positions: the bits
+of a row there depend on no company.
 
 A head's state S [K, V] maps keys to values. A token with query q, key k, value v, log of decay g <= 0 and learning
 rate b does (arXiv 2412.06464)
@@ -194,24 +195,6 @@ def gated_delta_rule(
     out = torch.cat(outputs).transpose(1, 2).flatten(0, 1).index_select(0, cut.back.to(v.device))
     kept = torch.cat(left).index_select(0, cut.last.to(v.device)) if keep else None
     return out.to(value.dtype), kept
-
-
-def delta_step(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token of each of B rows: (outputs [B, H, V], states after it [B, H, K, V]).
-
-    As for `gated_delta_rule` with a run of one token for each row; nothing of a row depends on another.
-    """
-    exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-    share = value.shape[1] // key.shape[1]
-    q = (normalised(query.to(exact)) * query.shape[-1] ** -0.5).repeat_interleave(share, dim=1)
-    k = normalised(key.to(exact)).repeat_interleave(share, dim=1)
-    state = states.to(exact) * decay.to(exact).exp()[..., None, None]
-    found = (state * k[..., None]).sum(-2)
-    written = rate.to(exact)[..., None] * (value.to(exact) - found)
-    state = state + k[..., None] * written[..., None, :]
-    return (state * q[..., None]).sum(-2).to(value.dtype), state
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -4,11 +4,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_chat.delta_rule import CHUNK, Runs, convolve, delta_step, gated_delta_rule
+from qwen_chat.delta_rule import CHUNK, Runs, convolve, gated_delta_rule, normalised
 
 KEY_HEADS, HEADS, KEY, VALUE = 2, 4, 6, 10
 # Longer and shorter than a chunk, just a chunk, one token; children of children, and a second root.
 RUNS = Runs((CHUNK + 6, 2 * CHUNK + 2, CHUNK, 5, 3 * CHUNK + 8, 1, 33), (-1, 0, 0, 2, -1, 4, 4))
+
+
+def delta_step(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rule as it is defined, one token of each of B rows: (outputs [B, H, V], states after it [B, H, K, V]).
+
+    As for `gated_delta_rule` with a run of one token for each row; nothing of a row depends on another.
+    """
+    exact = torch.float64 if value.dtype == torch.float64 else torch.float32
+    share = value.shape[1] // key.shape[1]
+    q = (normalised(query.to(exact)) * query.shape[-1] ** -0.5).repeat_interleave(share, dim=1)
+    k = normalised(key.to(exact)).repeat_interleave(share, dim=1)
+    state = states.to(exact) * decay.to(exact).exp()[..., None, None]
+    found = (state * k[..., None]).sum(-2)
+    written = rate.to(exact)[..., None] * (value.to(exact) - found)
+    state = state + k[..., None] * written[..., None, :]
+    return (state * q[..., None]).sum(-2).to(value.dtype), state
 
 
 def layer(tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
