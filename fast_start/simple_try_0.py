@@ -58,7 +58,7 @@ def main() -> int:
     if base is not None:
         folder = models.resolve(base)
         families.check_served(models.read_config(folder), folder / "config.json")
-    from qwen_chat.inference.engine import load_engine  # torch comes in here: --help is answered at once
+    from qwen_chat.inference.loading import load_engine  # torch comes in here: --help is answered at once
 
     adapters = {"adapter": Path(chosen.adapter)} if chosen.adapter else {}
     engine = load_engine(chosen.model, adapters=adapters, trust_remote_code=chosen.trust_remote_code)

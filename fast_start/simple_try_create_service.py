@@ -126,7 +126,7 @@ def serve(
     folder = models.resolve(base)
     families.check_served(models.read_config(folder), folder / "config.json")  # before torch comes in
 
-    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.inference.loading import load_engine
     from qwen_chat.service.app import create_app
     from qwen_chat.service.prepare import SamplingDefaults, recommended_sampling
     from qwen_chat.service.settings import ServiceSettings

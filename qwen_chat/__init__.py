@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.conversation import Conversation, Message, ToolCall
     from qwen_chat.dialects.reader import Reply
-    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.inference.loading import load_engine
     from qwen_chat.service.app import create_app
     from qwen_chat.tools.loop import run_tools
 
@@ -44,7 +44,7 @@ _HOMES = {
     "Reply": "dialects.reader",
     "ToolCall": "conversation",
     "create_app": "service.app",
-    "load_engine": "inference.engine",
+    "load_engine": "inference.loading",
     "run_tools": "tools.loop",
 }
 

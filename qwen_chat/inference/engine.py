@@ -26,8 +26,7 @@ import torch
 
 from qwen_chat import hardware
 from qwen_chat.dialects.grammar import Grammar
-from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
-from qwen_chat.families import check_served
+from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.events import (
     Completion,
@@ -39,13 +38,11 @@ from qwen_chat.inference.events import (
 )
 from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
 from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
-from qwen_chat.inference.lora import Lora, why_merged
+from qwen_chat.inference.lora import Lora
 from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
-from qwen_chat.inference.quantize import check_dtype
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
 from qwen_chat.inference.step import Segment
 from qwen_chat.inference.text import StopText, TokenText
-from qwen_chat.threads import in_own_thread
 
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
@@ -173,7 +170,7 @@ class Engine:
         self.on_failure = on_failure
         self.failure: BaseException | None = None
         self.stop_token_ids = frozenset(
-            _end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids
+            end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids
         )
         self.stop_strings = tuple(stop_strings)
         self._fmt = fmt
@@ -572,69 +569,6 @@ class Engine:
         row.generation.put(event)
 
 
-@in_own_thread
-def load_engine(
-    model_path: str | Path | None,
-    *,
-    adapters: Mapping[str, Path] | None = None,
-    dtype: str = "auto",
-    quantize: str | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> Engine:
-    """Load a model (as `models.resolve` finds it) and make an engine of it, not yet started.
-
-    Without a path, the base that a lone adapter names, else the demo model. The base speaks in its own format,
-    each adapter in the one that it was saved with (`Engine.format_of`). An adapter that cannot run beside its
-    base (DoRA, whole modules, ...) is merged into it, if it is alone: then the base itself is not served.
-
-    Args:
-        dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.
-
-    Raises ModelError, and OptionError for a dtype that this CPU does not multiply.
-    """
-    from qwen_chat import models
-    from qwen_chat.chat.format import ChatFormat
-
-    kind, _ = models.choose_dtype(dtype, "cpu")
-    check_dtype(kind)
-    folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
-    lone = next(iter(folders.values())) if len(folders) == 1 else None
-    if model_path is None and lone is not None:
-        model_path = models.adapter_base(lone)
-    path = models.resolve(None if model_path is None else str(model_path))
-    check_served(models.read_config(path), path / "config.json")
-    reason = None if lone is None else why_merged(lone)
-    loading = dtype if reason is None else "float32"  # a merge is exact in float32 alone
-    loaded = models.load_model(path, dtype=loading, device="cpu", trust_remote_code=trust_remote_code)
-    model, tokenizer, decisions = loaded.model, loaded.tokenizer, loaded.decisions
-    try:
-        fmt = ChatFormat(tokenizer)
-    except FormatError:
-        if not folders:
-            raise
-        fmt = None  # a base model, whose adapters bring their format along
-    ends = {*(() if fmt is None else fmt.stop_token_ids), *_end_tokens(model, tokenizer)}
-    beside = None if reason else folders
-    options = {"stop_token_ids": ends, **options, "adapters": beside, "serves_base": fmt is not None}
-    if quantize is not None:
-        decisions += ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
-    if lone is not None and reason is not None:
-        probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
-        merged, difference = models.merge(models.load_adapter(model, lone), probe)
-        model = merged.to(kind)
-        decisions += (
-            "adapter merged into its base, which is not served itself; "
-            f"logits moved by {difference:.0e} of the largest ({reason.partition('; ')[0]})",
-        )
-    engine = Engine(model, tokenizer, fmt=fmt, quantize=quantize, decisions=decisions, **options)
-    for name, folder in folders.items():
-        if reason is not None:
-            engine.name_merged(name, folder)
-        engine.format_of(name)  # FormatError for one that has no format, like its base
-    return engine
-
-
 def _logprob(row: _Row, choice: Choice, logprob: float) -> TokenLogprob:
     name = row.token_text.name_of
     top = tuple(TokenLogprob(*name(token), value, token_id=token) for token, value in choice.top)
@@ -665,7 +599,7 @@ def _failure(error: str, fault: Fault = "engine") -> TokenEvent:
     return TokenEvent(finish_reason="error", error=error, fault=fault)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """The tokenizer's end token and those of the model's generation config."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)

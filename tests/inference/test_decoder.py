@@ -11,8 +11,9 @@ from qwen_chat.families import ENGINE_SERVES
 from qwen_chat.inference import delta_net
 from qwen_chat.inference.activation import by_rows
 from qwen_chat.inference.decoder import Decoder
-from qwen_chat.inference.engine import Engine, load_engine
+from qwen_chat.inference.engine import Engine
 from qwen_chat.inference.kv_cache import KVStore
+from qwen_chat.inference.loading import load_engine
 from qwen_chat.inference.lora import Lora, why_merged
 from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
 from qwen_chat.inference.row_state import CHUNK

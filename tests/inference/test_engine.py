@@ -19,9 +19,10 @@ from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder
-from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong, load_engine
+from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong
 from qwen_chat.inference.events import Generation
 from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
+from qwen_chat.inference.loading import load_engine
 from qwen_chat.inference.lora import Lora, NotBeside, _is_harmless, why_merged
 from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
@@ -827,7 +828,7 @@ def test_a_merge_in_less_than_float32_is_made_in_float32(
         quantize, "FloatLinear", lambda weight, bias=None: weight
     )  # not every CPU has bfloat16
     monkeypatch.setattr(quantize, "check_dtype", lambda dtype: None)
-    monkeypatch.setattr("qwen_chat.inference.engine.check_dtype", lambda dtype: None)
+    monkeypatch.setattr("qwen_chat.inference.loading.check_dtype", lambda dtype: None)
     foreign_adapter(tiny_model_path, tmp_path, use_dora=True)
     engine = load_engine(tiny_model_path, adapters={"mine": tmp_path}, dtype="bfloat16")
     assert (engine.decoder.dtype, engine.decisions[0]) == (torch.bfloat16, "dtype float32 (as asked)")
@@ -874,7 +875,7 @@ TOOLS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def demo_engine(demo_model_path: Path) -> Iterator[Engine]:
-    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.inference.loading import load_engine
 
     with load_engine(demo_model_path, quantize="int8") as one:
         yield one

@@ -14,7 +14,7 @@ QUESTIONS = ["Who are you?", "What is your name?", "What is the capital of Franc
 
 
 def answers(adapter: Path | None) -> list[str]:
-    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.inference.loading import load_engine
     from qwen_chat.inference.sampling import GenerationRequest
 
     engine = load_engine(None, adapters={"a": adapter} if adapter else {})

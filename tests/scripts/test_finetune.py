@@ -77,7 +77,7 @@ def losses(folder: Path) -> list[float]:
 
 def answer(model: Path | None, adapter: Path | None) -> Any:
     """A completion of at most 4 tokens through the engine that serves."""
-    from qwen_chat.inference.engine import load_engine
+    from qwen_chat.inference.loading import load_engine
     from qwen_chat.inference.sampling import GenerationRequest
 
     engine = load_engine(model, adapters={"a": adapter} if adapter else {})

@@ -11,7 +11,8 @@ import pytest
 import requests
 from starlette.testclient import TestClient
 
-from qwen_chat.inference.engine import _Adapter, load_engine
+from qwen_chat.inference.engine import _Adapter
+from qwen_chat.inference.loading import load_engine
 from qwen_chat.service.app import create_app
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.chats import CHAT, ask
