@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 GROUP = 32
-_ROWS = 256  # rows packed at a time; the kernel's blocks are of 64
+_SLICE = 256  # rows packed at a time; the kernel's blocks are of 64
 
 
 def takes(rows: int, columns: int) -> bool:
@@ -23,7 +23,7 @@ def takes(rows: int, columns: int) -> bool:
     return all(hasattr(torch.ops.aten, name) for name in names)
 
 
-def byte_count(rows: int, columns: int) -> int:
+def int4_bytes(rows: int, columns: int) -> int:
     """Bytes of a weight (rows, columns): half of one a number, a scale and a zero of 2 each a group."""
     return rows * columns // 2 + rows * columns // GROUP * 4
 
@@ -48,8 +48,8 @@ class Int4Linear:
         self._bias = None if bias is None else bias.detach().float().clone()
         self._weight = torch.empty(rows, columns // 2, dtype=torch.uint8)
         self._scales = torch.empty(columns // GROUP, rows, 2, dtype=torch.bfloat16)
-        for begin in range(0, rows, _ROWS):
-            part = slice(begin, begin + _ROWS)
+        for begin in range(0, rows, _SLICE):
+            part = slice(begin, begin + _SLICE)
             whole, self._scales[:, part] = rounded(weight[part])
             self._weight[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
 

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 _EXACT = 1040  # so many products of 127 x 127 stay below 2**24: float32 sums them without rounding
-_ROWS = 4096  # rows rounded at a time
+_ROUNDED = 4096  # rows rounded at a time
 _PACKED = 2**27  # numbers that are packed at a time
 
 
@@ -49,7 +49,7 @@ def exact_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def byte_count(rows: int, columns: int) -> int:
+def int8_bytes(rows: int, columns: int) -> int:
     """Bytes of a weight (rows, columns) with its scales; twice the numbers where both kernels hold them."""
     return rows * columns * (2 if _has_tiles() else 1) + 16 * rows
 
@@ -65,8 +65,8 @@ class Int8Linear:
         weight = weight.detach()
         self._scale = torch.empty(len(weight))
         whole = torch.empty(weight.shape, dtype=torch.int8)
-        for begin in range(0, len(weight), _ROWS):
-            part = slice(begin, begin + _ROWS)
+        for begin in range(0, len(weight), _ROUNDED):
+            part = slice(begin, begin + _ROUNDED)
             rows = weight[part].float()
             self._scale[part] = scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
             whole[part] = rows.div(scale[:, None]).round_()

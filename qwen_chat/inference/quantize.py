@@ -25,7 +25,7 @@ from qwen_chat.inference.int8 import Int8Linear
 # x (rows, in) -> (rows, out)
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-BLOCK = 16  # rows of every product in public operators: one number of rows has one order of summation
+PRODUCT_ROWS = 16  # rows of every product in public operators: one number of rows has one order of summation
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -62,8 +62,8 @@ def linear_bytes(
     if quantize is None:
         return rows * columns * dtype.itemsize
     if quantize == "int4" and int4.takes(rows, columns):
-        return int4.byte_count(rows, columns)
-    return int8.byte_count(rows, columns)
+        return int4.int4_bytes(rows, columns)
+    return int8.int8_bytes(rows, columns)
 
 
 def ways(parts: object, quantize: str | None, dtype: torch.dtype) -> tuple[str, ...]:
@@ -82,7 +82,9 @@ def ways(parts: object, quantize: str | None, dtype: torch.dtype) -> tuple[str, 
     if quantize is not None and not int8.fused_levels():
         lines.append("int8 by public operators, the same bits but slower: this torch has no fbgemm kernel")
     if quantize is None and not has_packed(dtype):
-        lines.append(f"products by public operators, {BLOCK} rows each, slower: this torch packs no weights")
+        lines.append(
+            f"products by public operators, {PRODUCT_ROWS} rows each, slower: this torch packs no weights"
+        )
     return tuple(lines)
 
 
@@ -127,9 +129,9 @@ class FloatLinear:
             return y
         if not self._is_host:
             return functional.linear(x, self._weight, self._bias)
-        full = functional.pad(x, (0, 0, 0, -len(x) % BLOCK))
+        full = functional.pad(x, (0, 0, 0, -len(x) % PRODUCT_ROWS))
         parts = [
-            functional.linear(full[begin : begin + BLOCK], self._weight, self._bias)
-            for begin in range(0, len(full), BLOCK)
+            functional.linear(full[begin : begin + PRODUCT_ROWS], self._weight, self._bias)
+            for begin in range(0, len(full), PRODUCT_ROWS)
         ]
         return torch.cat(parts)[: len(x)]

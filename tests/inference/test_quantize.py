@@ -170,11 +170,11 @@ def test_a_weight_packed_in_pieces_gives_the_same_bits(monkeypatch: pytest.Monke
     x = rows(20, 576)
     for kind, module, name, small in (
         (Int8Linear, int8, "_PACKED", 576 * 100),
-        (Int4Linear, int4, "_ROWS", 64),
+        (Int4Linear, int4, "_SLICE", 64),
     ):
         expected = kind(weight, bias)(x)
         monkeypatch.setattr(module, name, small)
-        monkeypatch.setattr(int8, "_ROWS", 7)
+        monkeypatch.setattr(int8, "_ROUNDED", 7)
         assert torch.equal(kind(weight, bias)(x), expected)
 
 
