@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
@@ -45,6 +45,9 @@ class TryArguments:
     max_new_tokens: int = option(512, "longest answer in tokens")
     temperature: float = option(0.0, "0: always the likeliest word; 1: as varied as the model is")
     seed: int | None = option(None, "with a temperature: the same seed gives the same answer")
+    quantize: Literal["int8", "int4"] | None = option(
+        None, "weights on a CPU: int8 is smaller and faster, int4 smallest; each a little less exact"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
@@ -61,7 +64,12 @@ def main() -> int:
     from qwen_chat.inference.loading import load_engine  # torch comes in here: --help is answered at once
 
     adapters = {"adapter": Path(chosen.adapter)} if chosen.adapter else {}
-    engine = load_engine(chosen.model, adapters=adapters, trust_remote_code=chosen.trust_remote_code)
+    engine = load_engine(
+        chosen.model,
+        adapters=adapters,
+        quantize=chosen.quantize,
+        trust_remote_code=chosen.trust_remote_code,
+    )
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     system: Messages = [{"role": "system", "content": chosen.system}] if chosen.system else []

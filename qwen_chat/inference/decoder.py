@@ -33,7 +33,7 @@ from qwen_chat.inference.kv_cache import KVShape
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Places
 from qwen_chat.inference.norm import Norm
-from qwen_chat.inference.quantize import make_linear
+from qwen_chat.inference.quantize import make_linear, ways
 from qwen_chat.inference.step import (
     Segment,
     Step,
@@ -77,7 +77,9 @@ class Decoder:
             sources = [LayerSource(layer, k, body, quantize) for k, layer in enumerate(body.layers)]
             self._layers = tuple(_layer(source, slots) for source in sources)
             self._norm = sources[0].norm(body.norm)
-            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize)
+            # The head stays in int8 where the layers are in int4.
+            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize and "int8")
+            self.ways = ways(self._layers, quantize, self.dtype)
         attentions = [layer.mixer for layer in self._layers if isinstance(layer.mixer, Attention)]
         deltas = [layer.mixer for layer in self._layers if isinstance(layer.mixer, DeltaNet)]
         self._windows = {attention.window for attention in attentions}

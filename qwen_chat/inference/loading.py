@@ -34,7 +34,7 @@ def load_engine(
     base (DoRA, whole modules, ...) is merged into it, if it is alone: then the base itself is not served.
 
     Args:
-        dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.
+        dtype: "auto" = float32. quantize: "int8", "int4" or None. options: any other of Engine's.
 
     Raises ModelError, and OptionError for a dtype that this CPU does not multiply.
     """
@@ -62,8 +62,6 @@ def load_engine(
     ends = {*(() if fmt is None else fmt.stop_token_ids), *end_tokens(model, tokenizer)}
     beside = None if reason else folders
     options = {"stop_token_ids": ends, **options, "adapters": beside, "serves_base": fmt is not None}
-    if quantize is not None:
-        decisions += ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
     if lone is not None and reason is not None:
         probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
         merged, difference = models.merge(models.load_adapter(model, lone), probe)
