@@ -74,7 +74,7 @@ def test_a_chat_takes_it(
     words = ("-m", str(tiny_model_path), "-p", "hi", "--max_new_tokens", "3")
     assert script_of(CHAT, monkeypatch, *words).main() == 0
     said = capsys.readouterr()
-    assert said.out == "hhh\n"
+    assert said.out == "WWW\n"
     assert said.err.splitlines()[0] == "device meta (faked)"
 
 
@@ -131,7 +131,8 @@ def test_training_takes_it(tmp_path: Path, tiny_model_path: Path, monkeypatch: p
     """transformers is told to use it; the model is loaded in the number type of that device."""
     from transformers import TrainingArguments
 
-    monkeypatch.setattr(hardware, "accelerators", lambda: {"cuda": "faked"})
+    monkeypatch.setattr(hardware, "accelerators", lambda: ("cuda",))
+    monkeypatch.setattr(hardware, "accelerator_name", lambda kind: "faked")
     monkeypatch.setattr(hardware, "gpu_has_bf16", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     run = read_run(
@@ -176,7 +177,7 @@ def test_a_device_for_training_that_cannot_be(words: list[str], said: str) -> No
 
 def test_torch_may_find_none_where_its_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen by its files the flag is taken; once torch is loaded and finds none, it is refused before the data."""
-    there = [{"cuda": "/dev/nvidia0 is there"}, {}]
+    there: list[tuple[str, ...]] = [("cuda",), ()]
     monkeypatch.setattr(hardware, "accelerators", lambda: there[0])
     run = read_run(["-d", "x", "--device", "cuda"])
     there.pop(0)
