@@ -27,6 +27,7 @@ from qwen_chat import models
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.data.formats import read_record
+from qwen_chat.hardware import Device
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.kv_cache import KVStore
 from qwen_chat.inference.quantize import linear_bytes
@@ -88,7 +89,9 @@ def size(decoder: Decoder, quantize: str | None) -> int:
 @in_own_thread
 def measure(model_path: str | None, rows: int) -> list[dict[str, Any]]:
     """A row for each number type."""
-    loaded = models.load_model(models.resolve(model_path), dtype="float32", device="cpu")
+    loaded = models.load_model(
+        models.resolve(model_path), dtype="float32", device=Device("cpu", "the benchmark measures it")
+    )
     asked = sequences(ChatFormat(loaded.tokenizer), rows)
     measured: list[dict[str, Any]] = []
     reference: list[int] = []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors, families, models
+from qwen_chat import errors, families, hardware, models
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.dialects.reader import Delta, fold
@@ -48,6 +48,9 @@ class TryArguments:
     quantize: Literal["int8", "int4"] | None = option(
         None, "weights on a CPU: int8 is smaller and faster, int4 smallest; each a little less exact"
     )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "where it computes; auto: an accelerator where one is"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
@@ -55,6 +58,7 @@ def main() -> int:
     chosen = parser.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
     if chosen.max_new_tokens < 1:
         raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
+    hardware.choose_device(chosen.device)  # one that is not there is refused before anything is loaded
     base = chosen.model
     if base is None and chosen.adapter:
         base = models.adapter_base(Path(chosen.adapter))
@@ -68,6 +72,7 @@ def main() -> int:
         chosen.model,
         adapters=adapters,
         quantize=chosen.quantize,
+        device=chosen.device,
         trust_remote_code=chosen.trust_remote_code,
     )
     for decision in engine.decisions:

@@ -12,15 +12,17 @@ so a run that was killed goes on, and the same question asked again is answered 
 import gzip
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors, files, models
+from qwen_chat import errors, files, hardware, models
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.cli.run_options import ModelArguments
@@ -35,6 +37,11 @@ from qwen_chat.threads import in_own_thread
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
+# What the owner of a model decides, and who asks a server cannot.
+NOT_SERVED = (
+    *("adapter", "attn_implementation", "trust_remote_code", "device", "tool_style", "model_max_length"),
+    *("empty_think", "fresh"),
+)
 RECIPE = 1  # raise it when the same model and data would give other replies
 
 
@@ -66,6 +73,13 @@ class EvaluateArguments:
     empty_think: Literal["learn", "ignore"] | None = option(
         None, "an empty think block counts in the loss, or not; as in training"
     )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "where it computes; auto: an accelerator where one is"
+    )
+    url: str | None = option(
+        None, "judge a model behind an OpenAI-compatible server (-m: its name there): replies, no losses"
+    )
+    api_key: str | None = option(None, "the key of --url's server; also API_KEY")
     output: str | None = option(None, "also write the whole report to this JSON file", "-o")
     fresh: bool = option(False, "compute everything again")
     json: bool = option(False, "print one JSON object on standard output")
@@ -76,7 +90,7 @@ class Side:
     """One model and what was found about it."""
 
     name: str
-    model: Path
+    model: Path | None  # None: it is a server's
     adapter: Path | None
     losses: list[scores.SequenceLoss] = field(default_factory=list)
     judged: list[scores.Judged] = field(default_factory=list)
@@ -96,13 +110,22 @@ def main() -> int:
             raise OptionError(f"--{name}: {value}; expected a number above 0")
     if options.output and not Path(options.output).resolve().parent.is_dir():
         raise OptionError(f"-o: {Path(options.output).parent} is no folder; make it first")
+    for name in NOT_SERVED if options.url else ("api_key",):
+        if name in values.given:
+            where = "with --url: the server decides it" if options.url else "without --url"
+            raise OptionError(f"--{name} has no effect {where}; leave it out")
+    hardware.choose_device(options.device)  # one that is not there is refused before anything is read
     data = records.open_records(options.data_path, on_error=options.on_error)
     cases = read_cases(data, options)
-    sides = [find_side(chosen.model, options.adapter)]
-    if options.compare is not None:
-        sides.append(find_side(chosen.model, None) if options.compare == "base" else other(options.compare))
-    for side in sides:
-        run(side, data, cases, chosen, options)
+    if options.url is not None:
+        sides = ask_server(options.url, chosen.model, cases, options)
+    else:
+        sides = [find_side(chosen.model, options.adapter)]
+        if options.compare is not None:
+            named = options.compare
+            sides.append(find_side(chosen.model, None) if named == "base" else other(named))
+        for side in sides:
+            run(side, data, cases, chosen, options)
     report = write_report(sides, data, options)
     if options.output:
         Path(options.output).write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
@@ -182,8 +205,7 @@ def run(
     from qwen_chat.inference.engine import Engine
 
     kept = open_kept(side, data, options)
-    device = choose_device(bool(cases))
-    model, fmt = in_own_thread(load_and_score)(side, data, kept, chosen, options, device)
+    model, fmt = in_own_thread(load_and_score)(side, data, kept, chosen, options)
     if not cases:
         return
     with Engine(model, fmt.tokenizer, max_batch=options.batch_size) as engine:
@@ -203,17 +225,32 @@ def run(
     side.judged = evaluation_run.judge(answered, texts, fmt)
 
 
-def choose_device(writes_calls: bool) -> models.Device:
-    """Where a model is evaluated: the engine that writes its calls runs on CPUs."""
-    import torch
+def ask_server(url: str, model: str | None, cases: list[Case], options: EvaluateArguments) -> list[Side]:
+    """The models that a server calls by these names (none: its first), judged by their replies."""
+    from tqdm import tqdm
 
-    if not writes_calls or not torch.cuda.is_available():
-        return "auto"
-    rank_zero(
-        "evaluated on the CPU, not on the GPU: calls are written by the toolkit's engine, which runs on CPUs "
-        "(leave out conversations with tools, and the loss is computed on the GPU)"
-    )
-    return "cpu"
+    from qwen_chat.evaluation.served import ServedModel
+    from qwen_chat.tools.client import HttpClient
+
+    if not cases:
+        raise OptionError(
+            f"--url {url}: no conversation of the data offers tools, and losses need the model itself; give -m without"
+            " --url"
+        )
+    client = HttpClient(url, api_key=options.api_key or os.environ.get("API_KEY"))
+    listed = client.models()
+    names = [model or listed[0], *([] if options.compare is None else [options.compare])]
+    sides = []
+    for name in names:
+        if name not in listed:
+            raise OptionError(f"{name}: {url} has no such model; it lists {', '.join(listed)}")
+        side = Side(name, None, None)
+        served = ServedModel(client, name, options.calls, options.max_new_tokens, options.template_kwargs)
+        with tqdm(total=len(cases), desc=f"{name}: calls", file=sys.stderr) as bar:
+            side.judged = served.judge(cases, options.batch_size, partial(move, bar))
+        side.unanswered = len(cases) - len(side.judged)
+        sides.append(side)
+    return sides
 
 
 def load_and_score(
@@ -222,15 +259,17 @@ def load_and_score(
     kept: evaluation_run.Kept,
     chosen: ModelArguments,
     options: EvaluateArguments,
-    device: models.Device,
 ) -> "tuple[Any, ChatFormat]":
     """The model and its chat format, when its losses on the data are known."""
+    import torch  # noqa: F401  its word counts for the device
     from tqdm import tqdm
 
     from qwen_chat.chat.empty_think import taught
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.data import token_cache
 
+    device = hardware.choose_device(options.device)
+    assert side.model is not None
     loaded = models.load_model(
         side.model,
         adapter=side.adapter,
@@ -238,7 +277,7 @@ def load_and_score(
         device=device,
         trust_remote_code=chosen.trust_remote_code,
     )
-    rank_zero(f"{side.name}: {'; '.join(loaded.decisions)}")
+    rank_zero(f"{side.name}: {'; '.join((str(device), *loaded.decisions))}")
     model = loaded.model
     if side.adapter is not None:  # merged, an adapter costs nothing while decoding
         model, _ = models.merge(
@@ -265,6 +304,9 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
     """The results kept for exactly this model, data and way of asking."""
     asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
     asked += [options.template_kwargs, options.empty_think]
+    if (device := hardware.choose_device(options.device)).kind != "cpu":
+        asked.append(device.kind)
+    assert side.model is not None
     identity = [
         *asked,
         identify(side.model),
@@ -290,6 +332,8 @@ def write_report(sides: list[Side], data: records.Records, options: EvaluateArgu
     """Everything as plain values: `model`, `compared_with` and `comparison` where there are two."""
     report: dict[str, Any] = {"data": list(options.data_path), "conversations": count(data, options)}
     report["skipped_lines"], report["calls"] = data.report.skipped, options.calls
+    if options.url is not None:
+        report["url"] = options.url
     for key, side in zip(("model", "compared_with"), sides, strict=False):
         report[key] = {
             "name": side.name,
@@ -327,7 +371,10 @@ def describe(report: dict[str, Any]) -> str:
     lines = [f"{report['conversations']} conversations from {', '.join(report['data'])}"]
     if report["skipped_lines"]:
         lines.append(f"bad lines left out by --on_error skip: {report['skipped_lines']}")
-    lines += [table(sides, ("loss", "perplexity", "token_accuracy"), lambda side: side)]
+    if "url" in report:
+        lines.append(f"judged by its replies at {report['url']}; losses are not computed there")
+    else:
+        lines += [table(sides, ("loss", "perplexity", "token_accuracy"), lambda side: side)]
     for side in sides:
         if side["too_long"]:
             lines.append(f"{side['name']}: {side['too_long']} conversations were too long and are left out")

@@ -53,7 +53,7 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     if not is_rank_zero():
         return
     model.config.use_cache = True
-    end_tokens(model, fmt)
+    stop_where_trained(model, fmt)
     aside = session.folder / checkpoints.ASIDE
     aside.mkdir(exist_ok=True)
     if run.lora.use_lora:
@@ -70,7 +70,7 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     checkpoints.move_into(aside, session.folder)
 
 
-def end_tokens(model: PreTrainedModel, fmt: ChatFormat) -> None:
+def stop_where_trained(model: PreTrainedModel, fmt: ChatFormat) -> None:
     """A generation config that stops where the trained replies stop, whatever the base's said."""
     config = model.generation_config
     old = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -121,7 +121,7 @@ def test_generation_stops_where_training_stopped() -> None:
     fmt = SimpleNamespace(stop_token_ids=(2, 0), tokenizer=tokenizer)
     for old, new in (([5, 2], [2, 0, 5]), (None, [2, 0]), (0, [2, 0])):
         config = SimpleNamespace(eos_token_id=old, pad_token_id=None)
-        result.end_tokens(SimpleNamespace(generation_config=config), fmt)
+        result.stop_where_trained(SimpleNamespace(generation_config=config), fmt)
         assert (config.eos_token_id, config.pad_token_id) == (new, 0)
 
 
