@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Their names in a header: torch's, and bytes a number.
-KINDS = {
+NUMBER_KINDS = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -42,7 +42,7 @@ _LARGEST_HEADER = 100_000_000  # bytes, as the format allows
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file. kind: as `KINDS` names it; begin: its first byte in the file."""
+    """A tensor in a file. kind: as `NUMBER_KINDS` names it; begin: its first byte in the file."""
 
     file: Path
     name: str
@@ -58,14 +58,14 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Bytes in the file."""
-        return self.numbers * KINDS[self.kind][1]
+        return self.numbers * NUMBER_KINDS[self.kind][1]
 
     @property
     def dtype(self) -> torch.dtype:
         """Its type, as torch has it."""
         import torch
 
-        found: torch.dtype = getattr(torch, KINDS[self.kind][0])
+        found: torch.dtype = getattr(torch, NUMBER_KINDS[self.kind][0])
         return found
 
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
@@ -78,7 +78,7 @@ class StoredTensor:
             rows = range(shape[0])[first:last]
             begin += first * (self.size // max(1, shape[0]))
             shape = (len(rows), *shape[1:])
-        buffer = bytearray(math.prod(shape) * KINDS[self.kind][1])
+        buffer = bytearray(math.prod(shape) * NUMBER_KINDS[self.kind][1])
         left = memoryview(buffer)
         try:
             with self.file.open("rb", buffering=0) as file:
