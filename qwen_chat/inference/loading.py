@@ -114,7 +114,7 @@ def _load(
         whole = "it brings its own code"
     if not whole:
         try:
-            skeleton = Skeleton(path, kind)
+            skeleton = Skeleton(path, kind, narrow=quantize is not None)
             decoder = Decoder(skeleton, quantize=quantize)
             return skeleton.model, decoder, (f"dtype {str(kind).removeprefix('torch.')} ({why})", *said)
         except NotByParts as reason:

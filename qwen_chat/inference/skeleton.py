@@ -27,8 +27,13 @@ class NotByParts(Exception):
 class Skeleton:
     """`model`: every module, on the meta device; its rotary embedding is real. It stands on `device` while filled."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        """Raises NotByParts; ModelError for a file that is damaged."""
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", *, narrow: bool = False
+    ) -> None:
+        """narrow: the layers' matrices come in bfloat16 where they are stored so, for one who widens them himself.
+
+        Raises NotByParts; ModelError for a file that is damaged.
+        """
         from transformers import (
             AutoConfig,
             AutoModelForCausalLM,
@@ -57,6 +62,10 @@ class Skeleton:
         self.body = getattr(self.model.model, "language_model", self.model.model)
         with torch.device(device):
             self.body.rotary_emb = type(self.body.rotary_emb)(config=self.body.config)
+        if narrow and all(tensor.kind == "BF16" for tensor in tensors.values()):
+            for module in self.body.layers.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
         self._mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]

@@ -32,7 +32,7 @@ def test_read_by_parts_it_has_the_bits_of_one_loaded_whole(
     """Stored in bfloat16, in shards, computed in float32; experts lie one by one in the files."""
     tiny_family(name).bfloat16().save_pretrained(tmp_path, max_shard_size="100KB")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    skeleton = Skeleton(tmp_path, torch.float32)
+    skeleton = Skeleton(tmp_path, torch.float32, narrow=quantize is not None)
     by_parts = Decoder(skeleton, quantize=quantize)
     assert torch.equal(logits(by_parts), logits(Decoder(whole, quantize=quantize)))
     assert by_parts._embedding.dtype is torch.bfloat16
