@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -290,7 +291,20 @@ def free_memory() -> int:
             if limit is not None and used is not None:
                 dropped = re.search(rf"^{cache} (\d+)", _text(f"{folder}/memory.stat") or "", re.MULTILINE)
                 free = min(free, limit - used + (int(dropped[1]) if dropped else 0))
-    return max(0, free)
+    return max(0, min([free, *_left_of_limits()]))
+
+
+def _left_of_limits() -> Iterator[int]:
+    """What `ulimit -d` and `ulimit -v` leave this process, where they are set."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    held = _text("proc/self/status") or ""
+    for limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        most, found = resource.getrlimit(limit)[0], re.search(rf"^{name}:\s+(\d+) kB", held, re.MULTILINE)
+        if most != resource.RLIM_INFINITY:
+            yield most - (int(found[1]) * 1024 if found else 0)
 
 
 def device_free(kind: str) -> int:

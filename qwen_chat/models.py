@@ -166,7 +166,7 @@ def load_model(
     if quantize is not None:
         options["quantization_config"] = _four_bits(kind)
         decisions.append("weights in 4 bits (NF4, double quantisation)")
-    loader = AutoModelForImageTextToText if _sees(read_config(path)) else AutoModelForCausalLM
+    loader = AutoModelForImageTextToText if sees(read_config(path)) else AutoModelForCausalLM
     try:
         model = loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -191,7 +191,7 @@ def load_model(
     return Loaded(model, tokenizer, tuple(decisions))
 
 
-def _sees(config: Mapping[str, Any]) -> bool:
+def sees(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a model for pictures and text (Qwen3.5's own checkpoints are)."""
     classes = config.get("architectures") or [""]
     return str(classes[0]).endswith("ForConditionalGeneration") and "vision_config" in config

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Places
 from qwen_chat.inference.norm import Norm
 from qwen_chat.inference.quantize import make_linear, ways
+from qwen_chat.inference.skeleton import Skeleton
 from qwen_chat.inference.step import (
     Segment,
     Step,
@@ -62,6 +64,10 @@ class Decoder:
     """The model's layers with projections of the same input in one matrix."""
 
     def __init__(self, model: Any, *, quantize: str | None = None) -> None:
+        """model: a transformers model, or the Skeleton of one, which is then read part by part."""
+        skeleton = model if isinstance(model, Skeleton) else None
+        model = model if skeleton is None else skeleton.model
+        filled = (lambda *modules: nullcontext()) if skeleton is None else skeleton.filled
         check_served({"model_type": model.config.model_type}, "this model")
         body = getattr(model.model, "language_model", model.model)  # a multimodal model's text part
         if body.rotary_emb.rope_type in ("dynamic", "longrope"):
@@ -71,17 +77,27 @@ class Decoder:
             )
         self.vocabulary: int = model.lm_head.weight.shape[0]
         self.dtype: torch.dtype = body.embed_tokens.weight.dtype
-        self.device: torch.device = body.embed_tokens.weight.device
+        place = body.embed_tokens.weight.device if skeleton is None else skeleton.device
+        self.device: torch.device = place
         self.context = int(body.config.max_position_embeddings)
         self._rotary = body.rotary_emb
+        tied = model.lm_head.weight is body.embed_tokens.weight
         with torch.inference_mode():
-            self._embedding = body.embed_tokens.weight.detach()
+            # The head first: nothing needs more room while it is made, and now there is most.
+            with filled(model.lm_head, body.layers[0]):
+                # It stays in int8 where the layers are in int4.
+                self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize and "int8")
+            embedding = body.embed_tokens.weight if skeleton is None else skeleton.embedding()
+            self._embedding = embedding.detach()
             slots: Counter[str] = Counter()
-            sources = [LayerSource(layer, k, body, quantize) for k, layer in enumerate(body.layers)]
-            self._layers = tuple(_layer(source, slots) for source in sources)
-            self._norm = sources[0].norm(body.norm)
-            # The head stays in int8 where the layers are in int4.
-            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize and "int8")
+            layers = []
+            for index, layer in enumerate(body.layers):
+                source = LayerSource(layer, index, body, quantize)
+                with filled(layer, *body.layers[index + 1 : index + 2]):
+                    layers.append(_layer(source, slots))
+            self._layers = tuple(layers)
+            with filled(body.norm):
+                self._norm = source.norm(body.norm)
             self.ways = ways(self._layers, quantize, self.dtype)
         attentions = [layer.mixer for layer in self._layers if isinstance(layer.mixer, Attention)]
         deltas = [layer.mixer for layer in self._layers if isinstance(layer.mixer, DeltaNet)]
@@ -100,7 +116,7 @@ class Decoder:
             vocabulary=self._embedding.shape[0],
             width=self._embedding.shape[1],
             dtype=self.dtype,
-            tied=model.lm_head.weight is body.embed_tokens.weight,
+            tied=tied,
             device=self.device,
         )
 
@@ -143,7 +159,7 @@ class Decoder:
         self, segments: Sequence[Segment], tokens: Sequence[slice], ids: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """The hidden states (tokens, hidden) after the last layer; ids and positions (tokens,)."""
-        x = functional.embedding(ids, self._embedding)
+        x = functional.embedding(ids, self._embedding).to(self.dtype)
         cos, sin = self._rotary(x[None], positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
         half = sin.shape[-1] // 2

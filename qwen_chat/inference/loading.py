@@ -5,17 +5,25 @@ In: a model's folder or name, adapters' folders. Out: an `Engine`, not yet start
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwen_chat import hardware
-from qwen_chat.errors import FormatError, OptionError
+from qwen_chat.errors import FormatError, ModelError, OptionError
 from qwen_chat.families import check_served
+from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.engine import Engine, end_tokens
 from qwen_chat.inference.lora import why_merged
 from qwen_chat.inference.quantize import check_dtype
+from qwen_chat.inference.size import check_fits
+from qwen_chat.inference.skeleton import NotByParts, Skeleton
 from qwen_chat.threads import in_own_thread
+from qwen_chat.weights import stored_tensors
+
+SLOW = 5.0  # seconds of loading that are worth a line
 
 
 @in_own_thread
@@ -45,15 +53,9 @@ def load_engine(
     from qwen_chat import models
     from qwen_chat.chat.format import ChatFormat
 
-    place = hardware.choose_device(device)
+    begin, place = time.monotonic(), hardware.choose_device(device)
     kind, _ = models.choose_dtype(dtype, place)
-    if place.kind == "cpu":
-        check_dtype(kind)
-    elif quantize is not None:
-        raise OptionError(
-            f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"
-            " --engine vllm or --device cpu"
-        )
+    _check_numbers(kind, quantize, place)
     folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
     lone = next(iter(folders.values())) if len(folders) == 1 else None
     if model_path is None and lone is not None:
@@ -61,12 +63,12 @@ def load_engine(
     path = models.resolve(None if model_path is None else str(model_path))
     check_served(models.read_config(path), path / "config.json")
     reason = None if lone is None else why_merged(lone)
-    # A merge is exact in float32 alone.
-    loading, there = (
-        (dtype, place) if reason is None else ("float32", hardware.Device("cpu", "for the merge"))
-    )
-    loaded = models.load_model(path, dtype=loading, device=there, trust_remote_code=trust_remote_code)
-    model, tokenizer, decisions = loaded.model, loaded.tokenizer, (str(place), *loaded.decisions)
+    asked, there = dtype, place
+    if reason is not None:  # a merge is exact in float32 alone
+        asked, there = "float32", hardware.Device("cpu", "for the merge")
+    with _memory_told(path):
+        model, decoder, decisions = _load(path, asked, there, reason is None, quantize, trust_remote_code)
+    tokenizer = models.load_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
         fmt = ChatFormat(tokenizer)
     except FormatError:
@@ -77,16 +79,91 @@ def load_engine(
     beside = None if reason else folders
     options = {"stop_token_ids": ends, **options, "adapters": beside, "serves_base": fmt is not None}
     if lone is not None and reason is not None:
-        probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
-        merged, difference = models.merge(models.load_adapter(model, lone), probe)
-        model = merged.to(place.kind, kind)
+        model, told = _with_adapter(model, lone, tokenizer, reason)
+        model, decisions = model.to(place.kind, kind), (*decisions, told)
+    with _memory_told(path):
+        decoder = decoder or Decoder(model, quantize=quantize)
+    if (seconds := time.monotonic() - begin) > SLOW:
         decisions += (
-            "adapter merged into its base, which is not served itself; "
-            f"logits moved by {difference:.0e} of the largest ({reason.partition('; ')[0]})",
+            f"loaded in {seconds:.0f} s, {hardware.peak_memory() / 2**30:.1f} GiB of memory at most",
         )
-    engine = Engine(model, tokenizer, fmt=fmt, quantize=quantize, decisions=decisions, **options)
+    engine = Engine(decoder, tokenizer, fmt=fmt, decisions=(str(place), *decisions), **options)
     for name, folder in folders.items():
         if reason is not None:
             engine.name_merged(name, folder)
         engine.format_of(name)  # FormatError for one that has no format, like its base
     return engine
+
+
+def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> None:
+    """OptionError for a number type that is not computed at that place."""
+    if place.kind == "cpu":
+        check_dtype(kind)
+    elif quantize is not None:
+        raise OptionError(
+            f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"
+            " --engine vllm or --device cpu"
+        )
+
+
+def _load(
+    path: Path,
+    dtype: str,
+    place: hardware.Device,
+    by_parts: bool,
+    quantize: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Decoder | None, tuple[str, ...]]:
+    """The model with its weights; or without them and the decoder that was made of them; and what was decided."""
+    from qwen_chat import models
+
+    config = models.read_config(path)
+    if "quantization_config" in config:
+        kind = config["quantization_config"].get("quant_method", "some way")
+        raise ModelError(
+            f"{path / 'config.json'}: weights quantised by {kind}; the engine serves float weights and makes int8 or "
+            "int4 of them itself: give the model as it was before, with --quantize int8, or --engine vllm"
+        )
+    tensors = stored_tensors(path)
+    kind, why = models.choose_dtype(dtype, place)
+    if by_parts and tensors and place.kind == "cpu":
+        check_fits(path, tensors, kind.itemsize, quantize)
+    whole = "an adapter is merged into it" if not by_parts else ""
+    if not whole and trust_remote_code and "auto_map" in config:
+        whole = "it brings its own code"
+    if not whole:
+        try:
+            skeleton = Skeleton(path, kind, place.kind, narrow=quantize is not None)
+            decoder = Decoder(skeleton, quantize=quantize)
+            return skeleton.model, decoder, (f"dtype {str(kind).removeprefix('torch.')} ({why})",)
+        except NotByParts as reason:
+            whole = str(reason)
+    loaded = models.load_model(path, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    return loaded.model, None, (*loaded.decisions, f"loaded whole, not layer by layer: {whole}")
+
+
+def _with_adapter(model: Any, adapter: Path, tokenizer: Any, reason: str) -> tuple[Any, str]:
+    """The model with its one adapter in it, and the line that says so."""
+    from qwen_chat import models
+
+    probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
+    merged, difference = models.merge(models.load_adapter(model, adapter), probe)
+    return merged, (
+        "adapter merged into its base, which is not served itself; "
+        f"logits moved by {difference:.0e} of the largest ({reason.partition('; ')[0]})"
+    )
+
+
+@contextmanager
+def _memory_told(path: Path) -> Iterator[None]:
+    """Memory that runs out is one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).lower()
+        if isinstance(error, RuntimeError) and "allocate memory" not in told and "enough memory" not in told:
+            raise
+        raise ModelError(
+            f"{path}: the memory ran out while it was loaded; give --quantize int8 or int4, a smaller model, or end "
+            "what else runs here"
+        ) from None
