@@ -34,7 +34,10 @@ from qwen_chat.inference.delta_net import DeltaNet
 from qwen_chat.inference.feed_forward import Dense, Experts
 from qwen_chat.inference.kv_cache import KVShape
 from qwen_chat.inference.layer_source import LayerSource
-from qwen_chat.inference.lora import Places
+from qwen_chat.inference.lora import Lora, Places
+from qwen_chat.inference.native.library import native_library
+from qwen_chat.inference.native.linear import NativeLinear
+from qwen_chat.inference.native.program import Program, why_not_native
 from qwen_chat.inference.norm import Norm
 from qwen_chat.inference.quantize import make_linear
 from qwen_chat.inference.step import (
@@ -74,13 +77,24 @@ class Decoder:
         self.device: torch.device = body.embed_tokens.weight.device
         self.context = int(body.config.max_position_embeddings)
         self._rotary = body.rotary_emb
+        reason = why_not_native(body, quantize)
+        found = native_library() if reason is None else reason
+        library = None if isinstance(found, str) else found
+        self.decision = (
+            f"steps in torch; the native step is off: {found}"
+            if isinstance(found, str)
+            else f"steps in native code ({found.name})"
+        )
         with torch.inference_mode():
             self._embedding = body.embed_tokens.weight.detach()
             slots: Counter[str] = Counter()
-            sources = [LayerSource(layer, k, body, quantize) for k, layer in enumerate(body.layers)]
+            sources = [LayerSource(layer, k, body, quantize, library) for k, layer in enumerate(body.layers)]
             self._layers = tuple(_layer(source, slots) for source in sources)
             self._norm = sources[0].norm(body.norm)
-            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize)
+            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize, library)
+            self._program = None
+            if library is not None and isinstance(self._head, NativeLinear):
+                self._program = Program(library, self._layers, self._norm, self._head, self._rotary)
         attentions = [layer.mixer for layer in self._layers if isinstance(layer.mixer, Attention)]
         deltas = [layer.mixer for layer in self._layers if isinstance(layer.mixer, DeltaNet)]
         self._windows = {attention.window for attention in attentions}
@@ -100,6 +114,7 @@ class Decoder:
             dtype=self.dtype,
             tied=model.lm_head.weight is body.embed_tokens.weight,
             device=self.device,
+            library=library,
         )
 
     @torch.inference_mode()
@@ -126,11 +141,15 @@ class Decoder:
             ),
             self.device,
         )
-        x = self._hidden(laid, tokens, ids, positions)
-        if not last:
-            return x.new_empty(0, self.vocabulary)
-        x = self._norm(x[rows])
-        logits = self._head(x).float()
+        x = functional.embedding(ids, self._embedding)
+        groups = adapter_groups(laid, tokens)
+        for own, adapter in groups:
+            adapter.embed(x[own], ids[own])
+        if self._program is not None:
+            x, logits = self._program.step(laid, groups, x, rows)
+        else:
+            x = self._norm(self._hidden(laid, tokens, x, positions, groups)[rows])
+            logits = self._head(x).float() if last else x.new_empty(0, self.vocabulary)
         for row, place in enumerate(places):
             lora = segments[place].lora
             if lora is not None:
@@ -138,17 +157,21 @@ class Decoder:
         return logits
 
     def _hidden(
-        self, segments: Sequence[Segment], tokens: Sequence[slice], ids: torch.Tensor, positions: torch.Tensor
+        self,
+        segments: Sequence[Segment],
+        tokens: Sequence[slice],
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        groups: Sequence[tuple[slice, Lora]],
     ) -> torch.Tensor:
-        """The hidden states (tokens, hidden) after the last layer; ids and positions (tokens,)."""
-        x = functional.embedding(ids, self._embedding)
+        """The hidden states (tokens, hidden) after the last layer; x: the tokens' embeddings, positions (tokens,)."""
         cos, sin = self._rotary(x[None], positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
         half = sin.shape[-1] // 2
         step = Step(
             segments=segments,
             tokens=tokens,
-            groups=adapter_groups(segments, tokens),
+            groups=groups,
             spans={
                 window: attention_spans(segments, positions, self._group, window, x.dtype)
                 for window in self._windows
@@ -156,8 +179,6 @@ class Decoder:
             cos=cos,
             sin=torch.cat((-sin[..., :half], sin[..., half:]), -1),
         )
-        for rows, lora in step.groups:
-            lora.embed(x[rows], ids[rows])
         for layer in self._layers:
             x = x + layer.mixer(layer.mixer_norm(x), step)
             x = x + layer.feed(layer.feed_norm(x), step)

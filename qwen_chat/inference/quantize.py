@@ -16,6 +16,8 @@ import torch
 from torch.nn import functional
 
 from qwen_chat.errors import OptionError
+from qwen_chat.inference.native.library import Library
+from qwen_chat.inference.native.linear import NativeLinear
 
 # x (rows, in) -> (rows, out)
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -32,10 +34,15 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def make_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None = None, quantize: str | None = None
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    quantize: str | None = None,
+    library: Library | None = None,
 ) -> Linear:
-    """The linear layer for a weight (out, in) in the way `quantize` names. The weight is copied into a
-    layout of its own."""
+    """The linear layer for a weight (out, in) in the way `quantize` names; of the native step's `library`, where one
+    is given. The weight is copied into a layout of its own."""
+    if library is not None:
+        return NativeLinear(library, weight, bias, quantize)
     if quantize is None:
         return FloatLinear(weight, bias)
     if quantize == "int8":

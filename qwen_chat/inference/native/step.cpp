@@ -167,7 +167,7 @@ struct Model {
     float eps;
     int32_t levels, zero; // of int8 activations
     const Layer *layers;
-    const float *embedding, *norm;
+    const float *norm;
     Linear head;
 };
 
@@ -187,11 +187,12 @@ struct Group {
 
 struct Batch {
     int64_t tokens, segment_count, group_count, wanted_count;
-    const int32_t *ids;
+    float *x;              // (tokens, hidden): the tokens' embeddings, which the layers are added to
     const int64_t *wanted; // tokens whose logits are asked for
     const Segment *segments;
     const Group *groups;
     const float *cos, *sin; // by position, (positions, rotary / 2)
+    float *last;            // (wanted, hidden): what the head is given
     float *logits;          // (wanted, vocabulary)
     char *scratch;          // step_scratch bytes
 };
@@ -585,7 +586,7 @@ inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The numbers that a step works on, in one piece of memory.
 struct Space {
-    float *x, *inner, *wide, *thin, *scale;
+    float *inner, *wide, *thin, *scale;
     uint8_t *whole;
     int64_t inner_width, wide_width, whole_width, bytes;
 
@@ -601,7 +602,6 @@ struct Space {
             at += padded(size);
             return here;
         };
-        x = (float *)take(4 * tokens * m.hidden);
         inner = (float *)take(4 * tokens * inner_width);
         wide = (float *)take(4 * tokens * wide_width);
         thin = (float *)take(4 * tokens * rank);
@@ -655,13 +655,10 @@ void Job::work() {
             round_row(s.inner + row * s.inner_width, w.inputs, m.levels, m.zero, s.whole + row * s.whole_width,
                       s.scale + row);
     };
-    team.share(b.tokens, 1, [&](int64_t t) {
-        std::memcpy(s.x + t * m.hidden, m.embedding + int64_t(b.ids[t]) * m.hidden, 4 * m.hidden);
-    });
     for (int64_t l = 0; l < m.layer_count; l++) {
         const Layer &layer = m.layers[l];
         team.share(b.tokens, 1, [&](int64_t t) {
-            scale_row(s.x + t * m.hidden, m.hidden, layer.mixer_norm, m.eps, s.inner + t * s.inner_width);
+            scale_row(b.x + t * m.hidden, m.hidden, layer.mixer_norm, m.eps, s.inner + t * s.inner_width);
             rounded(layer.inputs, t);
         });
         product(s, layer.inputs, 0, s.wide, s.wide_width, false, l);
@@ -706,9 +703,9 @@ void Job::work() {
                    kv + (m.kv_heads + kv_head) * segment->capacity * size, int(size), scale);
         });
         if (layer.output.scale) team.share(b.tokens, 1, [&](int64_t t) { rounded(layer.output, t); });
-        product(s, layer.output, 1, s.x, m.hidden, true, l);
+        product(s, layer.output, 1, b.x, m.hidden, true, l);
         team.share(b.tokens, 1, [&](int64_t t) {
-            scale_row(s.x + t * m.hidden, m.hidden, layer.feed_norm, m.eps, s.inner + t * s.inner_width);
+            scale_row(b.x + t * m.hidden, m.hidden, layer.feed_norm, m.eps, s.inner + t * s.inner_width);
             rounded(layer.gate_up, t);
         });
         product(s, layer.gate_up, 2, s.wide, s.wide_width, false, l);
@@ -717,14 +714,16 @@ void Job::work() {
             gate_row(gate, gate + m.inner, m.inner, s.inner + t * s.inner_width);
             rounded(layer.down, t);
         });
-        product(s, layer.down, 3, s.x, m.hidden, true, l);
+        product(s, layer.down, 3, b.x, m.hidden, true, l);
     }
     if (!b.wanted_count) return;
     team.share(b.wanted_count, 1, [&](int64_t t) {
-        scale_row(s.x + b.wanted[t] * m.hidden, m.hidden, m.norm, m.eps, s.inner + t * s.inner_width);
-        rounded(m.head, t);
+        float *last = b.last + t * m.hidden;
+        scale_row(b.x + b.wanted[t] * m.hidden, m.hidden, m.norm, m.eps, last);
+        if (m.head.scale)
+            round_row(last, m.hidden, m.levels, m.zero, s.whole + t * s.whole_width, s.scale + t);
     });
-    const Rows rows{s.inner, s.inner_width, s.whole, s.whole_width, s.scale};
+    const Rows rows{b.last, m.hidden, s.whole, s.whole_width, s.scale};
     multiply(team, m.head, m.zero, rows, b.wanted_count, b.logits, m.vocabulary, false);
 }
 
@@ -778,6 +777,18 @@ struct Alone {
 extern "C" {
 
 int64_t native_panel() { return PANEL; }
+
+const char *native_instructions() {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    return "AVX-512 with VNNI";
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
+    return "AVX-512";
+#elif defined(__AVX2__) && defined(__FMA__)
+    return "AVX2";
+#else
+    return "no vector instructions";
+#endif
+}
 
 // weight (outputs, inputs) -> panels; what is beyond the last output is 0.
 void native_pack_int8(const int8_t *weight, int64_t outputs, int64_t inputs, int8_t *packed, int32_t *sums) {

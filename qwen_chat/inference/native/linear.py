@@ -1,0 +1,66 @@
+"""A linear layer as the native step has it; a callable on its own too, for what goes through torch.
+
+In: a weight (out, in), a bias. Out: (rows, in) -> (rows, out), and its place in step.cpp's structures. A row's bits
+depend on that row alone: in int8 the same as `Int8Linear`'s, in float32 one chain of sums an output, from the first
+input to the last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch.nn import functional
+
+from qwen_chat.inference.native.library import Library, LinearPart
+
+
+class NativeLinear:
+    """float32, or int8 with a scale for each output. `part`: what step.cpp reads; it lives as long as this."""
+
+    def __init__(
+        self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
+    ) -> None:
+        outputs, inputs = weight.shape
+        self._library = library
+        weight, room = weight.detach().float().contiguous(), -outputs % library.panel
+        self._bias = None if bias is None else functional.pad(bias.detach().float(), (0, room))
+        self._scale = self._sums = None
+        if quantize is None:
+            self._weight = torch.empty(outputs + room, inputs)
+            library.call("native_pack_float", weight.data_ptr(), outputs, inputs, self._weight.data_ptr())
+        else:
+            scale = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+            whole = (weight / scale[:, None]).round_().to(torch.int8)
+            self._scale = functional.pad(scale, (0, room))
+            self._sums = torch.empty(outputs + room, dtype=torch.int32)
+            self._weight = torch.empty(outputs + room, -(-inputs // 4) * 4, dtype=torch.int8)
+            library.call(
+                "native_pack_int8",
+                *(whole.data_ptr(), outputs, inputs, self._weight.data_ptr(), self._sums.data_ptr()),
+            )
+        self.part = LinearPart(
+            outputs,
+            inputs,
+            *(
+                None if one is None else one.data_ptr()
+                for one in (self._weight, self._scale, self._sums, self._bias)
+            ),
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        rows = len(x)
+        y = x.new_empty(rows, self.part.outputs)
+        whole = torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8)
+        levels, zero = LEVELS
+        self._library.call(
+            "native_linear",
+            *(ctypes.byref(self.part), levels, zero, x.data_ptr(), rows, y.data_ptr()),
+            *(whole.data_ptr(), torch.empty(rows).data_ptr(), *self._library.threads),
+        )
+        return y
+
+
+# Of an activation's whole numbers: steps each side, and what stands for 0 (quantize.Int8Linear tells why).
+LEVELS = (127, 128) if torch.cpu._is_vnni_supported() else (63, 64)
