@@ -52,12 +52,13 @@ class NativeLinear:
         x = x.contiguous()
         rows = len(x)
         y = x.new_empty(rows, self.part.outputs)
-        whole = torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8)
+        # Room for the whole numbers and scales of int8.
+        whole, scale = torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8), torch.empty(rows)
         levels, zero = LEVELS
         self._library.call(
             "native_linear",
             *(ctypes.byref(self.part), levels, zero, x.data_ptr(), rows, y.data_ptr()),
-            *(whole.data_ptr(), torch.empty(rows).data_ptr(), *self._library.threads),
+            *(whole.data_ptr(), scale.data_ptr(), *self._library.threads),
         )
         return y
 
