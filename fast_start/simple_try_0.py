@@ -13,11 +13,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors, families, models
+from qwen_chat import errors, families, hardware, models
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.dialects.reader import Delta, fold
@@ -45,6 +45,9 @@ class TryArguments:
     max_new_tokens: int = option(512, "longest answer in tokens")
     temperature: float = option(0.0, "0: always the likeliest word; 1: as varied as the model is")
     seed: int | None = option(None, "with a temperature: the same seed gives the same answer")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "where it computes; auto: an accelerator where one is"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
@@ -52,6 +55,7 @@ def main() -> int:
     chosen = parser.read(sys.argv[1:], [TryArguments], about=__doc__ or "")[TryArguments]
     if chosen.max_new_tokens < 1:
         raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
+    hardware.choose_device(chosen.device)  # one that is not there is refused before anything is loaded
     base = chosen.model
     if base is None and chosen.adapter:
         base = models.adapter_base(Path(chosen.adapter))
@@ -61,7 +65,12 @@ def main() -> int:
     from qwen_chat.inference.loading import load_engine  # torch comes in here: --help is answered at once
 
     adapters = {"adapter": Path(chosen.adapter)} if chosen.adapter else {}
-    engine = load_engine(chosen.model, adapters=adapters, trust_remote_code=chosen.trust_remote_code)
+    engine = load_engine(
+        chosen.model,
+        adapters=adapters,
+        device=chosen.device,
+        trust_remote_code=chosen.trust_remote_code,
+    )
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
     system: Messages = [{"role": "system", "content": chosen.system}] if chosen.system else []

@@ -17,14 +17,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors
+from qwen_chat import errors, hardware
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
-from qwen_chat.errors import ModelError, OptionError
+from qwen_chat.errors import FormatError, ModelError, OptionError
 
 LOG_FILE = Path(__file__).resolve().parent / "fast_api_svc.log"
 
@@ -47,6 +47,9 @@ class ModelArguments:
     name: str | None = option(None, "what clients call the model; the folder's or hub's name without it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type; float32 on a CPU")
     quantize: Literal["int8"] | None = option(None, "int8: smaller and faster on a CPU, a little less exact")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "where it computes; auto: an accelerator where one is"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
@@ -82,7 +85,10 @@ class LimitArguments:
 class VllmArguments:
     """Engine"""
 
-    engine: Literal["transformers", "vllm"] = option("transformers", "vllm: hand over to vLLM (GPUs)")
+    engine: Literal["auto", "transformers", "vllm"] = option(
+        "auto",
+        "transformers: the toolkit's own; vllm: hand over to vLLM; auto: vLLM on a GPU where it is installed",
+    )
     tensor_parallel_size: int = option(1, "vLLM: GPUs that share each layer")
     pipeline_parallel_size: int = option(1, "vLLM: groups of layers on different GPUs")
     vllm_python: str | None = option(None, "vLLM: the Python that has it installed; this one without it")
@@ -94,16 +100,28 @@ def main() -> int:
     groups = [ModelArguments, ServiceArguments, LimitArguments, VllmArguments]
     values = parser.read(sys.argv[1:], groups, about=str(__doc__))
     model, service = values[ModelArguments], values[ServiceArguments]
-    check_engine(service, values[LimitArguments], values[VllmArguments])
+    limits, vllm = values[LimitArguments], values[VllmArguments]
+    device = hardware.choose_device(
+        model.device
+    )  # one that is not there is refused before anything is loaded
+    engine, why = choose_engine(model, service, limits, vllm, device)
+    check_engine(model, service, limits, vllm, engine)
     adapters = read_adapters(model.adapter)
     if model.name in adapters:
         raise OptionError(f"--name {model.name}: an adapter has this name; choose another")
     keys = read_keys(service)
     check_address(service, keys)
     base = find_base(model.model, list(adapters.values()))
-    if values[VllmArguments].engine == "vllm":
-        return hand_over(model, service, values[LimitArguments], values[VllmArguments], base, adapters, keys)
-    return serve(model, service, values[LimitArguments], base, adapters, keys)
+    if engine == "vllm":
+        try:
+            if vllm.engine == "auto":
+                check_beside(adapters)
+            return hand_over(model, service, limits, vllm, base, adapters, keys, why)
+        except (OptionError, FormatError) as error:
+            if vllm.engine == "vllm" or given(vllm, VLLMS):
+                raise
+            why = f"vLLM is installed, but: {error}"
+    return serve(model, service, limits, base, adapters, keys, why)
 
 
 def serve(
@@ -113,6 +131,7 @@ def serve(
     base: str | None,
     adapters: dict[str, Path],
     keys: Sequence[str],
+    why: str,
 ) -> int:
     from qwen_chat.service import server
     from qwen_chat.service.request_log import RequestLog
@@ -140,6 +159,7 @@ def serve(
         folder,
         adapters=adapters,
         dtype=model.dtype,
+        device=model.device,
         quantize=model.quantize,
         trust_remote_code=model.trust_remote_code,
         max_batch=limits.max_batch,
@@ -165,7 +185,11 @@ def serve(
     )
     port = listener.getsockname()[1]
     say(f"model {name} ({folder})" + ("" if engine.serves_base else ": not served itself"))
-    for line in (*engine.decisions, *(f"adapter {known} ({adapters[known]})" for known in adapters)):
+    for line in (
+        f"engine transformers ({why})",
+        *engine.decisions,
+        *(f"adapter {known} ({adapters[known]})" for known in adapters),
+    ):
         say(line)
     if model.quantize:
         say(f"weights {model.quantize} (as asked)")
@@ -188,6 +212,7 @@ def hand_over(
     base: str | None,
     adapters: dict[str, Path],
     keys: Sequence[str],
+    why: str,
 ) -> int:
     """Become vLLM, with the template that the model was trained under. Returns only after --dry_run."""
     import shlex
@@ -218,6 +243,7 @@ def hand_over(
         trust_remote_code=model.trust_remote_code,
         more=vllm.vllm_args,
     )
+    print(f"engine vllm ({why})", file=sys.stderr, flush=True)
     print(shlex.join(command.words), flush=True)
     if not vllm.dry_run:
         service_vllm.replace_process(command)
@@ -228,14 +254,53 @@ OURS = ("cache_tokens", "max_body_mb", "request_seconds", "drain_seconds", "log_
 VLLMS = ("tensor_parallel_size", "pipeline_parallel_size", "vllm_python", "vllm_args", "dry_run")
 
 
-def check_engine(service: ServiceArguments, limits: LimitArguments, vllm: VllmArguments) -> None:
+def choose_engine(
+    model: ModelArguments,
+    service: ServiceArguments,
+    limits: LimitArguments,
+    vllm: VllmArguments,
+    device: hardware.Device,
+) -> tuple[Literal["transformers", "vllm"], str]:
+    """Which engine serves, and why."""
+    if vllm.engine != "auto":
+        return vllm.engine, "as asked"
+    if own := [*given(model, ("device", "quantize")), *given(service, OURS), *given(limits, OURS)]:
+        return "transformers", f"--{own[0]} is its own"
+    if device.kind not in ("cuda", "xpu"):
+        return "transformers", f"vLLM would be slower on {device.kind}"
+    from qwen_chat.service.vllm import is_installed
+
+    python = vllm.vllm_python or sys.executable
+    if not is_installed(python):
+        return "transformers", f"vLLM is not installed in {python}"
+    return "vllm", f"it is installed in {python}; {device}"
+
+
+def check_beside(adapters: dict[str, Path]) -> None:
+    """OptionError for an adapter that no server can run beside its base, as vLLM runs them."""
+    from qwen_chat.inference.lora import why_merged
+
+    for folder in adapters.values():
+        if reason := why_merged(folder):
+            raise OptionError(reason)
+
+
+def check_engine(
+    model: ModelArguments, service: ServiceArguments, limits: LimitArguments, vllm: VllmArguments, engine: str
+) -> None:
     """Refuse what the chosen engine would not look at."""
-    ours = vllm.engine == "transformers"
-    for group in (service, limits, vllm):
-        for one in fields(group):
-            changed = getattr(group, one.name) != one.default
-            if changed and one.name in (VLLMS if ours else OURS):
-                raise OptionError(f"--{one.name}: has no effect with --engine {vllm.engine}; leave it out")
+    unread = given(vllm, VLLMS)
+    if engine == "vllm":
+        unread = [*given(model, ("device",)), *given(service, OURS), *given(limits, OURS)]
+    if unread:
+        raise OptionError(f"--{unread[0]}: has no effect with --engine {engine}; leave it out")
+
+
+def given(group: Any, names: Sequence[str]) -> list[str]:
+    """Which of these options of a group are not as they are by default."""
+    return [
+        one.name for one in fields(group) if one.name in names and getattr(group, one.name) != one.default
+    ]
 
 
 def read_adapters(words: Sequence[str]) -> dict[str, Path]:

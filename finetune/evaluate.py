@@ -12,9 +12,11 @@ so a run that was killed goes on, and the same question asked again is answered 
 import gzip
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +37,11 @@ from qwen_chat.threads import in_own_thread
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
+# What the owner of a model decides, and who asks a server cannot.
+NOT_SERVED = (
+    *("adapter", "attn_implementation", "trust_remote_code", "device", "tool_style", "model_max_length"),
+    *("empty_think", "fresh"),
+)
 RECIPE = 1  # raise it when the same model and data would give other replies
 
 
@@ -69,6 +76,10 @@ class EvaluateArguments:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
         "auto", "where it computes; auto: an accelerator where one is"
     )
+    url: str | None = option(
+        None, "judge a model behind an OpenAI-compatible server (-m: its name there): replies, no losses"
+    )
+    api_key: str | None = option(None, "the key of --url's server; also API_KEY")
     output: str | None = option(None, "also write the whole report to this JSON file", "-o")
     fresh: bool = option(False, "compute everything again")
     json: bool = option(False, "print one JSON object on standard output")
@@ -79,7 +90,7 @@ class Side:
     """One model and what was found about it."""
 
     name: str
-    model: Path
+    model: Path | None  # None: it is a server's
     adapter: Path | None
     losses: list[scores.SequenceLoss] = field(default_factory=list)
     judged: list[scores.Judged] = field(default_factory=list)
@@ -99,13 +110,22 @@ def main() -> int:
             raise OptionError(f"--{name}: {value}; expected a number above 0")
     if options.output and not Path(options.output).resolve().parent.is_dir():
         raise OptionError(f"-o: {Path(options.output).parent} is no folder; make it first")
+    for name in NOT_SERVED if options.url else ("api_key",):
+        if name in values.given:
+            where = "with --url: the server decides it" if options.url else "without --url"
+            raise OptionError(f"--{name} has no effect {where}; leave it out")
+    hardware.choose_device(options.device)  # one that is not there is refused before anything is read
     data = records.open_records(options.data_path, on_error=options.on_error)
     cases = read_cases(data, options)
-    sides = [find_side(chosen.model, options.adapter)]
-    if options.compare is not None:
-        sides.append(find_side(chosen.model, None) if options.compare == "base" else other(options.compare))
-    for side in sides:
-        run(side, data, cases, chosen, options)
+    if options.url is not None:
+        sides = ask_server(options.url, chosen.model, cases, options)
+    else:
+        sides = [find_side(chosen.model, options.adapter)]
+        if options.compare is not None:
+            named = options.compare
+            sides.append(find_side(chosen.model, None) if named == "base" else other(named))
+        for side in sides:
+            run(side, data, cases, chosen, options)
     report = write_report(sides, data, options)
     if options.output:
         Path(options.output).write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
@@ -205,6 +225,34 @@ def run(
     side.judged = evaluation_run.judge(answered, texts, fmt)
 
 
+def ask_server(url: str, model: str | None, cases: list[Case], options: EvaluateArguments) -> list[Side]:
+    """The models that a server calls by these names (none: its first), judged by their replies."""
+    from tqdm import tqdm
+
+    from qwen_chat.evaluation.served import Served
+    from qwen_chat.tools.client import HttpClient
+
+    if not cases:
+        raise OptionError(
+            f"--url {url}: no conversation of the data offers tools, and losses need the model itself; give -m without"
+            " --url"
+        )
+    client = HttpClient(url, api_key=options.api_key or os.environ.get("API_KEY"))
+    listed = client.models()
+    names = [model or listed[0], *([] if options.compare is None else [options.compare])]
+    sides = []
+    for name in names:
+        if name not in listed:
+            raise OptionError(f"{name}: {url} has no such model; it lists {', '.join(listed)}")
+        side = Side(name, None, None)
+        served = Served(client, name, options.calls, options.max_new_tokens, options.template_kwargs)
+        with tqdm(total=len(cases), desc=f"{name}: calls", file=sys.stderr) as bar:
+            side.judged = served.judge(cases, options.batch_size, partial(move, bar))
+        side.unanswered = len(cases) - len(side.judged)
+        sides.append(side)
+    return sides
+
+
 def load_and_score(
     side: Side,
     data: records.Records,
@@ -221,6 +269,7 @@ def load_and_score(
     from qwen_chat.data import token_cache
 
     device = hardware.choose_device(options.device)
+    assert side.model is not None
     loaded = models.load_model(
         side.model,
         adapter=side.adapter,
@@ -255,6 +304,9 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
     """The results kept for exactly this model, data and way of asking."""
     asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
     asked += [options.template_kwargs, options.empty_think]
+    if (device := hardware.choose_device(options.device)).kind != "cpu":
+        asked.append(device.kind)
+    assert side.model is not None
     identity = [
         *asked,
         identify(side.model),
@@ -280,6 +332,8 @@ def write_report(sides: list[Side], data: records.Records, options: EvaluateArgu
     """Everything as plain values: `model`, `compared_with` and `comparison` where there are two."""
     report: dict[str, Any] = {"data": list(options.data_path), "conversations": count(data, options)}
     report["skipped_lines"], report["calls"] = data.report.skipped, options.calls
+    if options.url is not None:
+        report["url"] = options.url
     for key, side in zip(("model", "compared_with"), sides, strict=False):
         report[key] = {
             "name": side.name,
@@ -317,7 +371,10 @@ def describe(report: dict[str, Any]) -> str:
     lines = [f"{report['conversations']} conversations from {', '.join(report['data'])}"]
     if report["skipped_lines"]:
         lines.append(f"bad lines left out by --on_error skip: {report['skipped_lines']}")
-    lines += [table(sides, ("loss", "perplexity", "token_accuracy"), lambda side: side)]
+    if "url" in report:
+        lines.append(f"judged by its replies at {report['url']}; losses are not computed there")
+    else:
+        lines += [table(sides, ("loss", "perplexity", "token_accuracy"), lambda side: side)]
     for side in sides:
         if side["too_long"]:
             lines.append(f"{side['name']}: {side['too_long']} conversations were too long and are left out")

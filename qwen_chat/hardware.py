@@ -81,14 +81,13 @@ def choose_device(asked: AskedDevice = "auto") -> Device:
         return Device("cpu", "as asked")
     there = accelerators()
     if asked == "auto":
-        kind = next(iter(there), "cpu")
-        return Device(kind, there.get(kind) or _why_none())
+        return Device(there[0], accelerator_name(there[0])) if there else Device("cpu", _why_none())
     if asked not in there:
         raise OptionError(
             f"--device {asked}: not there ({_why_none()}); here is {', '.join([*there, 'cpu'])}: give one of these,"
             " or leave it out"
         )
-    return Device(asked, f"{there[asked]}, as asked")
+    return Device(asked, f"{accelerator_name(asked)}, as asked")
 
 
 def training_device(asked: AskedDevice = "auto", *, use_cpu: bool = False) -> Device:
@@ -105,33 +104,33 @@ def training_device(asked: AskedDevice = "auto", *, use_cpu: bool = False) -> De
     return device
 
 
-def accelerators() -> dict[str, str]:
-    """The accelerators that can be used, best first: torch's name, and what it is. A CPU build of torch has none."""
-    torch, found = _loaded_torch(), {}
+def accelerators() -> tuple[str, ...]:
+    """The accelerators that can be used, by torch's names, best first. A CPU build of torch has none.
+
+    Nothing here starts CUDA: a process that has cannot fork workers, and each rank would hold memory of the first GPU.
+    """
+    torch = _loaded_torch()
     if torch is None:
-        build = _torch_build()
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        if _gpu_file() and not hidden and not re.search(r"^$|\+(cpu|xpu)", build):
-            found["cuda"] = f"/{_gpu_file()} is there"
-        if "+xpu" in build and (ROOT / "dev/dri").exists():
-            found["xpu"] = "/dev/dri is there"
-        if sys.platform == "darwin" and os.uname().machine == "arm64" and build:
-            found["mps"] = "Apple's GPU"
-        return found
-    for kind in ("cuda", "xpu"):
-        module = getattr(torch, kind, None)
-        if module is None or not module.is_available():
-            continue
-        named = getattr(module, "get_device_properties", None)
-        what = (
-            "an accelerator" if named is None else f"{named(0).name}, {named(0).total_memory / 2**30:.0f} GiB"
-        )
-        count = 1 if named is None else module.device_count()
-        found[kind] = what + (f", the first of {count}" if count > 1 else "")
-    mps = getattr(getattr(torch, "backends", None), "mps", None)
-    if mps is not None and mps.is_available():
-        found["mps"] = "Apple's GPU"
-    return found
+        build, hidden = _torch_build(), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        found = {
+            "cuda": bool(_gpu_file()) and not hidden and not re.search(r"^$|\+(cpu|xpu)", build),
+            "xpu": "+xpu" in build and (ROOT / "dev/dri").exists(),
+            "mps": sys.platform == "darwin" and os.uname().machine == "arm64" and bool(build),
+        }
+    else:
+        modules = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu")}
+        modules["mps"] = getattr(getattr(torch, "backends", None), "mps", None)
+        found = {kind: module is not None and module.is_available() for kind, module in modules.items()}
+    return tuple(kind for kind, there in found.items() if there)
+
+
+def accelerator_name(kind: str) -> str:
+    """What an accelerator is, for a person: its name and memory, where somebody tells."""
+    rows = _nvidia_smi("name,memory.total") if kind == "cuda" else None
+    names = {f"{name}, {float(size) / 1024:.0f} GiB" for name, size in rows or [] if _is_decimal(size)}
+    return " or ".join(sorted(names)) or {"xpu": "Intel's GPU", "mps": "Apple's GPU"}.get(
+        kind, "a GPU is here"
+    )
 
 
 def _gpu_file() -> str:

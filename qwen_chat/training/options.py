@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from qwen_chat import hardware
 from qwen_chat.cli import deepspeed_file, training_fields
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import TrainingError
@@ -30,7 +31,9 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
     """
     accelerator = memory_plan.on_accelerator(run)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    device = hardware.training_device(run.train.device, use_cpu=bool(run.extra.get("use_cpu")))
     numbers, decisions = memory_plan.number_type(run)
+    decisions = [str(device), *decisions]
     options = field_values(run, checkpointing=checkpointing) | {"output_dir": str(output)}
     options |= {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}
     if run.train.deepspeed is not None:
@@ -51,6 +54,8 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
         raise TrainingError(
             f"{processes} processes were started but {args.world_size} are joined; use finetune.sh"
         )
+    if args.device.type != device.kind:
+        raise TrainingError(f"{device} was decided, but transformers trains on {args.device}; give --device")
     return args, decisions
 
 

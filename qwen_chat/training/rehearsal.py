@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import get_scheduler
 from transformers.trainer import Trainer
 
+from qwen_chat import hardware
 from qwen_chat.cli import deepspeed_file, parser
 from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, OptionError
@@ -39,6 +40,7 @@ def rehearse(run: Run) -> None:
 
     Raises OptionError (one line a problem), or MissingDependency for a package that a flag needs.
     """
+    hardware.training_device(run.train.device, use_cpu=bool(run.extra.get("use_cpu")))  # now torch can say
     numbers, _ = memory_plan.number_type(run)
     values = training_options.field_values(run, checkpointing=False) | {"output_dir": "unused"}
     values |= {"bf16": numbers == "bfloat16", "fp16": numbers == "float16"}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +104,6 @@ def test_an_adapter_that_changes_nothing_beside_its_base(
     }
 
 
-def test_on_a_gpu_machine_it_says_that_it_uses_the_cpu(
-    first: Any, folder: Path, data: Path, demo_model_path: Path
-) -> None:
-    """torch is told that there is a GPU: moving anything there would fail."""
-    code = (
-        "import runpy, sys, torch\ntorch.cuda.is_available = lambda: True\nsys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    script = str(ROOT / "finetune" / "evaluate.py")
-    done = subprocess.run(
-        [sys.executable, "-c", code, script, "-m", str(demo_model_path), "-d", str(data), *ASKED],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "QWEN_CHAT_CACHE": str(folder / "cache")},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"] == first["model"]
-    assert "evaluated on the CPU, not on the GPU: calls are written by the toolkit's engine" in done.stderr
-
-
 def test_lines_left_out_are_told(folder: Path, data: Path, demo_model_path: Path, first: Any) -> None:
     more = folder / "more.jsonl"
     more.write_text(data.read_text("utf-8").splitlines()[0] + "\n{oops\n[1]\n", "utf-8")
@@ -169,3 +150,66 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
         assert told in done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
+
+
+# -------------------------------------------------------------------------------------------- a server's model
+
+
+@pytest.fixture(scope="module")
+def served(demo_model_path: Path) -> Iterator[str]:
+    """Our own service over the demo model, on loopback, with a key."""
+    from qwen_chat.inference.loading import load_engine
+    from qwen_chat.service.app import create_app
+    from qwen_chat.service.settings import ServiceSettings
+    from tests.support.scripted import LiveService
+
+    engine = load_engine(demo_model_path)
+    settings = ServiceSettings(model_name="demo")
+    with engine, LiveService(create_app(engine, settings=settings, api_keys=["secret"])) as live:
+        yield live.url
+
+
+def test_a_server_s_model_gets_the_figures_that_it_gets_here(
+    served: str, first: Any, folder: Path, data: Path, demo_model_path: Path
+) -> None:
+    """Required calls, cut alike: what a reply is judged by is the same; losses are not there, and it is said."""
+    words = ("--url", served, "--api_key", "secret", "-d", str(data), "--max_new_tokens", "12")
+    out = folder / "served.json"
+    done = run(folder, *words, "--calls", "required", "-o", str(out))
+    assert f"judged by its replies at {served}; losses are not computed there" in done.stdout
+    found = json.loads(out.read_text("utf-8"))
+    assert (found["url"], found["model"]["name"]) == (served, "demo")
+    assert found["model"]["loss"] is None and found["model"]["conversations"] == 0
+    for name in ("turns", "wanted", "exact", "missing", "languages"):
+        assert found["model"]["tools"][name] == first["model"]["tools"][name], name
+    over_http = report(folder, *words, "--compare", "demo", "--json")
+    here = report(folder, "-m", str(demo_model_path), "-d", str(data), "--max_new_tokens", "12", "--json")
+    assert over_http["model"]["tools"] == here["model"]["tools"] == over_http["compared_with"]["tools"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (
+            ["--url", "http://127.0.0.1:9"],
+            1,
+            "http://127.0.0.1:9/v1/models cannot be reached (ConnectionError)",
+        ),
+        (["--url", "SERVED"], 1, "/v1/models answered 401: "),
+        (["--url", "SERVED", "--api_key", "secret", "-m", "other"], 2, "has no such model; it lists demo"),
+        (["--url", "SERVED", "--fresh"], 2, "--fresh has no effect with --url: the server decides it"),
+        (
+            ["--url", "SERVED", "--device", "cpu"],
+            2,
+            "--device has no effect with --url: the server decides it",
+        ),
+        (["--api_key", "secret"], 2, "--api_key has no effect without --url; leave it out"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_is_told_in_one_line(
+    words: list[str], status: int, said: str, served: str, folder: Path, data: Path
+) -> None:
+    done = run(folder, *(served if word == "SERVED" else word for word in words), "-d", str(data))
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
