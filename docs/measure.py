@@ -24,7 +24,7 @@ PACKAGE = ROOT / "qwen_chat"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("conversation", "console", "families", "hardware", "threads"),
-    ("files",),
+    ("files", "weights"),
     ("cli", "tools"),
     ("dialects",),
     ("chat",),
