@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +32,12 @@ from qwen_chat.inference.attention import Attention
 from qwen_chat.inference.delta_net import DeltaNet
 from qwen_chat.inference.feed_forward import Dense, Experts
 from qwen_chat.inference.kv_cache import KVShape
+from qwen_chat.inference.layer import Layer
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Lora, Places
 from qwen_chat.inference.native.library import native_library
 from qwen_chat.inference.native.linear import NativeLinear
 from qwen_chat.inference.native.program import Program, why_not_native
-from qwen_chat.inference.norm import Norm
 from qwen_chat.inference.quantize import make_linear
 from qwen_chat.inference.step import (
     Segment,
@@ -49,16 +48,6 @@ from qwen_chat.inference.step import (
     token_slices,
 )
 from qwen_chat.inference.transfer import to_device
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Two parts, each with a norm before it, added to what came in."""
-
-    mixer_norm: Norm
-    mixer: Attention | DeltaNet
-    feed_norm: Norm
-    feed: Dense | Experts
 
 
 class Decoder:

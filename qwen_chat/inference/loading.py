@@ -14,7 +14,7 @@ from qwen_chat.errors import FormatError, OptionError
 from qwen_chat.families import check_served
 from qwen_chat.inference.engine import Engine, end_tokens
 from qwen_chat.inference.lora import why_merged
-from qwen_chat.inference.native.library import prepare
+from qwen_chat.inference.native.library import compile_ahead
 from qwen_chat.inference.quantize import check_dtype
 from qwen_chat.threads import in_own_thread
 
@@ -50,7 +50,7 @@ def load_engine(
     kind, _ = models.choose_dtype(dtype, place)
     if place.kind == "cpu":
         check_dtype(kind)
-        prepare()
+        compile_ahead()
     elif quantize is not None:
         raise OptionError(
             f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.kv_cache import KVStore
 from qwen_chat.inference.native import library
-from qwen_chat.inference.native.library import SWITCH, Library, native_library
+from qwen_chat.inference.native.library import NATIVE_SWITCH, Library, native_library
 from qwen_chat.inference.native.linear import NativeLinear
 from qwen_chat.inference.quantize import Int8Linear
 from qwen_chat.inference.step import Segment
@@ -31,10 +33,10 @@ def native() -> Library:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is loaded yet, nor is afterwards what the test made."""
-    monkeypatch.delenv(SWITCH, raising=False)
-    library._library.cache_clear()
+    monkeypatch.delenv(NATIVE_SWITCH, raising=False)
+    library._made.cache_clear()
     yield
-    library._library.cache_clear()
+    library._made.cache_clear()
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -56,11 +58,11 @@ def logits_of(decoder: Decoder, ids: list[int], *cuts: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", KNOWN)
 def test_float32_is_torchs_to_1e_4(name: str, native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(tiny_family(name))
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(NATIVE_SWITCH, "0")
     reference, ids = Decoder(tiny_family(name)), tokens(150)
     assert (decoder.decision, reference.decision) == (
         f"steps in native code ({native.name})",
-        f"steps in torch; the native step is off: {SWITCH}=0",
+        f"steps in torch; the native step is off: {NATIVE_SWITCH}=0",
     )
     for end in (1, 16, 63, 64, 65, 150):
         found, expected = logits_of(decoder, ids[:end]), logits_of(reference, ids[:end])
@@ -150,12 +152,12 @@ def test_a_cache_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QWEN_CHAT_CACHE", str(tmp_path / "file"))
-    library._library.cache_clear()
+    library._made.cache_clear()
     assert re.match(rf"{tmp_path}/file/native-[0-9a-f]{{16}}: cannot be written", str(native_library()))
 
 
 def test_without_avx2_torch_computes(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    monkeypatch.setattr(library, "_instructions", lambda: ["sse2"])
     assert native_library() == "this CPU has no AVX2"
 
 
@@ -173,6 +175,42 @@ def test_without_avx2_torch_computes(fresh: None, monkeypatch: pytest.MonkeyPatc
 def test_what_it_does_not_know_goes_through_torch(name: str, kind: torch.dtype, reason: str) -> None:
     decoder = Decoder(tiny_family(name).to(kind))
     assert decoder.decision == f"steps in torch; the native step is off: {reason}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checks", ["address,undefined", "thread"])
+def test_the_step_alone_is_clean_under_sanitizers(checks: str, native: Library, tmp_path: Path) -> None:
+    """Random rows in pieces and in company, an adapter, one thread and three: the same bits, and nothing to report."""
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    source, program = Path(__file__).with_name("native_driver.cpp"), tmp_path / "driver"
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-march=native",
+        "-ffp-contract=off",
+        "-pthread",
+        "-fno-sanitize-recover=all",
+    ]
+    include = f"-I{library._SOURCE.parent}"
+    subprocess.run(
+        [compiler, *options, f"-fsanitize={checks}", include, str(source), "-o", str(program)], check=True
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["x86-64", "haswell", "skylake-avx512", "icelake-server"])
+def test_every_kind_of_vector_keeps_a_rows_bits(machine: str, native: Library, tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    source, program = Path(__file__).with_name("native_driver.cpp"), tmp_path / "driver"
+    options = ["-std=c++17", "-O3", f"-march={machine}", "-ffp-contract=off", "-pthread"]
+    subprocess.run(
+        [compiler, *options, f"-I{library._SOURCE.parent}", str(source), "-o", str(program)], check=True
+    )
+    if machine == "x86-64" or native.name.startswith("AVX-512 with VNNI"):
+        assert subprocess.run([str(program)]).returncode == 0
 
 
 def test_the_source_is_part_of_the_package() -> None:

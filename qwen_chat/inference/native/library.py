@@ -25,7 +25,7 @@ import torch
 from qwen_chat.errors import ModelError
 from qwen_chat.files import build_once, cache_dir
 
-SWITCH = "QWEN_CHAT_NATIVE"
+NATIVE_SWITCH = "QWEN_CHAT_NATIVE"
 _SOURCE = Path(__file__).with_name("step.cpp")
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _SECONDS = 300  # that a compiler may take
@@ -151,38 +151,39 @@ class Library:
         return torch.get_num_threads(), None if self.runtime is None else ctypes.byref(self.runtime)
 
 
-def prepare() -> None:
+def compile_ahead() -> None:
     """Begin to compile, where that was not done yet, while the caller reads a model."""
     threading.Thread(target=native_library, name="native", daemon=True).start()
 
 
 def native_library() -> Library | str:
     """The library, or why there is none; made at the first call, which others wait for."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
-    with _LOCK:
-        return _library()
+    if os.environ.get(NATIVE_SWITCH) == "0":
+        return f"{NATIVE_SWITCH}=0"
+    with _MAKING:
+        return _made()
 
 
-_LOCK = threading.Lock()
+_MAKING = threading.Lock()
 
 
 @functools.cache
-def _library() -> Library | str:
-    if not torch.cpu._is_avx2_supported():
-        return "this CPU has no AVX2"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        return "no C++ compiler was found (g++, c++, $CXX)"
+def _made() -> Library | str:
     try:
+        instructions = _instructions()
+        if not {"avx2", "fma"} <= set(instructions):
+            return "this CPU has no AVX2"
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            return "no C++ compiler was found (g++, c++, $CXX)"
         known = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS)
         version = known.stdout.partition("\n")[0].strip()
-        key = "\0".join((_SOURCE.read_text(encoding="utf-8"), version, *_OPTIONS, *_instructions()))
+        key = "\0".join((_SOURCE.read_text(encoding="utf-8"), version, *_OPTIONS, *instructions))
         folder = cache_dir() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         build_once(folder, functools.partial(_compile, compiler))
         return _load(folder / "step.so", version)
     except subprocess.TimeoutExpired:
-        return f"{compiler} took more than {_SECONDS} seconds"
+        return f"the C++ compiler took more than {_SECONDS} seconds"
     except (ModelError, OSError, AttributeError) as error:
         return str(error)
 

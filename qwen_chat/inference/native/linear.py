@@ -53,7 +53,10 @@ class NativeLinear:
         rows = len(x)
         y = x.new_empty(rows, self.part.outputs)
         # Room for the whole numbers and scales of int8.
-        whole, scale = torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8), torch.empty(rows)
+        whole, scale = (
+            torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8),
+            torch.empty(rows),
+        )
         levels, zero = LEVELS
         self._library.call(
             "native_linear",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from qwen_chat.inference.attention import Attention
 from qwen_chat.inference.feed_forward import Dense
+from qwen_chat.inference.layer import Layer
 from qwen_chat.inference.lora import Lora
 from qwen_chat.inference.native.library import (
     BatchPart,
@@ -31,10 +32,7 @@ from qwen_chat.inference.norm import Norm
 from qwen_chat.inference.projection import Projection
 from qwen_chat.inference.step import Segment
 
-if TYPE_CHECKING:
-    from qwen_chat.inference.decoder import Layer
-
-_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_DENSE = ("llama", "mistral", "qwen2", "qwen3")
 _LANES = 16  # numbers of the widest vector: sizes are multiples of it
 _HEAD_LIMIT = 256  # of step.cpp
 
@@ -42,7 +40,7 @@ _HEAD_LIMIT = 256  # of step.cpp
 def why_not_native(body: Any, quantize: str | None) -> str | None:
     """Why the native step does not know a model's layers; None: it does."""
     config = body.config
-    if config.model_type not in _TYPES:
+    if config.model_type not in _DENSE:
         return f"it does not know {config.model_type}"
     weight = body.embed_tokens.weight
     if weight.device.type != "cpu" or weight.dtype is not torch.float32:
