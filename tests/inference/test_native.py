@@ -60,7 +60,7 @@ def test_float32_is_torchs_to_1e_4(name: str, native: Library, monkeypatch: pyte
     decoder = Decoder(tiny_family(name))
     monkeypatch.setenv(NATIVE_SWITCH, "0")
     reference, ids = Decoder(tiny_family(name)), tokens(150)
-    assert (decoder.decision, reference.decision) == (
+    assert (decoder.ways[-1], reference.ways[-1]) == (
         f"steps in native code ({native.name})",
         f"steps in torch; the native step is off: {NATIVE_SWITCH}=0",
     )
@@ -129,7 +129,7 @@ def test_without_a_compiler_torch_computes(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     decoder = Decoder(tiny_family("mistral"))
-    assert decoder.decision == (
+    assert decoder.ways[-1] == (
         "steps in torch; the native step is off: no C++ compiler was found (g++, c++, $CXX)"
     )
     assert logits_of(decoder, tokens(5)).shape == (512,)
@@ -174,7 +174,7 @@ def test_without_avx2_torch_computes(fresh: None, monkeypatch: pytest.MonkeyPatc
 )
 def test_what_it_does_not_know_goes_through_torch(name: str, kind: torch.dtype, reason: str) -> None:
     decoder = Decoder(tiny_family(name).to(kind))
-    assert decoder.decision == f"steps in torch; the native step is off: {reason}"
+    assert decoder.ways[-1] == f"steps in torch; the native step is off: {reason}"
 
 
 @pytest.mark.slow

@@ -1,10 +1,19 @@
-"""Linear layers of the engine: each row for itself, in float32 and in int8."""
+"""Linear layers of the engine: each row for itself, in float32, in int8 and in int4."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from qwen_chat.errors import OptionError
-from qwen_chat.inference.quantize import FloatLinear, Int8Linear, make_linear
+from qwen_chat.inference import int4, int8
+from qwen_chat.inference.int4 import Int4Linear
+from qwen_chat.inference.int8 import Int8Linear
+from qwen_chat.inference.quantize import FloatLinear, linear_bytes, make_linear, ways
+
+ROOT = Path(__file__).parents[2]
 
 SHAPES = [(576, 960), (1536, 576), (896, 1152), (4864, 896), (64, 17)]
 
@@ -85,9 +94,9 @@ def test_float_rows_are_bit_for_bit_the_same_alone_and_together(inputs: int, out
 
 
 def test_the_weight_may_change_afterwards() -> None:
-    weight, _ = layer(64, 17)
+    weight, _ = layer(64, 48)
     x = rows(2, 64)
-    for quantize in (None, "int8"):
+    for quantize in (None, "int8", "int4"):
         linear = make_linear(weight.clone(), None, quantize)
         before = linear(x)
         copy = weight.clone()
@@ -97,5 +106,113 @@ def test_the_weight_may_change_afterwards() -> None:
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(OptionError, match="quantize: 'int3'; expected int8"):
+    with pytest.raises(OptionError, match="quantize: 'int3'; expected int8, int4"):
         make_linear(torch.zeros(2, 2), None, "int3")
+
+
+INT4_SHAPES = [(576, 960), (1536, 576), (896, 1152), (4864, 896), (64, 48)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), INT4_SHAPES)
+def test_int4_rows_are_bit_for_bit_the_same_alone_and_among_loud_neighbours(
+    inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    linear = Int4Linear(*layer(inputs, outputs))
+    x = rows(40, inputs).to(dtype)
+    x[::3] *= 1000.0
+    whole, threads = linear(x), torch.get_num_threads()
+    assert whole.dtype is dtype
+    try:
+        for count in range(1, 41):
+            torch.set_num_threads(1 + count % 2)
+            for first in (0, (40 - count) // 2, 40 - count):
+                assert torch.equal(linear(x[first : first + count].clone()), whole[first : first + count])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), INT4_SHAPES)
+def test_int4_computes_what_its_whole_numbers_say(inputs: int, outputs: int) -> None:
+    weight, bias = layer(inputs, outputs)
+    whole, scales = int4.rounded(weight)
+    scale, zero = (part.float().t().repeat_interleave(int4.GROUP, 1) for part in scales.unbind(-1))
+    read = (whole - 8) * scale + zero
+    # Half a step, and what bfloat16 rounds of the zero and of the ends of a group.
+    assert ((read - weight).abs() <= scale * 0.75).all()
+    x = rows(9, inputs).bfloat16().float()
+    exact = x @ read.t() + bias
+    error = (Int4Linear(weight, bias)(x) - exact).norm() / (exact - bias).norm()
+    assert error < 0.004  # the result is in bfloat16
+
+
+def test_a_shape_that_int4_does_not_take_is_in_int8() -> None:
+    for outputs, inputs in ((17, 64), (48, 40)):
+        weight = layer(inputs, outputs)[0]
+        made = make_linear(weight, None, "int4")
+        assert isinstance(made, Int8Linear)
+        assert linear_bytes(outputs, inputs, "int4") == linear_bytes(outputs, inputs, "int8")
+    assert isinstance(make_linear(torch.ones(48, 64), None, "int4"), Int4Linear)
+
+
+def test_bytes_of_a_layer() -> None:
+    weight, _ = layer(4864, 896)
+    linear = Int4Linear(weight)
+    kept = sum(tensor.nbytes for tensor in vars(linear).values() if isinstance(tensor, torch.Tensor))
+    assert linear_bytes(896, 4864, "int4") == kept == 896 * 4864 * 5 // 8
+    assert linear_bytes(896, 4864) == 4 * 896 * 4864
+    assert linear_bytes(896, 4864, dtype=torch.bfloat16) == 2 * 896 * 4864
+    assert linear_bytes(896, 4864, "int8") in (896 * 4864 + 16 * 896, 2 * 896 * 4864 + 16 * 896)
+
+
+def test_a_weight_packed_in_pieces_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = layer(576, 960)
+    x = rows(20, 576)
+    for kind, module, name, small in (
+        (Int8Linear, int8, "_PACKED", 576 * 100),
+        (Int4Linear, int4, "_SLICE", 64),
+    ):
+        expected = kind(weight, bias)(x)
+        monkeypatch.setattr(module, name, small)
+        monkeypatch.setattr(int8, "_ROUNDED", 7)
+        assert torch.equal(kind(weight, bias)(x), expected)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_int8_in_public_operators_gives_the_same_bits(
+    inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if int8.fused_levels() == 63:
+        pytest.skip("without VNNI the public operators have more steps than fbgemm's")
+    weight, bias = layer(inputs, outputs)
+    x = rows(40, inputs)
+    expected = Int8Linear(weight, bias)(x)
+    monkeypatch.setattr(int8, "fused_levels", lambda: 0)
+    assert torch.equal(Int8Linear(weight, bias)(x), expected)
+
+
+def test_the_public_sums_are_exact_for_the_largest_numbers() -> None:
+    x, weight = torch.full((2, 19_000), 127.0), torch.full((3, 19_000), 127, dtype=torch.int8)
+    assert int8.exact_sums(x, weight).tolist() == [[127 * 127 * 19_000] * 3] * 2
+
+
+def test_a_torch_without_the_private_operators_passes_these_tests_too() -> None:
+    """And the engine's: alone, in company and in pieces a request gets the same tokens there."""
+    if not int8.fused_levels():
+        pytest.skip("this is that torch")
+    files = ["tests/inference/test_quantize.py", "tests/inference/test_engine.py"]
+    words = ["-p", "tests.support.hidden_operators", "-p", "no:cacheprovider", "-q", "-x", *files]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert " passed" in found.stdout
+
+
+def test_ways_are_said_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = tuple(make_linear(layer(inputs, 48)[0], None, "int4") for inputs in (40, 64, 96))
+    first, second, *_ = ways(parts, "int4", torch.float32)
+    assert first == "weights in int4, groups of 32; activations in bfloat16; the head in int8"
+    assert second.startswith("1 of 3 layers' weights in int8: int4 takes outputs in 16s and inputs in 32s")
+    monkeypatch.setattr(int8, "fused_levels", lambda: 0)
+    assert "int8 by public operators" in ways((), "int8", torch.float32)[1]

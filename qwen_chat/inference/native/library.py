@@ -146,6 +146,12 @@ class Library:
         return found
 
     @property
+    def levels(self) -> int:
+        """Steps each side of an int8 activation: without VNNI two products of 7 and 8 bits fit the 16 bits that they
+        are summed in."""
+        return 127 if "VNNI" in self.name else 63
+
+    @property
     def threads(self) -> tuple[int, object]:
         """How many threads a call gets, and whose."""
         return torch.get_num_threads(), None if self.runtime is None else ctypes.byref(self.runtime)

@@ -57,14 +57,10 @@ class NativeLinear:
             torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8),
             torch.empty(rows),
         )
-        levels, zero = LEVELS
+        levels = self._library.levels
         self._library.call(
             "native_linear",
-            *(ctypes.byref(self.part), levels, zero, x.data_ptr(), rows, y.data_ptr()),
+            *(ctypes.byref(self.part), levels, levels + 1, x.data_ptr(), rows, y.data_ptr()),
             *(whole.data_ptr(), scale.data_ptr(), *self._library.threads),
         )
         return y
-
-
-# Of an activation's whole numbers: steps each side, and what stands for 0 (quantize.Int8Linear tells why).
-LEVELS = (127, 128) if torch.cpu._is_vnni_supported() else (63, 64)

@@ -26,13 +26,15 @@ from qwen_chat.inference.native.library import (
     ModelPart,
     SegmentPart,
     ThinPart,
+    native_library,
 )
-from qwen_chat.inference.native.linear import LEVELS, NativeLinear
+from qwen_chat.inference.native.linear import NativeLinear
 from qwen_chat.inference.norm import Norm
 from qwen_chat.inference.projection import Projection
+from qwen_chat.inference.quantize import Linear
 from qwen_chat.inference.step import Segment
 
-_DENSE = ("llama", "mistral", "qwen2", "qwen3")
+_STEPPED = ("llama", "mistral", "qwen2", "qwen3")
 _LANES = 16  # numbers of the widest vector: sizes are multiples of it
 _HEAD_LIMIT = 256  # of step.cpp
 
@@ -40,7 +42,7 @@ _HEAD_LIMIT = 256  # of step.cpp
 def why_not_native(body: Any, quantize: str | None) -> str | None:
     """Why the native step does not know a model's layers; None: it does."""
     config = body.config
-    if config.model_type not in _DENSE:
+    if config.model_type not in _STEPPED:
         return f"it does not know {config.model_type}"
     weight = body.embed_tokens.weight
     if weight.device.type != "cpu" or weight.dtype is not torch.float32:
@@ -56,13 +58,23 @@ def why_not_native(body: Any, quantize: str | None) -> str | None:
     return None
 
 
+def choose_path(body: Any, quantize: str | None) -> tuple[Library | None, str]:
+    """The library that computes a model's steps, None for torch, and the line that tells it."""
+    reason = why_not_native(body, quantize)
+    found = native_library() if reason is None else reason
+    if isinstance(found, str):
+        return None, f"steps in torch; the native step is off: {found}"
+    return found, f"steps in native code ({found.name})"
+
+
 class Program:
     """`layers` and `head` with NativeLinear in them, as step.cpp's structures. rotary: the model's own embedding of
     positions, computed once for each."""
 
     def __init__(
-        self, library: Library, layers: Sequence[Layer], norm: Norm, head: NativeLinear, rotary: Any
+        self, library: Library, layers: Sequence[Layer], norm: Norm, head: Linear, rotary: Any
     ) -> None:
+        assert isinstance(head, NativeLinear)
         self._library, self._layers, self._norm, self._head = library, tuple(layers), norm, head
         self._rotary = rotary
         self._cos = self._sin = torch.empty(0, 0)
@@ -81,8 +93,8 @@ class Program:
             layer_count=len(layers),
             vocabulary=head.part.outputs,
             eps=norm.eps,
-            levels=LEVELS[0],
-            zero=LEVELS[1],
+            levels=library.levels,
+            zero=library.levels + 1,
             layers=self._parts,
             norm=norm.weight.data_ptr(),
             head=head.part,

@@ -1,0 +1,60 @@
+"""A linear layer whose weights are whole numbers of 4 bits, in groups of 32 along the input.
+
+In: a weight (out, in) and a bias. Out: a callable on (rows, in) whose rows do not depend on each other: torch's
+packed kernel sums every row's products in one order, whatever the number of rows or threads.
+
+The kernel computes in bfloat16 (in float32 it has no vector code): activations are rounded to 8 bits of precision,
+products are summed in float32. Source of the layout: `_weight_int4pack_mm_for_cpu`, weight = (q - 8) * scale + zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP = 32
+_SLICE = 256  # rows packed at a time; the kernel's blocks are of 64
+
+
+def takes(rows: int, columns: int) -> bool:
+    """Whether torch's kernel takes a weight (rows, columns), and this torch has the kernel."""
+    if rows % 16 or columns % GROUP:
+        return False
+    names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+    return all(hasattr(torch.ops.aten, name) for name in names)
+
+
+def int4_bytes(rows: int, columns: int) -> int:
+    """Bytes of a weight (rows, columns): half of one a number, a scale and a zero of 2 each a group."""
+    return rows * columns // 2 + rows * columns // GROUP * 4
+
+
+def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (out, in) as whole numbers of 0 to 15, int32, and each group's scale and zero (in / GROUP, out, 2),
+    bfloat16: from a group's smallest number to its largest in 15 steps."""
+    groups = weight.detach().float().view(len(weight), -1, GROUP)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / 15).clamp_min(1e-12).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    steps = (groups - zero.float()[..., None]) / scale.float()[..., None]
+    whole = steps.round_().add_(8).clamp_(0, 15).to(torch.int32).view(weight.shape)
+    return whole, torch.stack((scale.t(), zero.t()), -1).contiguous()
+
+
+class Int4Linear:
+    """4-bit weights with a scale and a zero for each group; activations in bfloat16."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        rows, columns = weight.shape
+        self._bias = None if bias is None else bias.detach().float().clone()
+        self._weight = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        self._scales = torch.empty(columns // GROUP, rows, 2, dtype=torch.bfloat16)
+        for begin in range(0, rows, _SLICE):
+            part = slice(begin, begin + _SLICE)
+            whole, self._scales[:, part] = rounded(weight[part])
+            self._weight[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.bfloat16().contiguous(), self._weight, GROUP, self._scales
+        )
+        return y.to(x.dtype) if self._bias is None else y.float().add_(self._bias).to(x.dtype)

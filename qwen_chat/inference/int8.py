@@ -1,0 +1,123 @@
+"""A linear layer in whole numbers of 8 bits: weights with a scale for each output, activations with one for each row.
+
+In: a weight (out, in) and a bias. Out: a callable on (rows, in). A row gives the same bits alone and among
+neighbours, in every kernel: whole numbers are summed, so the order does not matter.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+_EXACT = 1040  # so many products of 127 x 127 stay below 2**24: float32 sums them without rounding
+_ROUNDED = 4096  # rows rounded at a time
+_PACKED = 2**27  # numbers that are packed at a time
+
+
+@functools.cache
+def fused_levels() -> int:
+    """How many steps a side an activation may have in fbgemm's kernel; 0 where this torch has no such kernel, or
+    another one.
+
+    127 where the processor sums bytes without overflow (VNNI), else 63: two products of 7 and 8 bits fit the 16
+    bits that AVX2 sums them in. Found by the largest numbers there are.
+    """
+    weight = torch.full((32, 128), 127, dtype=torch.int8)
+    for levels in (127, 63):
+        x = torch.full((2, 128), float(levels))
+        x[1, ::3] = 1 - levels
+        try:
+            found = _fused(x, levels, _packed(weight, torch.ones(len(weight))))
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return 0
+        if torch.equal(found, exact_sums(x, weight).float()):
+            return levels
+    return 0
+
+
+def exact_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (rows, in), whole numbers of at most 127 each side, by an int8 weight (out, in): sums (rows, out), int32.
+
+    In public operators only: pieces of the inputs, each so short that float32 holds its sums exactly.
+    """
+    total = torch.zeros(len(x), len(weight), dtype=torch.int32, device=x.device)
+    for begin in range(0, weight.shape[1], _EXACT):
+        piece = slice(begin, begin + _EXACT)
+        total += torch.matmul(x[:, piece], weight[:, piece].t().float()).int()
+    return total
+
+
+def int8_bytes(rows: int, columns: int) -> int:
+    """Bytes of a weight (rows, columns) with its scales; twice the numbers where both kernels hold them."""
+    return rows * columns * (2 if _has_tiles() else 1) + 16 * rows
+
+
+class Int8Linear:
+    """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
+
+    Three ways with the same bits: fbgemm's kernel for few rows, `_int_mm` on AMX tiles for more than 16, and
+    `exact_sums` where this torch has no fbgemm.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        weight = weight.detach()
+        self._scale = torch.empty(len(weight))
+        whole = torch.empty(weight.shape, dtype=torch.int8)
+        for begin in range(0, len(weight), _ROUNDED):
+            part = slice(begin, begin + _ROUNDED)
+            rows = weight[part].float()
+            self._scale[part] = scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
+            whole[part] = rows.div(scale[:, None]).round_()
+        self._bias = None if bias is None else bias.detach().float().clone()
+        fused = fused_levels()
+        self._levels = fused or 127
+        self._whole = whole if not fused or _has_tiles() else None
+        self._tiny = torch.tensor(1e-12)  # a row of zeros is divided by something
+        each = max(
+            1, _PACKED // whole.shape[1]
+        )  # a head's second copy, while it is packed, need not be as large
+        self._few = [
+            _packed(whole[begin : begin + each], self._scale[begin : begin + each])
+            for begin in range(0, len(whole) if fused else 0, each)
+        ]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        kind, x = x.dtype, x.float()
+        scale = torch.add(self._tiny, x.abs().amax(-1, keepdim=True), alpha=1 / self._levels)
+        steps = x / scale
+        if self._whole is None or (self._few and x.shape[0] <= 16):
+            parts = [_fused(steps, self._levels, few) for few in self._few]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        else:
+            # Rounded with the zero point added, as fbgemm rounds: halves fall the same way.
+            zero = self._levels + 1
+            whole = steps.add_(zero).round_().sub_(zero)
+            sums = torch._int_mm(whole.to(torch.int8), self._whole.t()) if self._few else None
+            y = (exact_sums(whole, self._whole) if sums is None else sums) * self._scale
+        y.mul_(scale)
+        return (y if self._bias is None else y.add_(self._bias)).to(kind)
+
+
+def _has_tiles() -> bool:
+    """Whether `_int_mm` is fast here; False too where torch no longer says it."""
+    found: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)() and hasattr(torch, "_int_mm")
+    return found
+
+
+def _packed(whole: torch.Tensor, scale: torch.Tensor) -> object:
+    """An int8 weight (out, in) in fbgemm's own layout. The operators are marked as leaving torch one day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zeros = torch.zeros(len(whole), dtype=torch.long)
+        tensor = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
+        packed: object = torch.ops.quantized.linear_prepack(tensor, None)
+        return packed
+
+
+def _fused(steps: torch.Tensor, levels: int, packed: object) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        steps, 1.0, levels + 1, packed
+    )
+    return y
