@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,9 +33,10 @@ from qwen_chat.inference.attention import Attention
 from qwen_chat.inference.delta_net import DeltaNet
 from qwen_chat.inference.feed_forward import Dense, Experts
 from qwen_chat.inference.kv_cache import KVShape
+from qwen_chat.inference.layer import Layer
 from qwen_chat.inference.layer_source import LayerSource
-from qwen_chat.inference.lora import Places
-from qwen_chat.inference.norm import Norm
+from qwen_chat.inference.lora import Lora, Places
+from qwen_chat.inference.native.program import Program, choose_path
 from qwen_chat.inference.quantize import make_linear, ways
 from qwen_chat.inference.skeleton import Skeleton
 from qwen_chat.inference.step import (
@@ -48,16 +48,6 @@ from qwen_chat.inference.step import (
     token_slices,
 )
 from qwen_chat.inference.transfer import to_device
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Two parts, each with a norm before it, added to what came in."""
-
-    mixer_norm: Norm
-    mixer: Attention | DeltaNet
-    feed_norm: Norm
-    feed: Dense | Experts
 
 
 class Decoder:
@@ -77,40 +67,39 @@ class Decoder:
             )
         self.vocabulary: int = model.lm_head.weight.shape[0]
         self.dtype: torch.dtype = body.embed_tokens.weight.dtype
-        place = body.embed_tokens.weight.device if skeleton is None else skeleton.device
-        self.device: torch.device = place
+        self.device: torch.device = (skeleton or body.embed_tokens.weight).device
         self.context = int(body.config.max_position_embeddings)
         self._rotary = body.rotary_emb
         tied = model.lm_head.weight is body.embed_tokens.weight
+        library, decision = choose_path(body, quantize)
         with torch.inference_mode():
             # The head first: nothing needs more room while it is made, and now there is most.
             with filled(model.lm_head, body.layers[0]):
+                weight, bias = model.lm_head.weight, model.lm_head.bias
                 # It stays in int8 where the layers are in int4.
-                self._head = make_linear(model.lm_head.weight, model.lm_head.bias, quantize and "int8")
+                self._head = make_linear(weight, bias, quantize and "int8", library)
             embedding = body.embed_tokens.weight if skeleton is None else skeleton.embedding()
             self._embedding = embedding.detach()
             slots: Counter[str] = Counter()
             layers = []
             for index, layer in enumerate(body.layers):
-                source = LayerSource(layer, index, body, quantize)
+                source = LayerSource(layer, index, body, quantize, library)
                 with filled(layer, *body.layers[index + 1 : index + 2]):
                     layers.append(_layer(source, slots))
             self._layers = tuple(layers)
             with filled(body.norm):
                 self._norm = source.norm(body.norm)
-            self.ways = ways(self._layers, quantize, self.dtype)
+            self._program = None
+            if library is not None:
+                self._program = Program(library, self._layers, self._norm, self._head, self._rotary)
+            self.ways = (*ways(self._layers, quantize, self.dtype), decision)
         attentions = [layer.mixer for layer in self._layers if isinstance(layer.mixer, Attention)]
         deltas = [layer.mixer for layer in self._layers if isinstance(layer.mixer, DeltaNet)]
         self._windows = {attention.window for attention in attentions}
         self._group = attentions[0].heads // attentions[0].kv_heads if attentions else 1
-        self.kv_shape = KVShape(
-            len(attentions),
-            attentions[0].kv_heads if attentions else 1,
-            attentions[0].head_dim if attentions else 1,
-            self.dtype,
-            deltas[0].state_shape(len(deltas)) if deltas else None,
-            self.device,
-        )
+        heads, size = (attentions[0].kv_heads, attentions[0].head_dim) if attentions else (1, 1)
+        state = deltas[0].state_shape(len(deltas)) if deltas else None
+        self.kv_shape = KVShape(len(attentions), heads, size, self.dtype, state, self.device)
         self.places = Places(
             layers=tuple((*layer.mixer.places, *layer.feed.places) for layer in self._layers),
             vocabulary=self._embedding.shape[0],
@@ -118,6 +107,7 @@ class Decoder:
             dtype=self.dtype,
             tied=tied,
             device=self.device,
+            library=library,
         )
 
     @torch.inference_mode()
@@ -144,11 +134,15 @@ class Decoder:
             ),
             self.device,
         )
-        x = self._hidden(laid, tokens, ids, positions)
-        if not last:
-            return x.new_empty(0, self.vocabulary)
-        x = self._norm(x[rows])
-        logits = self._head(x).float()
+        x = functional.embedding(ids, self._embedding).to(self.dtype)
+        groups = adapter_groups(laid, tokens)
+        for own, adapter in groups:
+            adapter.embed(x[own], ids[own])
+        if self._program is not None:
+            x, logits = self._program.step(laid, groups, x, rows)
+        else:
+            x = self._norm(self._hidden(laid, tokens, x, positions, groups)[rows])
+            logits = self._head(x).float() if last else x.new_empty(0, self.vocabulary)
         for row, place in enumerate(places):
             lora = segments[place].lora
             if lora is not None:
@@ -156,17 +150,21 @@ class Decoder:
         return logits
 
     def _hidden(
-        self, segments: Sequence[Segment], tokens: Sequence[slice], ids: torch.Tensor, positions: torch.Tensor
+        self,
+        segments: Sequence[Segment],
+        tokens: Sequence[slice],
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        groups: Sequence[tuple[slice, Lora]],
     ) -> torch.Tensor:
-        """The hidden states (tokens, hidden) after the last layer; ids and positions (tokens,)."""
-        x = functional.embedding(ids, self._embedding).to(self.dtype)
+        """The hidden states (tokens, hidden) after the last layer; x: the tokens' embeddings, positions (tokens,)."""
         cos, sin = self._rotary(x[None], positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
         half = sin.shape[-1] // 2
         step = Step(
             segments=segments,
             tokens=tokens,
-            groups=adapter_groups(segments, tokens),
+            groups=groups,
             spans={
                 window: attention_spans(segments, positions, self._group, window, x.dtype)
                 for window in self._windows
@@ -174,8 +172,6 @@ class Decoder:
             cos=cos,
             sin=torch.cat((-sin[..., :half], sin[..., half:]), -1),
         )
-        for rows, lora in step.groups:
-            lora.embed(x[rows], ids[rows])
         for layer in self._layers:
             x = x + layer.mixer(layer.mixer_norm(x), step)
             x = x + layer.feed(layer.feed_norm(x), step)

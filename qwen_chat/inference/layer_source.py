@@ -13,6 +13,7 @@ import torch
 
 from qwen_chat.errors import ModelError
 from qwen_chat.inference.lora import Part, Place
+from qwen_chat.inference.native.library import Library
 from qwen_chat.inference.norm import Norm
 from qwen_chat.inference.projection import Projection
 from qwen_chat.inference.quantize import make_linear
@@ -22,12 +23,13 @@ _ZERO_CENTRED = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")  # their norm
 
 @dataclass(frozen=True, slots=True)
 class LayerSource:
-    """`layer`, the `index`th of `body`; quantize: as for `make_linear`."""
+    """`layer`, the `index`th of `body`; quantize, library: as for `make_linear`."""
 
     layer: Any
     index: int
     body: Any
     quantize: str | None
+    library: Library | None = None
 
     @property
     def config(self) -> Any:
@@ -57,7 +59,7 @@ class LayerSource:
         parts = tuple(Part(path, w.shape[1], w.shape[0]) for path, w in zip(paths, weights, strict=True))
         place = Place(parts, None if any(one is None for one in biases) else bias, order)
         linear = make_linear(
-            place.ordered(weight), None if bias is None else place.ordered(bias), self.quantize
+            place.ordered(weight), None if bias is None else place.ordered(bias), self.quantize, self.library
         )
         return Projection(linear, self.index, place)
 

@@ -17,6 +17,7 @@ from qwen_chat.families import check_served
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.engine import Engine, end_tokens
 from qwen_chat.inference.lora import why_merged
+from qwen_chat.inference.native.library import compile_ahead
 from qwen_chat.inference.quantize import check_dtype
 from qwen_chat.inference.size import check_fits
 from qwen_chat.inference.skeleton import NotByParts, Skeleton
@@ -47,28 +48,28 @@ def load_engine(
         dtype: "auto" = float32 on a CPU, else bfloat16 where the accelerator has it. device: where it computes; "auto":
             an accelerator where one is. quantize: "int8", "int4" or None. options: any other of Engine's.
 
-    Raises ModelError, and OptionError for a dtype that this CPU does not multiply, for a device that is not there,
-    for `quantize` on an accelerator.
+    Raises ModelError; OptionError for a dtype or `quantize` that is not computed there, or a device that is not there.
     """
     from qwen_chat import models
     from qwen_chat.chat.format import ChatFormat
 
     begin, place = time.monotonic(), hardware.choose_device(device)
-    kind, _ = models.choose_dtype(dtype, place)
+    kind = models.choose_dtype(dtype, place)[0]
     _check_numbers(kind, quantize, place)
     folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
-    lone = next(iter(folders.values())) if len(folders) == 1 else None
+    (lone,) = folders.values() if len(folders) == 1 else (None,)
     if model_path is None and lone is not None:
         model_path = models.adapter_base(lone)
     path = models.resolve(None if model_path is None else str(model_path))
     check_served(models.read_config(path), path / "config.json")
     reason = None if lone is None else why_merged(lone)
-    asked, there = dtype, place
-    if reason is not None:  # a merge is exact in float32 alone
-        asked, there = "float32", hardware.Device("cpu", "for the merge")
-    with _memory_told(path):
-        model, decoder, decisions = _load(path, asked, there, reason is None, quantize, trust_remote_code)
     tokenizer = models.load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with _memory_told(path):
+        if lone is None or reason is None:
+            model, decoder, decisions = _by_layers(path, dtype, place, quantize, trust_remote_code)
+        else:
+            model, decisions = _with_adapter(path, lone, reason, tokenizer, trust_remote_code)
+            decoder = Decoder(model.to(place.kind, kind), quantize=quantize)
     try:
         fmt = ChatFormat(tokenizer)
     except FormatError:
@@ -76,17 +77,11 @@ def load_engine(
             raise
         fmt = None  # a base model, whose adapters bring their format along
     ends = {*(() if fmt is None else fmt.stop_token_ids), *end_tokens(model, tokenizer)}
-    beside = None if reason else folders
-    options = {"stop_token_ids": ends, **options, "adapters": beside, "serves_base": fmt is not None}
-    if lone is not None and reason is not None:
-        model, told = _with_adapter(model, lone, tokenizer, reason)
-        model, decisions = model.to(place.kind, kind), (*decisions, told)
-    with _memory_told(path):
-        decoder = decoder or Decoder(model, quantize=quantize)
+    options = {"stop_token_ids": ends, **options, "serves_base": fmt is not None}
+    options["adapters"] = None if reason else folders
     if (seconds := time.monotonic() - begin) > SLOW:
-        decisions += (
-            f"loaded in {seconds:.0f} s, {hardware.peak_memory() / 2**30:.1f} GiB of memory at most",
-        )
+        most = hardware.peak_memory() / 2**30
+        decisions += (f"loaded in {seconds:.0f} s, {most:.1f} GiB of memory at most",)
     engine = Engine(decoder, tokenizer, fmt=fmt, decisions=(str(place), *decisions), **options)
     for name, folder in folders.items():
         if reason is not None:
@@ -99,6 +94,7 @@ def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> N
     """OptionError for a number type that is not computed at that place."""
     if place.kind == "cpu":
         check_dtype(kind)
+        compile_ahead()
     elif quantize is not None:
         raise OptionError(
             f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"
@@ -106,15 +102,14 @@ def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> N
         )
 
 
-def _load(
+def _by_layers(
     path: Path,
     dtype: str,
     place: hardware.Device,
-    by_parts: bool,
     quantize: str | None,
     trust_remote_code: bool,
-) -> tuple[Any, Decoder | None, tuple[str, ...]]:
-    """The model with its weights; or without them and the decoder that was made of them; and what was decided."""
+) -> tuple[Any, Decoder, tuple[str, ...]]:
+    """The model (its weights may be gone), the decoder that was made of it, and what was decided."""
     from qwen_chat import models
 
     config = models.read_config(path)
@@ -126,32 +121,35 @@ def _load(
         )
     tensors = stored_tensors(path)
     kind, why = models.choose_dtype(dtype, place)
-    if by_parts and tensors and place.kind == "cpu":
+    if tensors and place.kind == "cpu":
         check_fits(path, tensors, kind.itemsize, quantize)
-    whole = "an adapter is merged into it" if not by_parts else ""
-    if not whole and trust_remote_code and "auto_map" in config:
-        whole = "it brings its own code"
-    if not whole:
-        try:
-            skeleton = Skeleton(path, kind, place.kind, narrow=quantize is not None)
-            decoder = Decoder(skeleton, quantize=quantize)
-            return skeleton.model, decoder, (f"dtype {str(kind).removeprefix('torch.')} ({why})",)
-        except NotByParts as reason:
-            whole = str(reason)
+    try:
+        if trust_remote_code and "auto_map" in config:
+            raise NotByParts("it brings its own code")
+        skeleton = Skeleton(path, kind, place.kind, narrow=quantize is not None)
+        decoder = Decoder(skeleton, quantize=quantize)
+        return skeleton.model, decoder, (f"dtype {str(kind).removeprefix('torch.')} ({why})",)
+    except NotByParts as reason:
+        whole = f"loaded whole, not layer by layer: {reason}"
     loaded = models.load_model(path, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-    return loaded.model, None, (*loaded.decisions, f"loaded whole, not layer by layer: {whole}")
+    return loaded.model, Decoder(loaded.model, quantize=quantize), (*loaded.decisions, whole)
 
 
-def _with_adapter(model: Any, adapter: Path, tokenizer: Any, reason: str) -> tuple[Any, str]:
-    """The model with its one adapter in it, and the line that says so."""
+def _with_adapter(
+    path: Path, adapter: Path, reason: str, tokenizer: Any, trust_remote_code: bool
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with its one adapter in it, in float32 on the CPU (where a merge is exact), and what was decided."""
     from qwen_chat import models
 
+    place = hardware.Device("cpu", "for the merge")
+    loaded = models.load_model(path, dtype="float32", device=place, trust_remote_code=trust_remote_code)
     probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
-    merged, difference = models.merge(models.load_adapter(model, adapter), probe)
-    return merged, (
+    merged, difference = models.merge(models.load_adapter(loaded.model, adapter), probe)
+    told = (
         "adapter merged into its base, which is not served itself; "
         f"logits moved by {difference:.0e} of the largest ({reason.partition('; ')[0]})"
     )
+    return merged, (*loaded.decisions, told)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwen_chat.errors import ModelError
-from qwen_chat.inference.quantize import FloatLinear
+from qwen_chat.inference.native.library import Library
+from qwen_chat.inference.quantize import FloatLinear, Linear, make_linear
 
 # The keys of adapter_config.json. Those that are read:
 _READ = {
@@ -91,7 +92,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Places:
     """What an adapter must fit: the places of each layer, rows and width of the embedding, dtype, whether the head
-    shares the embedding's rows, and the device."""
+    shares the embedding's rows, the device, and the native step's library where that computes."""
 
     layers: tuple[tuple[Place, ...], ...]
     vocabulary: int
@@ -99,6 +100,7 @@ class Places:
     dtype: torch.dtype
     tied: bool
     device: torch.device | str = "cpu"
+    library: Library | None = None
 
 
 class NotBeside(ModelError):
@@ -138,7 +140,7 @@ class Lora:
         self._token_head = FloatLinear(self._token_rows) if places.tied and len(self._token_ids) else None
         halves = _halves(folder, tensors, places)
         body = next((found[1] for name in tensors if (found := _HALF.search(name))), "")
-        self._pairs: dict[tuple[int, str], tuple[FloatLinear, FloatLinear]] = {}
+        self._pairs: dict[tuple[int, str], tuple[Linear, Linear]] = {}
         for layer, known in enumerate(places.layers):
             for place in known:
                 scales = {
@@ -154,12 +156,15 @@ class Lora:
                 if pair is not None:
                     self._pairs[layer, place.name] = pair
 
+    def share(self, layer: int, place: str) -> tuple[tuple[Linear, Linear] | None, torch.Tensor | None]:
+        """What `add` adds: down and up, and the change of the bias, where there are any."""
+        return self._pairs.get((layer, place)), self._biases.get((layer, place))
+
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, place: str) -> None:
         """Add this adapter's share for inputs x (tokens, in) to y (tokens, out), in place."""
-        pair = self._pairs.get((layer, place))
+        pair, change = self.share(layer, place)
         if pair is not None:
             y += pair[1](pair[0](x))
-        change = self._biases.get((layer, place))
         if change is not None:
             y += change
 
@@ -348,7 +353,7 @@ def _join(
     place: Place,
     places: Places,
     scales: Mapping[str, float],
-) -> tuple[FloatLinear, FloatLinear] | None:
+) -> tuple[Linear, Linear] | None:
     """A of all projections stacked, B as blocks on the diagonal and scaled: two multiplications for the
     joined layer."""
     ups, downs = [], []
@@ -362,7 +367,10 @@ def _join(
     if not downs:
         return None
     up, down = place.ordered(_block_diagonal(ups)), torch.cat(downs)
-    return FloatLinear(down.to(places.device, places.dtype)), FloatLinear(up.to(places.device, places.dtype))
+    return (
+        make_linear(down.to(places.device, places.dtype), library=places.library),
+        make_linear(up.to(places.device, places.dtype), library=places.library),
+    )
 
 
 def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:

@@ -21,6 +21,8 @@ from qwen_chat.errors import OptionError
 from qwen_chat.inference import int4, int8
 from qwen_chat.inference.int4 import Int4Linear
 from qwen_chat.inference.int8 import Int8Linear
+from qwen_chat.inference.native.library import Library
+from qwen_chat.inference.native.linear import NativeLinear
 
 # x (rows, in) -> (rows, out)
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -41,11 +43,17 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def make_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None = None, quantize: str | None = None
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    quantize: str | None = None,
+    library: Library | None = None,
 ) -> Linear:
     """The linear layer for a weight (out, in) in the way `quantize` names; int8 for a shape that int4's kernel does
     not take. The weight is copied into a layout of its own; what is needed beside it while it is: a slice of rows
-    for int4, a second copy for int8 (of at most 128 million numbers)."""
+    for int4, a second copy for int8 (of at most 128 million numbers). library: the native
+    step's, where that computes."""
+    if library is not None:
+        return NativeLinear(library, weight, bias, quantize)
     if quantize is None:
         return FloatLinear(weight, bias)
     if quantize == "int4" and int4.takes(*weight.shape):

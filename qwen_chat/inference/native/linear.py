@@ -1,0 +1,74 @@
+"""A linear layer as the native step has it; a callable on its own too, for what goes through torch.
+
+In: a weight (out, in), a bias. Out: (rows, in) -> (rows, out), and its place in step.cpp's structures. A row's bits
+depend on that row alone: in int8 the same as `Int8Linear`'s, in float32 one chain of sums an output, from the first
+input to the last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch.nn import functional
+
+from qwen_chat.inference.native.library import Library, LinearPart
+
+_AT_A_TIME = 2048  # converted at a time
+
+
+class NativeLinear:
+    """float32, or int8 with a scale for each output. `part`: what step.cpp reads; it lives as long as this."""
+
+    def __init__(
+        self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
+    ) -> None:
+        outputs, inputs = weight.shape
+        self._library = library
+        weight, room = weight.detach(), -outputs % library.panel
+        # A part of the rows at a time: what is widened and rounded on the way stays small.
+        parts = range(0, outputs, _AT_A_TIME // library.panel * library.panel)
+        self._bias = None if bias is None else functional.pad(bias.detach().float(), (0, room))
+        self._scale = self._sums = None
+        if quantize is None:
+            self._weight = torch.empty(outputs + room, inputs)
+            for first in parts:
+                rows = weight[first : first + parts.step].float().contiguous()
+                packed = self._weight[first:].data_ptr()
+                library.call("native_pack_float", rows.data_ptr(), len(rows), inputs, packed)
+        else:
+            self._scale = torch.zeros(outputs + room)
+            self._sums = torch.empty(outputs + room, dtype=torch.int32)
+            self._weight = torch.empty(outputs + room, -(-inputs // 4) * 4, dtype=torch.int8)
+            for first in parts:
+                rows = weight[first : first + parts.step].float()
+                scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
+                self._scale[first : first + len(rows)] = scale
+                whole = (rows / scale[:, None]).round_().to(torch.int8).contiguous()
+                packed, sums = self._weight[first:].data_ptr(), self._sums[first:].data_ptr()
+                library.call("native_pack_int8", whole.data_ptr(), len(whole), inputs, packed, sums)
+        self.part = LinearPart(
+            outputs,
+            inputs,
+            *(
+                None if one is None else one.data_ptr()
+                for one in (self._weight, self._scale, self._sums, self._bias)
+            ),
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        rows = len(x)
+        y = x.new_empty(rows, self.part.outputs)
+        # Room for the whole numbers and scales of int8.
+        whole, scale = (
+            torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8),
+            torch.empty(rows),
+        )
+        levels = self._library.levels
+        self._library.call(
+            "native_linear",
+            *(ctypes.byref(self.part), levels, levels + 1, x.data_ptr(), rows, y.data_ptr()),
+            *(whole.data_ptr(), scale.data_ptr(), *self._library.threads),
+        )
+        return y
