@@ -65,7 +65,7 @@ class Served:
         try:
             answer = self.client.create(**body)
             assert isinstance(answer, dict)
-            reply = _reply(answer)
+            reply = _read_reply(answer)
         except ServiceError as error:
             if "answered 400: " in str(error) and "context" in str(error):
                 return None
@@ -77,7 +77,7 @@ class Served:
         return Judged(case, told.lstrip("\n"), score(case, reply))
 
 
-def _reply(answer: Json) -> Reply:
+def _read_reply(answer: Json) -> Reply:
     message = answer["choices"][0]["message"]
     calls = [
         ToolCall(str(call["function"]["name"]), str(call["function"]["arguments"]))
