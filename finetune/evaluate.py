@@ -229,7 +229,7 @@ def ask_server(url: str, model: str | None, cases: list[Case], options: Evaluate
     """The models that a server calls by these names (none: its first), judged by their replies."""
     from tqdm import tqdm
 
-    from qwen_chat.evaluation.served import Served
+    from qwen_chat.evaluation.served import ServedModel
     from qwen_chat.tools.client import HttpClient
 
     if not cases:
@@ -245,7 +245,7 @@ def ask_server(url: str, model: str | None, cases: list[Case], options: Evaluate
         if name not in listed:
             raise OptionError(f"{name}: {url} has no such model; it lists {', '.join(listed)}")
         side = Side(name, None, None)
-        served = Served(client, name, options.calls, options.max_new_tokens, options.template_kwargs)
+        served = ServedModel(client, name, options.calls, options.max_new_tokens, options.template_kwargs)
         with tqdm(total=len(cases), desc=f"{name}: calls", file=sys.stderr) as bar:
             side.judged = served.judge(cases, options.batch_size, partial(move, bar))
         side.unanswered = len(cases) - len(side.judged)

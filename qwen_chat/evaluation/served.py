@@ -21,7 +21,7 @@ from qwen_chat.tools.client import HttpClient
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A served model and how it is asked: greedy, the tools passed on, `calls` as for `run.write_replies`."""
 
     client: HttpClient
@@ -65,7 +65,7 @@ class Served:
         try:
             answer = self.client.create(**body)
             assert isinstance(answer, dict)
-            reply = _read_reply(answer)
+            reply = _reply(answer)
         except ServiceError as error:
             if "answered 400: " in str(error) and "context" in str(error):
                 return None
@@ -77,7 +77,7 @@ class Served:
         return Judged(case, told.lstrip("\n"), score(case, reply))
 
 
-def _read_reply(answer: Json) -> Reply:
+def _reply(answer: Json) -> Reply:
     message = answer["choices"][0]["message"]
     calls = [
         ToolCall(str(call["function"]["name"]), str(call["function"]["arguments"]))
