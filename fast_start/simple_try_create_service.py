@@ -91,6 +91,7 @@ class VllmArguments:
         "auto",
         "transformers: the toolkit's own; vllm: hand over to vLLM; auto: vLLM on a GPU where it is installed",
     )
+    compile: bool = option(False, "fewer kernels a step through torch.compile (accelerators only)")
     tensor_parallel_size: int = option(1, "vLLM: GPUs that share each layer")
     pipeline_parallel_size: int = option(1, "vLLM: groups of layers on different GPUs")
     vllm_python: str | None = option(None, "vLLM: the Python that has it installed; this one without it")
@@ -108,6 +109,10 @@ def main() -> int:
     )  # one that is not there is refused before anything is loaded
     engine, why = choose_engine(model, service, limits, vllm, device)
     check_engine(model, service, limits, vllm, engine)
+    if vllm.compile and device.kind == "cpu":
+        raise OptionError(
+            f"--compile: for accelerators, and this is {device}, whose layers are packed; leave it out"
+        )
     adapters = read_adapters(model.adapter)
     if model.name in adapters:
         raise OptionError(f"--name {model.name}: an adapter has this name; choose another")
@@ -123,7 +128,7 @@ def main() -> int:
             if vllm.engine == "vllm" or given(vllm, VLLMS):
                 raise
             why = f"vLLM is installed, but: {error}"
-    return serve(model, service, limits, base, adapters, keys, why)
+    return serve(model, service, limits, base, adapters, keys, why, vllm.compile)
 
 
 def serve(
@@ -134,6 +139,7 @@ def serve(
     adapters: dict[str, Path],
     keys: Sequence[str],
     why: str,
+    compiles: bool = False,
 ) -> int:
     from qwen_chat.service import server
     from qwen_chat.service.request_log import RequestLog
@@ -167,6 +173,7 @@ def serve(
         max_batch=limits.max_batch,
         cache_tokens=limits.cache_tokens,
     )
+    compiled = (engine.decoder.compile(),) if compiles else ()
     if not engine.serves_base and model.name is not None:
         raise OptionError(f"--name {name}: the base is not served beside {', '.join(adapters)}; leave it out")
     settings = ServiceSettings(
@@ -190,6 +197,7 @@ def serve(
     for line in (
         f"engine transformers ({why})",
         *engine.decisions,
+        *compiled,
         *(f"adapter {known} ({adapters[known]})" for known in adapters),
     ):
         say(line)
@@ -252,7 +260,10 @@ def hand_over(
     return 0
 
 
-OURS = ("cache_tokens", "max_body_mb", "request_seconds", "drain_seconds", "log_file", "log_prompts")
+OURS = (
+    *("device", "compile", "cache_tokens", "max_body_mb", "request_seconds", "drain_seconds"),
+    *("log_file", "log_prompts"),
+)
 VLLMS = ("tensor_parallel_size", "pipeline_parallel_size", "vllm_python", "vllm_args", "dry_run")
 
 
@@ -266,7 +277,8 @@ def choose_engine(
     """Which engine serves, and why."""
     if vllm.engine != "auto":
         return vllm.engine, "as asked"
-    if own := [*given(model, ("device", "quantize")), *given(service, OURS), *given(limits, OURS)]:
+    groups = (model, service, limits, vllm)
+    if own := [name for group in groups for name in given(group, (*OURS, "quantize"))]:
         return "transformers", f"--{own[0]} is its own"
     if device.kind not in ("cuda", "xpu"):
         return "transformers", f"vLLM would be slower on {device.kind}"
@@ -293,7 +305,7 @@ def check_engine(
     """Refuse what the chosen engine would not look at."""
     unread = given(vllm, VLLMS)
     if engine == "vllm":
-        unread = [*given(model, ("device",)), *given(service, OURS), *given(limits, OURS)]
+        unread = [name for group in (model, service, limits, vllm) for name in given(group, OURS)]
     if unread:
         raise OptionError(f"--{unread[0]}: has no effect with --engine {engine}; leave it out")
 

@@ -22,17 +22,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 
-from qwen_chat.errors import ModelError
+from qwen_chat.errors import ModelError, first_line
 from qwen_chat.families import check_served
 from qwen_chat.inference.attention import Attention
 from qwen_chat.inference.delta_net import DeltaNet
 from qwen_chat.inference.feed_forward import Dense, Experts
-from qwen_chat.inference.kv_cache import KVShape
+from qwen_chat.inference.kv_cache import KVShape, KVStore
 from qwen_chat.inference.layer import Layer
 from qwen_chat.inference.layer_source import LayerSource
 from qwen_chat.inference.lora import Lora, Places
@@ -148,6 +149,27 @@ class Decoder:
             if lora is not None:
                 lora.correct(logits[row : row + 1], x[row : row + 1])
         return logits
+
+    def compile(self) -> str:
+        """Join what each layer's feed-forward part does into fewer kernels (torch.compile) and try it on three tokens.
+
+        Returns the line that says what came of it; where it fails, all stays plain.
+        """
+        plain = self._layers
+        try:
+            self._layers = tuple(
+                replace(layer, feed=cast("Dense | Experts", torch.compile(layer.feed, dynamic=True)))
+                for layer in plain
+            )
+            row = KVStore(self.kv_shape).row()
+            row.reserve(3)
+            self.step([Segment([0, 0], 0, row)])
+            self.step([Segment([0], 2, row)])
+        except Exception as error:  # a compiler, its tools and its cache: a dozen kinds
+            self._layers = plain
+            return f"compile: not possible here ({first_line(error)}); everything runs as without it"
+        torch._dynamo.config.suppress_errors = True  # a shape that cannot be compiled later runs plain
+        return "compile: the feed-forward parts (as asked)"
 
     def _hidden(
         self,

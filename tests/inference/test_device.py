@@ -148,3 +148,31 @@ def test_grouped_experts_give_what_each_gives_alone() -> None:
     found = GroupedExperts(gate_up, down, torch.nn.functional.silu)(x, experts, scores)
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     assert float(expected.abs().max()) > 0.5
+
+
+@pytest.mark.parametrize("name", ["qwen2_slide", "qwen3_next"])
+def test_compiled_layers_give_what_plain_ones_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, without a compiler behind; where compiling fails one line says so, and all is as it was."""
+    decoder = Decoder(tiny_family(name))
+
+    def logits() -> torch.Tensor:
+        row = KVStore(decoder.kv_shape).row()
+        row.reserve(9)
+        decoder.step([Segment(range(7), 0, row)])
+        return decoder.step([Segment([8], 7, row)])
+
+    plain, compile_function = logits(), torch.compile
+
+    def refuse(*given: object, **more: object) -> None:
+        raise RuntimeError("no compiler\nis here")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert decoder.compile() == ("compile: not possible here (no compiler); everything runs as without it")
+    assert torch.equal(logits(), plain)
+    monkeypatch.setattr(
+        torch, "compile", lambda part, **more: compile_function(part, backend="eager", **more)
+    )
+    torch._dynamo.config.suppress_errors = False
+    assert decoder.compile() == "compile: the feed-forward parts (as asked)"
+    assert torch.allclose(logits(), plain, rtol=0, atol=1e-6)
+    torch._dynamo.config.suppress_errors = False

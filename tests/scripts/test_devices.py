@@ -204,6 +204,7 @@ def test_int8_on_an_accelerator_is_refused_with_its_cure(faked: None, tiny_model
         (["--device", "cuda"], "cuda", True, "transformers", "--device is its own"),
         (["--quantize", "int8"], "cuda", True, "transformers", "--quantize is its own"),
         (["--log_prompts"], "cuda", True, "transformers", "--log_prompts is its own"),
+        (["--compile"], "cuda", True, "transformers", "--compile is its own"),
         (["--cache_tokens", "5"], "cuda", True, "transformers", "--cache_tokens is its own"),
         (["--engine", "vllm"], "cpu", False, "vllm", "as asked"),
         (["--engine", "transformers"], "cuda", True, "transformers", "as asked"),
@@ -234,7 +235,7 @@ def test_a_model_that_vllm_cannot_serve_stays_here(
     monkeypatch.setattr(vllm, "command", refuse)
     served: list[str] = []
     script = script_of(CREATE, monkeypatch, "-m", str(tiny_model_path))
-    monkeypatch.setattr(script, "serve", lambda *values: served.append(values[-1]) or 0)
+    monkeypatch.setattr(script, "serve", lambda *values: served.append(values[-2]) or 0)
     assert script.main() == 0
     assert served == ["vLLM is installed, but: a template that vLLM cannot render"]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--tensor_parallel_size", "2"])
@@ -254,3 +255,13 @@ def test_where_memory_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "free_memory", lambda: 11)
     assert hardware.device_free("cuda") == 7 * 2**30
     assert hardware.device_free("cpu") == hardware.device_free("meta") == 11
+
+
+@needs_none
+def test_compiling_is_for_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError) as raised:
+        script_of(CREATE, monkeypatch, "--compile").main()
+    assert str(raised.value) == (
+        "--compile: for accelerators, and this is device cpu (no accelerator here), whose layers are packed;"
+        " leave it out"
+    )
