@@ -72,7 +72,7 @@ class Decoder:
         self.context = int(body.config.max_position_embeddings)
         self._rotary = body.rotary_emb
         tied = model.lm_head.weight is body.embed_tokens.weight
-        library, decision = choose_path(body, quantize)
+        library, decision = choose_path(body, quantize, self.device.type)
         with torch.inference_mode():
             # The head first: nothing needs more room while it is made, and now there is most.
             with filled(model.lm_head, body.layers[0]):

@@ -6,6 +6,7 @@ import pytest
 
 from qwen_chat import hardware
 from qwen_chat.errors import ModelError
+from qwen_chat.inference.quantize import linear_bytes
 from qwen_chat.inference.size import PROGRAM, check_fits, serving_bytes
 from qwen_chat.weights import StoredTensor
 
@@ -19,14 +20,17 @@ TENSORS = {name: StoredTensor(Path("x"), name, "BF16", shape, 0) for name, shape
 
 
 @pytest.mark.parametrize(
-    ("width", "quantize", "layer", "head", "embedding"),
-    [(4, None, 4.0, 4.0, 2), (2, None, 2.0, 2.0, 2), (4, "int8", 1.0, 1.0, 2), (4, "int4", 0.625, 1.0, 2)],
+    ("width", "quantize", "layer", "head"),
+    [
+        (4, None, 640 * 64 * 4, 1000 * 64 * 4),
+        (2, None, 640 * 64 * 2, 1000 * 64 * 2),
+        (4, "int8", linear_bytes(640, 64, "int8"), linear_bytes(1000, 64, "int8")),
+        (4, "int4", linear_bytes(640, 64, "int4"), linear_bytes(1000, 64, "int8")),
+    ],
 )
-def test_each_part_counts_in_its_final_form(
-    width: int, quantize: str | None, layer: float, head: float, embedding: int
-) -> None:
+def test_each_part_counts_in_its_final_form(width: int, quantize: str | None, layer: int, head: int) -> None:
     beside = 640 * 64 * (width + width // 2)
-    ready = 64_000 * embedding + 640 * 64 * layer + 64 * width + 64_000 * head
+    ready = 64_000 * 2 + layer + 64 * width + head  # the embedding stays in bfloat16
     assert serving_bytes(TENSORS, width, quantize) == PROGRAM + ready + beside
 
 

@@ -39,14 +39,14 @@ _LANES = 16  # numbers of the widest vector: sizes are multiples of it
 _HEAD_LIMIT = 256  # of step.cpp
 
 
-def why_not_native(body: Any, quantize: str | None) -> str | None:
+def why_not_native(body: Any, quantize: str | None, device: str) -> str | None:
     """Why the native step does not know a model's layers; None: it does."""
     config = body.config
     if config.model_type not in _STEPPED:
         return f"it does not know {config.model_type}"
-    weight = body.embed_tokens.weight
-    if weight.device.type != "cpu" or weight.dtype is not torch.float32:
-        return f"it computes in float32 on a CPU, and this model is {weight.dtype} on {weight.device.type}"
+    dtype = body.embed_tokens.weight.dtype
+    if device != "cpu" or dtype is not torch.float32:
+        return f"it computes in float32 on a CPU, and this model is {dtype} on {device}"
     if quantize not in (None, "int8"):
         return f"it does not know {quantize}"
     if config.hidden_act not in ("silu", "swish"):
@@ -58,9 +58,9 @@ def why_not_native(body: Any, quantize: str | None) -> str | None:
     return None
 
 
-def choose_path(body: Any, quantize: str | None) -> tuple[Library | None, str]:
+def choose_path(body: Any, quantize: str | None, device: str) -> tuple[Library | None, str]:
     """The library that computes a model's steps, None for torch, and the line that tells it."""
-    reason = why_not_native(body, quantize)
+    reason = why_not_native(body, quantize, device)
     found = native_library() if reason is None else reason
     if isinstance(found, str):
         return None, f"steps in torch; the native step is off: {found}"
