@@ -1,0 +1,195 @@
+"""A training step on a GPU that is not there (stand_in.py): our layers, our loss, backward and AdamW, every byte counted.
+
+In: a config.json, a Run's adapter flags, the Setup of its plan. Out: a Simulated: the peak of allocated bytes and what
+it is made of. What CUDA takes beside its allocator's blocks (its context, the workspaces of its libraries) is no
+tensor and is not counted; the plan's `runtime` is for that. Nor is what an allocator cannot use between its blocks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.errors import OptionError
+from qwen_chat.training import adapters, attention, delta_net
+from qwen_chat.training.loss import ModelLoss
+from qwen_chat.training.memory_plan import Setup
+from qwen_chat.training.router_loss import RouterLoss
+from qwen_chat.training.stand_in import DEVICE, Kernels, StandIn
+
+Segments = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Bytes of one rank's tensors: at the peak, and the parts of which ZeRO's shares are made."""
+
+    peak_bytes: int
+    transfers: int  # how often the host waited for a value in the forward and backward pass of one row
+    seconds: float
+    weights: int
+    optimizer: int
+    forward: int  # peaks of the three parts of a step
+    backward: int
+    update: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def simulate(
+    config: Mapping[str, Any],
+    setup: Setup,
+    lora: LoraArguments,
+    *,
+    segments: Segments | None = None,
+    half: torch.dtype = torch.bfloat16,
+    optim: str = "adamw_torch_fused",
+) -> Simulated:
+    """The second step of a run of one row, whose optimizer has its states. Raises OptionError where that cannot be.
+
+    segments: the row's layout (packing.py); one sequence without it.
+    """
+    begun = time.perf_counter()
+    device, kernels = StandIn(), Kernels(half if setup.half and not setup.zero else None)
+    with _as_on_a_gpu(kernels), device, kernels:
+        model = _model(config, setup, lora, half, kernels)
+        for tensor in (*model.parameters(), *model.buffers()):
+            device.count(tensor)
+        weights = device.live
+        loss = ModelLoss(model, router=RouterLoss.of(model.config))
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, fused="fused" in optim, foreach="fused" not in optim)
+        for parameter in learnt:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        states = device.live - weights
+        if setup.zero >= 2:  # DeepSpeed takes each gradient away as soon as it is there
+            for parameter in learnt:
+                parameter.register_post_accumulate_grad_hook(_drop)
+        batch = _row(device, setup, segments or ((0, setup.row, setup.row),))
+        device.reset_peak()
+        device.transfers = 0
+        with kernels.autocast():
+            result = loss(model, batch)
+            total = result.loss_sum / setup.supervised
+        del result
+        forward = device.reset_peak()
+        total.backward()
+        del total, batch
+        backward = device.reset_peak()
+        transfers = device.transfers
+        if setup.zero < 2:
+            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+            optimizer.step()
+        update = device.reset_peak()
+        loss.remove()
+    return Simulated(
+        peak_bytes=max(forward, backward, update),
+        transfers=transfers,
+        seconds=round(time.perf_counter() - begun, 1),
+        weights=weights,
+        optimizer=states,
+        forward=forward,
+        backward=backward,
+        update=update,
+    )
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _model(config: Mapping[str, Any], setup: Setup, lora: LoraArguments, half: torch.dtype, kernels: Kernels) -> Any:
+    """The model as tuned_model.py makes it: its number types, its attention, its adapter, in training."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype", "dtype")}
+    pure = setup.zero > 0 or setup.method != "full"
+    dtype = half if setup.half and pure else torch.float32
+    with torch.device(DEVICE):
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **fields), attn_implementation=attention.register(), dtype=dtype
+        )
+        model.config.use_cache = False
+        if setup.method != "full":
+            plain = replace(lora, trainable_tokens=(), lora_weight_path=None, lora_init="default")
+            model = adapters.wrap(model, plain, None, checkpointing=setup.checkpointing).model
+    if setup.zero and setup.half:
+        model.to(dtype)  # DeepSpeed's engine casts what peft keeps in float32
+    delta_net.keep_apart(model)
+    if setup.checkpointing:
+        # What is computed again runs inside backward, which torch takes out of every function mode.
+        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), kernels.again())}
+        model.gradient_checkpointing_enable(again)
+    return model.train()
+
+
+def _row(device: StandIn, setup: Setup, segments: Segments) -> dict[str, torch.Tensor]:
+    """A row as the collator makes it, its last tokens supervised."""
+    positions = torch.zeros(setup.row, dtype=torch.int64)
+    for start, stop, _ in segments:
+        above = [(a, b) for a, b, end in segments if b <= start < end]
+        positions[start:stop] = torch.arange(stop - start) + sum(b - a for a, b in above)
+    keep = torch.arange(setup.row - setup.supervised, setup.row)
+    labels = device.place(torch.zeros(1, setup.supervised, dtype=torch.int64))
+    return {
+        "input_ids": device.place(torch.zeros(1, setup.row, dtype=torch.int64)),
+        "position_ids": device.place(positions[None]),
+        "segments": device.place(torch.tensor(segments)),
+        "logits_to_keep": device.place(keep),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+@contextmanager
+def _as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
+    """Decisions that ask for the device answer for meta as for a GPU with flash attention and FlexAttention."""
+
+    def kernel(query: torch.Tensor, layout: Segments) -> str:
+        shared = "shared_prefix" if any(end > stop for _, stop, end in layout) else "packed"
+        return attention.kernel_for("cuda", shared, str(query.dtype).removeprefix("torch."))[0]
+
+    optimizers = importlib.import_module("torch.optim.optimizer")
+    asked, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    with (
+        mock.patch.object(
+            torch, "is_autocast_enabled", lambda d="cuda": kernels.casts if d == DEVICE else asked(d)
+        ),
+        mock.patch.object(torch, "get_autocast_dtype", lambda d: kernels.half if d == DEVICE else dtype(d)),
+        mock.patch.object(attention, "_kernel", kernel),
+        mock.patch.object(attention, "_flex_works", lambda *_: True),
+        mock.patch.object(attention, "_flex", lambda q, k, v, _, scale: _Flex.apply(q, k, v)),
+        mock.patch.object(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cuda", DEVICE]),
+    ):
+        yield
+
+
+class _Flex(torch.autograd.Function):
+    """What FlexAttention's kernels allocate: output and log-sum-exp; gradients, one of keys and values for each query
+    head, and the row sums of output times gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, _, lse = ctx.saved_tensors
+        sums = torch.empty_like(lse)
+        del sums
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
