@@ -25,6 +25,7 @@ from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.memory_plan import Setup
 from qwen_chat.training.router_loss import RouterLoss
 from qwen_chat.training.stand_in import DEVICE, Kernels, StandIn
+from qwen_chat.training.zero_shares import Buckets, Gathered, Shares, Sizes
 
 Segments = tuple[tuple[int, int, int], ...]
 
@@ -37,6 +38,7 @@ class Simulated:
     transfers: int  # how often the host waited for a value in the forward and backward pass of one row
     seconds: float
     weights: int
+    gradients: int
     optimizer: int
     forward: int  # peaks of the three parts of a step
     backward: int
@@ -51,13 +53,14 @@ def simulate(
     setup: Setup,
     lora: LoraArguments,
     *,
+    zero: Mapping[str, Any] | None = None,
     segments: Segments | None = None,
     half: torch.dtype = torch.bfloat16,
     optim: str = "adamw_torch_fused",
 ) -> Simulated:
-    """The second step of a run of one row, whose optimizer has its states. Raises OptionError where that cannot be.
+    """A step of one rank that has made steps before: the last of several rows, and the update.
 
-    segments: the row's layout (packing.py); one sequence without it.
+    zero: `zero_optimization` of DeepSpeed's file; segments: the row's layout (packing.py), one sequence without it.
     """
     begun = time.perf_counter()
     device, kernels = StandIn(), Kernels(half if setup.half and not setup.zero else None)
@@ -65,49 +68,79 @@ def simulate(
         model = _model(config, setup, lora, half, kernels)
         for tensor in (*model.parameters(), *model.buffers()):
             device.count(tensor)
-        weights = device.live
         loss = ModelLoss(model, router=RouterLoss.of(model.config))
-        learnt = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learnt, fused="fused" in optim, foreach="fused" not in optim)
-        for parameter in learnt:
+        batch = _row(device, setup, segments or ((0, setup.row, setup.row),))
+        step = _Step(device, kernels, model, loss, batch)
+        if setup.zero:
+            shares = Shares.of(model, setup.zero, setup.ranks, sizes := Sizes.of(model.config.hidden_size, zero or {}))
+            found = step.shared(setup.zero, shares, sizes)
+        else:
+            found = step.alone(optim, setup.ranks)
+        loss.remove()
+    return replace(found, seconds=round(time.perf_counter() - begun, 1))
+
+
+class _Step:
+    """One row forward and backward, and the update, counted."""
+
+    def __init__(
+        self, device: StandIn, kernels: Kernels, model: Any, loss: ModelLoss, batch: dict[str, torch.Tensor]
+    ) -> None:
+        self.device, self.kernels, self.model, self.loss, self.batch = device, kernels, model, loss, batch
+        self.learnt = [p for p in model.parameters() if p.requires_grad]
+
+    def row(self) -> tuple[int, int]:
+        """The peaks of forward and backward."""
+        self.device.reset_peak()
+        self.device.transfers = 0
+        with self.kernels.autocast():
+            total = self.loss(self.model, self.batch).loss_sum / 1.0
+        forward = self.device.reset_peak()
+        total.backward()
+        return forward, self.device.reset_peak()
+
+    def alone(self, optim: str, ranks: int) -> Simulated:
+        """Without DeepSpeed: weights, gradients and states are whole; DDP holds gradients in buckets of its own."""
+        weights = self.device.live
+        optimizer = torch.optim.AdamW(self.learnt, fused="fused" in optim, foreach="fused" not in optim)
+        for parameter in self.learnt:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-        optimizer.zero_grad()
-        states = device.live - weights
-        if setup.zero >= 2:  # DeepSpeed takes each gradient away as soon as it is there
-            for parameter in learnt:
-                parameter.register_post_accumulate_grad_hook(_drop)
-        batch = _row(device, setup, segments or ((0, setup.row, setup.row),))
-        device.reset_peak()
-        device.transfers = 0
-        with kernels.autocast():
-            result = loss(model, batch)
-            total = result.loss_sum / setup.supervised
-        del result
-        forward = device.reset_peak()
-        total.backward()
-        del total, batch
-        backward = device.reset_peak()
-        transfers = device.transfers
-        if setup.zero < 2:
-            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-            optimizer.step()
-        update = device.reset_peak()
-        loss.remove()
-    return Simulated(
-        peak_bytes=max(forward, backward, update),
-        transfers=transfers,
-        seconds=round(time.perf_counter() - begun, 1),
-        weights=weights,
-        optimizer=states,
-        forward=forward,
-        backward=backward,
-        update=update,
-    )
+        gradients = sum(p.numel() * p.element_size() for p in self.learnt)
+        states = self.device.live - weights - gradients
+        buckets = [torch.empty_like(p) for p in self.learnt] if ranks > 1 else []
+        forward, backward = self.row()
+        torch.nn.utils.clip_grad_norm_(self.learnt, 1.0)
+        optimizer.step()
+        update = self.device.reset_peak()
+        del buckets
+        peak = max(forward, backward, update)
+        return Simulated(peak, self.device.transfers, 0.0, weights, gradients, states, forward, backward, update)
 
-
-def _drop(parameter: torch.Tensor) -> None:
-    parameter.grad = None
+    def shared(self, stage: int, shares: Shares, sizes: Sizes) -> Simulated:
+        """Under ZeRO: what comes and goes beside the model, over what stays of it on one of the ranks."""
+        whole = self.device.live
+        if stage == 1:
+            for parameter in self.learnt:
+                parameter.grad = torch.empty_like(parameter)
+        else:
+            buckets = Buckets(self.model, sizes.bucket)
+        if stage == 3:
+            gathered = Gathered(self.model, self.device, sizes)
+            self.row()
+            buckets.reduce()
+            gathered.begin()
+        stays = shares.weights + shares.optimizer + (0 if stage == 1 else shares.gradients)
+        forward, backward = (peak - whole + stays for peak in self.row())
+        if stage == 3:
+            forward += shares.bucket
+        backward += shares.bucket
+        update = shares.weights + shares.gradients + shares.optimizer + shares.update
+        peak = max(forward, backward, update)
+        states, gradients = shares.optimizer, shares.gradients
+        return Simulated(
+            peak, self.device.transfers, 0.0, shares.weights, gradients, states, forward, backward, update
+        )
 
 
 def _model(config: Mapping[str, Any], setup: Setup, lora: LoraArguments, half: torch.dtype, kernels: Kernels) -> Any:

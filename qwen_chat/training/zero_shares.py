@@ -1,0 +1,172 @@
+"""What one of several ranks holds under DeepSpeed's ZeRO, by the rules of its 0.19: shares, buckets, gathered layers.
+
+In: a model on a stand-in (stand_in.py), how many ranks, the stage, the sizes of its JSON file. Out: the bytes of the
+shares that stay, and, while the step runs on the stand-in, the tensors that come and go: under ZeRO-2 and 3 a gradient
+is put into a bucket, reduced and shared out as soon as it is there; under ZeRO-3 a module's weights are gathered before
+it runs and let go when nothing needs them soon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen_chat.training.stand_in import StandIn
+
+ALIGNED = 2  # elements a rank of the flat weights of ZeRO-1 and 2 is a multiple of
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of DeepSpeed's file, in elements; transformers fills in those that are "auto"."""
+
+    bucket: int  # gradients that are reduced together
+    prefetch: int
+    kept: int  # smaller weights are never split
+    live: int = 10**9  # gathered at once
+    reuse: int = 10**9  # weights needed again within so many are not let go
+    group: int = 10**9  # that ZeRO-3 updates at once
+
+    @classmethod
+    def of(cls, hidden: int, block: Mapping[str, Any]) -> Sizes:
+        """From `zero_optimization` of the file."""
+
+        def size(name: str, default: int) -> int:
+            value = block.get(name)
+            return int(value) if isinstance(value, int | float) else default
+
+        return cls(
+            bucket=size("reduce_bucket_size", hidden * hidden),
+            prefetch=size("stage3_prefetch_bucket_size", int(0.9 * hidden * hidden)),
+            kept=size("stage3_param_persistence_threshold", 10 * hidden),
+            live=size("stage3_max_live_parameters", cls.live),
+            reuse=size("stage3_max_reuse_distance", cls.reuse),
+            group=size("sub_group_size", cls.group),
+        )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Bytes of one rank that stay from step to step."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # a float32 copy of what it updates, and AdamW's two moments
+    bucket: int  # while backward runs
+    update: int  # beside all these while the optimizer works: its gradients in the type that came, and in float32
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, stage: int, ranks: int, sizes: Sizes, moments: float = 8.0) -> Shares:
+        every = list(model.parameters())
+        learnt = [p for p in every if p.requires_grad]
+        width = every[0].element_size()
+        count = sum(p.numel() for p in learnt)
+        if stage == 3:
+            part = sum(math.ceil(p.numel() / ranks) for p in learnt)
+            weights = sum(math.ceil(p.numel() / ranks) for p in every) * width
+            gradients, bucket, group = part * width, sizes.bucket * width, min(part, sizes.group)
+        else:
+            part = group = math.ceil(count / (ALIGNED * ranks)) * ALIGNED
+            weights = (sum(p.numel() for p in every) - count + part * ranks) * width
+            gradients = count * width if stage == 1 else part * width
+            bucket = 2 * sizes.bucket * width
+        # A gradient in float32 already is flattened and used as it is.
+        update = group * (width if width == 4 else width + 4)
+        return cls(weights, gradients, int((4 + moments) * part), bucket, update)
+
+
+class Buckets:
+    """Gradients taken away as they come: copied into a bucket, or, where one is larger, kept until the next comes."""
+
+    def __init__(self, model: torch.nn.Module, size: int) -> None:
+        self._size, self._filled = size, 0
+        self._large: list[torch.Tensor] = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        parameter.grad = None
+        if self._filled + gradient.numel() > self._size:
+            self.reduce()
+        self._filled += gradient.numel()
+        if self._filled > self._size:
+            self._large.append(gradient)
+
+    def reduce(self) -> None:
+        """The ranks' parts are cut and joined in a tensor of their own."""
+        if self._filled:
+            torch.empty(self._filled, dtype=torch.bfloat16, device="meta")
+        self._filled = 0
+        self._large.clear()
+
+
+class Gathered:
+    """Whole weights that ZeRO-3 holds: tensors of their own on the stand-in, made and dropped by its coordinator's rule.
+
+    The first pass over a row records the order in which modules are used; `begin` starts a pass that follows it.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: StandIn, sizes: Sizes) -> None:
+        self._device, self._sizes = device, sizes
+        self._order: list[tuple[torch.Tensor, ...]] = []
+        self._following = False
+        self._step = 0
+        self._held: dict[int, torch.Tensor] = {}
+        self._fetched_for: dict[int, int] = {}
+        self._ahead = 0  # the next entry of the order that is not yet prefetched
+        for module in model.modules():
+            own = tuple(p for p in module.parameters(recurse=False) if p.numel() > sizes.kept)
+            if own:
+                module.register_forward_pre_hook(lambda module, args, own=own: self._fetch(own))
+                module.register_forward_hook(lambda module, args, out, own=own: self._release(own))
+                module.register_full_backward_pre_hook(lambda module, out, own=own: self._fetch(own))
+                module.register_full_backward_hook(lambda module, into, out, own=own: self._release(own))
+
+    def begin(self) -> None:
+        """A pass of which the order is known."""
+        self._following = True
+        self._step = self._ahead = 0
+        self._held.clear()
+        self._fetched_for.clear()
+
+    def _gather(self, parameter: torch.Tensor) -> None:
+        self._held[id(parameter)] = torch.empty(parameter.numel(), dtype=parameter.dtype, device="meta")
+
+    def _fetch(self, own: tuple[torch.Tensor, ...]) -> None:
+        if not self._following:
+            self._order.append(own)
+            return
+        for parameter in own:
+            if id(parameter) not in self._held:
+                self._gather(parameter)
+        self._step += 1
+        self._ahead = max(self._ahead, self._step)
+        room = min(self._sizes.live - sum(t.numel() for t in self._held.values()), self._sizes.prefetch)
+        ahead = 0
+        while self._ahead < len(self._order) and ahead < room:
+            for parameter in self._order[self._ahead]:
+                self._fetched_for[id(parameter)] = self._ahead
+                if id(parameter) not in self._held:
+                    self._gather(parameter)
+                    ahead += parameter.numel()
+            self._ahead += 1
+
+    def _release(self, own: tuple[torch.Tensor, ...]) -> None:
+        if not self._following:
+            return
+        going = {id(p) for p in own if self._fetched_for.get(id(p), -1) < self._step}
+        passed = 0
+        for later in self._order[self._step :]:
+            if passed >= self._sizes.reuse or not going:
+                break
+            going -= {id(p) for p in later}
+            passed += sum(p.numel() for p in later)
+        for key in going:
+            self._held.pop(key, None)
