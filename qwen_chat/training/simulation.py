@@ -203,26 +203,38 @@ def _as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
         mock.patch.object(torch, "get_autocast_dtype", lambda d: kernels.half if d == DEVICE else dtype(d)),
         mock.patch.object(attention, "_kernel", kernel),
         mock.patch.object(attention, "_flex_works", lambda *_: True),
-        mock.patch.object(attention, "_flex", lambda q, k, v, _, scale: _Flex.apply(q, k, v)),
+        mock.patch.object(attention, "_flex", lambda q, k, v, *_: _Attention.apply(q, k, v, False)),
+        mock.patch.object(attention, "_varlen", lambda q, k, v, *_: _Attention.apply(q, k, v, True)),
         mock.patch.object(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cuda", DEVICE]),
     ):
         yield
 
 
-class _Flex(torch.autograd.Function):
-    """What FlexAttention's kernels allocate: output and log-sum-exp; gradients, one of keys and values for each query
-    head, and the row sums of output times gradient."""
+class _Attention(torch.autograd.Function):
+    """What an attention kernel of a GPU allocates, which meta's does not: `flash`, as PyTorch's flash attention 2 does,
+    or FlexAttention's compiled one.
+
+    Both keep the output and a log-sum-exp for each query and head, and give backward the row sums of output times
+    gradient. Flash adds the queries' gradient up in float32 and makes keys' and values' for each query head.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
-        return out.transpose(1, 2)
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flash: bool) -> torch.Tensor:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        out = query.new_empty(query.shape if not flash else query.transpose(1, 2).shape)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.flash = flash
+        return out if flash else out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, _, lse = ctx.saved_tensors
-        sums = torch.empty_like(lse)
-        del sums
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        work = [torch.empty_like(lse)]
+        if ctx.flash:
+            work.append(torch.empty_like(query, dtype=torch.float32))
+            if key.shape != query.shape:
+                work += [torch.empty_like(query), torch.empty_like(query)]
+        del work
+        return dq, dk, dv, None
