@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors, files, models
+from qwen_chat import errors, files, hardware, models
 from qwen_chat.cli import parser
 from qwen_chat.cli.parser import option
 from qwen_chat.cli.run_options import ModelArguments
@@ -65,6 +65,9 @@ class EvaluateArguments:
     )
     empty_think: Literal["learn", "ignore"] | None = option(
         None, "an empty think block counts in the loss, or not; as in training"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "where it computes; auto: an accelerator where one is"
     )
     output: str | None = option(None, "also write the whole report to this JSON file", "-o")
     fresh: bool = option(False, "compute everything again")
@@ -182,8 +185,7 @@ def run(
     from qwen_chat.inference.engine import Engine
 
     kept = open_kept(side, data, options)
-    device = choose_device(bool(cases))
-    model, fmt = in_own_thread(load_and_score)(side, data, kept, chosen, options, device)
+    model, fmt = in_own_thread(load_and_score)(side, data, kept, chosen, options)
     if not cases:
         return
     with Engine(model, fmt.tokenizer, max_batch=options.batch_size) as engine:
@@ -203,34 +205,22 @@ def run(
     side.judged = evaluation_run.judge(answered, texts, fmt)
 
 
-def choose_device(writes_calls: bool) -> models.Device:
-    """Where a model is evaluated: the engine that writes its calls runs on CPUs."""
-    import torch
-
-    if not writes_calls or not torch.cuda.is_available():
-        return "auto"
-    rank_zero(
-        "evaluated on the CPU, not on the GPU: calls are written by the toolkit's engine, which runs on CPUs "
-        "(leave out conversations with tools, and the loss is computed on the GPU)"
-    )
-    return "cpu"
-
-
 def load_and_score(
     side: Side,
     data: records.Records,
     kept: evaluation_run.Kept,
     chosen: ModelArguments,
     options: EvaluateArguments,
-    device: models.Device,
 ) -> "tuple[Any, ChatFormat]":
     """The model and its chat format, when its losses on the data are known."""
+    import torch  # noqa: F401  its word counts for the device
     from tqdm import tqdm
 
     from qwen_chat.chat.empty_think import taught
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.data import token_cache
 
+    device = hardware.choose_device(options.device)
     loaded = models.load_model(
         side.model,
         adapter=side.adapter,
@@ -238,7 +228,7 @@ def load_and_score(
         device=device,
         trust_remote_code=chosen.trust_remote_code,
     )
-    rank_zero(f"{side.name}: {'; '.join(loaded.decisions)}")
+    rank_zero(f"{side.name}: {'; '.join((str(device), *loaded.decisions))}")
     model = loaded.model
     if side.adapter is not None:  # merged, an adapter costs nothing while decoding
         model, _ = models.merge(

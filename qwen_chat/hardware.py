@@ -12,12 +12,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from qwen_chat.errors import OptionError
 
 MIB = 2**20
 # A test puts a machine of its own here.
 ROOT = Path("/")
-GPU_FILES = ("dev/nvidiactl", "dev/nvidia0", "dev/kfd", "dev/davinci0")
+GPU_FILES = ("dev/nvidiactl", "dev/nvidia0", "dev/kfd")
 # Windows' own driver, seen from WSL2: both must be there.
 WSL_FILES = ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1")
 
@@ -55,22 +57,115 @@ def _number(path: str) -> int | None:
 # -------------------------------------------------------------------------------------------- accelerators
 
 
-def has_accelerator() -> bool:
-    """Whether an accelerator may be there that training would use. A CPU build of torch settles it.
+AskedDevice = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 
-    Never on macOS: training goes to the CPU there.
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a model computes, by torch's name (`cuda` is ROCm's too), and why there; as text the line that says so."""
+
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"device {self.kind} ({self.reason})"
+
+
+def choose_device(asked: AskedDevice = "auto") -> Device:
+    """The one decision: what was asked for, else the accelerator that is there, else the CPU.
+
+    Raises OptionError for a device that is not there. Exact once torch is loaded; before, as the machine's files
+    tell.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or sys.platform == "darwin":
-        return False
-    if torch := _loaded_torch():
-        return bool(torch.cuda.is_available())
+    if asked == "cpu":
+        return Device("cpu", "as asked")
+    there = accelerators()
+    if asked == "auto":
+        kind = next(iter(there), "cpu")
+        return Device(kind, there.get(kind) or _why_none())
+    if asked not in there:
+        raise OptionError(
+            f"--device {asked}: not there ({_why_none()}); here is {', '.join([*there, 'cpu'])}: give one of these,"
+            " or leave it out"
+        )
+    return Device(asked, f"{there[asked]}, as asked")
+
+
+def training_device(asked: AskedDevice = "auto", *, use_cpu: bool = False) -> Device:
+    """The same for training, which has not been tried on MPS and goes to the CPU there. use_cpu: --use_cpu True."""
+    if use_cpu:
+        return Device("cpu", "as asked: --use_cpu True")
+    if asked == "mps":
+        raise OptionError(
+            "--device mps: training has not been tried on it; leave it out: the CPU is used here"
+        )
+    device = choose_device(asked)
+    if device.kind == "mps":
+        return Device("cpu", f"training has not been tried on mps, which is there: {device.reason}")
+    return device
+
+
+def accelerators() -> dict[str, str]:
+    """The accelerators that can be used, best first: torch's name, and what it is. A CPU build of torch has none."""
+    torch, found = _loaded_torch(), {}
+    if torch is None:
+        build = _torch_build()
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if _gpu_file() and not hidden and not re.search(r"^$|\+(cpu|xpu)", build):
+            found["cuda"] = f"/{_gpu_file()} is there"
+        if "+xpu" in build and (ROOT / "dev/dri").exists():
+            found["xpu"] = "/dev/dri is there"
+        if sys.platform == "darwin" and os.uname().machine == "arm64" and build:
+            found["mps"] = "Apple's GPU"
+        return found
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is None or not module.is_available():
+            continue
+        named = getattr(module, "get_device_properties", None)
+        what = (
+            "an accelerator" if named is None else f"{named(0).name}, {named(0).total_memory / 2**30:.0f} GiB"
+        )
+        count = 1 if named is None else module.device_count()
+        found[kind] = what + (f", the first of {count}" if count > 1 else "")
+    mps = getattr(getattr(torch, "backends", None), "mps", None)
+    if mps is not None and mps.is_available():
+        found["mps"] = "Apple's GPU"
+    return found
+
+
+def _gpu_file() -> str:
+    """The first device file of a GPU; "" where there is none."""
+    if all((ROOT / file).exists() for file in WSL_FILES):
+        return WSL_FILES[0]
+    return next((file for file in GPU_FILES if (ROOT / file).exists()), "")
+
+
+def _torch_build() -> str:
+    """torch's version, its build included ("2.13.0+cpu"); "" where it is not installed."""
     try:
-        if importlib.metadata.version("torch").endswith("+cpu"):
-            return False
+        return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return False
-    gpu = any((ROOT / file).exists() for file in GPU_FILES)
-    return gpu or all((ROOT / file).exists() for file in WSL_FILES)
+        return ""
+
+
+def _why_none() -> str:
+    """Why no accelerator is used; where one is there all the same, what is in its way."""
+    file, hidden = _gpu_file(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not file:
+        return "no accelerator here"
+    if hidden in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={hidden} hides the GPU of /{file}"
+    if "+cpu" in _torch_build():
+        return (
+            f"/{file} is there, but torch {_torch_build()} is a CPU build: install torch's build for this GPU"
+        )
+    return f"/{file} is there, but torch {_torch_build()} finds no GPU: see its driver, or install a build for it"
+
+
+def has_accelerator() -> bool:
+    """Whether an accelerator may be there that training would use: never MPS."""
+    return any(kind != "mps" for kind in accelerators())
 
 
 def gpu_has_bf16() -> bool:
@@ -78,6 +173,8 @@ def gpu_has_bf16() -> bool:
     torch = _loaded_torch()
     if torch and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if any(kind != "cuda" for kind in accelerators()):
+        return True
     capabilities = [float(cells[0]) for cells in _nvidia_smi("compute_cap") or [] if _is_decimal(cells[0])]
     return min(capabilities, default=8.0) >= 8.0
 
@@ -197,11 +294,23 @@ def free_memory() -> int:
     return max(0, free)
 
 
+def device_free(kind: str) -> int:
+    """Bytes that can be had where a model computes: on an accelerator that tells, else of main memory."""
+    torch = _loaded_torch()
+    if kind == "mps" and torch:
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if kind in ("cuda", "xpu") and torch:
+        device = getattr(torch, kind)
+        # What torch has taken from the driver and does not use is free too.
+        return int(device.mem_get_info()[0] + device.memory_reserved() - device.memory_allocated())
+    return free_memory()
+
+
 def peak_memory() -> int:
     """The most bytes this process has held: on its accelerator, else in main memory."""
     torch = _loaded_torch()
-    if torch and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if torch and torch.cuda.is_available() and (held := int(torch.cuda.max_memory_allocated())):
+        return held
     if found := re.search(r"^VmHWM:\s+(\d+) kB", _text("proc/self/status") or "", re.MULTILINE):
         return int(found[1]) * 1024
     return 0

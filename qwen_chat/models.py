@@ -20,6 +20,7 @@ from qwen_chat import demo_model, hardware
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.families import check_trainable
+from qwen_chat.hardware import Device
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,6 @@ if not hardware.has_accelerator():
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-Device = Literal["auto", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -144,19 +144,20 @@ def load_model(
     quantize: Literal["nf4"] | None = None,
     adapter: Path | None = None,
     for_training: bool = False,
-    device: Device = "auto",
+    device: Device | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load what a folder holds, and an adapter over it. For use (not training) it goes to the accelerator,
-    unless device is "cpu". A model that sees too is loaded whole, under its own names; training leaves its sight as
-    it is.
+    """Load what a folder holds, and an adapter over it. For use (not training) it goes to the device (None:
+    `hardware.choose_device`'s). A model that sees too is loaded whole, under its own names; training leaves its sight
+    as it is.
     """
-    import torch
+    import torch  # noqa: F401  from here on its word counts for the device
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     check_folder(path, for_training=for_training)
     disable_progress_bar()  # seconds of shards being read and written, across the bar of the training itself
+    device = hardware.choose_device() if device is None else device
     kind, reason = choose_dtype(dtype, device)
     decisions = [f"dtype {str(kind).removeprefix('torch.')} ({reason})"]
     options: dict[str, Any] = {"dtype": kind, "trust_remote_code": trust_remote_code}
@@ -185,8 +186,8 @@ def load_model(
         decisions += _base_note(path, adapter)
     if not for_training:
         model.eval()
-        if device == "auto" and torch.cuda.is_available() and quantize is None:
-            model.to("cuda")
+        if device.kind != "cpu" and quantize is None:
+            model.to(device.kind)
     return Loaded(model, tokenizer, tuple(decisions))
 
 
@@ -301,8 +302,9 @@ def merge(
     return merged, difference
 
 
-def choose_dtype(dtype: str | torch.dtype = "auto", device: Device = "auto") -> tuple[torch.dtype, str]:
-    """The number type and why. `auto`: bfloat16 where an accelerator is used and has it, float32 on a CPU."""
+def choose_dtype(dtype: str | torch.dtype = "auto", device: Device | None = None) -> tuple[torch.dtype, str]:
+    """The number type and why. `auto`: bfloat16 where an accelerator is used and has it, float32 on a CPU.
+    device: as for `load_model`."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -312,7 +314,8 @@ def choose_dtype(dtype: str | torch.dtype = "auto", device: Device = "auto") -> 
         if not isinstance(kind, torch.dtype):
             raise ModelError(f"dtype {dtype}: unknown; expected auto, float32, bfloat16 or float16")
         return kind, "as asked"
-    if device == "auto" and torch.cuda.is_available():
+    device = hardware.choose_device() if device is None else device
+    if device.kind != "cpu":
         if hardware.gpu_has_bf16():
             return torch.bfloat16, "this accelerator has it, at half the memory"
         return torch.float16, "this accelerator has no bfloat16"

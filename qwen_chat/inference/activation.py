@@ -17,7 +17,7 @@ GRAIN = 32_768  # numbers a thread gets at least (ATen's GRAIN_SIZE)
 
 def by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """function(x) of x (rows, width), a part of wider rows, in calls that torch cuts between rows."""
-    if x.numel() < GRAIN:
+    if x.numel() < GRAIN or x.device.type != "cpu":
         return function(x)
     width, threads, begin, found = x.shape[1], torch.get_num_threads(), 0, []
     while begin < len(x):

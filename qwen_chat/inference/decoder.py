@@ -7,7 +7,10 @@ Out: the logits of the rows that asked for them, (rows, vocabulary) float32.
 The step's tokens lie one after the other, (tokens, hidden), with no padding. Linear layers see them all at
 once; attention and delta nets go row by row over what that row holds. What a position computes does not depend
 on who else is in the step, nor on how its prompt was cut into pieces: linear layers as quantize.py tells, the
-others as attention.py, delta_net.py and feed_forward.py do.
+others as attention.py, delta_net.py and feed_forward.py do. So it is on a CPU; an accelerator's kernels choose their
+order of summation by the shape of a step, and there the last bits may depend on company.
+
+Everything that a step makes lies on the model's device, from one upload of whole numbers on (transfer.py).
 
 It uses the model's own weights, rotary embedding and activation, but not its `forward`: on one core a step of
 a 135M model spent half of its time in the modules' Python. A test holds its logits against the model's own
@@ -42,6 +45,7 @@ from qwen_chat.inference.step import (
     lie_order,
     token_slices,
 )
+from qwen_chat.inference.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,6 @@ class Decoder:
 
     def __init__(self, model: Any, *, quantize: str | None = None) -> None:
         check_served({"model_type": model.config.model_type}, "this model")
-        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-            raise ModelError("the engine runs on the CPU; on a GPU use --engine vllm")
         body = getattr(model.model, "language_model", model.model)  # a multimodal model's text part
         if body.rotary_emb.rope_type in ("dynamic", "longrope"):
             raise ModelError(
@@ -69,6 +71,7 @@ class Decoder:
             )
         self.vocabulary: int = model.lm_head.weight.shape[0]
         self.dtype: torch.dtype = body.embed_tokens.weight.dtype
+        self.device: torch.device = body.embed_tokens.weight.device
         self.context = int(body.config.max_position_embeddings)
         self._rotary = body.rotary_emb
         with torch.inference_mode():
@@ -88,6 +91,7 @@ class Decoder:
             attentions[0].head_dim if attentions else 1,
             self.dtype,
             deltas[0].state_shape(len(deltas)) if deltas else None,
+            self.device,
         )
         self.places = Places(
             layers=tuple((*layer.mixer.places, *layer.feed.places) for layer in self._layers),
@@ -95,6 +99,7 @@ class Decoder:
             width=self._embedding.shape[1],
             dtype=self.dtype,
             tied=model.lm_head.weight is body.embed_tokens.weight,
+            device=self.device,
         )
 
     @torch.inference_mode()
@@ -107,16 +112,24 @@ class Decoder:
         for segment in laid:
             if segment.keep and segment.row.state is not None:
                 segment.row.state.kept.clear()
-        x = self._hidden(laid, tokens)
         last = {
             place: own.stop - 1
             for place, own in zip(order, tokens, strict=True)
             if segments[place].wants_logits
         }
+        places = sorted(last)
+        ids, positions, rows = to_device(
+            (
+                [token for segment in laid for token in segment.ids],
+                [place for s in laid for place in range(s.start, s.start + len(s.ids))],
+                [last[place] for place in places],
+            ),
+            self.device,
+        )
+        x = self._hidden(laid, tokens, ids, positions)
         if not last:
             return x.new_empty(0, self.vocabulary)
-        places = sorted(last)
-        x = self._norm(x[[last[place] for place in places]])
+        x = self._norm(x[rows])
         logits = self._head(x).float()
         for row, place in enumerate(places):
             lora = segments[place].lora
@@ -124,10 +137,10 @@ class Decoder:
                 lora.correct(logits[row : row + 1], x[row : row + 1])
         return logits
 
-    def _hidden(self, segments: Sequence[Segment], tokens: Sequence[slice]) -> torch.Tensor:
-        """The hidden states (tokens, hidden) after the last layer."""
-        ids = torch.tensor([token for segment in segments for token in segment.ids])
-        positions = torch.tensor([place for s in segments for place in range(s.start, s.start + len(s.ids))])
+    def _hidden(
+        self, segments: Sequence[Segment], tokens: Sequence[slice], ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden states (tokens, hidden) after the last layer; ids and positions (tokens,)."""
         x = functional.embedding(ids, self._embedding)
         cos, sin = self._rotary(x[None], positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]

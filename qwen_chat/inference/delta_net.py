@@ -26,9 +26,6 @@ from qwen_chat.inference.row_state import CHUNK, RowState, StateShape
 from qwen_chat.inference.step import Segment, Step
 
 _EPS = 1e-6  # in the length that queries and keys are divided by
-# From a list: an operator that torch shares among threads would leave a worker in the thread that imports this, beside
-# which the engine's own sleep after every product (threads.py).
-_LATER = torch.tensor([[key > query for key in range(CHUNK)] for query in range(CHUNK)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +47,8 @@ class DeltaNet:
     key_dim: int
     value_dim: int
     slot: int
+    scale: torch.Tensor  # (2, 1, 1), of queries and keys
+    later: torch.Tensor  # (CHUNK, CHUNK): whether a key comes after a query
 
     @staticmethod
     def of(source: LayerSource, slot: int) -> DeltaNet:
@@ -65,6 +64,7 @@ class DeltaNet:
             rows_of_gates = torch.arange(inner, inner + 2 * net.num_v_heads).view(net.num_k_heads, -1)
             kinds = (*torch.split(rows, sizes, 1), *torch.split(rows_of_gates, gates, 1))
             order = torch.cat([kind.flatten() for kind in kinds])
+        device = net.dt_bias.device
         return DeltaNet(
             inputs=source.join(*[f"linear_attn.{name}" for name in names], order=order),
             output=source.join("linear_attn.out_proj"),
@@ -77,6 +77,11 @@ class DeltaNet:
             key_dim=net.head_k_dim,
             value_dim=net.head_v_dim,
             slot=slot,
+            # x / sqrt(sum(x^2) + eps) by way of the mean; queries are scaled by 1 / sqrt(key_dim) beside.
+            scale=torch.tensor([[[1 / net.head_k_dim]], [[1 / math.sqrt(net.head_k_dim)]]], device=device),
+            later=torch.tensor(
+                [[key > query for key in range(CHUNK)] for query in range(CHUNK)], device=device
+            ),
         )
 
     @property
@@ -87,7 +92,8 @@ class DeltaNet:
     def state_shape(self, layers: int) -> StateShape:
         """What a row keeps of so many layers like this one."""
         history, channels = self.filters.shape
-        return StateShape(layers, self.heads, self.key_dim, self.value_dim, channels, history - 1)
+        sizes = (self.heads, self.key_dim, self.value_dim, channels, history - 1)
+        return StateShape(layers, *sizes, self.filters.device)
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x (tokens, hidden) -> (tokens, hidden)"""
@@ -98,10 +104,8 @@ class DeltaNet:
         decay = by_rows(functional.softplus, y[:, -self.heads :].add_(self.decay_bias)) * self.decay
         mixed, inputs = self._convolve(y[:, :channels], step)
         qk, v = mixed[:, :-values].reshape(len(x), 2, self.key_heads, self.key_dim), mixed[:, -values:]
-        # x / sqrt(sum(x^2) + eps) by way of the mean; queries are scaled by 1 / sqrt(key_dim) beside.
         qk = functional.rms_norm(qk, (self.key_dim,), None, _EPS / self.key_dim)
-        scale = torch.tensor([1 / self.key_dim, 1 / math.sqrt(self.key_dim)])
-        qk = (qk * scale[:, None, None]).repeat_interleave(self.heads // self.key_heads, 2)
+        qk = (qk * self.scale).repeat_interleave(self.heads // self.key_heads, 2)
         v = v.reshape(len(x), self.heads, self.value_dim)
         gates = torch.stack((decay, strength), 1)
         found = []
@@ -120,7 +124,7 @@ class DeltaNet:
             state, count = _state(segment), len(segment.ids)
             inputs.append(torch.cat((state.history[self.slot], mixed[tokens])))
             state.history[self.slot] = inputs[-1][count:]
-            places.append(torch.arange(begin, begin + count))
+            places.append(torch.arange(begin, begin + count, device=mixed.device))
             begin += history + count
         whole, place = torch.cat(inputs), torch.cat(places)
         torch.mul(whole[place], self.filters[0], out=mixed)
@@ -148,7 +152,12 @@ class DeltaNet:
             values[:, places] = v[new].transpose(0, 1)
             state.gates[slot, :, :, places] = gates[new].permute(1, 2, 0)
             out = delta_chunk(
-                state.recurrent[slot], keys_queries, values, state.gates[slot], ends=last == chunk + CHUNK
+                state.recurrent[slot],
+                keys_queries,
+                values,
+                state.gates[slot],
+                self.later,
+                ends=last == chunk + CHUNK,
             )
             found.append(out[:, places].transpose(0, 1))
             if last in segment.keep:
@@ -158,7 +167,13 @@ class DeltaNet:
 
 
 def delta_chunk(
-    state: torch.Tensor, keys_queries: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, *, ends: bool
+    state: torch.Tensor,
+    keys_queries: torch.Tensor,
+    values: torch.Tensor,
+    gates: torch.Tensor,
+    later: torch.Tensor,
+    *,
+    ends: bool,
 ) -> torch.Tensor:
     """The gated delta rule over one chunk: S <- exp(g) S, then S <- S + beta k (v - S k), then the output S q.
 
@@ -168,13 +183,13 @@ def delta_chunk(
     Args:
         state: (heads, key_dim, value_dim) before the chunk; moved on in place where the chunk `ends`.
         keys_queries: (heads, 2 CHUNK, key_dim), keys first. values: (heads, CHUNK, value_dim).
-        gates: (2, heads, CHUNK), g (at most 0) and beta.
+        gates: (2, heads, CHUNK), g (at most 0) and beta. later: (CHUNK, CHUNK), see DeltaNet.
 
     Returns (heads, CHUNK, value_dim).
     """
     heads = len(keys_queries)
     total, strength = gates[0].cumsum(-1), gates[1, :, :, None]
-    fade = (total[:, :, None] - total[:, None, :]).masked_fill_(_LATER, float("-inf")).exp_()
+    fade = (total[:, :, None] - total[:, None, :]).masked_fill_(later, float("-inf")).exp_()
     keys = keys_queries[:, :CHUNK]
     scores = torch.bmm(keys_queries, keys.transpose(1, 2)).view(heads, 2, CHUNK, CHUNK) * fade[:, None]
     held = torch.bmm(keys_queries, state).view(heads, 2, CHUNK, -1) * total.exp()[:, None, :, None]

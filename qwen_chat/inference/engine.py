@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from qwen_chat import hardware
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
@@ -40,7 +38,7 @@ from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
 from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
 from qwen_chat.inference.lora import Lora
 from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
-from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler
+from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler, choose
 from qwen_chat.inference.step import Segment
 from qwen_chat.inference.text import StopText, TokenText
 
@@ -426,7 +424,8 @@ class Engine:
                 ready.append(row)
             if not row.generated and (segment.wants_logits or len(segment.ids) > 1):
                 self._cache.store(row.kv, row.number, row.tokens[: row.computed])
-        for row, choice in zip(ready, self._choose(ready, logits), strict=True):
+        choices = choose([row.sampler for row in ready], logits) if ready else []
+        for row, choice in zip(ready, choices, strict=True):
             if isinstance(choice, Exception):
                 self._finish(row, _failed_choice(choice))
             else:
@@ -511,22 +510,6 @@ class Engine:
             row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens), keep
         )
 
-    def _choose(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Choice | Exception]:
-        """One token a row; all greedy rows in one call."""
-        if not rows:
-            return []
-        best = logits.argmax(-1).tolist()
-        choices: list[Choice | Exception] = []
-        for place, row in enumerate(rows):
-            if row.request.is_plain_greedy:
-                choices.append(Choice(best[place]))
-                continue
-            try:
-                choices.append(row.sampler.pick(logits[place]))
-            except Exception as error:  # one row's grammar or sampler must not take its neighbours along
-                choices.append(error)
-        return choices
-
     def _advance(self, row: _Row, choice: Choice) -> None:
         """Add a token to a row; say what it shows; end the row where it must end."""
         row.generated += 1
@@ -608,10 +591,10 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _memory_tokens(shape: KVShape, cache_tokens: int) -> tuple[int, int]:
-    """Tokens for running requests and for the prefix cache: half of the memory that is free, a container's limit
-    included. The cache gets at most a quarter of it; a row's capacity may be twice its length. Where the model has
-    states, the cache gets room for a snapshot every 128 tokens beside.
+    """Tokens for running requests and for the prefix cache: half of the memory that is free where the model computes,
+    a container's limit included. The cache gets at most a quarter of it; a row's capacity may be twice its length.
+    Where the model has states, the cache gets room for a snapshot every 128 tokens beside.
     """
-    budget = hardware.free_memory() // 2 // max(shape.token_bytes, 1)
+    budget = hardware.device_free(str(shape.device).partition(":")[0]) // 2 // max(shape.token_bytes, 1)
     cache = min(cache_tokens + cache_tokens // _SNAPSHOT_EVERY * shape.snapshot_tokens, budget // 4)
     return max((budget - cache) // 2, 1024), cache

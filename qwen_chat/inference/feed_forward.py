@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from qwen_chat.inference.activation import by_rows
 from qwen_chat.inference.layer_source import LayerSource
@@ -56,15 +57,55 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertByExpert:
+    """Experts one after the other, each over its own tokens: which there are, the host must know."""
+
+    gate_up: tuple[Linear, ...]
+    down: tuple[Linear, ...]
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, experts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """x (tokens, hidden), experts and scores (tokens, chosen) -> (tokens, hidden)"""
+        y = torch.zeros_like(x)
+        for expert in sorted(set(experts.flatten().tolist())):
+            tokens, place = (experts == expert).nonzero(as_tuple=True)
+            gate, up = self.gate_up[expert](x[tokens]).chunk(2, -1)
+            found = self.down[expert](by_rows(self.activation, gate) * up)
+            y.index_add_(0, tokens, found * scores[tokens, place, None])
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedExperts:
+    """All experts in two products of torch's, over the pairs of token and expert in the experts' order. Shapes depend
+    on no choice, so an accelerator's host waits for nothing. gate_up (experts, 2 x inner, hidden); down (experts,
+    hidden, inner)."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, experts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """As ExpertByExpert."""
+        pairs, order = experts.flatten().sort(stable=True)
+        every = torch.arange(len(self.gate_up), device=x.device)
+        ends = torch.searchsorted(pairs, every, right=True).int()
+        inputs = x[order // experts.shape[1]]
+        gate, up = functional.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        found = functional.grouped_mm(self.activation(gate) * up, self.down.transpose(1, 2), offs=ends)
+        by_token = torch.empty_like(found)
+        by_token[order] = found
+        return (by_token.view(*experts.shape, -1) * scores[..., None]).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """The `chosen` best of a router, weighted by its probabilities (scaled to 1 where `is_normed`), and the expert
     that every token has, if there is one."""
 
     router: Linear
-    gate_up: tuple[Linear, ...]
-    down: tuple[Linear, ...]
+    routed: ExpertByExpert | GroupedExperts
     shared: Dense | None
-    activation: Callable[[torch.Tensor], torch.Tensor]
     chosen: int
     is_normed: bool
 
@@ -74,16 +115,17 @@ class Experts:
         mlp, shared = source.layer.mlp, None
         if hasattr(mlp, "shared_expert"):
             shared = Dense.of(source, "mlp.shared_expert", "mlp.shared_expert_gate")
-        gate_up, down = (
-            tuple(make_linear(weight, None, source.quantize) for weight in weights.detach())
-            for weights in (mlp.experts.gate_up_proj, mlp.experts.down_proj)
-        )
+        weights = [one.detach() for one in (mlp.experts.gate_up_proj, mlp.experts.down_proj)]
+        routed: ExpertByExpert | GroupedExperts
+        if weights[0].device.type == "cpu":
+            linears = [tuple(make_linear(one, None, source.quantize) for one in some) for some in weights]
+            routed = ExpertByExpert(linears[0], linears[1], mlp.experts.act_fn)
+        else:
+            routed = GroupedExperts(weights[0], weights[1], mlp.experts.act_fn)
         return Experts(
             router=FloatLinear(mlp.gate.weight),
-            gate_up=gate_up,
-            down=down,
+            routed=routed,
             shared=shared,
-            activation=mlp.experts.act_fn,
             chosen=mlp.gate.top_k,
             is_normed=getattr(mlp.gate, "norm_topk_prob", True),
         )
@@ -98,11 +140,5 @@ class Experts:
         scores, experts = self.router(x).float().softmax(-1).topk(self.chosen, -1)
         if self.is_normed:
             scores /= scores.sum(-1, keepdim=True)
-        scores = scores.to(x.dtype)
-        y = torch.zeros_like(x)
-        for expert in sorted(set(experts.flatten().tolist())):
-            tokens, place = (experts == expert).nonzero(as_tuple=True)
-            gate, up = self.gate_up[expert](x[tokens]).chunk(2, -1)
-            found = self.down[expert](by_rows(self.activation, gate) * up)
-            y.index_add_(0, tokens, found * scores[tokens, place, None])
+        y = self.routed(x, experts, scores.to(x.dtype))
         return y if self.shared is None else y + self.shared(x, step)

@@ -22,14 +22,15 @@ _BANK_TOKENS = 4096  # tokens a bank, all its rows together; a longer row has a 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Of one token: `layers` (with attention) x (keys and values) x `heads` x `head_dim`, in `dtype`; and the states
-    of a whole row, where the model has any."""
+    """Of one token: `layers` (with attention) x (keys and values) x `heads` x `head_dim`, in `dtype` on `device`; and
+    the states of a whole row, where the model has any."""
 
     layers: int
     heads: int
     head_dim: int
     dtype: torch.dtype
     state: StateShape | None = None
+    device: torch.device | str = "cpu"
 
     @property
     def token_bytes(self) -> int:
@@ -56,9 +57,8 @@ class Bank:
 
     def __init__(self, shape: KVShape, number: int, rows: int, capacity: int) -> None:
         self.number, self.rows, self.capacity = number, rows, capacity
-        self.tensor = torch.zeros(
-            shape.layers, rows, 2 * shape.heads, capacity, shape.head_dim, dtype=shape.dtype
-        )
+        size = (shape.layers, rows, 2 * shape.heads, capacity, shape.head_dim)
+        self.tensor = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self.layers = self.tensor.unbind(
             0
         )  # views made once: selecting them costs a microsecond each, 30 a step

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_chat.errors import FormatError
+from qwen_chat import hardware
+from qwen_chat.errors import FormatError, OptionError
 from qwen_chat.families import check_served
 from qwen_chat.inference.engine import Engine, end_tokens
 from qwen_chat.inference.lora import why_merged
@@ -23,6 +24,7 @@ def load_engine(
     *,
     adapters: Mapping[str, Path] | None = None,
     dtype: str = "auto",
+    device: hardware.AskedDevice = "auto",
     quantize: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
@@ -34,15 +36,24 @@ def load_engine(
     base (DoRA, whole modules, ...) is merged into it, if it is alone: then the base itself is not served.
 
     Args:
-        dtype: "auto" = float32. quantize: "int8" or None. options: any other of Engine's.
+        dtype: "auto" = float32 on a CPU, else bfloat16 where the accelerator has it. device: where it computes; "auto":
+            an accelerator where one is. quantize: "int8" or None. options: any other of Engine's.
 
-    Raises ModelError, and OptionError for a dtype that this CPU does not multiply.
+    Raises ModelError, and OptionError for a dtype that this CPU does not multiply, for a device that is not there,
+    for `quantize` on an accelerator.
     """
     from qwen_chat import models
     from qwen_chat.chat.format import ChatFormat
 
-    kind, _ = models.choose_dtype(dtype, "cpu")
-    check_dtype(kind)
+    place = hardware.choose_device(device)
+    kind, _ = models.choose_dtype(dtype, place)
+    if place.kind == "cpu":
+        check_dtype(kind)
+    elif quantize is not None:
+        raise OptionError(
+            f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"
+            " --engine vllm or --device cpu"
+        )
     folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
     lone = next(iter(folders.values())) if len(folders) == 1 else None
     if model_path is None and lone is not None:
@@ -50,9 +61,12 @@ def load_engine(
     path = models.resolve(None if model_path is None else str(model_path))
     check_served(models.read_config(path), path / "config.json")
     reason = None if lone is None else why_merged(lone)
-    loading = dtype if reason is None else "float32"  # a merge is exact in float32 alone
-    loaded = models.load_model(path, dtype=loading, device="cpu", trust_remote_code=trust_remote_code)
-    model, tokenizer, decisions = loaded.model, loaded.tokenizer, loaded.decisions
+    # A merge is exact in float32 alone.
+    loading, there = (
+        (dtype, place) if reason is None else ("float32", hardware.Device("cpu", "for the merge"))
+    )
+    loaded = models.load_model(path, dtype=loading, device=there, trust_remote_code=trust_remote_code)
+    model, tokenizer, decisions = loaded.model, loaded.tokenizer, (str(place), *loaded.decisions)
     try:
         fmt = ChatFormat(tokenizer)
     except FormatError:
@@ -67,7 +81,7 @@ def load_engine(
     if lone is not None and reason is not None:
         probe = tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
         merged, difference = models.merge(models.load_adapter(model, lone), probe)
-        model = merged.to(kind)
+        model = merged.to(place.kind, kind)
         decisions += (
             "adapter merged into its base, which is not served itself; "
             f"logits moved by {difference:.0e} of the largest ({reason.partition('; ')[0]})",

@@ -85,19 +85,20 @@ class Place:
 
     def ordered(self, outputs: torch.Tensor) -> torch.Tensor:
         """Along the first dimension, as the joined layer has them."""
-        return outputs if self.order is None else outputs[self.order]
+        return outputs if self.order is None else outputs[self.order.to(outputs.device)]
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What an adapter must fit: the places of each layer, rows and width of the embedding, dtype, and whether the
-    head shares the embedding's rows."""
+    """What an adapter must fit: the places of each layer, rows and width of the embedding, dtype, whether the head
+    shares the embedding's rows, and the device."""
 
     layers: tuple[tuple[Place, ...], ...]
     vocabulary: int
     width: int
     dtype: torch.dtype
     tied: bool
+    device: torch.device | str = "cpu"
 
 
 class NotBeside(ModelError):
@@ -149,7 +150,7 @@ class Lora:
                     )
                     for part in place.parts
                 }
-                pair = _join(halves, layer, place, places.dtype, scales)
+                pair = _join(halves, layer, place, places, scales)
                 if pair is not None:
                     self._pairs[layer, place.name] = pair
 
@@ -166,8 +167,9 @@ class Lora:
         """Put the embedding rows that were trained (`trainable_token_indices`) in place; x (tokens,
         hidden)."""
         if len(self._token_ids):
-            where, which = (ids[:, None] == self._token_ids).nonzero(as_tuple=True)
-            x[where] = self._token_rows[which]
+            same = ids[:, None] == self._token_ids
+            rows = self._token_rows[same.int().argmax(1)]
+            x.copy_(torch.where(same.any(1)[:, None], rows, x))
 
     def correct(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """The trained rows are the head's too where it shares them; logits (rows, vocabulary), in place."""
@@ -281,7 +283,7 @@ def _bias_changes(tensors: dict[str, torch.Tensor], places: Places) -> dict[tupl
                     match = _BIAS.search(name)
                     if match and place.bias is not None and (int(match[2]), match[3]) == (layer, part.path):
                         change = torch.zeros_like(place.bias) if change is None else change
-                        change[begin:end] = tensors.pop(name).to(change.dtype) - place.bias[begin:end]
+                        change[begin:end] = tensors.pop(name).to(change) - place.bias[begin:end]
                 begin = end
             if change is not None:
                 found[layer, place.name] = place.ordered(change)
@@ -302,7 +304,7 @@ def _trained_rows(
     rows = tensors.pop(name, torch.empty(0, places.width))
     if rows.shape != (len(ids), places.width):
         raise _misfit(folder, "trained rows", f"the shape {tuple(rows.shape)}", places.width)
-    return torch.tensor(ids, dtype=torch.long), rows.to(places.dtype)
+    return torch.tensor(ids, dtype=torch.long, device=places.device), rows.to(places.device, places.dtype)
 
 
 def _halves(
@@ -344,7 +346,7 @@ def _join(
     halves: Mapping[tuple[int, str, str], torch.Tensor],
     layer: int,
     place: Place,
-    dtype: torch.dtype,
+    places: Places,
     scales: Mapping[str, float],
 ) -> tuple[FloatLinear, FloatLinear] | None:
     """A of all projections stacked, B as blocks on the diagonal and scaled: two multiplications for the
@@ -359,8 +361,8 @@ def _join(
         ups.append(halves[layer, part.path, "lora_B"].float() * scales[part.path])
     if not downs:
         return None
-    up = place.ordered(_block_diagonal(ups)).to(dtype)
-    return FloatLinear(torch.cat(downs).to(dtype)), FloatLinear(up)
+    up, down = place.ordered(_block_diagonal(ups)), torch.cat(downs)
+    return FloatLinear(down.to(places.device, places.dtype)), FloatLinear(up.to(places.device, places.dtype))
 
 
 def _block_diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ CHUNK = 16
 @dataclass(frozen=True, slots=True)
 class StateShape:
     """Of one row, float32: `layers` states (heads, key_dim, value_dim), and `history` inputs of a convolution over
-    `channels`."""
+    `channels`; all on `device`."""
 
     layers: int
     heads: int
@@ -26,6 +26,7 @@ class StateShape:
     value_dim: int
     channels: int
     history: int
+    device: torch.device | str = "cpu"
 
     @property
     def snapshot_bytes(self) -> int:
@@ -47,8 +48,9 @@ class Snapshot:
     __slots__ = ("history", "recurrent")
 
     def __init__(self, shape: StateShape) -> None:
-        self.recurrent = torch.zeros(shape.layers, shape.heads, shape.key_dim, shape.value_dim)
-        self.history = torch.zeros(shape.layers, shape.history, shape.channels)
+        states = (shape.layers, shape.heads, shape.key_dim, shape.value_dim)
+        self.recurrent = torch.zeros(states, device=shape.device)
+        self.history = torch.zeros(shape.layers, shape.history, shape.channels, device=shape.device)
 
 
 class RowState(Snapshot):
@@ -65,10 +67,10 @@ class RowState(Snapshot):
     def __init__(self, shape: StateShape) -> None:
         super().__init__(shape)
         self._shape = shape
-        layers, heads = shape.layers, shape.heads
-        self.keys_queries = torch.zeros(layers, heads, 2 * CHUNK, shape.key_dim)
-        self.values = torch.zeros(layers, heads, CHUNK, shape.value_dim)
-        self.gates = torch.zeros(layers, 2, heads, CHUNK)
+        layers, heads, device = shape.layers, shape.heads, shape.device
+        self.keys_queries = torch.zeros(layers, heads, 2 * CHUNK, shape.key_dim, device=device)
+        self.values = torch.zeros(layers, heads, CHUNK, shape.value_dim, device=device)
+        self.gates = torch.zeros(layers, 2, heads, CHUNK, device=device)
         self.kept: dict[int, Snapshot] = {}
         self.branch = 0
 

@@ -1,7 +1,8 @@
 """One request's choices: which token comes next.
 
 In: a `GenerationRequest` and, step by step, one row of logits. Out: a token and its log probability.
-Nothing here knows of other requests: a request's random numbers, penalties and grammar are its own.
+A request's random numbers, penalties and grammar are its own: `choose` takes the rows of many requests at once, and
+gives each what it would get alone.
 
 Order of what is done to the logits: repetition penalty, presence and frequency penalty, logit_bias, grammar,
 temperature, then top_k, top_p and min_p over what is left. Reported log probabilities are the model's own,
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qwen_chat.dialects.grammar import Grammar
+from qwen_chat.inference import transfer
 from qwen_chat.inference.grammar import Matcher
 
 # Temperatures below it are greedy: divided by them, logits overflow.
@@ -65,9 +67,14 @@ class GenerationRequest:
     @property
     def is_plain_greedy(self) -> bool:
         """True where the next token is the largest logit and nothing else is asked for."""
+        return self.temperature == 0 and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """True where the logits alone say what a random number means: a grammar, penalties, a bias and log
+        probabilities are nobody's wish."""
         return (
-            self.temperature == 0
-            and self.logprobs is None
+            self.logprobs is None
             and self.grammar is None
             and not self.logit_bias
             and not (self.presence_penalty or self.frequency_penalty)
@@ -110,6 +117,10 @@ class Sampler:
         values, ids = logprobs.topk(min(request.logprobs, len(logprobs)))
         return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
+    def uniform(self) -> torch.Tensor:
+        """The next random number, from 0 up to 1: float64, on the host. A draw takes one."""
+        return torch.rand((), generator=self._random, dtype=torch.float64)
+
     def note(self, token: int) -> None:
         """Count a token that was taken, and move the grammar on."""
         self._counts[token] = self._counts.get(token, 0) + 1
@@ -145,7 +156,7 @@ class Sampler:
             return int(scores.nan_to_num(nan=float("-inf")).argmax())
         order = ids.argsort()
         ids, cumulative = ids[order], probabilities[order].cumsum(0)
-        uniform = torch.rand((), generator=self._random, dtype=torch.float64) * cumulative[-1]
+        uniform = self.uniform() * cumulative[-1]
         return int(ids[min(int(torch.searchsorted(cumulative, uniform, right=True)), len(ids) - 1)])
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,3 +185,59 @@ class Sampler:
         if request.min_p > 0:
             keep &= probabilities >= request.min_p * probabilities[0]
         return ids[keep], probabilities[keep]
+
+
+def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Choice | Exception]:
+    """The next token of each row of logits (rows, vocabulary), float32; the exception of a row that has none.
+
+    On an accelerator a row is chosen where its logits lie, if nothing but they counts; the others' logits go to the
+    host in the same transfer.
+    """
+    if logits.device.type == "cpu":
+        best = logits.argmax(-1).tolist()
+        settled = [sampler.request.is_plain_greedy for sampler in samplers]
+        left = list(logits)
+    else:
+        settled = [sampler.request.is_plain for sampler in samplers]
+        wanted = [row for row, done in zip(logits, settled, strict=True) if not done]
+        # Bits as whole numbers: a tensor has one type, and no copy changes those.
+        packed = torch.cat((_drawn(samplers, logits), *(row.view(torch.int32) for row in wanted)))
+        here, count = transfer.to_host(packed), len(samplers)
+        best, rest = here[:count].tolist(), iter(here[count:].view(torch.float32).view(-1, logits.shape[1]))
+        left = [logits[0] if done else next(rest) for done in settled]
+    choices: list[Choice | Exception] = []
+    for sampler, token, done, row in zip(samplers, best, settled, left, strict=True):
+        try:
+            choices.append(Choice(token) if done else sampler.pick(row))
+        except Exception as error:  # one row's grammar or sampler must not take its neighbours along
+            choices.append(error)
+    return choices
+
+
+def _drawn(samplers: Sequence[Sampler], logits: torch.Tensor) -> torch.Tensor:
+    """The token (int32) of each row to which nothing but its logits counts, by the rule of `Sampler`, all rows at
+    once, in shapes that depend on no value. The others get their likeliest."""
+    best, size = logits.argmax(-1), logits.shape[1]
+    asked = []
+    for sampler in samplers:
+        request = sampler.request
+        if request.is_plain and request.temperature >= _COLDEST:
+            top_k = min(request.top_k or size, size)
+            asked.append((request.temperature, request.top_p, top_k, request.min_p, float(sampler.uniform())))
+        else:
+            asked.append((1.0, 1.0, size, 0.0, -1.0))
+    if all(uniform < 0 for *_, uniform in asked):
+        return best.int()
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS does not have
+    numbers = torch.tensor(asked, dtype=wide, device=logits.device)
+    temperature, top_p, top_k, min_p, uniform = numbers.t()[..., None]
+    values, ids = (logits.to(wide) / temperature).sort(-1, descending=True)
+    place = torch.arange(size, device=logits.device)
+    p = values.masked_fill_(place >= top_k, float("-inf")).softmax(-1)
+    kept = ((p.cumsum(-1) - p < top_p) | (top_p >= 1) | (place == 0)) & (p >= min_p * p[:, :1])
+    # By token id, as Sampler lays candidates out.
+    total = torch.zeros_like(p).scatter_(1, ids, p * kept).cumsum_(-1)
+    whole = total[:, -1:].contiguous()
+    last = torch.searchsorted(total, whole)  # where rounding leads past the end
+    drawn = torch.minimum(torch.searchsorted(total, uniform * whole, right=True), last)
+    return torch.where(uniform < 0, best[:, None], drawn)[:, 0].int()

@@ -110,8 +110,8 @@ def adapter_groups(segments: Sequence[Segment], tokens: Sequence[slice]) -> list
 def attention_spans(
     segments: Sequence[Segment], positions: torch.Tensor, group: int, window: int | None, dtype: torch.dtype
 ) -> list[Span]:
-    """How attention goes through a step. positions (tokens,); group: queries of one key-value head; window: how many
-    tokens, itself included, a token attends to (None: all before it)."""
+    """How attention goes through a step. positions (tokens,), where it is computed; group: queries of one key-value
+    head; window: how many tokens, itself included, a token attends to (None: all before it)."""
     spans: list[Span] = []
     begin = place = 0
     while place < len(segments):
@@ -148,11 +148,11 @@ def _keys(position: int, window: int | None) -> slice:
 
 def _mask(positions: torch.Tensor, keys: slice, window: int | None, dtype: torch.dtype) -> torch.Tensor:
     """0 where a query (one of positions) sees a key, else -inf: (queries, keys)."""
-    key = torch.arange(keys.start, keys.stop)
+    key = torch.arange(keys.start, keys.stop, device=positions.device)
     hidden = key > positions[:, None]
     if window is not None:
         hidden |= key <= positions[:, None] - window
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def _run_span(
@@ -168,7 +168,7 @@ def _run_span(
         keys=keys,
         mask=_mask(positions[tokens], keys, window, dtype)[:, None, None],
         is_run=True,
-        slot_ids=torch.arange(slot, slot + len(run)),
+        slot_ids=torch.arange(slot, slot + len(run), device=positions.device),
         positions=positions[tokens],
         places=slice(0),
     )

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from qwen_chat import models
+from qwen_chat import hardware, models
 from qwen_chat.cli.run_options import Run
 from qwen_chat.console import rank_zero
 from qwen_chat.training import adapters, attention, delta_net, fused, matmul, probe
@@ -61,7 +61,7 @@ def load(run: Run, path: Path, args: TrainingArguments) -> models.Loaded:
         attention=name,
         quantize="nf4" if run.lora.q_lora else None,
         for_training=True,
-        device="cpu" if args.device.type == "cpu" else "auto",  # --use_cpu True on a machine with a GPU
+        device=hardware.Device(args.device.type, "the run's"),
         trust_remote_code=run.model.trust_remote_code,
     )
     loaded.model.config.use_cache = False

@@ -831,7 +831,7 @@ def test_a_merge_in_less_than_float32_is_made_in_float32(
     monkeypatch.setattr("qwen_chat.inference.loading.check_dtype", lambda dtype: None)
     foreign_adapter(tiny_model_path, tmp_path, use_dora=True)
     engine = load_engine(tiny_model_path, adapters={"mine": tmp_path}, dtype="bfloat16")
-    assert (engine.decoder.dtype, engine.decisions[0]) == (torch.bfloat16, "dtype float32 (as asked)")
+    assert (engine.decoder.dtype, engine.decisions[1]) == (torch.bfloat16, "dtype float32 (as asked)")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
