@@ -629,6 +629,8 @@ def layer_bytes(shape: Shape, setup: Setup, layer: int = 0) -> int:
     norms, mlp = 2 * hidden * 4 + 8, (2 if setup.lean else 4) * a * inner
     if setup.method == "full":
         norms += 2 * hidden * a * (1 if _lean_norms(shape, setup) else 2)
+        # Under autocast a float32 norm gives float32: twice that, and a copy for each product that reads it.
+        norms += 10 * hidden if _autocast(setup) else 0
         return mixer + norms + mlp + experts
     learnt = {
         name: widths
@@ -742,6 +744,11 @@ class GpuStep:
         """Bytes of a weight that learns, and of its gradient."""
         return 2 if self.setup.half and self.setup.zero else 4
 
+    @property
+    def between(self) -> int:
+        """Bytes of a value between layers: float32 weights, multiplied under autocast, keep float32 there."""
+        return 4 if self.setup.method == "full" and _autocast(self.setup) else self.half
+
     def _copies(self, layers: int) -> int:
         """Autocast's copies of what so many layers learn; of all layers, that of the head too."""
         if not _autocast(self.setup):
@@ -751,23 +758,14 @@ class GpuStep:
         every = self.shape.text - (0 if self.shape.tied else self.shape.embedding)
         return 2 * (every if layers == self.shape.layers else layers * self.shape.largest)
 
-    def _gathered(self) -> tuple[int, int]:
-        """Whole weights under ZeRO-3, at the loss and in the last layer's backward.
-
-        A layer is let go unless so few weights are used before it is needed again (stage3_max_reuse_distance); a tensor
-        beyond those in use is fetched early.
+    def _gathered(self, *, head: bool = False) -> int:
+        """Whole weights under ZeRO-3. Every module that runs has the next ones fetched, so that as many are whole as may
+        be (stage3_max_live_parameters); the last of them may be the head, which alone is larger than all others.
         """
         if self.setup.zero != 3:
-            return 0, 0
-        shape, head = self.shape, self.shape.embedding
-        kept = passed = 0
-        for layer in reversed(range(shape.layers)):
-            if passed + 2 * head >= REUSE or kept + head >= self.setup.live:
-                break
-            kept += shape.block(layer)
-            passed += shape.block(layer) * (3 if self.setup.checkpointing else 2)
-        early = max(self._largest, shape.hidden**2)
-        return self.half * (head + kept), self.half * (max(kept, shape.largest) + early)
+            return 0
+        count = self.setup.live + (self.shape.embedding if head else 0)
+        return self.half * min(self.shape.parameters, count)
 
     @property
     def _largest(self) -> int:
@@ -777,17 +775,16 @@ class GpuStep:
 
     @property
     def weights(self) -> int:
-        """Copies and gathered weights in backward."""
-        return self._copies(1 if self.setup.checkpointing else self.shape.layers) + self._gathered()[1]
+        """Copies and whole weights in backward."""
+        return self._copies(1 if self.setup.checkpointing else self.shape.layers) + self._gathered()
 
     @property
     def _kept(self) -> int:
         """What forward leaves for backward: each layer's input, or all that it saves; a router's shares."""
         shape, setup, a = self.shape, self.setup, self.half
-        layers = shape.layers * a * shape.hidden
+        layers = shape.layers * self.between * shape.hidden
         if not setup.checkpointing:
             layers = sum(layer_bytes(shape, setup, layer) for layer in range(shape.layers))
-            layers += 0 if setup.method == "full" else 0
         router = shape.experts * (len(shape.sparse) * (a + 4) + 16) if shape.balanced else 0
         remade = 0 if setup.checkpointing else _remade(shape, setup) * len(shape.sparse)
         return setup.row * (layers + router) + remade
@@ -799,21 +796,32 @@ class GpuStep:
         """
         shape, setup, a = self.shape, self.setup, self.half
         full = setup.method == "full"
-        last = setup.row * shape.hidden * (4 + a + (a if full else 0)) + 2 * a * setup.supervised * shape.hidden
+        last = setup.row * shape.hidden * (4 + self.between * (2 if full else 1))
+        last += 2 * self.between * setup.supervised * shape.hidden
         chunk = min(CHUNK_BYTES, 4 * setup.supervised * shape.words) * (2 if setup.half else 1)
         head = shape.embedding * (2 * self.width + (a if _autocast(setup) else 0)) if full else 0
-        return self._kept + last + chunk + head + self._copies(shape.layers) + self._gathered()[0]
+        loss = last + chunk + head + max(self._gathered(), self.half * shape.embedding * (setup.zero == 3))
+        layer = setup.row * self._layer + self._gathered(head=True)
+        return self._kept + self._copies(shape.layers) + max(loss, layer if setup.checkpointing else 0)
+
+    @property
+    def _layer(self) -> int:
+        """What the layer that keeps most saves of one token."""
+        return max(layer_bytes(self.shape, self.setup, layer) for layer in range(self.shape.layers))
 
     @property
     def backward(self) -> int:
         """Through the last layer: what it saved, and the gradients on their way through its MLP."""
         shape, setup, a = self.shape, self.setup, self.half
-        layer = max(layer_bytes(shape, setup, layer) for layer in range(shape.layers))
-        walking = a * (3 * shape.widest + 3 * shape.hidden) + (layer if setup.checkpointing else 0)
+        walking = a * (3 * shape.widest + 3 * shape.hidden) + (self._layer if setup.checkpointing else 0)
         walking += shape.delta.walked if shape.delta is not None and shape.recurrent else 0
+        # An adapter in float32 gives its input's gradient in float32.
+        walking += 4 * shape.widest if setup.method == "lora" and _autocast(setup) else 0
         gradients = 0
         if setup.method == "full":
-            gradients = self._largest * (self.width * (3 if setup.zero >= 2 else 1) + (a if _autocast(setup) else 0))
+            # ZeRO-2 and 3 keep one until the next is there, and copy it; a layer's experts are two, one half of the other.
+            at_once = 1 if setup.zero < 2 else 2 if shape.experts else 3
+            gradients = self._largest * (self.width * at_once + (a if _autocast(setup) else 0))
         bucket = (0, 2, 2, 1)[setup.zero] * shape.hidden**2 * self.width
         return self._kept + setup.row * walking + gradients + bucket + _remade(shape, setup) * 3
 

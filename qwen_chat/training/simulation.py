@@ -126,7 +126,7 @@ class _Step:
         else:
             buckets = Buckets(self.model, sizes.bucket)
         if stage == 3:
-            gathered = Gathered(self.model, self.device, sizes)
+            gathered = Gathered(self.model, sizes)
             self.row()
             buckets.reduce()
             gathered.begin()

@@ -8,14 +8,13 @@ it runs and let go when nothing needs them soon.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from qwen_chat.training.stand_in import StandIn
 
 ALIGNED = 2  # elements a rank of the flat weights of ZeRO-1 and 2 is a multiple of
 
@@ -110,34 +109,38 @@ class Buckets:
 class Gathered:
     """Whole weights that ZeRO-3 holds: tensors of their own on the stand-in, made and dropped by its coordinator's rule.
 
-    The first pass over a row records the order in which modules are used; `begin` starts a pass that follows it.
+    The first pass over a row records the order in which modules are used; `begin` starts a pass that follows it. Every
+    module that runs, also one without weights, fetches the next few weights of the order early, so that in time as many
+    are whole as may be.
     """
 
-    def __init__(self, model: torch.nn.Module, device: StandIn, sizes: Sizes) -> None:
-        self._device, self._sizes = device, sizes
+    def __init__(self, model: torch.nn.Module, sizes: Sizes) -> None:
+        self._sizes = sizes
         self._order: list[tuple[torch.Tensor, ...]] = []
+        self._uses: list[int] = []  # the places in the order of modules that have weights
         self._following = False
-        self._step = 0
+        self._step = self._ahead = 0  # the module that runs; the next whose weights are not fetched early yet
         self._held: dict[int, torch.Tensor] = {}
-        self._fetched_for: dict[int, int] = {}
-        self._ahead = 0  # the next entry of the order that is not yet prefetched
+        self._count = 0
+        self._wanted: dict[int, int] = {}  # the step for which a weight was fetched last
         for module in model.modules():
             own = tuple(p for p in module.parameters(recurse=False) if p.numel() > sizes.kept)
-            if own:
-                module.register_forward_pre_hook(lambda module, args, own=own: self._fetch(own))
-                module.register_forward_hook(lambda module, args, out, own=own: self._release(own))
-                module.register_full_backward_pre_hook(lambda module, out, own=own: self._fetch(own))
-                module.register_full_backward_hook(lambda module, into, out, own=own: self._release(own))
+            module.register_forward_pre_hook(lambda module, args, own=own: self._fetch(own))
+            module.register_forward_hook(lambda module, args, out, own=own: self._release(own))
+            module.register_full_backward_pre_hook(lambda module, out, own=own: self._fetch(own))
+            module.register_full_backward_hook(lambda module, into, out, own=own: self._release(own))
 
     def begin(self) -> None:
         """A pass of which the order is known."""
         self._following = True
-        self._step = self._ahead = 0
+        self._uses = [step for step, own in enumerate(self._order) if own]
+        self._step = self._ahead = self._count = 0
         self._held.clear()
-        self._fetched_for.clear()
+        self._wanted.clear()
 
     def _gather(self, parameter: torch.Tensor) -> None:
         self._held[id(parameter)] = torch.empty(parameter.numel(), dtype=parameter.dtype, device="meta")
+        self._count += parameter.numel()
 
     def _fetch(self, own: tuple[torch.Tensor, ...]) -> None:
         if not self._following:
@@ -148,25 +151,25 @@ class Gathered:
                 self._gather(parameter)
         self._step += 1
         self._ahead = max(self._ahead, self._step)
-        room = min(self._sizes.live - sum(t.numel() for t in self._held.values()), self._sizes.prefetch)
-        ahead = 0
-        while self._ahead < len(self._order) and ahead < room:
+        room = min(self._sizes.live - self._count, self._sizes.prefetch)
+        early = 0
+        while self._ahead < len(self._order) and early < room:
             for parameter in self._order[self._ahead]:
-                self._fetched_for[id(parameter)] = self._ahead
+                self._wanted[id(parameter)] = self._ahead
                 if id(parameter) not in self._held:
                     self._gather(parameter)
-                    ahead += parameter.numel()
+                    early += parameter.numel()
             self._ahead += 1
 
     def _release(self, own: tuple[torch.Tensor, ...]) -> None:
-        if not self._following:
+        if not self._following or not own:
             return
-        going = {id(p) for p in own if self._fetched_for.get(id(p), -1) < self._step}
+        going = {id(p) for p in own if self._wanted.get(id(p), -1) < self._step}
         passed = 0
-        for later in self._order[self._step :]:
+        for place in self._uses[bisect.bisect_left(self._uses, self._step) :]:
             if passed >= self._sizes.reuse or not going:
                 break
-            going -= {id(p) for p in later}
-            passed += sum(p.numel() for p in later)
-        for key in going:
-            self._held.pop(key, None)
+            going -= {id(p) for p in self._order[place]}
+            passed += sum(p.numel() for p in self._order[place])
+        for key in going & self._held.keys():
+            self._count -= self._held.pop(key).numel()
