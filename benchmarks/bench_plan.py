@@ -22,7 +22,6 @@ from qwen_chat.training import memory_plan
 from qwen_chat.training.memory_plan import GIB, Setup, Shape
 
 RESULT = ROOT / "benchmarks" / "results" / "plan.json"
-COMMAND = "python benchmarks/bench_plan.py --json"
 
 
 def _qwen2_5(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> dict[str, Any]:
@@ -136,7 +135,11 @@ def measure(case: Case) -> dict[str, Any]:
         "planned_gib": round(planned / GIB, 2),
         "simulated_gib": round(found.peak_bytes / GIB, 2),
         "ratio": round(planned / found.peak_bytes, 3),
-        "planned": {k: round(v / GIB, 2) for k, v in need.to_json().items() if v > 2**16 and k not in ("load", "total")},
+        "planned": {
+            k: round(v / GIB, 2)
+            for k, v in need.to_json().items()
+            if v > 2**16 and k not in ("load", "total")
+        },
         "simulated": parts,
         "transfers": found.transfers,
         "seconds": found.seconds,
@@ -155,7 +158,7 @@ def main() -> int:
         if options.only in case.name:
             rows.append(measure(case))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    result: dict[str, Any] = {"rows": rows, "command": COMMAND, **where(("torch", "transformers", "peft"))}
+    result: dict[str, Any] = {"rows": rows, **where(("torch", "transformers", "peft"))}
     if options.only:
         result = merged(RESULT, result, ("run",))
     result["worst"] = round(max(abs(row["ratio"] - 1) for row in result["rows"]), 3)

@@ -650,8 +650,8 @@ def layer_bytes(shape: Shape, setup: Setup, layer: int = 0) -> int:
 
 
 def _copies(setup: Setup) -> bool:
-    """Whether each adapted layer reads its input through a copy: after dropout, or because the adapter's float32 weights
-    make peft turn it into float32 and autocast back into half precision."""
+    """Whether each adapted layer reads its input through a copy: after dropout, or because peft turns it into the
+    adapter's float32 and autocast back into half precision."""
     return bool(setup.lora_dropout) or (setup.method == "lora" and _autocast(setup))
 
 
@@ -759,8 +759,8 @@ class GpuStep:
         return 2 * (every if layers == self.shape.layers else layers * self.shape.largest)
 
     def _gathered(self, *, head: bool = False) -> int:
-        """Whole weights under ZeRO-3. Every module that runs has the next ones fetched, so that as many are whole as may
-        be (stage3_max_live_parameters); the last of them may be the head, which alone is larger than all others.
+        """Whole weights under ZeRO-3. Every module that runs has the next ones fetched, so that in time as many are
+        whole as may be (stage3_max_live_parameters); the last of them may be the head, larger than all others.
         """
         if self.setup.zero != 3:
             return 0
@@ -770,7 +770,9 @@ class GpuStep:
     @property
     def _largest(self) -> int:
         """Of the tensors that one product reads."""
-        linear = max(a * b for layer in range(self.shape.layers) for a, b in self.shape.linears(layer).values())
+        linear = max(
+            a * b for layer in range(self.shape.layers) for a, b in self.shape.linears(layer).values()
+        )
         return max(linear, 2 * self.shape.experts * self.shape.hidden * self.shape.expert)
 
     @property
@@ -819,7 +821,7 @@ class GpuStep:
         walking += 4 * shape.widest if setup.method == "lora" and _autocast(setup) else 0
         gradients = 0
         if setup.method == "full":
-            # ZeRO-2 and 3 keep one until the next is there, and copy it; a layer's experts are two, one half of the other.
+            # ZeRO-2 and 3 keep one until the next is there, and copy it; of experts' two the second is half as large.
             at_once = 1 if setup.zero < 2 else 2 if shape.experts else 3
             gradients = self._largest * (self.width * at_once + (a if _autocast(setup) else 0))
         bucket = (0, 2, 2, 1)[setup.zero] * shape.hidden**2 * self.width

@@ -1,4 +1,4 @@
-"""A training step on a GPU that is not there (stand_in.py): our layers, our loss, backward and AdamW, every byte counted.
+"""A training step on a GPU that is not there (stand_in.py): our layers, our loss, backward and AdamW, counted.
 
 In: a config.json, a Run's adapter flags, the Setup of its plan. Out: a Simulated: the peak of allocated bytes and what
 it is made of. What CUDA takes beside its allocator's blocks (its context, the workspaces of its libraries) is no
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,13 +18,14 @@ from unittest import mock
 import torch
 from torch.autograd.function import once_differentiable
 
-from qwen_chat.cli.run_options import LoraArguments
-from qwen_chat.errors import OptionError
+from qwen_chat.cli.deepspeed_file import read_deepspeed
+from qwen_chat.cli.run_options import LoraArguments, Run
+from qwen_chat.errors import OptionError, first_line
 from qwen_chat.training import adapters, attention, delta_net
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.memory_plan import Setup
 from qwen_chat.training.router_loss import RouterLoss
-from qwen_chat.training.stand_in import DEVICE, Kernels, StandIn
+from qwen_chat.training.stand_in import DEVICE, HostTensorError, Kernels, StandIn
 from qwen_chat.training.zero_shares import Buckets, Gathered, Shares, Sizes
 
 Segments = tuple[tuple[int, int, int], ...]
@@ -72,12 +73,42 @@ def simulate(
         batch = _row(device, setup, segments or ((0, setup.row, setup.row),))
         step = _Step(device, kernels, model, loss, batch)
         if setup.zero:
-            shares = Shares.of(model, setup.zero, setup.ranks, sizes := Sizes.of(model.config.hidden_size, zero or {}))
+            shares = Shares.of(
+                model, setup.zero, setup.ranks, sizes := Sizes.of(model.config.hidden_size, zero or {})
+            )
             found = step.shared(setup.zero, shares, sizes)
         else:
             found = step.alone(optim, setup.ranks)
         loss.remove()
     return replace(found, seconds=round(time.perf_counter() - begun, 1))
+
+
+def of_run(run: Run, config: Mapping[str, Any], setup: Setup) -> Simulated:
+    """The Simulated of a Run, as its plan's Setup has it. Raises OptionError for what has no stand-in."""
+    optim = str(run.extra.get("optim", "adamw_torch_fused"))
+    reasons = {
+        "it stands in for a GPU; name one: --gpu_gib 24": setup.device != "cuda",
+        "4-bit weights are multiplied by kernels of bitsandbytes, which have none": setup.method == "qlora",
+        "what is offloaded moves between a GPU and main memory, which has none": setup.offload_optimizer
+        or setup.offload_weights,
+        "a model that sees is not built for it": "vision_config" in config,
+        f"--optim {optim} has none (adamw_torch, adamw_torch_fused)": not optim.startswith("adamw_torch"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise OptionError(f"--simulate True: {reason}")
+    block: Mapping[str, Any] = {}
+    if run.train.deepspeed is not None:
+        block = read_deepspeed(run.train.deepspeed)[0].get("zero_optimization", {})
+    half = torch.float16 if run.train.fp16 else torch.bfloat16
+    lora = replace(run.lora, lora_r=setup.lora_r)
+    try:
+        return simulate(config, setup, lora, zero=block, half=half, optim=optim)
+    except (RuntimeError, NotImplementedError, AssertionError, HostTensorError) as error:
+        raise OptionError(
+            f"--simulate True: a model of type {config.get('model_type')!r}"
+            f" cannot be simulated so ({first_line(error, 120)})"
+        ) from None
 
 
 class _Step:
@@ -96,7 +127,7 @@ class _Step:
         with self.kernels.autocast():
             total = self.loss(self.model, self.batch).loss_sum / 1.0
         forward = self.device.reset_peak()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         return forward, self.device.reset_peak()
 
     def alone(self, optim: str, ranks: int) -> Simulated:
@@ -115,7 +146,9 @@ class _Step:
         update = self.device.reset_peak()
         del buckets
         peak = max(forward, backward, update)
-        return Simulated(peak, self.device.transfers, 0.0, weights, gradients, states, forward, backward, update)
+        return Simulated(
+            peak, self.device.transfers, 0.0, weights, gradients, states, forward, backward, update
+        )
 
     def shared(self, stage: int, shares: Shares, sizes: Sizes) -> Simulated:
         """Under ZeRO: what comes and goes beside the model, over what stays of it on one of the ranks."""
@@ -143,7 +176,9 @@ class _Step:
         )
 
 
-def _model(config: Mapping[str, Any], setup: Setup, lora: LoraArguments, half: torch.dtype, kernels: Kernels) -> Any:
+def _model(
+    config: Mapping[str, Any], setup: Setup, lora: LoraArguments, half: torch.dtype, kernels: Kernels
+) -> Any:
     """The model as tuned_model.py makes it: its number types, its attention, its adapter, in training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,7 +187,9 @@ def _model(config: Mapping[str, Any], setup: Setup, lora: LoraArguments, half: t
     dtype = half if setup.half and pure else torch.float32
     with torch.device(DEVICE):
         model: Any = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **fields), attn_implementation=attention.register(), dtype=dtype
+            AutoConfig.for_model(config["model_type"], **fields),
+            attn_implementation=attention.register(),
+            dtype=dtype,
         )
         model.config.use_cache = False
         if setup.method != "full":
@@ -194,17 +231,21 @@ def _as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
         shared = "shared_prefix" if any(end > stop for _, stop, end in layout) else "packed"
         return attention.kernel_for("cuda", shared, str(query.dtype).removeprefix("torch."))[0]
 
+    apply: Any = _Attention.apply
     optimizers = importlib.import_module("torch.optim.optimizer")
-    asked, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    asked, dtype, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
     with (
+        mock.patch.object(
+            torch, "autocast", lambda d, **more: kernels.paused() if d == DEVICE else autocast(d, **more)
+        ),
         mock.patch.object(
             torch, "is_autocast_enabled", lambda d="cuda": kernels.casts if d == DEVICE else asked(d)
         ),
         mock.patch.object(torch, "get_autocast_dtype", lambda d: kernels.half if d == DEVICE else dtype(d)),
         mock.patch.object(attention, "_kernel", kernel),
         mock.patch.object(attention, "_flex_works", lambda *_: True),
-        mock.patch.object(attention, "_flex", lambda q, k, v, *_: _Attention.apply(q, k, v, False)),
-        mock.patch.object(attention, "_varlen", lambda q, k, v, *_: _Attention.apply(q, k, v, True)),
+        mock.patch.object(attention, "_flex", lambda q, k, v, *_: apply(q, k, v, False)),
+        mock.patch.object(attention, "_varlen", lambda q, k, v, *_: apply(q, k, v, True)),
         mock.patch.object(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cuda", DEVICE]),
     ):
         yield
@@ -219,7 +260,9 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flash: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flash: bool
+    ) -> torch.Tensor:
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         out = query.new_empty(query.shape if not flash else query.transpose(1, 2).shape)
         ctx.save_for_backward(query, key, value, out, lse)

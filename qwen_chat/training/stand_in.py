@@ -33,7 +33,20 @@ LOWER = {
     *("conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"),
 }
 SINGLE = {
-    *("pow", "__pow__", "rsqrt", "exp", "expm1", "log", "log2", "log10", "log1p", "softplus", "norm", "layer_norm"),
+    *(
+        "pow",
+        "__pow__",
+        "rsqrt",
+        "exp",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "softplus",
+        "norm",
+        "layer_norm",
+    ),
     *("nll_loss", "cosine_similarity", "cdist", "renorm", "logsumexp", "reciprocal"),
 }
 SUMMED = {"sum", "cumsum", "prod", "cumprod", "softmax", "log_softmax"}
@@ -43,14 +56,14 @@ class HostTensorError(ChatError):
     """An operator met a tensor in main memory beside one on the device, or a reading of what nobody knows."""
 
 
-class StandIn(TorchDispatchMode):
+class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what lies on the device while it is entered.
 
     device: "meta"; "cpu" counts the tensors of a real run in main memory by the same rule, and catches nothing.
     """
 
     def __init__(self, device: str = DEVICE) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.live = 0
         self.peak = 0
@@ -96,7 +109,11 @@ class StandIn(TorchDispatchMode):
         return twin.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload, no-any-return]
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -118,7 +135,8 @@ class StandIn(TorchDispatchMode):
         host = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.dim() > 0]
         if placed and host:
             raise HostTensorError(
-                f"{name}: a tensor {list(host[0].shape)} of {host[0].dtype} lies in main memory; expected all on the device"
+                f"{name}: a tensor {list(host[0].shape)} of {host[0].dtype}"
+                f" lies in main memory; expected it on the device"
             )
         if not placed and (to is None or torch.device(to).type != DEVICE):
             return func(*args, **kwargs)
@@ -134,21 +152,31 @@ class StandIn(TorchDispatchMode):
             )
         return twin.clone()
 
-    def _beside(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], placed: list[torch.Tensor]) -> Any:
+    def _beside(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], placed: list[torch.Tensor]
+    ) -> Any:
         """Run an operator on the device; where all that it reads is known, in main memory too."""
         twins = {id(tensor): self._twin(tensor) for tensor in placed}
         known = all(twin is not None for twin in twins.values())
-        shapeless = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+        shapeless = (
+            torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+        )
 
         def on_host() -> Any:
-            swapped = tree_map(lambda leaf: twins.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, args)
-            named = tree_map(lambda leaf: twins.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, kwargs)
+            swapped = tree_map(
+                lambda leaf: twins.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, args
+            )
+            named = tree_map(
+                lambda leaf: twins.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, kwargs
+            )
             if "device" in named:
                 named["device"] = "cpu"
             return func(*swapped, **named)
 
         if shapeless and known and placed:
-            return tree_map(lambda leaf: self.place(leaf) if isinstance(leaf, torch.Tensor) else leaf, on_host())
+            return tree_map(
+                lambda leaf: self.place(leaf) if isinstance(leaf, torch.Tensor) else leaf, on_host()
+            )
         result = self._counted(func(*args, **kwargs))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if known and all(_whole(tensor) for tensor in made):
@@ -177,7 +205,7 @@ def _whole(tensor: torch.Tensor) -> bool:
 
 
 class Kernels(TorchFunctionMode):
-    """What a GPU's operators do otherwise than meta's: autocast to `half` while one is given, dropout's mask of bytes."""
+    """What a GPU's operators do otherwise than meta's: autocast to `half`, where it is on; dropout's mask of bytes."""
 
     def __init__(self, half: torch.dtype | None = None) -> None:
         super().__init__()
@@ -196,18 +224,34 @@ class Kernels(TorchFunctionMode):
             self._copies.clear()
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without autocast."""
+        before, self.casts = self.casts, False
+        try:
+            yield
+        finally:
+            self.casts = before
+
+    @contextmanager
     def again(self) -> Iterator[None]:
         """The same inside backward, which torch takes out of function modes: for activations computed again."""
         with self, self.autocast():
             yield
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name == "dropout" and func is torch.nn.functional.dropout:
-            x, p, training = (*args, *(named.get(k, d) for k, d in (("p", 0.5), ("training", True))[len(args) - 1 :]))[:3]
+            x, p, training = (
+                *args,
+                *(named.get(k, d) for k, d in (("p", 0.5), ("training", True))[len(args) - 1 :]),
+            )[:3]
             if x.device.type == DEVICE:
                 return torch.native_dropout(x, p, True)[0] if training and p else x
         if not self.casts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,9 @@ class Shares:
     gradients: int
     optimizer: int  # a float32 copy of what it updates, and AdamW's two moments
     bucket: int  # while backward runs
-    update: int  # beside all these while the optimizer works: its gradients in the type that came, and in float32
+    update: (
+        int  # beside all these while the optimizer works: its gradients in the type that came, and in float32
+    )
 
     @classmethod
     def of(cls, model: torch.nn.Module, stage: int, ranks: int, sizes: Sizes, moments: float = 8.0) -> Shares:
@@ -86,7 +88,7 @@ class Buckets:
         self._large: list[torch.Tensor] = []
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._take)
+                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
 
     def _take(self, parameter: torch.Tensor) -> None:
         gradient = parameter.grad
@@ -107,7 +109,7 @@ class Buckets:
 
 
 class Gathered:
-    """Whole weights that ZeRO-3 holds: tensors of their own on the stand-in, made and dropped by its coordinator's rule.
+    """Whole weights that ZeRO-3 holds: tensors of their own on the stand-in, made and dropped by its own rule.
 
     The first pass over a row records the order in which modules are used; `begin` starts a pass that follows it. Every
     module that runs, also one without weights, fetches the next few weights of the order early, so that in time as many
@@ -125,10 +127,14 @@ class Gathered:
         self._wanted: dict[int, int] = {}  # the step for which a weight was fetched last
         for module in model.modules():
             own = tuple(p for p in module.parameters(recurse=False) if p.numel() > sizes.kept)
-            module.register_forward_pre_hook(lambda module, args, own=own: self._fetch(own))
-            module.register_forward_hook(lambda module, args, out, own=own: self._release(own))
-            module.register_full_backward_pre_hook(lambda module, out, own=own: self._fetch(own))
-            module.register_full_backward_hook(lambda module, into, out, own=own: self._release(own))
+            fetch, release = self._hooks(own)
+            module.register_forward_pre_hook(fetch)
+            module.register_forward_hook(release)
+            module.register_full_backward_pre_hook(fetch)
+            module.register_full_backward_hook(release)
+
+    def _hooks(self, own: tuple[torch.Tensor, ...]) -> tuple[Callable[..., None], Callable[..., None]]:
+        return lambda *_: self._fetch(own), lambda *_: self._release(own)
 
     def begin(self) -> None:
         """A pass of which the order is known."""
