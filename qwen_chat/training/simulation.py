@@ -70,7 +70,7 @@ def simulate(
         for tensor in (*model.parameters(), *model.buffers()):
             device.count(tensor)
         loss = ModelLoss(model, router=RouterLoss.of(model.config))
-        batch = _row(device, setup, segments or ((0, setup.row, setup.row),))
+        batch = _made_row(device, setup, segments or ((0, setup.row, setup.row),))
         step = _Step(device, kernels, model, loss, batch)
         if setup.zero:
             shares = Shares.of(
@@ -205,7 +205,7 @@ def _model(
     return model.train()
 
 
-def _row(device: StandIn, setup: Setup, segments: Segments) -> dict[str, torch.Tensor]:
+def _made_row(device: StandIn, setup: Setup, segments: Segments) -> dict[str, torch.Tensor]:
     """A row as the collator makes it, its last tokens supervised."""
     positions = torch.zeros(setup.row, dtype=torch.int64)
     for start, stop, _ in segments:

@@ -75,8 +75,10 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A tensor of the host on the device; its whole numbers stay known."""
         placed = torch.empty(tensor.size(), dtype=tensor.dtype, device=self.device)
         self.count(placed)
-        if _whole(placed):
-            self._known[_key(placed)] = tensor.clone(memory_format=torch.contiguous_format).untyped_storage()
+        if _counts(placed):
+            self._known[_storage(placed)] = tensor.clone(
+                memory_format=torch.contiguous_format
+            ).untyped_storage()
         return placed
 
     def count(self, tensor: torch.Tensor) -> None:
@@ -102,7 +104,7 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What is known of a tensor on the device: the same view of the same numbers in main memory."""
-        storage = self._known.get(_key(tensor))
+        storage = self._known.get(_storage(tensor))
         if storage is None:
             return None
         twin = torch.empty(0, dtype=tensor.dtype)
@@ -130,7 +132,7 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not placed and torch.device(to).type == DEVICE:
                 return self.place(tensors[0].to(kwargs.get("dtype") or tensors[0].dtype))
         if name == "copy_" and len(placed) == 1 and args[0] is placed[0]:
-            self._known.pop(_key(args[0]), None)
+            self._known.pop(_storage(args[0]), None)
             return args[0]
         host = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.dim() > 0]
         if placed and host:
@@ -179,14 +181,14 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         result = self._counted(func(*args, **kwargs))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if known and all(_whole(tensor) for tensor in made):
+        if known and all(_counts(tensor) for tensor in made):
             for tensor, twin in zip(made, tree_leaves(on_host()), strict=False):
-                if _key(tensor) not in self._known:
+                if _storage(tensor) not in self._known:
                     same = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-                    self._known[_key(tensor)] = same.copy_(twin).untyped_storage()
+                    self._known[_storage(tensor)] = same.copy_(twin).untyped_storage()
         elif func._schema.is_mutable:
             for tensor in made:
-                self._known.pop(_key(tensor), None)
+                self._known.pop(_storage(tensor), None)
         return result
 
     def _counted(self, result: Any) -> Any:
@@ -196,11 +198,11 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _key(tensor: torch.Tensor) -> int:
+def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _whole(tensor: torch.Tensor) -> bool:
+def _counts(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= KNOWN_AT_MOST
 
 
