@@ -1,4 +1,4 @@
-"""A step of the engine on the stand-in for a GPU: nothing of the host in its layers, one transfer, its bytes counted."""
+"""A step of the engine on a stand-in: nothing of the host in its layers, one transfer, its bytes counted."""
 
 from pathlib import Path
 from typing import Any
