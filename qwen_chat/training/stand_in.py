@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qwen_chat.errors import ChatError
 
 DEVICE = "meta"
-GRAIN = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
+ROUNDED_TO = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
 KNOWN_AT_MOST = 2**22  # whole numbers in a tensor that are computed beside
 
 # CUDA's autocast, as far as layers of transformers ask for it (torch/amp, "Autocast Op Reference"): in the lower type,
@@ -87,7 +87,7 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if tensor.device.type != self.device or key in self._sizes:
             return
-        size = -(-storage.nbytes() // GRAIN) * GRAIN
+        size = -(-storage.nbytes() // ROUNDED_TO) * ROUNDED_TO
         self._sizes[key] = size
         self.live += size
         self.peak = max(self.peak, self.live)

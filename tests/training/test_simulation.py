@@ -10,7 +10,7 @@ from benchmarks.bench_plan import CASES, SHAPES, Case, measure
 from qwen_chat.cli.run_options import LoraArguments
 from qwen_chat.training import simulation
 from qwen_chat.training.memory_plan import Setup
-from qwen_chat.training.stand_in import GRAIN, HostTensorError, Kernels, StandIn
+from qwen_chat.training.stand_in import ROUNDED_TO, HostTensorError, Kernels, StandIn
 from tests.support.stand_in import counted
 from tests.training.test_memory_plan import small
 
@@ -42,11 +42,11 @@ def test_live_bytes_are_blocks_and_each_storage_counts_once() -> None:
     with counted("meta") as seen:
         tensor = torch.empty(100, dtype=torch.uint8, device="meta")
         view = tensor[10:].view(9, 10)
-        assert seen.live == GRAIN
+        assert seen.live == ROUNDED_TO
         del tensor
-        assert seen.live == GRAIN
+        assert seen.live == ROUNDED_TO
         del view
-        assert (seen.live, seen.peak) == (0, GRAIN)
+        assert (seen.live, seen.peak) == (0, ROUNDED_TO)
 
 
 def test_a_tensor_that_was_left_in_main_memory_is_caught() -> None:
