@@ -1,6 +1,7 @@
 """What a run needs before anything is loaded: memory for each method and engine, disk, steps, tokens.
 
     python finetune/plan.py -m Qwen/Qwen2-7B-Instruct --ranks 8 --gpu_gib 80
+    python finetune/plan.py -m Qwen/Qwen2-7B-Instruct --use_lora True --gpu_gib 24 --simulate True
     python finetune/plan.py --models        # which families are trained and served, and what shows it
 
 In: a model (its config.json alone is read), any flag of finetune.py, and the data where it is known. Out: a
@@ -35,6 +36,9 @@ class PlanArguments:
     gpu_gib: float | None = option(None, "memory of one device; what is free here without it")
     row_tokens: int | None = option(
         None, "tokens of the longest row; from the data, else batch size x model_max_length"
+    )
+    simulate: bool = option(
+        False, "also run a step of the run on a stand-in for its GPU, and count its memory tensor by tensor"
     )
     models: bool = option(False, "list the families of models and what each can do here, and stop")
     json: bool = option(False, "print one JSON object on standard output; the rest goes to standard error")
@@ -80,6 +84,8 @@ def main() -> int:
         "disk_needed": memory_plan.disk_needed(shape, run),
         **({} if not counted else length(run, counted, setup.ranks)),
     }
+    if options.simulate:
+        answer["simulated"] = simulated(run, config, setup, have.free)
     print(describe(answer, have), file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(answer, ensure_ascii=True))
@@ -155,6 +161,18 @@ def situation(
     return setup, have
 
 
+def simulated(run: Run, config: dict[str, Any], setup: memory_plan.Setup, free: int) -> dict[str, Any]:
+    """The run itself on a stand-in, checkpointing as it would choose it. OptionError where it cannot be."""
+    from qwen_chat.training import simulation
+
+    shape, asked = memory_plan.Shape.of(config), run.train.gradient_checkpointing
+    again = memory_plan.need(shape, setup).total > free if asked == "auto" else bool(asked)
+    found = simulation.of_run(run, config, replace(setup, checkpointing=again))
+    planned = memory_plan.need(shape, replace(setup, checkpointing=again))
+    beside = {"checkpointing": again, "planned_bytes": planned.step - planned.runtime}
+    return {name: found.to_json()[name] for name in ("peak_bytes", "transfers", "seconds")} | beside
+
+
 def flags(run: Run, row: dict[str, Any]) -> str:
     """The flags of finetune.sh for a row of the table."""
     found = {"full": "", "lora": "--use_lora True", "qlora": "--q_lora True"}[row["method"]].split()
@@ -204,6 +222,14 @@ def describe(answer: dict[str, Any], have: memory_plan.Room) -> str:
         lines.append(
             f"main memory: {memory_plan.gib(answer['main_memory'])} a process while the model is loaded there,"
             " unless ZeRO-3 or 4 bits load it"
+        )
+    if "simulated" in answer:
+        found = answer["simulated"]
+        lines.append(
+            f"simulated: {memory_plan.gib(found['peak_bytes'])} of tensors at the peak (planned:"
+            f" {memory_plan.gib(found['planned_bytes'])}) for {answer['method']}, gradient checkpointing"
+            f" {'on' if found['checkpointing'] else 'off'}; the host waits for the GPU {found['transfers']} times in a"
+            f" row's forward and backward pass ({found['seconds']} s)"
         )
     lines.append(f"disk: {memory_plan.gib(answer['disk_needed'])} for the result and the checkpoints kept")
     if "steps" in answer:

@@ -76,8 +76,10 @@ class _ChunkedLoss(torch.autograd.Function):
             scores.scatter_add_(-1, target, scores.new_full((), -1.0).expand_as(target))
             found = torch.autograd.grad(logits, [part, *trainable], scores.to(logits.dtype))
             grads[0][start : start + chunk] = found[0]
-            for total_grad, grad in zip(grads[1:], found[1:], strict=True):
-                total_grad += grad
+            for number, total_grad in enumerate(grads[1:], 1):
+                total_grad += found[number]
+            # The next chunk begins without this one's: two of them, and of the head's gradients, would be the peak.
+            del logits, scores, found
         ctx.grads = grads
         ctx.mark_non_differentiable(hits)
         return loss, hits

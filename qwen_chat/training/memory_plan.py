@@ -36,6 +36,7 @@ DEEPSPEED = 200 * MIB
 # a share of the activations for those between them.
 HOLES = (560 * MIB, 0.16)
 CHUNK_BYTES = 256 * MIB  # float32 logits that loss.py has at once; larger is hardly faster
+REUSE = 10**9  # weights: DeepSpeed's default of stage3_max_reuse_distance, and of sub_group_size
 ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
 # A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -535,6 +536,12 @@ def need(shape: Shape, setup: Setup) -> Need:
     """What one rank takes."""
     trained = trainable(shape, setup)
     weights, gradients, optimizer, host = _states(shape, setup, trained)
+    walked, loss = activations(shape, setup), _loss(shape, setup)
+    if setup.device == "cuda":
+        on_gpu = GpuStep(shape, setup, trained)
+        weights, walked = weights + on_gpu.weights, on_gpu.backward
+        # One of these is the peak: the loss, at the end of forward; backward through a layer; the update.
+        loss = max(0, on_gpu.forward - walked - on_gpu.weights, on_gpu.update - walked - on_gpu.weights)
     runtime = RUNTIME[setup.device] + (DEEPSPEED if setup.zero else 0)
     load = runtime
     if setup.device == "cpu":  # loading maps the file into memory and copies each weight out of it
@@ -546,8 +553,8 @@ def need(shape: Shape, setup: Setup) -> Need:
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations(shape, setup),
-        loss=_loss(shape, setup),
+        activations=walked,
+        loss=loss,
         runtime=runtime,
         load=load,
         host=host,
@@ -584,10 +591,13 @@ def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, in
     if setup.method == "qlora":
         base = _four_bit_weights(shape)
     own, gathered = base + trained_size * trained, 0
-    if setup.zero == 3:  # a share, and whole those in use and as many of the others as may stay
+    if setup.zero == 3 and setup.device == "cuda":
+        own //= sharing
+    elif setup.zero == 3:  # a share, and whole those in use and as many of the others as may stay
         own //= sharing
         gathered = size * max(shape.embedding + 2 * shape.largest, min(shape.parameters, setup.live))
-    autocast = 2 * shape.text if setup.half and not pure_half else 0  # half-precision copies for the step
+    # Half-precision copies for the step; on a GPU they are GpuStep's.
+    autocast = 2 * shape.text if setup.half and setup.device == "cpu" else 0
     weights = own + gathered + autocast
 
     share = trained_size * trained // sharing
@@ -619,6 +629,8 @@ def layer_bytes(shape: Shape, setup: Setup, layer: int = 0) -> int:
     norms, mlp = 2 * hidden * 4 + 8, (2 if setup.lean else 4) * a * inner
     if setup.method == "full":
         norms += 2 * hidden * a * (1 if _lean_norms(shape, setup) else 2)
+        # Under autocast a float32 norm gives float32: twice that, and a copy for each product that reads it.
+        norms += 10 * hidden if _autocast(setup) else 0
         return mixer + norms + mlp + experts
     learnt = {
         name: widths
@@ -626,14 +638,26 @@ def layer_bytes(shape: Shape, setup: Setup, layer: int = 0) -> int:
         if _reached(shape, f"model.layers.{layer}.{name}", setup.lora_targets)
     }
     read = sum(width_in for width_in, _ in learnt.values())
-    if not setup.lean and (setup.lora_dropout or not any(name.endswith("down_proj") for name in learnt)):
+    if not setup.lean and (_copies(setup) or not any(name.endswith("down_proj") for name in learnt)):
         mlp -= a * inner
-    if setup.lora_dropout:  # each adapted layer keeps its own input after dropout, and the noise
-        inputs = (a + (1 if setup.device == "cuda" else a)) * read
+    if _copies(setup):  # each adapted layer keeps its own input after dropout, and the noise
+        noise = 0 if not setup.lora_dropout else 1 if setup.device == "cuda" else a
+        inputs = (a + noise) * read
     else:  # those that read a norm's output share it
         inner_ones = ("o_proj", "out_proj", "down_proj")
         inputs = a * hidden * len({name.split(".")[0] for name in learnt if not name.endswith(inner_ones)})
     return mixer + norms + mlp + experts + inputs + len(learnt) * setup.lora_r * a
+
+
+def _copies(setup: Setup) -> bool:
+    """Whether each adapted layer reads its input through a copy: after dropout, or because peft turns it into the
+    adapter's float32 and autocast back into half precision."""
+    return bool(setup.lora_dropout) or (setup.method == "lora" and _autocast(setup))
+
+
+def _autocast(setup: Setup) -> bool:
+    """Whether a GPU multiplies float32 weights in half precision: all but DeepSpeed's runs, which hold them in it."""
+    return setup.half and setup.device == "cuda" and setup.zero == 0
 
 
 def _lean_norms(shape: Shape, setup: Setup) -> bool:
@@ -645,7 +669,7 @@ def _mixer_bytes(shape: Shape, setup: Setup, recurrent: bool) -> int:
     """What attention, or the delta net in its place, keeps of one token beside the layer's norms."""
     a, learns = 2 if setup.half else 4, setup.method == "full"
     read = (
-        a if learns or not setup.lora_dropout else 0
+        a if learns or not _copies(setup) else 0
     )  # what goes into the last linear layer; dropout makes a copy
     if shape.delta is not None and recurrent:
         # What is projected: the chunks are computed from it again. Then the norm's float32 input, the gate and its
@@ -698,6 +722,118 @@ def activations(shape: Shape, setup: Setup) -> int:
     if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
         total += HOLES[0] + int(HOLES[1] * total)
     return total
+
+
+@dataclass(frozen=True)
+class GpuStep:
+    """What comes and goes on a GPU in a step, in bytes beside what stays: at the end of forward, in backward, in the
+    update. training/simulation.py counts the same, tensor by tensor.
+    """
+
+    shape: Shape
+    setup: Setup
+    trained: int
+
+    @property
+    def half(self) -> int:
+        """Bytes of what a matrix product gives."""
+        return 2 if self.setup.half else 4
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight that learns, and of its gradient."""
+        return 2 if self.setup.half and self.setup.zero else 4
+
+    @property
+    def between(self) -> int:
+        """Bytes of a value between layers: float32 weights, multiplied under autocast, keep float32 there."""
+        return 4 if self.setup.method == "full" and _autocast(self.setup) else self.half
+
+    def _copies(self, layers: int) -> int:
+        """Autocast's copies of what so many layers learn; of all layers, that of the head too."""
+        if not _autocast(self.setup):
+            return 0
+        if self.setup.method != "full":
+            return 2 * self.trained * layers // self.shape.layers
+        every = self.shape.text - (0 if self.shape.tied else self.shape.embedding)
+        return 2 * (every if layers == self.shape.layers else layers * self.shape.largest)
+
+    def _gathered(self, *, head: bool = False) -> int:
+        """Whole weights under ZeRO-3. Every module that runs has the next ones fetched, so that in time as many are
+        whole as may be (stage3_max_live_parameters); the last of them may be the head, larger than all others.
+        """
+        if self.setup.zero != 3:
+            return 0
+        count = self.setup.live + (self.shape.embedding if head else 0)
+        return self.half * min(self.shape.parameters, count)
+
+    @property
+    def _largest(self) -> int:
+        """Of the tensors that one product reads."""
+        linear = max(
+            a * b for layer in range(self.shape.layers) for a, b in self.shape.linears(layer).values()
+        )
+        return max(linear, 2 * self.shape.experts * self.shape.hidden * self.shape.expert)
+
+    @property
+    def weights(self) -> int:
+        """Copies and whole weights in backward."""
+        return self._copies(1 if self.setup.checkpointing else self.shape.layers) + self._gathered()
+
+    @property
+    def _kept(self) -> int:
+        """What forward leaves for backward: each layer's input, or all that it saves; a router's shares."""
+        shape, setup, a = self.shape, self.setup, self.half
+        layers = shape.layers * self.between * shape.hidden
+        if not setup.checkpointing:
+            layers = sum(layer_bytes(shape, setup, layer) for layer in range(shape.layers))
+        router = shape.experts * (len(shape.sparse) * (a + 4) + 16) if shape.balanced else 0
+        remade = 0 if setup.checkpointing else _remade(shape, setup) * len(shape.sparse)
+        return setup.row * (layers + router) + remade
+
+    @property
+    def forward(self) -> int:
+        """At the loss: the last norm's input in float32 and its output, the positions of which the logits are wanted
+        and their gradient, one chunk of logits as they came, in float32, as their gradient; the head's gradient twice.
+        """
+        shape, setup, a = self.shape, self.setup, self.half
+        full = setup.method == "full"
+        last = setup.row * shape.hidden * (4 + self.between * (2 if full else 1))
+        last += 2 * self.between * setup.supervised * shape.hidden
+        chunk = min(CHUNK_BYTES, 4 * setup.supervised * shape.words) * (2 if setup.half else 1)
+        head = shape.embedding * (2 * self.width + (a if _autocast(setup) else 0)) if full else 0
+        loss = last + chunk + head + max(self._gathered(), self.half * shape.embedding * (setup.zero == 3))
+        layer = setup.row * self._layer + self._gathered(head=True)
+        return self._kept + self._copies(shape.layers) + max(loss, layer if setup.checkpointing else 0)
+
+    @property
+    def _layer(self) -> int:
+        """What the layer that keeps most saves of one token."""
+        return max(layer_bytes(self.shape, self.setup, layer) for layer in range(self.shape.layers))
+
+    @property
+    def backward(self) -> int:
+        """Through the last layer: what it saved, and the gradients on their way through its MLP."""
+        shape, setup, a = self.shape, self.setup, self.half
+        walking = a * (3 * shape.widest + 3 * shape.hidden) + (self._layer if setup.checkpointing else 0)
+        walking += shape.delta.walked if shape.delta is not None and shape.recurrent else 0
+        # An adapter in float32 gives its input's gradient in float32.
+        walking += 4 * shape.widest if setup.method == "lora" and _autocast(setup) else 0
+        gradients = 0
+        if setup.method == "full":
+            # ZeRO-2 and 3 keep one until the next is there, and copy it; of experts' two the second is half as large.
+            at_once = 1 if setup.zero < 2 else 2 if shape.experts else 3
+            gradients = self._largest * (self.width * at_once + (a if _autocast(setup) else 0))
+        bucket = (0, 2, 2, 1)[setup.zero] * shape.hidden**2 * self.width
+        return self._kept + setup.row * walking + gradients + bucket + _remade(shape, setup) * 3
+
+    @property
+    def update(self) -> int:
+        """DeepSpeed flattens a rank's gradients and makes float32 ones of them; ZeRO-3 a group at a time."""
+        if not self.setup.zero or self.setup.offload_optimizer:
+            return 0
+        part = self.trained // self.setup.ranks
+        return (min(part, REUSE) if self.setup.zero == 3 else part) * (6 if self.width == 2 else 4)
 
 
 def _loss(shape: Shape, setup: Setup) -> int:

@@ -1,0 +1,57 @@
+"""ZeRO's shares by rule against the tensors of two real ranks, of six layers of the demo model's shape in float32."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwen_chat import demo_model
+from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.training import simulation
+from qwen_chat.training.memory_plan import Setup
+from qwen_chat.training.ranks import free_port
+from tests.support.runs import ROOT
+
+LAYERS, ROW = 6, 128
+# What the rule leaves out: the copy that an all-gather makes of what it joins, which weighs most where little learns.
+TOLERANCE = {(1, "full"): 0.03, (2, "full"): 0.03, (3, "full"): 0.07, (3, "lora"): 0.16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "method"), TOLERANCE)
+def test_the_simulated_peak_is_that_of_two_real_ranks(stage: int, method: str) -> None:
+    words = [sys.executable, "-m", "tests.support.zero_rank", str(stage), method, str(ROW), str(LAYERS)]
+    joined = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    joined |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=os.environ | joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said[0][-2000:]
+    real = json.loads(said[0].splitlines()[-1])["peak"]
+    config = json.loads((demo_model.ensure() / "config.json").read_text("utf-8")) | {
+        "num_hidden_layers": LAYERS
+    }
+    setup = Setup(
+        method=method,  # type: ignore[arg-type]
+        zero=stage,
+        ranks=2,
+        row=ROW,
+        supervised=ROW,
+        device="cuda",
+        lora_dropout=0,
+    )
+    few = {"stage3_max_live_parameters": 2 * 10**7, "stage3_max_reuse_distance": 2 * 10**7}
+    lora = LoraArguments(use_lora=method == "lora", lora_dropout=0)
+    found = simulation.simulate(config, setup, lora, zero=few)
+    assert found.peak_bytes == pytest.approx(real, rel=TOLERANCE[stage, method])
