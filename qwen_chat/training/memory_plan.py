@@ -37,6 +37,7 @@ DEEPSPEED = 200 * MIB
 HOLES = (560 * MIB, 0.16)
 CHUNK_BYTES = 256 * MIB  # float32 logits that loss.py has at once; larger is hardly faster
 ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
+UNREAD = 0.75  # share of a vocabulary that a run does not meet
 # A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Bytes that an optimizer keeps for a trained parameter, by its name in TrainingArguments.optim.
@@ -595,10 +596,15 @@ def _four_bit_weights(shape: Shape) -> int:
 
 
 def _stored_weights(shape: Shape, setup: Setup) -> int:
-    """A base that is kept as it is stored, or in 4 bits: the matrices of its linear layers, embedding and head."""
+    """A base that is kept as it is stored, or in 4 bits: its linear layers, embedding and head.
+
+    They are mapped from the files: of an embedding that is no head only rows of words in the data are ever read.
+    """
     words = shape.embedding * (1 if shape.tied else 2)
     linears = (NF4 if setup.method == "qlora" else shape.stored) * shape.in_linears
-    return int(linears) + shape.stored * words + 4 * (shape.parameters - shape.in_linears - words)
+    unread = 0 if shape.tied else UNREAD * shape.embedding
+    others = 4 * (shape.parameters - shape.in_linears - words)
+    return int(linears + shape.stored * (words - unread)) + others
 
 
 def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, int]:
