@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from qwen_chat.errors import MissingDependency
 from qwen_chat.training.matmul import Product
 
-Tensor = torch.Tensor
 # Values that are widened at once: 16 MiB of float32, which stay in the last cache until they are multiplied. Measured
 # at 512 tokens: 3 % slower than a product with a float32 matrix, where widening it whole first takes 30 %.
 PIECE = 2**22
-BLOCK = 64  # weights under one scale in NF4
+NF4_BLOCK = 64  # weights under one scale in NF4
 
 
 def stored_type(folder: Path) -> torch.dtype:
@@ -59,7 +58,7 @@ def keep(model: PreTrainedModel, *, four_bits: bool, compute: torch.dtype) -> No
     rows.register_forward_hook(lambda module, inputs, output: output.float())
 
 
-def decision(model: PreTrainedModel, *, four_bits: bool) -> str:
+def how_kept(model: PreTrainedModel, *, four_bits: bool) -> str:
     """How the base lies in memory, for the person who started the run."""
     kind = str(model.get_output_embeddings().weight.dtype).removeprefix("torch.")
     if four_bits:
@@ -84,7 +83,7 @@ def _in_four_bits(linear: torch.nn.Linear, compute: torch.dtype) -> torch.nn.Mod
     weight = linear.weight.data.contiguous()
     flat = weight.view(-1)
     parts = [
-        torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, "nf4", torch.uint8)
+        torch.ops.bitsandbytes.quantize_4bit.default(part, NF4_BLOCK, "nf4", torch.uint8)
         for part in torch.split(flat, PIECE // 4)
     ]
     packed, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -94,7 +93,7 @@ def _in_four_bits(linear: torch.nn.Linear, compute: torch.dtype) -> torch.nn.Mod
         absmax=small,
         shape=weight.shape,
         dtype=torch.float32,
-        blocksize=BLOCK,
+        blocksize=NF4_BLOCK,
         code=functional.get_4bit_type("nf4", device=weight.device),
         quant_type="nf4",
         offset=offset,
@@ -110,7 +109,7 @@ def _in_four_bits(linear: torch.nn.Linear, compute: torch.dtype) -> torch.nn.Mod
             quant_type="nf4",
         )
     layer.weight = nn.Params4bit(
-        packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", module=layer, bnb_quantized=True
+        packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", module=layer, bnb_quantized=True
     )
     layer.quant_state, layer.bias = state, linear.bias
     # Else a layer is packed anew in its first evaluation: other rounding, in training after it too.
@@ -120,7 +119,7 @@ def _in_four_bits(linear: torch.nn.Linear, compute: torch.dtype) -> torch.nn.Mod
     return cast(torch.nn.Module, layer)
 
 
-def _give_back(tensor: Tensor) -> None:
+def _give_back(tensor: torch.Tensor) -> None:
     """Let go of the whole pages of a tensor that nobody reads again: those of a mapped file count as memory held."""
     page, dont_need = 4096, 4  # <sys/mman.h>
     begin = -(-tensor.data_ptr() // page) * page
@@ -136,49 +135,51 @@ def _give_back(tensor: Tensor) -> None:
 # -------------------------------------------------------------------------------------------------- products
 
 
-def is_narrow(weight: Tensor | None) -> bool:
+def is_narrow(weight: torch.Tensor | None) -> bool:
     """Whether a matrix is frozen in 16 bits, or in NF4 with double quantisation."""
     if weight is None or weight.requires_grad or weight.dim() != 2 or weight.device.type != "cpu":
         return False
     if weight.dtype in (torch.bfloat16, torch.float16):
         return not hasattr(weight, "ds_id")
     state = getattr(weight, "quant_state", None)
-    return state is not None and state.nested and state.quant_type == "nf4" and state.blocksize == BLOCK
+    return state is not None and state.nested and state.quant_type == "nf4" and state.blocksize == NF4_BLOCK
 
 
-def product(multiply: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(
+    multiply: Product, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """x [N, in] times weight [out, in], narrow or not -> [N, out]."""
     if not is_narrow(weight):
         return multiply(x, weight, bias)
-    y: Tensor | None = None
-    for rows, piece in _pieces(weight):
+    y: torch.Tensor | None = None
+    for rows, piece in _widened(weight):
         part = multiply(x, piece, None if bias is None else bias[rows])
         if y is None:
             y = x.new_empty(len(x), _shape(weight)[0])
         y[:, rows] = part
-    return cast(Tensor, y)
+    return cast(torch.Tensor, y)
 
 
-def product_back(multiply: Product, gradient: Tensor, weight: Tensor) -> Tensor:
+def product_back(multiply: Product, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The gradient [N, in] of what was multiplied, from that of the product [N, out]."""
     if not is_narrow(weight):
         return multiply(gradient, weight.t(), None)
-    total: Tensor | None = None
-    for rows, piece in _pieces(weight):
+    total: torch.Tensor | None = None
+    for rows, piece in _widened(weight):
         part = multiply(gradient[:, rows], piece.t(), None)
         total = part if total is None else total.add_(part)
-    return cast(Tensor, total)
+    return cast(torch.Tensor, total)
 
 
-def _shape(weight: Tensor) -> torch.Size:
+def _shape(weight: torch.Tensor) -> torch.Size:
     state = getattr(weight, "quant_state", None)
     return weight.shape if state is None else torch.Size(state.shape)
 
 
-def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _widened(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of a narrow matrix, and these rows in float32. A piece may be overwritten by the next."""
     height, width = _shape(weight)
-    step = min(height, max(1, PIECE // width // BLOCK) * BLOCK)  # whole blocks, whatever the width
+    step = min(height, max(1, PIECE // width // NF4_BLOCK) * NF4_BLOCK)  # whole blocks, whatever the width
     state: Any = getattr(weight, "quant_state", None)
     if state is None:
         wide = torch.empty(step, width)
@@ -194,11 +195,11 @@ def _pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         rows = slice(start, min(start + step, height))
         first, last = start * width, rows.stop * width
         # A block a row: the kernel gives wrong scales to rows that are no whole number of blocks.
-        lying = (1, last - first) if (last - first) % BLOCK else ((last - first) // BLOCK, BLOCK)
+        lying = (1, last - first) if (last - first) % NF4_BLOCK else ((last - first) // NF4_BLOCK, NF4_BLOCK)
         piece = torch.ops.bitsandbytes.dequantize_4bit.default(
             packed[first // 2 : -(-last // 2)],
-            scales[first // BLOCK : -(-last // BLOCK)],
-            BLOCK,
+            scales[first // NF4_BLOCK : -(-last // NF4_BLOCK)],
+            NF4_BLOCK,
             "nf4",
             lying,
             torch.float32,

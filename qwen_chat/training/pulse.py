@@ -1,6 +1,6 @@
 """Where a step is while it is computed: its row, the layer of the model, forward or backward.
 
-In: the model, which calls its layers. Out: calls of `tell` with a Place, one a layer and way. On a CPU a row of a
+In: the model, which calls its layers. Out: calls of `tell` with a StepPlace, one a layer and way. On a CPU a row of a
 large model takes minutes, and whoever started the run should see that it lives.
 """
 
@@ -16,7 +16,7 @@ FORWARD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StepPlace:
     """Numbers from 1. share: how much of the step is done, from 0 to 1, about."""
 
     row: int
@@ -39,7 +39,7 @@ class Place:
 class Pulse:
     """Hooks on the layers of a model's decoder; none where they cannot be told."""
 
-    def __init__(self, model: Any, rows: int, tell: Callable[[Place], None]) -> None:
+    def __init__(self, model: Any, rows: int, tell: Callable[[StepPlace], None]) -> None:
         layers = getattr(model.get_decoder(), "layers", ()) if hasattr(model, "get_decoder") else ()
         self.rows, self.layers, self.tell = rows, len(layers), tell
         self.row = 0
@@ -58,10 +58,10 @@ class Pulse:
         hidden = output[0] if isinstance(output, tuple) else output
         if self.row == 0 or self.back or not torch.is_grad_enabled():
             return
-        self.tell(Place(self.row, self.rows, layer, self.layers, False))
+        self.tell(StepPlace(self.row, self.rows, layer, self.layers, False))
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self._back_at(layer))
 
     def _back_at(self, layer: int) -> None:
         self.back = True
-        self.tell(Place(self.row, self.rows, layer, self.layers, True))
+        self.tell(StepPlace(self.row, self.rows, layer, self.layers, True))

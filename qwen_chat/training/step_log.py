@@ -16,13 +16,13 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwen_chat.console import is_rank_zero, rank_zero
-from qwen_chat.training.pulse import Place
+from qwen_chat.training.pulse import StepPlace
 from qwen_chat.training.run_folder import LOG_FILE
 from qwen_chat.training.trainer import StepRecord
 
 # Seconds between two lines of a file: after a step, within one. A bar is drawn again at most once a second.
 A_STEP, A_PLACE, DRAWN = 10.0, 30.0, 1.0
-KNOWN = 0.1  # steps after which an end is foretold
+FORETOLD = 0.1  # steps after which an end is foretold
 
 
 def ending(seconds: float, now: float) -> str:
@@ -102,7 +102,7 @@ class StepLog(TrainerCallback):
                 parts.append(f"{self.bar.format_interval(now - self.started)} gone")
                 rank_zero(f"step {record.step} of {self.steps}: {', '.join(parts + ends)}")
 
-    def place(self, place: Place) -> None:
+    def place(self, place: StepPlace) -> None:
         """Tell where a step is that takes long."""
         now = time.perf_counter()
         if self.bar is None or (self.bar.disable and not self.lines):
@@ -111,7 +111,7 @@ class StepLog(TrainerCallback):
             return
         self.told = now
         done = self.first + len(self.losses) + place.share
-        end = f", {ending(self._left(done), time.time())}" if done - self.first >= KNOWN else ""
+        end = f", {ending(self._left(done), time.time())}" if done - self.first >= FORETOLD else ""
         if self.lines:
             rank_zero(f"step {int(done) + 1} of {self.steps}: {place}{end}")
         else:

@@ -32,7 +32,7 @@ from qwen_chat.errors import TrainingError
 from qwen_chat.training import adapters, checkpoints, memory_plan, ranks
 from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
-from qwen_chat.training.pulse import Place, Pulse
+from qwen_chat.training.pulse import Pulse, StepPlace
 from qwen_chat.training.router_loss import RouterLoss
 from qwen_chat.training.stop_signal import StopSignal
 
@@ -96,7 +96,7 @@ class ChatTrainer(Trainer, TrainerCallback):
         loraplus_ratio: float | None = None,
         run_record: Mapping[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
-        on_place: Callable[[Place], None] = lambda place: None,
+        on_place: Callable[[StepPlace], None] = lambda place: None,
         **options: Any,
     ) -> None:
         self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio

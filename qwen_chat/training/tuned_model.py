@@ -68,7 +68,7 @@ def load(run: Run, path: Path, args: TrainingArguments) -> models.Loaded:
     if stored:
         compute = torch.bfloat16 if args.bf16 else torch.float32
         frozen.keep(loaded.model, four_bits=run.lora.q_lora, compute=compute)
-        told = frozen.decision(loaded.model, four_bits=run.lora.q_lora)
+        told = frozen.how_kept(loaded.model, four_bits=run.lora.q_lora)
         loaded = models.Loaded(loaded.model, loaded.tokenizer, (told, *loaded.decisions[1:]))
     loaded.model.config.use_cache = False
     if run.model.trust_remote_code:

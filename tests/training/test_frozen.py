@@ -73,7 +73,7 @@ def test_four_bits_are_those_of_bitsandbytes(small_pieces, shape):
     scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     values = state.code[torch.stack([high, low], 1).view(-1).long()][: weight.numel()]
     whole = (values * scales.repeat_interleave(64)[: weight.numel()]).view(shape)
-    pieces = list(frozen._pieces(layer.weight))
+    pieces = list(frozen._widened(layer.weight))
     assert len(pieces) == math.ceil(shape[0] / max(64, 2**12 // shape[1] // 64 * 64))
     assert torch.equal(torch.cat([piece for _, piece in pieces]), whole)
     assert (whole - weight).abs().max() < 0.2 * weight.abs().max()
@@ -85,7 +85,7 @@ def test_four_bits_learn_as_what_they_stand_for(small_pieces, checkpointing):
     model, wide = narrow_model(torch.bfloat16, four_bits=True), narrow_model(None)
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit":
-            pieces = [piece.clone() for _, piece in frozen._pieces(module.weight)]
+            pieces = [piece.clone() for _, piece in frozen._widened(module.weight)]
             wide.get_submodule(name).weight.data = torch.cat(pieces)
     expected, expected_gradients = learn(wide, checkpointing=checkpointing)
     logits, found = learn(model, checkpointing=checkpointing)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen_chat.training import step_log
-from qwen_chat.training.pulse import Place, Pulse
+from qwen_chat.training.pulse import Pulse, StepPlace
 from tests.support.tiny_models import tiny_model
 
 
@@ -29,7 +29,7 @@ def test_when_it_ends(seconds, told):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_a_row_is_told_forward_and_back(checkpointing):
     model = tiny_model("qwen2", checkpointing=checkpointing, lora=True).train()
-    places: list[Place] = []
+    places: list[StepPlace] = []
     pulse = Pulse(model, 2, places.append)
     ids = torch.arange(7)[None]
     for _ in range(2):
