@@ -122,6 +122,11 @@ def adapter_base(adapter: Path) -> str:
     return base
 
 
+def trains_rows(adapter: Path) -> bool:
+    """Whether an adapter holds embedding rows of single tokens."""
+    return bool(_read_json(adapter / "adapter_config.json").get("trainable_token_indices"))
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder, with a padding token."""
     from transformers import AutoTokenizer

@@ -22,6 +22,7 @@ from qwen_chat import models
 from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, LoraArguments, target_words
 from qwen_chat.errors import OptionError
 from qwen_chat.models import merge
+from qwen_chat.training import frozen
 
 __all__ = [
     "CHAT_MARKS",
@@ -60,11 +61,14 @@ def wrap(
     """
     from peft import get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 
-    if lora.q_lora:
+    kept = any(map(frozen.is_narrow, model.parameters()))
+    if lora.q_lora and not kept:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if checkpointing:
         model.enable_input_require_grads()
     if lora.lora_weight_path is not None:
+        if kept and models.trains_rows(Path(lora.lora_weight_path)):
+            frozen.widen_words(model)
         wrapped = models.load_adapter(model, Path(lora.lora_weight_path), trainable=True)
         _learn_in_float32(wrapped)
         return Wrapped(wrapped, (f"continues {lora.lora_weight_path}", _share(wrapped)), {})
@@ -74,6 +78,8 @@ def wrap(
             "--trainable_tokens with ZeRO-3 on a CPU: peft gathers the rows on a GPU only; give "
             "--deepspeed finetune/ds_config_zero2.json, or --trainable_tokens none"
         )
+    if rows and kept:
+        frozen.widen_words(model)
     try:
         wrapped = get_peft_model(model, lora_config(model, lora, rows))
     except (ValueError, AttributeError) as error:

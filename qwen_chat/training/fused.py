@@ -7,9 +7,10 @@ each:
     gated MLP        keeps gate and up; silu(gate) * up, as much again, is computed once more in backward
     RMSNorm          keeps its input and one number a token
 
-A layer that is anything but plain (dropout has its own path; DoRA, several adapters, 4-bit weights, autocast,
-another device, ZeRO-3) runs its own forward unchanged. Where it runs: float32 and float64 on a CPU, whose
-memory is slow against its arithmetic; on GPUs Liger kernels and torch.compile do this work.
+A frozen weight may be narrow (frozen.py): it is widened a piece at a time. A layer that is anything but plain (dropout
+has its own path; DoRA, several adapters, autocast, another device, ZeRO-3) runs its own forward unchanged. Where it
+runs: float32 and float64 on a CPU, whose memory is slow against its arithmetic; on GPUs Liger kernels and
+torch.compile do this work.
 """
 
 import ctypes
@@ -20,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
+from qwen_chat.training.frozen import is_narrow, product_back
+from qwen_chat.training.frozen import product as product_with
 from qwen_chat.training.matmul import Product
 
 Tensor = torch.Tensor
@@ -34,21 +37,27 @@ def install(model: torch.nn.Module, product: Product) -> dict[str, int]:
 
     product: how x [N, in] and weight [out, in] are multiplied (matmul.py).
     """
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
 
     counts = {"linear": 0, "mlp": 0, "norm": 0}
     inside = {
-        id(part) for module in model.modules() if isinstance(module, LoraLinear) for part in module.modules()
+        id(part)
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and _is_linear(module.base_layer)
+        for part in module.modules()
     }
     for module in model.modules():
         own = dict(module.named_children())  # its own: a wrapper of peft's answers for what it wraps
         gated = own.keys() >= {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        if isinstance(module, LoraLinear) and type(module.base_layer) is torch.nn.Linear:
+        if isinstance(module, LoraLayer) and _is_linear(module.base_layer):
             _replace(module, _lora_forward, product)
             counts["linear"] += 1
-        elif type(module) is torch.nn.Linear and id(module) not in inside:
+        elif _is_linear(module) and id(module) not in inside:
             _replace(module, _linear_forward, product)
             counts["linear"] += 1
+        elif _is_linear(module) and is_narrow(cast(Any, module).weight):
+            # A wrapper of peft's that is not plain calls it with float32.
+            _replace(module, _linear_forward, product)
         elif gated and type(own["act_fn"]).__name__ in ("SiLUActivation", "SiLU"):
             _replace(module, _mlp_forward, product)
             counts["mlp"] += 1
@@ -56,6 +65,13 @@ def install(model: torch.nn.Module, product: Product) -> dict[str, int]:
             _replace(module, _norm_forward, product)
             counts["norm"] += 1
     return counts
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether it is a plain linear layer, or one of bitsandbytes over four bits."""
+    return type(layer) is torch.nn.Linear or (
+        type(layer).__name__ == "Linear4bit" and is_narrow(layer.weight)
+    )
 
 
 def remove(model: torch.nn.Module) -> None:
@@ -92,7 +108,12 @@ def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
         or torch.is_autocast_enabled("cpu")
     ):
         return False
-    return all(p is None or (p.dtype == x.dtype and not hasattr(p, "ds_id")) for p in parameters)
+    return all(
+        p is None
+        or (p.dtype == x.dtype and not hasattr(p, "ds_id"))
+        or (x.dtype == torch.float32 and is_narrow(p))
+        for p in parameters
+    )
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
@@ -155,7 +176,10 @@ class _Linear(torch.autograd.Function):
         lora_in = flat if dropped is None else dropped.reshape(flat.shape)
         y, low = _adapted(product, flat, lora_in, weight, bias, a, b, scaling)
         needs_x = ctx.needs_input_grad[2] or (ctx.needs_input_grad[4] and dropped is None)
-        ctx.save_for_backward(x if needs_x else None, dropped, weight, a, b, low)
+        ctx.narrow = weight if is_narrow(weight) else None
+        ctx.save_for_backward(
+            x if needs_x else None, dropped, None if ctx.narrow is not None else weight, a, b, low
+        )
         ctx.scaling, ctx.product = scaling, product
         return _shaped(y, x)
 
@@ -163,11 +187,12 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Grads:
         x, dropped, weight, a, b, low = ctx.saved_tensors
+        weight = weight if ctx.narrow is None else ctx.narrow
         need = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         g_low = None if b is None else (g @ b).mul_(ctx.scaling)
-        dx = ctx.product(g, weight.t(), None) if need[0] else None
+        dx = product_back(ctx.product, g, weight) if need[0] else None
         d_dropped = None
         if g_low is not None:
             if dropped is not None:
@@ -176,7 +201,7 @@ class _Linear(torch.autograd.Function):
                 dx.addmm_(g_low, a)
         lora_in = flat if dropped is None else dropped.reshape(-1, dropped.shape[-1])
         return (
-            None if dx is None else dx.view(*gradient.shape[:-1], weight.shape[1]),
+            None if dx is None else dx.view(*gradient.shape[:-1], dx.shape[-1]),
             d_dropped,
             *_weight_gradients(ctx.product, g, flat, lora_in, g_low, low, need[2:6]),
             None,
@@ -195,7 +220,7 @@ def _adapted(
     scaling: float,
 ) -> tuple[Tensor, Tensor | None]:
     """The product with what the adapter adds, and s x A^T [N, r], which backward needs."""
-    y = product(x, weight, bias)
+    y = product_with(product, x, weight, bias)
     if a is None or b is None:
         return y, None
     low = (lora_in @ a.t()).mul_(scaling)
@@ -234,7 +259,7 @@ def _mlp_forward(self: Any, product: Product, x: Tensor) -> Tensor:
         adapter = _adapter(down) if hasattr(down, "lora_A") else None
         known = adapter is not None and (not self.training or isinstance(adapter[3], torch.nn.Identity))
     a, b, scaling = (None, None, 1.0) if adapter is None else adapter[:3]
-    known = known and type(base) is torch.nn.Linear
+    known = known and _is_linear(base)
     if not known or not _is_plain(gate, base.weight, base.bias, a, b):
         return cast(Tensor, down(_Gated.apply(gate, up)))  # type: ignore[no-untyped-call]
     out = _GatedDown.apply(gate, up, base.weight, base.bias, a, b, scaling, product)  # type: ignore[no-untyped-call]
@@ -276,7 +301,8 @@ class _GatedDown(torch.autograd.Function):
     ) -> Tensor:
         hidden = _gate(gate, up).view(-1, gate.shape[-1])
         y, low = _adapted(product, hidden, hidden, weight, bias, a, b, scaling)
-        ctx.save_for_backward(gate, up, weight, a, b, low)
+        ctx.narrow = weight if is_narrow(weight) else None
+        ctx.save_for_backward(gate, up, None if ctx.narrow is not None else weight, a, b, low)
         ctx.scaling, ctx.product = scaling, product
         return _shaped(y, gate)
 
@@ -284,9 +310,10 @@ class _GatedDown(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Grads:
         gate, up, weight, a, b, low = ctx.saved_tensors
+        weight = weight if ctx.narrow is None else ctx.narrow
         need = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        d_hidden = ctx.product(g, weight.t(), None)
+        d_hidden = product_back(ctx.product, g, weight)
         g_low = None
         if b is not None:
             g_low = (g @ b).mul_(ctx.scaling)

@@ -38,6 +38,7 @@ HOLES = (560 * MIB, 0.16)
 CHUNK_BYTES = 256 * MIB  # float32 logits that loss.py has at once; larger is hardly faster
 REUSE = 10**9  # weights: DeepSpeed's default of stage3_max_reuse_distance, and of sub_group_size
 ROOM = 0.92  # share of what is free that a plan may fill: allocators keep some for themselves
+UNREAD = 0.75  # share of a vocabulary that a run does not meet
 # A 4-bit weight: half a byte, one byte a block of 64 (its scale, quantised too), a float32 for 256 of those.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Bytes that an optimizer keeps for a trained parameter, by its name in TrainingArguments.optim.
@@ -237,6 +238,11 @@ class Shape:
         return max(self.block(layer) for layer in range(self.layers))
 
     @property
+    def largest_matrix(self) -> int:
+        """Parameters of the largest linear layer but the head."""
+        return max(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
+
+    @property
     def in_linears(self) -> int:
         """Parameters that 4 bits hold in Q-LoRA: the linear layers' weights."""
         text = sum(a * b for layer in range(self.layers) for a, b in self.linears(layer).values())
@@ -355,7 +361,15 @@ class Setup:
     lora_bias: str = "none"
     dora: bool = False
     lean: bool = False  # the layers of fused.py, which keep less
+    keeps: bool = (
+        False  # whether nothing that is asked of an adapter forbids a base as it is stored (frozen.py)
+    )
     moments: float = 8.0  # bytes of optimizer state for a trained parameter
+
+    @property
+    def stored(self) -> bool:
+        """Whether the base stays in memory as it is stored."""
+        return self.keeps and self.device == "cpu" and self.method != "full" and self.zero == 0
 
 
 def on_accelerator(run: Run) -> bool:
@@ -388,6 +402,13 @@ def number_type(run: Run) -> tuple[NumberType, list[str]]:
     if run.train.deepspeed is not None:
         return "float32", ["computes in float32 (bf16 was asked for; DeepSpeed on a CPU trains in float32)"]
     return "bfloat16", ["computes in bfloat16, weights stay float32 (as asked)"]
+
+
+def keeps_stored(run: Run, shape: Shape) -> bool:
+    """Whether the base of an adapter stays in memory as it is stored (frozen.py): on a CPU, where nothing writes to it
+    (PiSSA), takes the norms of its rows (DoRA) or moves its weights about (DeepSpeed), and the layers are known.
+    """
+    return shape.counted and run.train.deepspeed is None and setup_of(run, 1, 1).stored
 
 
 def _adapter_rank(run: Run) -> int:
@@ -430,7 +451,8 @@ def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False
         lora_targets=run.lora.lora_target_modules,
         lora_bias=run.lora.lora_bias,
         dora=run.lora.use_dora,
-        lean=not cuda and not half and zero != 3 and run.method != "qlora" and not run.lora.use_dora,
+        lean=not cuda and not half and zero != 3 and not run.lora.use_dora,
+        keeps=not run.lora.use_dora and run.lora.lora_init == "default",
         moments=known[0] if known else 2.0 if "8bit" in optim else 8.0,
     )
 
@@ -544,7 +566,10 @@ def need(shape: Shape, setup: Setup) -> Need:
         loss = max(0, on_gpu.forward - walked - on_gpu.weights, on_gpu.update - walked - on_gpu.weights)
     runtime = RUNTIME[setup.device] + (DEEPSPEED if setup.zero else 0)
     load = runtime
-    if setup.device == "cpu":  # loading maps the file into memory and copies each weight out of it
+    if setup.device == "cpu" and setup.stored:
+        # What is mapped stays so; 4 bits are made a matrix at a time, beside which the float32 values of it lie.
+        load += _stored_weights(shape, setup) + 8 * shape.largest_matrix
+    elif setup.device == "cpu":  # loading maps the file into memory and copies each weight out of it
         file = shape.parameters * shape.stored
         load += file + (_four_bit_weights(shape) if setup.method == "qlora" else 4 * shape.parameters)
     return Need(
@@ -577,6 +602,18 @@ def _four_bit_weights(shape: Shape) -> int:
     return int(NF4 * shape.in_linears) + 4 * rest
 
 
+def _stored_weights(shape: Shape, setup: Setup) -> int:
+    """A base that is kept as it is stored, or in 4 bits: its linear layers, embedding and head.
+
+    They are mapped from the files: of an embedding that is no head only rows of words in the data are ever read.
+    """
+    words = shape.embedding * (1 if shape.tied else 2)
+    linears = (NF4 if setup.method == "qlora" else shape.stored) * shape.in_linears
+    unread = 0 if shape.tied else UNREAD * shape.embedding
+    others = 4 * (shape.parameters - shape.in_linears - words)
+    return int(linears + shape.stored * (words - unread)) + others
+
+
 def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer, of them on the host where they are offloaded), each a sum of named terms."""
     pure_half = setup.half and setup.device == "cuda" and (setup.zero > 0 or setup.method != "full")
@@ -590,14 +627,17 @@ def _states(shape: Shape, setup: Setup, trained: int) -> tuple[int, int, int, in
     base = size * (shape.vision if setup.method == "full" else shape.parameters)
     if setup.method == "qlora":
         base = _four_bit_weights(shape)
+    if setup.stored:
+        base = _stored_weights(shape, setup)
     own, gathered = base + trained_size * trained, 0
     if setup.zero == 3 and setup.device == "cuda":
         own //= sharing
     elif setup.zero == 3:  # a share, and whole those in use and as many of the others as may stay
         own //= sharing
         gathered = size * max(shape.embedding + 2 * shape.largest, min(shape.parameters, setup.live))
-    # Half-precision copies for the step; on a GPU they are GpuStep's.
-    autocast = 2 * shape.text if setup.half and setup.device == "cpu" else 0
+    # Half-precision copies for the step, unless the weights are it themselves; on a GPU they are GpuStep's.
+    narrow = setup.stored and shape.stored == 2
+    autocast = 2 * shape.text if setup.half and setup.device == "cpu" and not narrow else 0
     weights = own + gathered + autocast
 
     share = trained_size * trained // sharing
@@ -719,7 +759,7 @@ def activations(shape: Shape, setup: Setup) -> int:
         total += setup.row * shape.experts * (len(shape.sparse) * (a + 4) + 16)
     # One layer's sum is there while it runs, and its gradient twice (of the sum, of what was added).
     total += _remade(shape, setup) * (2 + (1 if setup.checkpointing else len(shape.sparse)))
-    if setup.device == "cpu" and (setup.method == "qlora" or setup.zero == 3):
+    if setup.device == "cpu" and not setup.stored and (setup.method == "qlora" or setup.zero == 3):
         total += HOLES[0] + int(HOLES[1] * total)
     return total
 

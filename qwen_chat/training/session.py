@@ -61,6 +61,7 @@ class Session(Prepared):
             loraplus_ratio=run.lora.loraplus_lr_ratio,
             run_record=record,
             on_step=log.step,
+            on_place=log.place,
             callbacks=[log],
         )
 

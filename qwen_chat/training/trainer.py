@@ -32,6 +32,7 @@ from qwen_chat.errors import TrainingError
 from qwen_chat.training import adapters, checkpoints, memory_plan, ranks
 from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
+from qwen_chat.training.pulse import Pulse, StepPlace
 from qwen_chat.training.router_loss import RouterLoss
 from qwen_chat.training.stop_signal import StopSignal
 
@@ -83,7 +84,8 @@ class ChatTrainer(Trainer, TrainerCallback):
     """transformers' Trainer over windows of conversations, with our loss.
 
     It is one of its own callbacks: what has to happen between backward and the update can happen nowhere else.
-    run_record: what run.json says, stored in each checkpoint too. on_step: is handed each step's StepRecord.
+    run_record: what run.json says, stored in each checkpoint too. on_step: is handed each step's StepRecord. on_place:
+    where the running step is, on a CPU.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ChatTrainer(Trainer, TrainerCallback):
         loraplus_ratio: float | None = None,
         run_record: Mapping[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_place: Callable[[StepPlace], None] = lambda place: None,
         **options: Any,
     ) -> None:
         self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio
@@ -113,6 +116,10 @@ class ChatTrainer(Trainer, TrainerCallback):
         self.unlogged: list[float] = []  # router's losses of the steps that no reporter has seen yet
         # Before DeepSpeed or DDP wraps the model.
         self.model_loss = ModelLoss(options["model"], router=self.router)
+        args: TrainingArguments = options["args"]
+        self.pulse: Pulse | None = None
+        if args.device.type == "cpu":
+            self.pulse = Pulse(options["model"], args.gradient_accumulation_steps, on_place)
         super().__init__(
             data_collator=Collator(balanced=self.router is not None),
             train_dataset=RowDataset(windows.data),
@@ -208,6 +215,8 @@ class ChatTrainer(Trainer, TrainerCallback):
 
         A router's loss is added: its sum over the row / sequences of the global step, times its coefficient.
         """
+        if self.pulse is not None:
+            self.pulse.begin_row()
         count = max(1, int(num_items_in_batch or 0))  # 0: a step in which no token is supervised
         row = self.model_loss(model, inputs)
         loss, router = row.loss_sum * (self.accelerator.num_processes / count), None

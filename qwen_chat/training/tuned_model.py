@@ -17,7 +17,7 @@ from transformers.trainer_utils import set_seed
 from qwen_chat import hardware, models
 from qwen_chat.cli.run_options import Run
 from qwen_chat.console import rank_zero
-from qwen_chat.training import adapters, attention, delta_net, fused, matmul, probe
+from qwen_chat.training import adapters, attention, delta_net, frozen, fused, matmul, memory_plan, probe
 from qwen_chat.training.ranks import from_rank_zero
 from qwen_chat.training.session import Session
 
@@ -55,15 +55,21 @@ def load(run: Run, path: Path, args: TrainingArguments) -> models.Loaded:
         head = attention.head_size(models.read_config(path))
         kernel, reason = attention.kernel_here(args.device.type, run.train.layout, kind, head)
         why = f"{kernel}; {reason}"
+    stored = memory_plan.keeps_stored(run, memory_plan.Shape.of(models.read_config(path)))
     loaded = models.load_model(
         path,
-        dtype=dtype,
+        dtype=frozen.stored_type(path) if stored else dtype,
         attention=name,
-        quantize="nf4" if run.lora.q_lora else None,
+        quantize="nf4" if run.lora.q_lora and not stored else None,
         for_training=True,
         device=hardware.Device(args.device.type, "the run's"),
         trust_remote_code=run.model.trust_remote_code,
     )
+    if stored:
+        compute = torch.bfloat16 if args.bf16 else torch.float32
+        frozen.keep(loaded.model, four_bits=run.lora.q_lora, compute=compute)
+        told = frozen.how_kept(loaded.model, four_bits=run.lora.q_lora)
+        loaded = models.Loaded(loaded.model, loaded.tokenizer, (told, *loaded.decisions[1:]))
     loaded.model.config.use_cache = False
     if run.model.trust_remote_code:
         rank_zero(f"runs Python code that lies in {path} (--trust_remote_code)")

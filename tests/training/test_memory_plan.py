@@ -584,3 +584,17 @@ def test_weights_that_zero_3_keeps_gathered_are_those_of_the_file(tmp_path: Path
     shipped = json.loads((ROOT / "finetune" / "ds_config_zero3.json").read_text(encoding="utf-8"))
     default = shipped["zero_optimization"]["stage3_max_live_parameters"]
     assert live() == live(stage3_max_live_parameters="auto") == memory_plan.Setup().live == default
+
+
+@pytest.mark.parametrize(("words", "least", "most"), [(["--use_lora"], 16.0, 18.0), (["--q_lora"], 7.6, 8.6)])
+def test_seven_billion_on_a_cpu(words: list[str], least: float, most: float) -> None:
+    """A base of 15.2 GB in bfloat16 is not widened; 4 bits keep embedding and head as they are stored."""
+    stored = replace(SEVEN_BILLION, stored=2)
+    run = run_of(*words)
+    assert memory_plan.keeps_stored(run, stored)
+    setup = memory_plan.setup_of(run, 512, 256, checkpointing=True)
+    assert least < memory_plan.need(stored, setup).total / GIB < most
+    for other in (["--use_lora", "--use_dora"], ["--use_lora", "--lora_init", "pissa"]):
+        assert not memory_plan.keeps_stored(run_of(*other), stored)
+    assert not memory_plan.keeps_stored(run_of(), stored)
+    assert not memory_plan.keeps_stored(run, Shape.of({"model_type": "phi3"}))
