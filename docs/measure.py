@@ -31,7 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "demo_model"),
     ("models", "delta_rule"),
     ("training", "inference"),
-    ("service", "export"),
+    ("service",),
+    ("export",),
     ("evaluation",),
 )
 LONGEST_FUNCTION = 60  # lines, decorators and docstring included

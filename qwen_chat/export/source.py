@@ -1,7 +1,7 @@
 """What is exported: a model's folder, or adapters with their base, with what their run wrote down.
 
-In: the names that a person gave. Out: a `Exported`; sequences of the run's own data; a new folder that appears when it is
-whole. Every reason not to begin is told before anything is loaded.
+In: the names that a person gave. Out: an `Exported`; sequences of the run's own data; a new folder that appears when it
+is whole. Every reason not to begin is told before anything is loaded.
 """
 
 from __future__ import annotations
