@@ -53,7 +53,7 @@ def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> Writ
             done = subprocess.run(words, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 raise OptionError(
-                    f"--type {kind}: llama-quantize refuses ({_last(done.stdout + done.stderr)})"
+                    f"--type {kind}: llama-quantize refuses ({_closing_line(done.stdout + done.stderr)})"
                 )
             first.unlink()
             facts["type"] = kind
@@ -149,5 +149,5 @@ def _carry_lock(model: Path, folder: Path) -> None:
         shutil.copyfile(model / "format.lock", folder / "format.lock")
 
 
-def _last(text: str) -> str:
+def _closing_line(text: str) -> str:
     return first_line(ValueError((text.strip().splitlines() or ["no word"])[-1]))
