@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "delta_rule"),
     ("training", "inference"),
     ("service",),
+    ("export",),
     ("evaluation",),
 )
 LONGEST_FUNCTION = 60  # lines, decorators and docstring included

@@ -124,7 +124,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             lock.take(-1)
         try:
             if not folder.is_dir():  # another process may have built it while this one waited
-                _build_aside(folder, build)
+                build_aside(folder, build)
         finally:
             lock.release()
     except OSError as error:
@@ -134,7 +134,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
+def build_aside(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make `folder` by calling `build(aside)`, then rename. The caller sees to it that nobody else builds it."""
     prefix = f".{folder.name}.partial-"
     for leftover in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is writing these
         shutil.rmtree(leftover, ignore_errors=True)

@@ -211,10 +211,56 @@ def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
+def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A folder's model without its weights: they are on torch's meta device; what is computed from config.json alone
+    is there."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
+
+    check_folder(path)
+    disable_progress_bar()  # one for each part that is filled
+    loader = AutoModelForImageTextToText if _sees(read_config(path)) else AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            raise ValueError("its weights are quantised")
+        with torch.device("meta"):
+            model = loader.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    for module in model.get_decoder().modules():
+        empty = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in empty:
+            module._buffers[name] = torch.zeros_like(module._buffers[name], device="cpu")
+        if empty:
+            model._init_weights(module)
+    return model.eval()
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The part of a model's config that holds for its text."""
+    return model.config.get_text_config()
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's adapter_config.json; raises ModelError where there is none that can be read."""
+    adapter_base(adapter)
+    return _read_json(adapter / "adapter_config.json")
+
+
+def load_adapter(
+    model: PreTrainedModel, adapter: Path, *, trainable: bool = False, on_meta: bool = False
+) -> PeftModel:
     """The model with an adapter over it, all of it: ModelError where the adapter belongs to another base, or where
-    peft would pass over a part of it."""
-    from peft import PeftModel
+    peft would pass over a part of it. on_meta: the model has no weights, so what the adapter's first values took out
+    of them is still in them."""
+    from peft import PeftConfig, PeftModel
 
     base = adapter_base(adapter)
     start = str(_read_json(adapter / "adapter_config.json").get("init_lora_weights"))
@@ -225,13 +271,38 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = Fal
         )
     _check_keys(adapter)
     try:
-        loaded = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        config = PeftConfig.from_pretrained(adapter)
+        if on_meta and hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True
+        loaded = PeftModel.from_pretrained(
+            model, adapter, is_trainable=trainable, config=config, low_cpu_mem_usage=on_meta
+        )
+        if on_meta:
+            load_adapter_weights(loaded, adapter)
     except Exception as error:  # peft, safetensors and what an initialisation needs: a dozen kinds
         raise ModelError(
             f"{adapter}: does not fit this model ({first_line(error)}); its base is {base}: give that with -m"
         ) from None
     _check_tensors(loaded, adapter)
     return loaded
+
+
+def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default") -> None:
+    """Put an adapter's weights into main memory, over a base that is on torch's meta device; peft would put them
+    there too."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    layers = [
+        module for module in model.modules() if hasattr(module, "_move_adapter_to_device_of_base_layer")
+    ]
+    for layer in layers:
+        object.__setattr__(layer, "_move_adapter_to_device_of_base_layer", lambda *_, **__: None)
+    try:
+        tensors = load_peft_weights(str(adapter), device="cpu")
+        set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True)
+    finally:
+        for layer in layers:
+            object.__delattr__(layer, "_move_adapter_to_device_of_base_layer")
 
 
 def _check_keys(adapter: Path) -> None:

@@ -1,0 +1,280 @@
+"""A model's folder as one GGUF file, which llama.cpp and what is built on it load.
+
+In: a folder, a type of number. Out: the file, written a tensor at a time: weights, the chat template of the folder, its
+special tokens, and the name of the pre-tokenizer by which llama.cpp cuts text. Format: ggml's docs/gguf.md; names of
+tensors and fields by the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_chat import models
+from qwen_chat.errors import MissingDependency, ModelError, first_line
+from qwen_chat.export.tensor_files import TensorFiles
+
+# model_type -> llama.cpp's architecture.
+ARCHITECTURES = {
+    "llama": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen2_moe": "QWEN2MOE",
+    "qwen3": "QWEN3",
+    "qwen3_moe": "QWEN3MOE",
+    "qwen3_5": "QWEN35",
+    "qwen3_5_text": "QWEN35",
+}
+FILE_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}
+_EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)\.weight$")
+_SMALL = ("ffn_gate_inp", "ssm_conv1d")  # always in float32
+# Where a tokenizer cuts text, by the pattern in its tokenizer.json: llama.cpp's name of the same.
+_LETTERS, _MARKS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+_THREES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+
+
+def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
+    """Write `file`; returns what is in it and what is not. Raises ModelError where llama.cpp has no such model."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingDependency("gguf", "--to gguf") from None
+    config = models.read_config(model)
+    text: dict[str, Any] = {**config, **(config.get("text_config") or {})}
+    arch = ARCHITECTURES.get(str(config["model_type"]))
+    if arch is None:
+        raise ModelError(
+            f"{model}: model_type {config['model_type']!r} is not written as GGUF here; expected one of"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    architecture = gguf.MODEL_ARCH[arch]
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    tensors = _Tensors(model, text, arch)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(model.name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _shape(writer, text, arch)
+    _vocabulary(writer, model, text, arch)
+    names = gguf.get_tensor_name_map(architecture, text["num_hidden_layers"])
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    places, lost = {}, []
+    for name, shape in tensors.shapes():
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if place is None:
+            lost.append(name)
+            continue
+        small = len(shape) <= 1 or any(word in place for word in _SMALL) or not place.endswith(".weight")
+        stored = gguf.GGMLQuantizationType.F32 if small or place.endswith("_norm.weight") else wanted
+        block, size = gguf.GGML_QUANT_SIZES[stored]
+        if shape[-1] % block:
+            stored = gguf.GGMLQuantizationType.F16  # a row is no multiple of a block
+            block, size = gguf.GGML_QUANT_SIZES[stored]
+        places[name] = stored
+        plain = stored in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+        bytes_ = int(np.prod(shape)) // block * size
+        dtype: Any = np.dtype({0: np.float32, 1: np.float16}[int(stored)]) if plain else np.dtype(np.uint8)
+        stored_shape = shape if plain else (*shape[:-1], shape[-1] // block * size)
+        writer.add_tensor_info(place, stored_shape, dtype, bytes_, None if plain else stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, stored in places.items():
+        data = tensors.read(name).contiguous().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(data, stored))
+    writer.close()
+    return {"type": kind, "tensors": len(places), "left_out": lost}
+
+
+class _Tensors:
+    """The tensors of a folder as llama.cpp wants them, in float32, by their names in the folder."""
+
+    def __init__(self, model: Path, config: Mapping[str, Any], arch: str) -> None:
+        self.files, self.config, self.arch = TensorFiles(model), config, arch
+        self.sources: dict[str, list[str]] = defaultdict(list)
+        for name in self.files.tensors:
+            plain = name.replace("model.language_model.", "model.")
+            found = _EXPERT.match(plain)
+            self.sources[f"{found[1]}.{found[3]}.weight" if found else plain].append(name)
+        for names in self.sources.values():
+            names.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+        if config.get("tie_word_embeddings"):
+            self.sources.pop("lm_head.weight", None)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, sources in list(self.sources.items()):
+            shape = self.files.tensors[sources[0]].shape
+            if name.endswith("experts.gate_up_proj"):
+                head = name.removesuffix("gate_up_proj")
+                for part in ("gate_proj", "up_proj"):
+                    self.sources[f"{head}{part}.weight"] = sources
+                    yield f"{head}{part}.weight", (shape[0], shape[1] // 2, shape[2])
+                continue
+            if name.endswith("experts.down_proj"):
+                self.sources[f"{name}.weight"] = sources
+                yield f"{name}.weight", shape
+                continue
+            if name.endswith(".dt_bias"):
+                renamed = name.replace(".dt_bias", ".dt_proj.bias")
+                self.sources[renamed] = sources
+                yield renamed, shape
+                continue
+            shape = tuple(n for n in shape if n != 1) if "conv1d" in name else shape
+            yield name, (len(sources), *shape) if ".experts." in name else shape
+
+    def read(self, name: str) -> torch.Tensor:
+        sources = self.sources[name]
+        if ".experts." in name and len(sources) > 1:
+            return torch.stack([self.files.read(source).float() for source in sources])
+        tensor = self.files.read(sources[0]).float()
+        if sources[0].endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            return gate if "gate_proj" in name else up
+        heads = self.config.get("num_attention_heads", 1)
+        if self.arch == "LLAMA" and name.endswith("q_proj.weight"):
+            return _interleaved(tensor, heads)
+        if self.arch == "LLAMA" and name.endswith("k_proj.weight"):
+            return _interleaved(tensor, self.config.get("num_key_value_heads", heads))
+        return self._delta_net(name, tensor) if self.arch == "QWEN35" else tensor
+
+    def _delta_net(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Value heads lie by key head there, and one of each key head after the other here; norms hold 1 + weight."""
+        keys, values = self.config["linear_num_key_heads"], self.config["linear_num_value_heads"]
+        wide, many = self.config["linear_value_head_dim"], values // keys
+        before = 2 * keys * self.config["linear_key_head_dim"]  # queries and keys
+
+        def by_copy(part: torch.Tensor, width: int) -> torch.Tensor:
+            rest = part.shape[1:]
+            return part.reshape(keys, many, width, *rest).transpose(0, 1).reshape(-1, *rest)
+
+        if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+            return tensor + 1
+        if ".in_proj_qkv." in name or "conv1d" in name:
+            tensor = tensor.squeeze() if "conv1d" in name else tensor
+            return torch.cat([tensor[:before], by_copy(tensor[before:], wide)])
+        if ".in_proj_z." in name:
+            return by_copy(tensor, wide)
+        if ".in_proj_a." in name or ".in_proj_b." in name or ".dt_proj" in name:
+            return by_copy(tensor, 1)
+        if name.endswith(".A_log"):
+            return by_copy(-torch.exp(tensor), 1)
+        return by_copy(tensor.T, wide).T if "linear_attn.out_proj." in name else tensor
+
+
+def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rotary pairs side by side, as llama.cpp turns them in this architecture, instead of half a head apart."""
+    size = weight.shape[0] // heads
+    return weight.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def _shape(writer: Any, config: Mapping[str, Any], arch: str) -> None:
+    """What the architecture needs to know."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads", heads))
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 1e4))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    if scaling in ("linear", "yarn"):
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType[scaling.upper()])
+        writer.add_rope_scaling_factor(rope["factor"])
+        if scaling == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    elif scaling != "default":
+        raise ModelError(
+            f"config.json: rope_type {scaling!r} is not written as GGUF here; expected default, linear, yarn"
+        )
+    if config.get("head_dim") is not None:
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+    if arch == "LLAMA":
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(head)
+    if experts := config.get("num_experts"):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if shared := config.get("shared_expert_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(shared)
+    if arch == "QWEN35":
+        writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        writer.add_ssm_state_size(config["linear_key_head_dim"])
+        writer.add_ssm_group_count(config["linear_num_key_heads"])
+        writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        kinds = config.get("layer_types") or []
+        writer.add_array("qwen35.attention.recurrent_layers", [kind == "linear_attention" for kind in kinds])
+        writer.add_full_attention_interval(config.get("full_attention_interval") or 4)
+        writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 0.25)))
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", [11, 11, 10]), 0][:4])
+
+
+def _vocabulary(writer: Any, model: Path, config: Mapping[str, Any], arch: str) -> None:
+    """Tokens with their types, merges, special tokens, the template, and where text is cut."""
+    import gguf
+
+    try:
+        described = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model}: tokenizer.json cannot be read ({first_line(error)}); save it anew"
+        ) from None
+    tokenizer = models.load_tokenizer(model)
+    known = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    if max(known) >= config["vocab_size"]:
+        raise ModelError(
+            f"{model}: its tokenizer has token {max(known)}, its model {config['vocab_size']} rows"
+        )
+    for number in range(config["vocab_size"]):
+        token = known.get(number)
+        tokens.append(f"[PAD{number}]" if token is None else token)
+        kind = gguf.TokenType.UNUSED if token is None else gguf.TokenType.NORMAL
+        if token is not None and number in added:
+            marked = added[number].special or (token.startswith("<|") and token.endswith("|>"))
+            kind = gguf.TokenType.CONTROL if marked else gguf.TokenType.USER_DEFINED
+        types.append(kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(described, model))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(model, load_merges=True).add_to_gguf(writer, quiet=True)
+    if arch == "LLAMA" and config["vocab_size"] == 49152:
+        writer.add_add_bos_token(False)
+
+
+def pre_tokenizer(described: Mapping[str, Any], where: Path) -> str:
+    """llama.cpp's name for how a tokenizer.json cuts text; ModelError for one that it would cut otherwise."""
+    if (described.get("model") or {}).get("type") == "BPE":
+        text = json.dumps(described.get("pre_tokenizer"))
+        patterns = {"qwen2": _LETTERS, "qwen35": _MARKS, "llama-bpe": _THREES}
+        for name, pattern in patterns.items():
+            if json.dumps(pattern)[1:-1] in text:
+                return name
+        if '"individual_digits": true' in text and '"ByteLevel"' in text:
+            return "smollm"
+    raise ModelError(
+        f"{where}: its tokenizer.json cuts text in a way that is not known here by llama.cpp's name, so prompts would"
+        " become other tokens; expected the tokenizer of a Qwen, Llama 3 or SmolLM2 model"
+    )

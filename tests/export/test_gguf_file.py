@@ -1,0 +1,102 @@
+"""GGUF files hold the model: every tensor that llama.cpp reads, the template, the tokens, the pre-tokenizer's name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from qwen_chat.errors import ModelError
+from qwen_chat.export.gguf_file import pre_tokenizer, write_gguf
+from qwen_chat.export.tensor_files import TensorFiles
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    reader = gguf.GGUFReader(file)
+    return {key: field.contents() for key, field in reader.fields.items()}, {
+        t.name: t for t in reader.tensors
+    }
+
+
+def test_a_file_holds_the_model(tiny_model_path: Path, tmp_path: Path) -> None:
+    found = write_gguf(tiny_model_path, tmp_path / "m.gguf", "f32")
+    assert found == {"type": "f32", "tensors": 26, "left_out": []}
+    fields, tensors = contents(tmp_path / "m.gguf")
+    assert fields["general.architecture"] == "qwen2" and fields["qwen2.block_count"] == 2
+    assert fields["tokenizer.ggml.pre"] == "smollm"
+    assert fields["tokenizer.chat_template"] == (tiny_model_path / "chat_template.jinja").read_text()
+    assert fields["tokenizer.ggml.tokens"][2] == "<|im_end|>" and fields["tokenizer.ggml.token_type"][2] == 3
+    files = TensorFiles(tiny_model_path)
+    wanted = files.read("model.layers.1.self_attn.k_proj.bias").numpy()
+    assert np.array_equal(tensors["blk.1.attn_k.bias"].data, wanted)
+    assert "output.weight" not in tensors, "a shared head is stored once"
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("bf16", 5e-3), ("q8_0", 5e-3), ("q4_0", 0.13)])
+def test_smaller_types_are_near(kind: str, most: float, tiny_model_path: Path, tmp_path: Path) -> None:
+    """The largest error of an embedding, divided by its largest value."""
+    write_gguf(tiny_model_path, tmp_path / "m.gguf", kind)
+    _, tensors = contents(tmp_path / "m.gguf")
+    stored = tensors["token_embd.weight"]
+    assert stored.tensor_type.name == kind.upper()
+    back = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    wanted = TensorFiles(tiny_model_path).read("model.embed_tokens.weight").numpy()
+    assert 0 < np.abs(back - wanted).max() / np.abs(wanted).max() <= most
+
+
+def test_where_text_is_cut_is_found_by_the_pattern() -> None:
+    def described(pattern: str) -> dict[str, Any]:
+        return {"model": {"type": "BPE"}, "pre_tokenizer": {"pattern": {"Regex": pattern}}}
+
+    assert pre_tokenizer(described(QWEN), Path("m")) == "qwen2"
+    marks = QWEN.replace(r"\p{L}+", r"[\p{L}\p{M}]+")
+    assert pre_tokenizer(described(marks), Path("m")) == "qwen35"
+    with pytest.raises(ModelError, match="cuts text in a way that is not known here"):
+        pre_tokenizer(described(r"\w+"), Path("m"))
+
+
+def test_an_architecture_that_is_not_written_is_named(tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_path, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
+    with pytest.raises(ModelError, match="model_type 'gemma' is not written as GGUF here"):
+        write_gguf(folder, tmp_path / "m.gguf", "f32")
+
+
+# What llama.cpp's converter derives from the folder's name and from counting parameters.
+EXCEPTIONS = {"general.name", "general.size_label", "GGUF.kv_count"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP: the folder of llama.cpp's source")
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+def test_as_llama_cpps_own_converter_writes_it(kind: str, demo_model_path: Path, tmp_path: Path) -> None:
+    write_gguf(demo_model_path, tmp_path / "ours.gguf", kind)
+    (tmp_path / "sentencepiece.py").write_text("class SentencePieceProcessor: ...\n")  # imported, never used
+    source = Path(os.environ["LLAMA_CPP"])
+    subprocess.run(
+        [
+            *(sys.executable, "convert_hf_to_gguf.py", str(demo_model_path), "--outtype", kind),
+            *("--outfile", str(tmp_path / "theirs.gguf")),
+        ],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": f"{source / 'gguf-py'}:{tmp_path}"},
+        check=True,
+        capture_output=True,
+    )
+    (ours, tensors), (theirs, wanted) = contents(tmp_path / "ours.gguf"), contents(tmp_path / "theirs.gguf")
+    differing = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
+    assert differing <= EXCEPTIONS
+    assert set(tensors) == set(wanted)
+    for name, tensor in tensors.items():
+        assert tensor.tensor_type == wanted[name].tensor_type and np.array_equal(
+            tensor.data, wanted[name].data
+        ), name

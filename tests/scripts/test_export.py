@@ -1,0 +1,64 @@
+"""export.py as a user runs it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str) -> tuple[int, str, str]:
+        script = ROOT / "finetune" / "export.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(script), run_name="__main__")
+        said = capsys.readouterr()
+        return int(stop.value.code or 0), said.err, said.out
+
+    return run
+
+
+def test_a_gguf(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    status, said, printed = export("-m", str(tiny_model_path), "--to", "gguf", "-o", str(folder), "--json")
+    assert status == 0, said
+    assert json.loads(printed)["tensors"] == 26
+    assert {path.name for path in folder.iterdir()} == {"model-q8_0.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_command_for_vllm(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    status, said, _ = export("-m", str(tiny_model_path), "--to", "vllm", "-o", str(folder))
+    assert status == 0, said
+    script = (folder / "serve.sh").read_text()
+    assert f"vllm serve {tiny_model_path} " in script and "--tool-call-parser hermes" in script
+    assert "<tool_call>" in (folder / "chat_template.jinja").read_text(), "tools are in it"
+
+
+def test_a_folder_for_a_hub(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    status, said, _ = export("-m", str(tiny_model_path), "--to", "hub", "-o", str(folder))
+    assert status == 0, said
+    assert (folder / "model.safetensors").read_bytes() == (tiny_model_path / "model.safetensors").read_bytes()
+    assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+    assert "hf upload USER/NAME" in said
+
+
+def test_what_stands_in_the_way_is_one_line(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    given = ["-m", str(tiny_model_path), "--to", "gguf", "-o", str(tmp_path / "out")]
+    for more, wanted in (
+        (["--type", "q4_k_m"], "any other is made by llama.cpp's llama-quantize"),
+        (["--type", "q4_k_m", "--llama_quantize", "/no/such"], "no program there"),
+        (["-o", str(tmp_path / "there")], "there is something already"),
+    ):
+        status, said, _ = export(*given, *more)
+        assert status == 2 and wanted in said
+        assert {path.name for path in tmp_path.iterdir()} == {"there"}
