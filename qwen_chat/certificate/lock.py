@@ -1,7 +1,8 @@
 """format.lock: what a trained model must be given and must answer, in one small file beside it.
 
-In: a chat format, the hash of the base, the trained model's greedy replies. Out: a `FormatLock`, written into the model's
-folder or read from it; a file whose content does not have its hashes is refused. The same run gives the same bytes.
+In: a chat format, the hash of the base, the trained model's greedy replies. Out: a `FormatLock`, written into the
+model's folder or read from it; a file whose content does not have its hashes is refused. The same run gives the same
+bytes.
 
 The file is one JSON object. Its head can be read by a person; `content` is the rest, as JSON that is deflated and
 written in base64: 300 conversations with their prompts take about 45 kB.
@@ -21,7 +22,7 @@ from typing import Any
 from qwen_chat.certificate.conversations import QUESTIONS, TOOLS, Example, cases, written_calls
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
-from qwen_chat.errors import FormatError
+from qwen_chat.errors import FormatError, first_line
 from qwen_chat.files import write_whole
 
 LOCK_FILE = "format.lock"
@@ -191,6 +192,25 @@ class FormatLock:
             return cls._of(head, content)
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError):
             raise LockError(damaged) from None
+
+    def format_beside(self, folder: Path) -> ChatFormat | None:
+        """The chat format of the tokenizer that lies beside the lock; None where none does. Raises LockError where it
+        is another one's: then the lock is of another model."""
+        folder = folder if folder.is_dir() else folder.parent
+        if not (folder / "tokenizer_config.json").is_file():
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            fmt = ChatFormat(AutoTokenizer.from_pretrained(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LockError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        if template_hash(fmt) != self.template:
+            raise LockError(
+                f"{folder}: its format.lock is of another model: the chat template beside it is another one; "
+                "take the lock from the folder of the run"
+            )
+        return fmt
 
     @classmethod
     def _of(cls, head: Json, content: Mapping[str, Any]) -> FormatLock:
