@@ -129,6 +129,7 @@ def serve(
     from qwen_chat.inference.loading import load_engine
     from qwen_chat.service.app import create_app
     from qwen_chat.service.prepare import SamplingDefaults, recommended_sampling
+    from qwen_chat.service.self_check import check_formats
     from qwen_chat.service.settings import ServiceSettings
 
     name = model.name or served_name(base, folder)
@@ -166,6 +167,8 @@ def serve(
     port = listener.getsockname()[1]
     say(f"model {name} ({folder})" + ("" if engine.serves_base else ": not served itself"))
     for line in (*engine.decisions, *(f"adapter {known} ({adapters[known]})" for known in adapters)):
+        say(line)
+    for line in check_formats(engine, folder, adapters):
         say(line)
     if model.quantize:
         say(f"weights {model.quantize} (as asked)")

@@ -269,7 +269,11 @@ class Suspects:
         if seen.text is not None:
             return seen.text == predicted
         ids = self.ids(predicted)
-        return ids == seen.ids if seen.ids is not None else len(ids) == seen.count
+        if (
+            seen.ids is not None
+        ):  # what was typed may be text there: then the tokens are others, and the text is not
+            return ids == seen.ids or (bool(self.entries[k].as_control) and self.text(k) == predicted)
+        return len(ids) == seen.count
 
     def ids(self, text: str) -> tuple[int, ...]:
         assert self.fmt is not None
@@ -334,7 +338,8 @@ class Suspects:
         if most:
             cure = "it holds fewer tokens than the prompt has and says nothing; raise its context"
             yield "context truncated", cure, partial(self._truncated, most)
-        extra = {(self.seen[k].count or 0) - len(self.entries[k].ids) for k in others}
+        plain = [k for k in others if not self.entries[k].as_control]
+        extra = {(self.seen[k].count or 0) - len(self.entries[k].ids) for k in plain}
         if len(extra) == 1 and 0 < (more := extra.pop()) < 4:
             cure = "it begins each prompt with a token of its own (BOS); turn that off"
             yield "a token before the prompt", cure, partial(self._begun, more)
@@ -347,7 +352,9 @@ class Suspects:
         if not self._is_bare(k):
             return None
         if isinstance(system, int):
-            return len(self.entries[k].ids) + system
+            entry, count = self.entries[k], self.seen[k].count
+            typed = bool(entry.as_control) and count == len(entry.as_control) + system
+            return len(entry.as_control if typed else entry.ids) + system
         if system is None:
             head, _, rest = self.entries[k].prompt.partition(f"{END}\n")
             return rest if head.startswith(SYSTEM) else None
@@ -386,7 +393,7 @@ class Suspects:
         tokens = [k for k, state in enumerate(states) if state == "tokens"]
         agreed = [k for k, state in enumerate(states) if state == "same"]
         found: list[Finding] = []
-        while left and (best := self._best(left | set(tokens), agreed)) is not None:
+        while (best := self._best(left | set(tokens), agreed)) is not None:
             name, cure, hits, predict = best
             found.append(
                 Finding("differs", name, cure, tuple(sorted(hits)), self._shown(sorted(hits), predict))

@@ -181,7 +181,8 @@ class Replay:
                 read.append((call["function"]["name"], json.loads(call["function"]["arguments"])))
             except (KeyError, TypeError, ValueError):
                 read.append(("?", None))
-        if read == [("get_weather", {"city": CITY})]:
+        # Where several calls are allowed a small model may write the same one again.
+        if read and all(one == ("get_weather", {"city": CITY}) for one in read):
             self._agrees.append("a forced call comes back with its arguments")
         elif read:
             got = json.dumps(read, ensure_ascii=False)[:120]

@@ -113,14 +113,14 @@ class Server:
             return self.counted(example)
         body = self._body(example)
         if self.channel == "tokens":
-            status, answer = self._ask("POST", "/tokenize", {**body, "add_generation_prompt": True})
+            status, answer = self._ask("POST", "/tokenize", body)
             ids = _ids(answer.get("tokens"))
             return (
                 Seen(ids=ids, count=len(ids))
                 if status == 200 and ids
                 else Seen(refused=_told(status, answer))
             )
-        status, answer = self._ask("POST", "/apply-template", {**body, "add_generation_prompt": True})
+        status, answer = self._ask("POST", "/apply-template", body)
         text = answer.get("prompt")
         if status != 200 or not isinstance(text, str):
             return Seen(refused=_told(status, answer))

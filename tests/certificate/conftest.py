@@ -19,7 +19,8 @@ BASE = {"name": "tiny", "hash": "0" * 32}
 def qwen3_format(qwen3_tokenizer: Any) -> ChatFormat:
     """Qwen3's template with a default system prompt, so that another one can be seen."""
     tokenizer = copy.deepcopy(qwen3_tokenizer)
-    system = "{%- if messages[0].role != 'system' %}{% set messages = [{'role': 'system', 'content': 'You are Qwen.'}] + messages %}{% endif %}\n"
+    begun = "[{'role': 'system', 'content': 'You are Qwen.'}] + messages"
+    system = f"{{%- if messages[0].role != 'system' %}}{{% set messages = {begun} %}}{{% endif %}}\n"
     tokenizer.chat_template = system + tokenizer.chat_template
     return ChatFormat(tokenizer)
 

@@ -28,7 +28,8 @@ class Fault:
     request: Callable[[Json], Json] = lambda request: request
     text: Callable[[str, Json], str] = lambda text, request: text
     ids: Callable[[list[int]], list[int]] = lambda ids: ids
-    typed_is_control: bool = False
+    typed_is_control: bool = True  # as other servers do
+    cut: int | None = None  # tokens that a chat's prompt may have; the middle of a longer one is left out
     stops: bool = True
     reads_calls: bool = True
     shift: float = 0.0  # of each log-probability
@@ -144,7 +145,8 @@ class FaultyServer:
         return text, self.fault.ids(ids)
 
     def _chat(self, body: Json) -> Json:
-        ids = self.prompt(body)[1]
+        ids, cut = self.prompt(body)[1], self.fault.cut
+        ids = ids if cut is None or len(ids) <= cut else ids[:100] + ids[100 - cut :]
         message: Json = {"role": "assistant", "content": "Something."}
         finish, count, logprobs = "length", body.get("max_tokens", 16), None
         if body.get("logit_bias"):
