@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "tools"),
     ("dialects",),
     ("chat",),
-    ("data", "demo_model"),
+    ("data", "demo_model", "certificate"),
     ("models", "delta_rule"),
     ("training", "inference"),
     ("service",),

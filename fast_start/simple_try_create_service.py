@@ -156,6 +156,7 @@ def serve(
     from qwen_chat.inference.loading import load_engine
     from qwen_chat.service.app import create_app
     from qwen_chat.service.prepare import SamplingDefaults, recommended_sampling
+    from qwen_chat.service.self_check import check_formats
     from qwen_chat.service.settings import ServiceSettings
 
     name = model.name or served_name(base, folder)
@@ -200,6 +201,8 @@ def serve(
         *compiled,
         *(f"adapter {known} ({adapters[known]})" for known in adapters),
     ):
+        say(line)
+    for line in check_formats(engine, folder, adapters):
         say(line)
     if model.quantize:
         say(f"weights {model.quantize} (as asked)")

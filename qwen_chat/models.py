@@ -220,7 +220,7 @@ def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
 
     check_folder(path)
     disable_progress_bar()  # one for each part that is filled
-    loader = AutoModelForImageTextToText if _sees(read_config(path)) else AutoModelForCausalLM
+    loader = AutoModelForImageTextToText if sees(read_config(path)) else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):

@@ -66,7 +66,7 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
     writer.add_name(model.name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _shape(writer, text, arch)
+    _write_shape(writer, text, arch)
     _vocabulary(writer, model, text, arch)
     names = gguf.get_tensor_name_map(architecture, text["num_hidden_layers"])
     wanted = gguf.GGMLQuantizationType[kind.upper()]
@@ -179,7 +179,7 @@ def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def _shape(writer: Any, config: Mapping[str, Any], arch: str) -> None:
+def _write_shape(writer: Any, config: Mapping[str, Any], arch: str) -> None:
     """What the architecture needs to know."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads = config["num_attention_heads"]

@@ -32,7 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX = "model.safetensors.index.json"
+SHARD_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -60,7 +60,7 @@ class TensorFiles:
     def __init__(self, path: Path) -> None:
         self.folder = path if path.is_dir() else path.parent
         if path.is_dir():
-            index = path / INDEX
+            index = path / SHARD_INDEX
             names = _shards(index) if index.is_file() else sorted(f.name for f in path.glob("*.safetensors"))
         else:
             names = [path.name]
@@ -126,7 +126,7 @@ class TensorWriter:
             places = {name: file for file, shard in files.items() for name in shard}
             size = sum(stored.size for shard in shards for stored in shard.values())
             index = {"metadata": {"total_size": size}, "weight_map": places}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (folder / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _begin(self, path: Path, shard: Mapping[str, Stored]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter or model with its tokenizer, run.json, a report for a person.
+"""What a run leaves: the adapter or model with its tokenizer and certificate, run.json, a report for a person.
 
 In: a Session, the trainer that has run, its log. Out: a folder that `--adapter` or `-m` loads and whose
 generation ends where the trained replies end.
@@ -19,10 +19,12 @@ import torch
 from transformers import PreTrainedModel
 
 from qwen_chat import hardware, models
+from qwen_chat.certificate.lock import FormatLock, Replies
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.cli.run_options import Run
-from qwen_chat.console import is_rank_zero
+from qwen_chat.console import is_rank_zero, rank_zero
 from qwen_chat.training import adapters, checkpoints, fused, memory_plan
+from qwen_chat.training.greedy import replies
 from qwen_chat.training.session import Session
 from qwen_chat.training.step_log import StepLog
 from qwen_chat.training.trainer import ChatTrainer
@@ -31,7 +33,7 @@ VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsand
 
 
 def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Tensor]) -> None:
-    """Adapter or model, tokenizer with its template, generation config: complete, on rank 0.
+    """Adapter or model, tokenizer with its template, generation config, format.lock: complete, on rank 0.
 
     initial: the adapter's first values (PiSSA); else empty.
     """
@@ -67,7 +69,24 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
                 shutil.copy2(session.model_path / file, aside / file)
     fmt.complete_tokenizer()
     fmt.tokenizer.save_pretrained(aside)
+    certify(session, model, cut_up=weights is not None).write(aside)
     checkpoints.move_into(aside, session.folder)
+
+
+def certify(session: Session, model: PreTrainedModel, *, cut_up: bool) -> FormatLock:
+    """The certificate of the format that was trained, with this model's own replies where it is not `cut_up`."""
+
+    def greedy(prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> Replies:
+        if cut_up:
+            return Replies((), "none: the model's weights are cut up over the ranks (ZeRO-3)")
+        return replies(model, prompts, ends)
+
+    name = models.name_of(session.run.model.model, session.model_path)
+    base = {"name": name, "hash": str(session.shaped_by["model"])}
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    made = FormatLock.make(session.fmt, base=base, longest=context, greedy=greedy)
+    rank_zero(f"format.lock: {len(made.entries)} prompts; greedy replies: {made.greedy.note}")
+    return made
 
 
 def stop_where_trained(model: PreTrainedModel, fmt: ChatFormat) -> None:

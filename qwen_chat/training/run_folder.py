@@ -26,7 +26,7 @@ LOG_FILE = "train_log.jsonl"
 _OWN = frozenset({RUN_FILE, LOG_FILE, "runs", checkpoints.LOCK, checkpoints.ASIDE})  # runs: tensorboard's
 # What a run that was killed while it saved its result may have left.
 _RESULT_FILES = re.compile(
-    r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges)\S*"
+    r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges|format)\S*"
 )
 
 # What may change when a run goes on: it does not touch the weights.

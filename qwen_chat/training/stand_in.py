@@ -32,7 +32,7 @@ LOWER = {
     *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum"),
     *("conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"),
 }
-SINGLE = {
+FLOAT32_OPERATORS = {
     *(
         "pow",
         "__pow__",
@@ -260,7 +260,7 @@ class Kernels(TorchFunctionMode):
             return func(*args, **named)
         if name in LOWER:
             args, named = tree_map(self._lower, (tuple(args), named))
-        elif name in SINGLE:
+        elif name in FLOAT32_OPERATORS:
             args, named = tree_map(_single, (tuple(args), named))
         elif name in SUMMED and named.get("dtype") is None and any(_half(leaf) for leaf in args):
             named["dtype"] = torch.float32
