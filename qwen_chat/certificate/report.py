@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from qwen_chat.certificate.causes import FirstDifference, Finding
+from qwen_chat.certificate.causes import Finding, FirstDifference
 from qwen_chat.certificate.lock import FormatLock
 from qwen_chat.certificate.replay import Outcome
 from qwen_chat.conversation import Json

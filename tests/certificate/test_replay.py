@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from qwen_chat.certificate.lock import FormatLock
-from qwen_chat.certificate.replay import Replay, Outcome
+from qwen_chat.certificate.replay import Outcome, Replay
 from qwen_chat.certificate.server import Server
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
