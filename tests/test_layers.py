@@ -39,6 +39,7 @@ LIGHT_ROOMS = {
     "tools",
     "dialects",
     "chat",
+    "certificate",
     "data",
 }
 LIGHT_MODULES = {

@@ -27,7 +27,7 @@ UNKNOWN = "no known cause"
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class FirstDifference:
     """Where a prompt differs: the number of the conversation, the first byte, and both texts around it. `seen` is what
     the cause would write, where the server tells the number of tokens alone."""
 
@@ -48,12 +48,12 @@ class Finding:
     cause: str
     cure: str
     numbers: tuple[int, ...] = ()
-    first: Difference | None = None
+    first: FirstDifference | None = None
 
 
 def first_difference(
     number: int, expected: str, found: str, *, seen: bool = True, around: int = 40
-) -> Difference:
+) -> FirstDifference:
     """The first byte (of UTF-8) at which two texts differ, with what stands around it."""
     same = next((k for k, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
     at = min(len(expected), len(found)) if same is None else same
@@ -61,7 +61,7 @@ def first_difference(
     if same is not None:  # within a character the first bytes may be equal
         pair = zip(expected[at].encode(), found[at].encode(), strict=False)
         byte += next((k for k, (a, b) in enumerate(pair) if a != b), 0)
-    return Difference(
+    return FirstDifference(
         number,
         byte,
         expected[max(0, at - around) : at],
@@ -75,7 +75,7 @@ def first_difference(
 # Each is a conversation changed, as a server changes it that has the fault.
 
 
-def _messages(change: Callable[[Json], Json | None], example: Example) -> Example:
+def each_message(change: Callable[[Json], Json | None], example: Example) -> Example:
     changed = [change(dict(message)) for message in example.messages]
     return replace(example, messages=tuple(message for message in changed if message is not None))
 
@@ -84,15 +84,15 @@ def _stripped(strip: Callable[[str], str], message: Json) -> Json:
     return message | {"content": strip(message["content"])}
 
 
-def _without(key: str, message: Json) -> Json:
+def without_key(key: str, message: Json) -> Json:
     return {name: value for name, value in message.items() if name != key}
 
 
-def _only_first_call(message: Json) -> Json:
+def first_call_alone(message: Json) -> Json:
     return message | ({"tool_calls": message["tool_calls"][:1]} if message.get("tool_calls") else {})
 
 
-def _last_turns(count: int, example: Example) -> Example:
+def last_turns(count: int, example: Example) -> Example:
     """The system text and the last `count` turns, each from a user's message on."""
     asked = [k for k, message in enumerate(example.messages) if message["role"] == "user"]
     start = asked[-count] if len(asked) > count else 0
@@ -100,7 +100,7 @@ def _last_turns(count: int, example: Example) -> Example:
     return replace(example, messages=(*head, *example.messages[start:]))
 
 
-def _system_to_user(example: Example) -> Example:
+def system_to_user(example: Example) -> Example:
     head, *rest = example.messages
     if head["role"] != "system" or not rest or rest[0]["role"] != "user":
         return example
@@ -108,11 +108,11 @@ def _system_to_user(example: Example) -> Example:
     return replace(example, messages=(merged, *rest[1:]))
 
 
-def _never(role: str, message: Json) -> Json | None:
+def without_role(role: str, message: Json) -> Json | None:
     return None if message["role"] == role else message
 
 
-def _unanswered(message: Json) -> Json | None:
+def without_tool_turns(message: Json) -> Json | None:
     return None if message["role"] == "tool" or message.get("tool_calls") else message
 
 
@@ -121,45 +121,47 @@ CHANGES: tuple[tuple[str, str, Change], ...] = (
     ("tools dropped", "the server renders without tools; turn its tool calling on (vLLM: --enable-auto-tool-choice)",
      lambda example: replace(example, tools=())),
     ("calls of earlier turns dropped", "its template does not write tool_calls; give it the trained one",
-     partial(_messages, partial(_without, "tool_calls"))),
+     partial(each_message, partial(without_key, "tool_calls"))),
     ("calls of earlier turns dropped", "its template does not write tool_calls; give it the trained one",
-     partial(_messages, lambda m: None if m.get("tool_calls") else m)),
+     partial(each_message, lambda m: None if m.get("tool_calls") else m)),
+    ("text beside calls dropped", "it keeps the calls of an earlier turn and drops what was said with them",
+     partial(each_message, lambda m: m | {"content": ""} if m.get("tool_calls") else m)),
     ("only the first of several calls kept", "its template writes one call a turn; give it the trained one",
-     partial(_messages, _only_first_call)),
+     partial(each_message, first_call_alone)),
     ("results of tools dropped", "its template does not know the role 'tool'; give it the trained one",
-     partial(_messages, partial(_never, "tool"))),
+     partial(each_message, partial(without_role, "tool"))),
     ("calls and results dropped", "its template knows no tools; give it the trained one",
-     partial(_messages, _unanswered)),
+     partial(each_message, without_tool_turns)),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, partial(_stripped, str.strip))),
+     partial(each_message, partial(_stripped, str.strip))),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, lambda m: m if m["role"] == "tool" else _stripped(str.strip, m))),
+     partial(each_message, lambda m: m if m["role"] == "tool" else _stripped(str.strip, m))),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, lambda m: _stripped(str.strip, m) if m["role"] == "user" else m)),
+     partial(each_message, lambda m: _stripped(str.strip, m) if m["role"] == "user" else m)),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, lambda m: _stripped(str.strip, m) if m["role"] == "assistant" else m)),
+     partial(each_message, lambda m: _stripped(str.strip, m) if m["role"] == "assistant" else m)),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, lambda m: _stripped(str.strip, m) if m["role"] == "tool" else m)),
+     partial(each_message, lambda m: _stripped(str.strip, m) if m["role"] == "tool" else m)),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, partial(_stripped, str.rstrip))),
+     partial(each_message, partial(_stripped, str.rstrip))),
     ("white space stripped", "it trims what people say; its template or its front does that",
-     partial(_messages, partial(_stripped, str.lstrip))),
+     partial(each_message, partial(_stripped, str.lstrip))),
     ("earlier turns dropped", "it keeps the last turns alone; look for a limit of its history",
-     partial(_last_turns, 1)),
+     partial(last_turns, 1)),
     ("earlier turns dropped", "it keeps the last turns alone; look for a limit of its history",
-     partial(_last_turns, 2)),
+     partial(last_turns, 2)),
     ("earlier turns dropped", "it keeps the last turns alone; look for a limit of its history",
-     partial(_last_turns, 3)),
+     partial(last_turns, 3)),
     ("earlier thoughts dropped", "it does not pass reasoning_content on; look for the name that it knows",
-     partial(_messages, partial(_without, "reasoning_content"))),
+     partial(each_message, partial(without_key, "reasoning_content"))),
     ("system text dropped", "its template knows no system role; give it the trained one",
-     partial(_messages, partial(_never, "system"))),
+     partial(each_message, partial(without_role, "system"))),
     ("system text moved into the question", "its template knows no system role; give it the trained one",
-     _system_to_user),
+     system_to_user),
 )  # fmt: skip
 
 
-def _html(value: Json) -> str:
+def for_web_pages(value: Json) -> str:
     text = json.dumps(value, ensure_ascii=False)
     for sign in "<>&'":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -179,8 +181,10 @@ JSON_FAULTS: tuple[tuple[str, str, tuple[str, ...], Written], ...] = (
      ("arguments",), lambda value: json.dumps({key: value[key] for key in sorted(value)}, ensure_ascii=False)),
     ("keys of tools reordered", "it sorts or normalises what tools say; send them as they arrive there",
      ("tools",), lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True)),
+    ("tools normalised", "send tools as it writes them: name, description, parameters, and a description in each",
+     ("tools",), lambda value: json.dumps(_usual_order(True, value), ensure_ascii=False)),
     ("keys of tools reordered", "it sorts or normalises what tools say; send them as they arrive there", ("tools",),
-     lambda value: json.dumps(_usual_order(value), ensure_ascii=False)),
+     lambda value: json.dumps(_usual_order(False, value), ensure_ascii=False)),
     ("keys of arguments and tools reordered", "it sorts the keys of all JSON; nothing can be set",
      ("arguments", "tools"), lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True)),
     ("other characters than ASCII escaped", "its tojson writes \\u....; give it a template whose tojson does not",
@@ -189,7 +193,7 @@ JSON_FAULTS: tuple[tuple[str, str, tuple[str, ...], Written], ...] = (
      ("arguments",), json.dumps),
     ("other characters than ASCII escaped", "its tojson writes \\u....; give it a template whose tojson does not",
      ("tools",), json.dumps),
-    ("< > & ' escaped in JSON", "its tojson is made for web pages", ("arguments", "tools"), _html),
+    ("< > & ' escaped in JSON", "its tojson is made for web pages", ("arguments", "tools"), for_web_pages),
     ("JSON without spaces", "its tojson writes no space after : and ,; give it the trained template",
      ("arguments", "tools"), lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":"))),
     ("JSON without spaces", "its tojson writes no space after : and ,; give it the trained template",
@@ -199,9 +203,10 @@ JSON_FAULTS: tuple[tuple[str, str, tuple[str, ...], Written], ...] = (
 )  # fmt: skip
 
 
-def _usual_order(tool: Json) -> Json:
-    """A tool as a server writes it that reads it into a type of its own: name, description, parameters."""
-    function = tool.get("function", {})
+def _usual_order(fills: bool, tool: Json) -> Json:
+    """A tool as a server writes it that reads it into a type of its own: name, description (llama-server adds an empty
+    one: `fills`), parameters."""
+    function = ({"description": ""} if fills else {}) | tool.get("function", {})
     known = [key for key in ("name", "description", "parameters", "strict") if key in function]
     ordered = {key: function[key] for key in (*known, *(key for key in function if key not in known))}
     return {**tool, "function": ordered}
@@ -432,7 +437,7 @@ class Suspects:
         found = predict(k)
         return None if found == self.entries[k].prompt else found
 
-    def _shown(self, numbers: Sequence[int], predict: Predict | None) -> Difference | None:
+    def _shown(self, numbers: Sequence[int], predict: Predict | None) -> FirstDifference | None:
         """The first difference of the shortest of these prompts: as seen, else as the cause would write it."""
         for k in sorted(numbers, key=lambda k: len(self.entries[k].prompt)):
             text, seen = self.text(k), True

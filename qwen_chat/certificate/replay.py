@@ -1,6 +1,6 @@
 """A certificate replayed against a server: each prompt as far as it is seen, the end of a reply, a call, the weights.
 
-In: a FormatLock, an opened Server, the chat format where it is at hand. Out: a `Verdict`: what agrees, what differs and
+In: a FormatLock, an opened Server, the chat format where it is at hand. Out: a `Outcome`: what agrees, what differs and
 why, what cannot be seen there.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qwen_chat.certificate.causes import Finding, Suspects
 from qwen_chat.certificate.conversations import Example, system, user
 from qwen_chat.certificate.lock import TOKENS, FormatLock, GreedyReply
-from qwen_chat.certificate.server import Reply, Seen, Server
+from qwen_chat.certificate.server import ChatReply, Seen, Server
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
 from qwen_chat.dialects.known import begins_call
@@ -40,7 +40,7 @@ CALL_TOOL: Json = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """What a server was found to do. `agrees` and `unseen` are lines for a person."""
 
     findings: tuple[Finding, ...]
@@ -71,7 +71,7 @@ class Replay:
         self._agrees: list[str] = []
         self._unseen: list[str] = []
 
-    def run(self, most: int | None = None) -> Verdict:
+    def run(self, most: int | None = None) -> Outcome:
         """Ask for the first `most` prompts (all), then for replies. Raises ServerLost."""
         entries = self._lock.entries[:most]
         seen: list[Seen] = []
@@ -102,7 +102,7 @@ class Replay:
         self._stop()
         self._call()
         self._weights(prompts_differ=changed)
-        return Verdict(
+        return Outcome(
             tuple(self._findings), tuple(self._agrees), tuple(self._unseen), len(seen) - len(refused)
         )
 
@@ -136,7 +136,7 @@ class Replay:
         """The end of turn is forced as the first token: the reply must be over, and empty."""
         end = self._lock.stop_ids[0]
         found = self._server.chat(Example("stop", (user("Hi"),)), max_tokens=4, logit_bias={str(end): 100})
-        text = "" if isinstance(found, str) else _said(found.message)
+        text = "" if isinstance(found, str) else spoken(found.message)
         bare = text.replace("<|im_end|>", "").strip()
         if isinstance(found, str) or bare or found.finish not in ("stop", "length"):
             self._natural_stop()
@@ -157,9 +157,9 @@ class Replay:
                 continue
             found = self._server.chat(entry.case, max_tokens=TOKENS * 2)
             expected = "".join(locked.texts[:-1]).strip()
-            if isinstance(found, str) or not _said(found.message).strip().startswith(expected):
+            if isinstance(found, str) or not spoken(found.message).strip().startswith(expected):
                 continue
-            if found.finish == "stop" and _said(found.message).strip() == expected:
+            if found.finish == "stop" and spoken(found.message).strip() == expected:
                 self._agrees.append("a reply ends at the end of its turn")
             else:
                 self._missing_stop()
@@ -188,7 +188,7 @@ class Replay:
             got = json.dumps(read, ensure_ascii=False)[:120]
             cure = "set the parser of the dialect that the template speaks (docs/function_calling.md)"
             self._findings.append(Finding("differs", f"a forced call comes back as {got}", cure))
-        elif not isinstance(found, str) and begins_call(_said(found.message)):
+        elif not isinstance(found, str) and begins_call(spoken(found.message)):
             cure = "turn on its parser of calls (vLLM: --tool-call-parser; llama-server: --jinja)"
             self._findings.append(Finding("differs", "call dropped: it stays text in the reply", cure))
         else:
@@ -214,7 +214,7 @@ class Replay:
             if isinstance(found, str):
                 continue
             compared += 1
-            drift, at = _compare(locked, found)
+            drift, at = compare_reply(locked, found)
             drifts += drift
             if at is not None:
                 parted.append((k, at))
@@ -234,19 +234,19 @@ class Replay:
             self._unseen.append("log-probabilities: it tells none, so the replies' words alone were compared")
 
 
-def _said(message: Json) -> str:
+def spoken(message: Json) -> str:
     """A message's text, its thought included."""
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     return f"{thought}{message.get('content') or ''}"
 
 
-def _compare(locked: GreedyReply, found: Reply) -> tuple[list[float], int | None]:
+def compare_reply(locked: GreedyReply, found: ChatReply) -> tuple[list[float], int | None]:
     """How far the log-probabilities of the tokens are apart until the replies part, and at which token they do for
     another reason than that two tokens were near; None: they do not."""
     near = [first - second <= NEAR for first, second in zip(locked.logprobs, locked.seconds, strict=True)]
     if found.tokens is None or found.logprobs is None:
         whole = "".join(locked.texts).replace("<|im_end|>", "").rstrip("\ufffd").strip()
-        said = _said(found.message).replace("\ufffd", "").strip()
+        said = spoken(found.message).replace("\ufffd", "").strip()
         clean = not any("\ufffd" in text for text in locked.texts) and "<" not in whole
         return [], None if not clean or said.startswith(whole) or whole.startswith(said) or any(near) else 0
     drifts: list[float] = []

@@ -1,21 +1,21 @@
 """What a replay found, for a person and for a program.
 
-In: a Verdict, and what it is about. Out: lines, in colour on a terminal; or one JSON object.
+In: a Outcome, and what it is about. Out: lines, in colour on a terminal; or one JSON object.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from qwen_chat.certificate.causes import Difference, Finding
+from qwen_chat.certificate.causes import Finding, FirstDifference
 from qwen_chat.certificate.lock import FormatLock
-from qwen_chat.certificate.replay import Verdict
+from qwen_chat.certificate.replay import Outcome
 from qwen_chat.conversation import Json
 
 GREEN, RED, YELLOW, DIM, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
 
-def lines(verdict: Verdict, lock: FormatLock, *, colour: bool) -> list[str]:
+def lines(verdict: Outcome, lock: FormatLock, *, colour: bool) -> list[str]:
     """What differs first, then warnings, what agrees, what cannot be seen."""
 
     def paint(code: str, text: str) -> str:
@@ -24,7 +24,7 @@ def lines(verdict: Verdict, lock: FormatLock, *, colour: bool) -> list[str]:
     found = []
     for finding in sorted(verdict.findings, key=lambda one: one.level):
         code = RED if finding.level == "differs" else YELLOW
-        found.append(f"{paint(code, finding.level)}  {finding.cause}{_where(finding, lock)}")
+        found.append(f"{paint(code, finding.level)}  {finding.cause}{where_it_is(finding, lock)}")
         if finding.first is not None:
             found += difference_lines(finding.first, colour=colour)
         found.append(f"         {finding.cure}")
@@ -33,7 +33,7 @@ def lines(verdict: Verdict, lock: FormatLock, *, colour: bool) -> list[str]:
     return found
 
 
-def difference_lines(first: Difference, *, colour: bool) -> list[str]:
+def difference_lines(first: FirstDifference, *, colour: bool) -> list[str]:
     """The first byte that differs, in both texts; what is equal before it is dim."""
     how = "" if first.seen else " (as this cause would write it: the number of tokens fits)"
     before = repr(first.before)[1:-1]
@@ -49,7 +49,7 @@ def difference_lines(first: Difference, *, colour: bool) -> list[str]:
     ]
 
 
-def _where(finding: Finding, lock: FormatLock) -> str:
+def where_it_is(finding: Finding, lock: FormatLock) -> str:
     if not finding.numbers:
         return ""
     kinds: dict[str, int] = {}
@@ -60,7 +60,7 @@ def _where(finding: Finding, lock: FormatLock) -> str:
     return f": {len(finding.numbers)} prompts ({told})"
 
 
-def to_json(verdict: Verdict, *, url: str, model: str, software: str, channel: str) -> Json:
+def to_json(verdict: Outcome, *, url: str, model: str, software: str, channel: str) -> Json:
     """One object: `status`, `findings` with their first difference, `agrees`, `unseen`."""
     return {
         "status": verdict.status,

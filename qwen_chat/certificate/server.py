@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import requests
@@ -46,7 +47,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ChatReply:
     """One answer of a chat: the message, why it ended, tokens with log-probabilities (None: not told), tokens of the
     prompt and of the reply (None: not told)."""
 
@@ -82,6 +83,8 @@ class Server:
         if status in (401, 403):
             why = "it wants another key" if "Authorization" in self._session.headers else "it wants a key"
             raise ServerLost(f"{self.url} answered {status}: {why}; give it with --api_key or API_KEY")
+        if not isinstance(known, list) and self.model:
+            known = []  # transformers serve cannot list what it loads from a folder
         if not isinstance(known, list):
             raise ServerLost(
                 f"{self.url}/v1/models answered {status} and no list of models; is it a chat service?"
@@ -118,12 +121,12 @@ class Server:
             return (
                 Seen(ids=ids, count=len(ids))
                 if status == 200 and ids
-                else Seen(refused=_told(status, answer))
+                else Seen(refused=refusal_text(status, answer))
             )
         status, answer = self._ask("POST", "/apply-template", body)
         text = answer.get("prompt")
         if status != 200 or not isinstance(text, str):
-            return Seen(refused=_told(status, answer))
+            return Seen(refused=refusal_text(status, answer))
         status, answer = self._ask(
             "POST", "/tokenize", {"content": text, "add_special": True, "parse_special": True}
         )
@@ -135,7 +138,7 @@ class Server:
         found = self.chat(example, max_tokens=1)
         return Seen(refused=found) if isinstance(found, str) else Seen(count=found.prompt_tokens)
 
-    def chat(self, example: Example, **more: Any) -> Reply | str:
+    def chat(self, example: Example, **more: Any) -> ChatReply | str:
         """The likeliest answer; or why the server refused to give one. Raises ServerLost."""
         status, answer = self._ask(
             "POST", "/v1/chat/completions", {**self._body(example), "temperature": 0, **more}
@@ -143,7 +146,7 @@ class Server:
         try:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             told = (choice.get("logprobs") or {}).get("content") or None
-            return Reply(
+            return ChatReply(
                 message=dict(choice["message"]),
                 finish=choice.get("finish_reason"),
                 tokens=None if told is None else tuple(str(one["token"]) for one in told),
@@ -152,20 +155,27 @@ class Server:
                 completion_tokens=usage.get("completion_tokens"),
             )
         except (KeyError, IndexError, TypeError, ValueError):
-            return _told(status, answer)
+            return refusal_text(status, answer)
 
     def _body(self, example: Example) -> Json:
         body: Json = {"model": self.model, "messages": list(example.messages)}
         body |= {"tools": list(example.tools)} if example.tools else {}
         return body | ({"chat_template_kwargs": example.variables} if example.variables else {})
 
+    def _send(self, method: str, url: str, body: Json | None) -> requests.Response:
+        """A connection that the server has closed since its last answer is opened once again."""
+        asking = partial(self._session.request, method, url, json=body, stream=True, allow_redirects=False)
+        timeout = (CONNECT, self._timeout)
+        try:
+            return asking(timeout=timeout)
+        except requests.ConnectionError:
+            return asking(timeout=timeout)
+
     def _ask(self, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:
         """(status, the answer's JSON object; empty where it is none). Raises ServerLost."""
         url, began = self.url + path, time.monotonic()
         try:
-            with self._session.request(
-                method, url, json=body, stream=True, timeout=(CONNECT, self._timeout), allow_redirects=False
-            ) as answer:
+            with self._send(method, url, body) as answer:
                 if answer.is_redirect:
                     target = answer.headers.get("Location", "")[:200]
                     raise ServerLost(f"{url} redirects to {target}; give the server's own address with --url")
@@ -197,7 +207,7 @@ def _ids(value: object) -> tuple[int, ...]:
     return tuple(given) if all(isinstance(one, int) for one in given) else ()
 
 
-def _told(status: int, answer: Json) -> str:
+def refusal_text(status: int, answer: Json) -> str:
     error: object = (
         answer.get("error") or answer.get("message") or answer.get("detail") or "no answer of that kind"
     )

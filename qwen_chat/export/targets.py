@@ -24,14 +24,14 @@ _SPOKEN = ("--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parse
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenExport:
     """What an export made, for a person and for a program."""
 
     lines: tuple[str, ...]
     facts: Mapping[str, Any]
 
 
-def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> Written:
+def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> WrittenExport:
     """`model-TYPE.gguf`. K-quants are made by llama.cpp's own llama-quantize from a BF16 file."""
     kind = kind.lower()
     if kind not in FILE_TYPES and quantizer is None:
@@ -67,10 +67,10 @@ def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> Writ
             f" {facts['left_out'][0]} first"
         )
     lines += ["serve it:", f"  llama-server -m {shlex.quote(str(folder / name))} --jinja"]
-    return Written(tuple(lines), facts)
+    return WrittenExport(tuple(lines), facts)
 
 
-def to_vllm(model: Path, folder: Path) -> Written:
+def to_vllm(model: Path, folder: Path) -> WrittenExport:
     """`serve.sh` with the parsers that the model's dialect needs, and the template that it was trained under."""
     found = vllm.command(
         model,
@@ -101,13 +101,13 @@ def to_vllm(model: Path, folder: Path) -> Written:
         _carry_lock(model, aside)
 
     build_new(folder, build)
-    return Written(
+    return WrittenExport(
         (f"written: {folder / 'serve.sh'}", "serve it:", f"  sh {shlex.quote(str(folder / 'serve.sh'))}"),
         {"command": words},
     )
 
 
-def to_hub(model: Path, source: Exported, folder: Path) -> Written:
+def to_hub(model: Path, source: Exported, folder: Path) -> WrittenExport:
     """The model's files with a README.md that tells what its run did; nothing is sent."""
 
     def build(aside: Path) -> None:
@@ -118,7 +118,9 @@ def to_hub(model: Path, source: Exported, folder: Path) -> Written:
 
     build_new(folder, build)
     upload = f"hf upload USER/NAME {shlex.quote(str(folder))}"
-    return Written((f"written: {folder}", "read README.md, then send it:", f"  {upload}"), {"upload": upload})
+    return WrittenExport(
+        (f"written: {folder}", "read README.md, then send it:", f"  {upload}"), {"upload": upload}
+    )
 
 
 def _card(source: Exported) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from qwen_chat.certificate.lock import FormatLock
-from qwen_chat.certificate.replay import Replay, Verdict
+from qwen_chat.certificate.replay import Outcome, Replay
 from qwen_chat.certificate.server import Server
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
@@ -115,7 +115,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("template", "usage")]
 
 
-def replay(server: FaultyServer, lock: FormatLock, fmt: ChatFormat | None) -> Verdict:
+def replay(server: FaultyServer, lock: FormatLock, fmt: ChatFormat | None) -> Outcome:
     asked = Server(server.url, timeout=20)
     asked.open(lock.entries[0].case)
     assert asked.channel == (server.offers or "usage")
