@@ -4,6 +4,7 @@ In: a model that can be run alone, prompts as token ids. Out: of each the likeli
 within a time; else none, and why.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,10 @@ def replies(
     began = time.perf_counter()
     was_training = model.training
     model.eval()
+    # transformers' own forward of a hybrid tells each time that kernels are missing, which training did not need.
+    quiet = logging.getLogger("transformers")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
     width = max(map(len, prompts), default=0)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -51,6 +56,7 @@ def replies(
             ids, positions = chosen, positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
     finally:
+        quiet.setLevel(level)
         model.train(was_training)
     kept = tuple(GreedyReply(*(tuple(column) for column in zip(*reply, strict=True))) for reply in found)  # type: ignore[arg-type]
     return Replies(kept, f"{len(kept)} of at most {TOKENS} tokens")
