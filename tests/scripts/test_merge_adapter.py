@@ -68,8 +68,8 @@ def test_a_merged_folder_is_whole(merge: Any, adapter: Path, tiny_model_path: Pa
     assert (folder / "format.lock").read_text() == "{}\n"
     assert left(adapter.parent) == {"merged"}
 
+    from qwen_chat import models
     from qwen_chat.hardware import Device
-from qwen_chat import models
 
     assert models.load_model(folder, device=Device("cpu", "the test asks")).model.config.tie_word_embeddings
 

@@ -51,6 +51,9 @@ def make_tokenizer() -> Any:
 class ScriptedDecoder(Decoder):
     """Stands where the model stands; remembers each row's tokens to know what comes next."""
 
+    ways: tuple[str, ...] = ()
+    device = torch.device("cpu")
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.vocabulary, self.context = VOCABULARY, CONTEXT
