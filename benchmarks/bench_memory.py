@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks.bench_train import QWEN_HALF_B
-from benchmarks.machine import merged, where, write
+from benchmarks.machine import record_ratios
 from qwen_chat import demo_model
 from qwen_chat.training.ranks import free_port
 
@@ -158,11 +158,7 @@ def main() -> int:
             rows.append(measure(case, models[case.model], folder))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     used = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
-    result: dict[str, Any] = {"rows": rows, **where(used)}
-    if options.only:
-        result = merged(RESULT, result, ("run",))
-    result["worst"] = round(max(abs(row["ratio"] - 1) for row in result["rows"]), 3)
-    write(RESULT, result)
+    result = record_ratios(RESULT, rows, used, only=options.only)
     if options.json:
         print(json.dumps(result))
     return 0

@@ -16,7 +16,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks.machine import merged, where, write
+from benchmarks.machine import record_ratios
 from qwen_chat.cli.run_options import LoraArguments
 from qwen_chat.training import memory_plan
 from qwen_chat.training.memory_plan import GIB, Setup, Shape
@@ -158,11 +158,7 @@ def main() -> int:
         if options.only in case.name:
             rows.append(measure(case))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    result: dict[str, Any] = {"rows": rows, **where(("torch", "transformers", "peft"))}
-    if options.only:
-        result = merged(RESULT, result, ("run",))
-    result["worst"] = round(max(abs(row["ratio"] - 1) for row in result["rows"]), 3)
-    write(RESULT, result)
+    result = record_ratios(RESULT, rows, ("torch", "transformers", "peft"), only=options.only)
     if options.json:
         print(json.dumps(result))
     return 0

@@ -47,6 +47,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
     rank_zero(f"wrote {path}")
 
 
+def record_ratios(
+    path: Path, rows: list[dict[str, Any]], packages: Iterable[str], *, only: str
+) -> dict[str, Any]:
+    """Write rows that each have a `ratio` by their `run`, with the `worst` of all; `only` some: into the record."""
+    result: dict[str, Any] = {"rows": rows, **where(packages)}
+    if only:
+        result = merged(path, result, ("run",))
+    result["worst"] = round(max(abs(row["ratio"] - 1) for row in result["rows"]), 3)
+    write(path, result)
+    return result
+
+
 def cpu() -> str:
     """The processor, as Linux names it."""
     try:

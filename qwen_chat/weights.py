@@ -130,6 +130,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def model_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The same, and ModelError where the folder has no safetensors."""
+    found = stored_tensors(folder)
+    if not found:
+        raise ModelError(f"{folder}: no {SINGLE} in it; save the model anew with save_pretrained")
+    return found
+
+
 def _of_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in files:

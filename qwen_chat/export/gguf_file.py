@@ -19,7 +19,7 @@ import torch
 
 from qwen_chat import models
 from qwen_chat.errors import MissingDependency, ModelError, first_line
-from qwen_chat.export.tensor_files import TensorFiles
+from qwen_chat.weights import model_tensors
 
 # model_type -> llama.cpp's architecture.
 ARCHITECTURES = {
@@ -102,9 +102,9 @@ class _Tensors:
     """The tensors of a folder as llama.cpp wants them, in float32, by their names in the folder."""
 
     def __init__(self, model: Path, config: Mapping[str, Any], arch: str) -> None:
-        self.files, self.config, self.arch = TensorFiles(model), config, arch
+        self.stored, self.config, self.arch = model_tensors(model), config, arch
         self.sources: dict[str, list[str]] = defaultdict(list)
-        for name in self.files.tensors:
+        for name in self.stored:
             plain = name.replace("model.language_model.", "model.")
             found = _EXPERT.match(plain)
             self.sources[f"{found[1]}.{found[3]}.weight" if found else plain].append(name)
@@ -115,7 +115,7 @@ class _Tensors:
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, sources in list(self.sources.items()):
-            shape = self.files.tensors[sources[0]].shape
+            shape = self.stored[sources[0]].shape
             if name.endswith("experts.gate_up_proj"):
                 head = name.removesuffix("gate_up_proj")
                 for part in ("gate_proj", "up_proj"):
@@ -137,8 +137,8 @@ class _Tensors:
     def read(self, name: str) -> torch.Tensor:
         sources = self.sources[name]
         if ".experts." in name and len(sources) > 1:
-            return torch.stack([self.files.read(source).float() for source in sources])
-        tensor = self.files.read(sources[0]).float()
+            return torch.stack([self.stored[source].read().float() for source in sources])
+        tensor = self.stored[sources[0]].read().float()
         if sources[0].endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
             return gate if "gate_proj" in name else up

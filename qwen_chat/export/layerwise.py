@@ -17,7 +17,8 @@ import torch
 
 from qwen_chat import models
 from qwen_chat.errors import MissingDependency, ModelError, first_line
-from qwen_chat.export.tensor_files import TensorFiles, TensorWriter
+from qwen_chat.export.tensor_writer import TensorWriter
+from qwen_chat.weights import model_tensors
 
 # Where peft puts a layer's own weights below itself.
 _WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
@@ -40,7 +41,7 @@ class LayerwiseModel:
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self.files = TensorFiles(base)
+        self.base, self.stored = base, model_tensors(base)
         self._plain = models.on_meta(base, trust_remote_code=trust_remote_code)
         inner = models.on_meta(base, trust_remote_code=trust_remote_code)
         self.start = str(models.read_adapter_config(adapters[0]).get("init_lora_weights")).lower()
@@ -120,7 +121,7 @@ class LayerwiseModel:
         prefix = self._plain.base_model_prefix
         parts = (self.rows, *self.layers, self.norm, self.head)
         grouped: dict[str, dict[str, str]] = {part: {} for part in ("", *parts)}
-        for raw in self.files.tensors:
+        for raw in self.stored:
             name, _ = rename_source_key(raw, renamings, converters, prefix, dict(known))
             if name not in known and raw in known:
                 name = raw
@@ -128,19 +129,17 @@ class LayerwiseModel:
             grouped[part][raw] = name
         if self.tied:
             for raw in grouped[self.head]:  # some files store the shared weight twice
-                del self.files.tensors[raw]
+                del self.stored[raw]
             grouped[self.head] = {}
         missing = [part for part in parts if not grouped[part] and not (self.tied and part == self.head)]
         if missing:
-            raise ModelError(
-                f"{self.files.folder}: no weights of {missing[0]} in its files; fetch the model again"
-            )
+            raise ModelError(f"{self.base}: no weights of {missing[0]} in its files; fetch the model again")
         return grouped
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors of the merged model, in the base's types: its own, and a head where it no longer shares one."""
         found = {
-            raw: (self.files.tensors[raw].dtype, self.files.tensors[raw].shape)
+            raw: (self.stored[raw].dtype, self.stored[raw].shape)
             for part in self._raw.values()
             for raw in part
         }
@@ -161,7 +160,7 @@ class LayerwiseModel:
                 _set(self.core, name, found[0])
         if empty := [name for name, p in self.core.get_submodule(part).named_parameters() if p.is_meta]:
             raise ModelError(
-                f"{self.files.folder}: {part}.{empty[0]} is neither in its files nor in the adapter's; fetch both again"
+                f"{self.base}: {part}.{empty[0]} is neither in its files nor in the adapter's; fetch both again"
             )
         if self.start.startswith(_TAKEN_OUT):
             self._take_out(part)
@@ -172,15 +171,13 @@ class LayerwiseModel:
         from transformers.modeling_utils import LoadStateDictConfig
 
         source = self.rows if part == self.head and self.tied else part
-        raw = {name: self.files.read(name).float() for name in self._raw[source]}
+        raw = {name: self.stored[name].read().float() for name in self._raw[source]}
         options = LoadStateDictConfig(dtype=torch.float32, weight_mapping=copy.deepcopy(self._mapping))
         info, _ = convert_and_load_state_dict_in_model(self._plain, raw, options)
         if info.mismatched_keys or info.conversion_errors:
             odd = next(iter([*info.mismatched_keys, *info.conversion_errors]))
-            raise ModelError(
-                f"{self.files.folder}: {odd} has not the shape that config.json gives; fetch it again"
-            )
-        stored = {name: self.files.tensors[key].dtype for key, name in self._raw[source].items()}
+            raise ModelError(f"{self.base}: {odd} has not the shape that config.json gives; fetch it again")
+        stored = {name: self.stored[key].dtype for key, name in self._raw[source].items()}
         found = {}
         for name, parameter in list(self._plain.named_parameters(remove_duplicate=False)):
             if name.startswith(f"{source}.") and not parameter.is_meta:
@@ -252,7 +249,7 @@ class LayerwiseModel:
             odd = sorted(set(reverted) ^ set(wanted))[0]
             raise ModelError(f"{part}: {odd} cannot be written back as the base's files have it")
         for raw, tensor in reverted.items():
-            writer.write(raw, tensor.to(self.files.tensors[raw].dtype))
+            writer.write(raw, tensor.to(self.stored[raw].dtype))
 
     def empty(self, part: str) -> None:
         """Give a part's memory back."""
@@ -262,7 +259,7 @@ class LayerwiseModel:
     def copy_rest(self, writer: TensorWriter) -> None:
         """What no part holds (the parts that see, layers for several tokens at once) stays bit for bit."""
         for raw in self._raw[""]:
-            writer.write(raw, self.files.read(raw))
+            writer.write(raw, self.stored[raw].read())
 
     @contextlib.contextmanager
     def four_bits(self, part: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
 from qwen_chat.export.layerwise import LayerwiseModel
 from qwen_chat.export.source import Exported, build_new, check_new, write_json
-from qwen_chat.export.tensor_files import TensorWriter
+from qwen_chat.export.tensor_writer import TensorWriter
 
 # The largest difference of a logit, divided by the largest logit, by the type in which the weights are stored.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -121,7 +121,7 @@ class _SideBySide:
         hidden = self._part(model.rows, embed, torch.empty(0))
         if self.four is not None:
             self.four = hidden.clone()
-        dtypes = [stored.dtype for stored in model.files.tensors.values()]
+        dtypes = [stored.dtype for stored in model.stored.values()]
         dtype = max(set(dtypes), key=dtypes.count)
 
         def layer(part: str, forward: Callable[..., Any], states: torch.Tensor) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 from qwen_chat.errors import ModelError
 from qwen_chat.export.gguf_file import pre_tokenizer, write_gguf
-from qwen_chat.export.tensor_files import TensorFiles
+from qwen_chat.weights import stored_tensors
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -34,8 +34,8 @@ def test_a_file_holds_the_model(tiny_model_path: Path, tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.pre"] == "smollm"
     assert fields["tokenizer.chat_template"] == (tiny_model_path / "chat_template.jinja").read_text()
     assert fields["tokenizer.ggml.tokens"][2] == "<|im_end|>" and fields["tokenizer.ggml.token_type"][2] == 3
-    files = TensorFiles(tiny_model_path)
-    wanted = files.read("model.layers.1.self_attn.k_proj.bias").numpy()
+    stored = stored_tensors(tiny_model_path)
+    wanted = stored["model.layers.1.self_attn.k_proj.bias"].read().numpy()
     assert np.array_equal(tensors["blk.1.attn_k.bias"].data, wanted)
     assert "output.weight" not in tensors, "a shared head is stored once"
 
@@ -48,7 +48,7 @@ def test_smaller_types_are_near(kind: str, most: float, tiny_model_path: Path, t
     stored = tensors["token_embd.weight"]
     assert stored.tensor_type.name == kind.upper()
     back = gguf.quants.dequantize(stored.data, stored.tensor_type)
-    wanted = TensorFiles(tiny_model_path).read("model.embed_tokens.weight").numpy()
+    wanted = stored_tensors(tiny_model_path)["model.embed_tokens.weight"].read().numpy()
     assert 0 < np.abs(back - wanted).max() / np.abs(wanted).max() <= most
 
 

@@ -14,7 +14,7 @@ from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
 from qwen_chat.export.layerwise import LayerwiseModel
 from qwen_chat.export.merged_model import Comparison, merge_model
-from qwen_chat.export.tensor_files import TensorFiles
+from qwen_chat.weights import stored_tensors
 from tests.support.tiny_families import tiny_conditional, tiny_family
 
 PROMPTS = torch.randint(0, 500, (50, 9), generator=torch.Generator().manual_seed(5))
@@ -97,7 +97,7 @@ def test_merged_is_the_adapter(kind: str, tmp_path: Path) -> None:
     assert difference(model, made) <= 1e-4
     assert torch.equal(greedy(model), greedy(made.model))
     assert not parted, "tied embeddings stay tied"
-    assert set(TensorFiles(tmp_path / "merged").tensors) == set(TensorFiles(made.base).tensors)
+    assert set(stored_tensors(tmp_path / "merged")) == set(stored_tensors(made.base))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_adapter_over_one_of_two_that_share_a_weight_parts_them(
     made = adapted(tmp_path, "qwen3_slide", **config)
     found, model, parted = merged(made, tmp_path / "merged")
     assert parted and found.logit_difference <= 1e-5
-    assert "lm_head.weight" in TensorFiles(tmp_path / "merged").tensors
+    assert "lm_head.weight" in stored_tensors(tmp_path / "merged")
     rows, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert not torch.equal(rows, head)
 
@@ -144,10 +144,10 @@ def test_weights_stay_in_the_bases_type_and_the_rest_bit_for_bit(tmp_path: Path)
     assert (found.dtype, found.tolerance) == ("bfloat16", 5e-2)
     assert 0 < found.logit_difference <= 2e-2
     assert difference(model, made) <= 2e-2
-    before, after = TensorFiles(made.base), TensorFiles(tmp_path / "merged")
-    changed = {name for name in before.tensors if not torch.equal(before.read(name), after.read(name))}
+    before, after = stored_tensors(made.base), stored_tensors(tmp_path / "merged")
+    changed = {name for name in before if not torch.equal(before[name].read(), after[name].read())}
     assert changed == {f"model.layers.{k}.self_attn.q_proj.weight" for k in range(3)}
-    assert {stored.dtype for stored in after.tensors.values()} == {torch.bfloat16}
+    assert {stored.dtype for stored in after.values()} == {torch.bfloat16}
 
 
 def test_adapters_add_up_by_their_weights(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         LayerwiseModel(other.base, [made.adapter], [1.0])
     file = made.base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="is cut off"):
-        TensorFiles(made.base)
+    with pytest.raises(ModelError, match="it has not come down whole"):
+        stored_tensors(made.base)
 
 
 def test_a_merge_that_moves_the_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,27 +1,17 @@
 """export.py as a user runs it."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.scripts import runner
 
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*words: str) -> tuple[int, str, str]:
-        script = ROOT / "finetune" / "export.py"
-        monkeypatch.setattr(sys, "argv", [str(script), *words])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(script), run_name="__main__")
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.err, said.out
-
-    return run
+    return runner("finetune/export.py", monkeypatch, capsys)
 
 
 def test_a_gguf(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:

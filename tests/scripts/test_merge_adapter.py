@@ -1,14 +1,13 @@
 """merge_adapter.py as a user runs it, and what it refuses: one line, and nothing half-made."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen_chat.export.tensor_files import TensorWriter
+from qwen_chat.export.tensor_writer import TensorWriter
+from tests.support.scripts import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "finetune" / "io_file" / "input_data" / "example_eval_data.jsonl"
@@ -18,15 +17,7 @@ DATA = ROOT / "finetune" / "io_file" / "input_data" / "example_eval_data.jsonl"
 def merge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """(exit status, what was said, what was printed) of merge_adapter.py."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        script = ROOT / "finetune" / "merge_adapter.py"
-        monkeypatch.setattr(sys, "argv", [str(script), *words])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(script), run_name="__main__")
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.err, said.out
-
-    return run
+    return runner("finetune/merge_adapter.py", monkeypatch, capsys)
 
 
 @pytest.fixture
