@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -241,6 +241,22 @@ def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
         if empty:
             model._init_weights(module)
     return model.eval()
+
+
+def parameter_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """What the model calls each tensor of its files, as transformers finds it; several may be parts of one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for name in stored:
+        found, _ = rename_source_key(name, renamings, converters, prefix, known)
+        names[name] = name if found not in known and name in known else found
+    return names
 
 
 def text_config(model: PreTrainedModel) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,10 @@ class LayerwiseModel:
 
     def _grouped(self) -> dict[str, dict[str, str]]:
         """Part -> {tensor in the files: parameter in the model}; "" holds what no part has."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [one for one in self._mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in self._mapping if isinstance(one, WeightConverter)]
-        known: Mapping[str, Any] = self._plain.state_dict()
-        prefix = self._plain.base_model_prefix
+        known = self._plain.state_dict()
         parts = (self.rows, *self.layers, self.norm, self.head)
         grouped: dict[str, dict[str, str]] = {part: {} for part in ("", *parts)}
-        for raw in self.stored:
-            name, _ = rename_source_key(raw, renamings, converters, prefix, dict(known))
-            if name not in known and raw in known:
-                name = raw
+        for raw, name in models.parameter_names(self._plain, self.stored).items():
             part = next((part for part in parts if name.startswith(f"{part}.") and name in known), "")
             grouped[part][raw] = name
         if self.tied:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qwen_chat.errors import ModelError, first_line
-from qwen_chat.models import read_config, sees
+from qwen_chat.models import parameter_names, read_config, sees
 from qwen_chat.weights import StoredTensor, stored_tensors
 
 
@@ -41,7 +41,6 @@ class Skeleton:
             GenerationConfig,
         )
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
         from transformers.utils.logging import disable_progress_bar
 
         self._folder, self._dtype, self.device = folder, dtype, torch.device(device)
@@ -67,16 +66,10 @@ class Skeleton:
                 if isinstance(module, torch.nn.Linear):
                     module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
         self._mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        expected, prefix = self.model.state_dict(), self.model.base_model_prefix
-        # As transformers does it: a name of the model -> the tensors that it is made of.
+        # A name of the model -> the tensors that it is made of.
         self._stored: dict[str, dict[str, StoredTensor]] = {}
-        for name, tensor in tensors.items():
-            target, _ = rename_source_key(name, renamings, converters, prefix, expected)
-            if target not in expected and name in expected:
-                target, _ = rename_source_key(name, [], [], prefix, expected)
-            self._stored.setdefault(target, {})[name] = tensor
+        for name, target in parameter_names(self.model, tensors).items():
+            self._stored.setdefault(target, {})[name] = tensors[name]
         self._tied: Mapping[str, str] = self.model.all_tied_weights_keys
         self._names = {module: name for name, module in self.model.named_modules()}
         if odd := [name for name in self._tied if name in self._stored]:
