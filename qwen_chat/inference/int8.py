@@ -49,6 +49,13 @@ def exact_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def rounded_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (out, in) in int8, and the scale of each of its rows, (out,) float32."""
+    weight = weight.float()
+    scale = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+    return weight.div(scale[:, None]).round_().to(torch.int8).contiguous(), scale
+
+
 def int8_bytes(rows: int, columns: int) -> int:
     """Bytes of a weight (rows, columns) with its scales; twice the numbers where both kernels hold them."""
     return rows * columns * (2 if _has_tiles() else 1) + 16 * rows
@@ -67,9 +74,7 @@ class Int8Linear:
         whole = torch.empty(weight.shape, dtype=torch.int8)
         for begin in range(0, len(weight), _ROUNDED):
             part = slice(begin, begin + _ROUNDED)
-            rows = weight[part].float()
-            self._scale[part] = scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
-            whole[part] = rows.div(scale[:, None]).round_()
+            whole[part], self._scale[part] = rounded_rows(weight[part])
         self._bias = None if bias is None else bias.detach().float().clone()
         fused = fused_levels()
         self._levels = fused or 127

@@ -12,6 +12,7 @@ import ctypes
 import torch
 from torch.nn import functional
 
+from qwen_chat.inference.int8 import rounded_rows
 from qwen_chat.inference.native.library import Library, LinearPart
 
 _AT_A_TIME = 2048  # converted at a time
@@ -41,10 +42,8 @@ class NativeLinear:
             self._sums = torch.empty(outputs + room, dtype=torch.int32)
             self._weight = torch.empty(outputs + room, -(-inputs // 4) * 4, dtype=torch.int8)
             for first in parts:
-                rows = weight[first : first + parts.step].float()
-                scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
-                self._scale[first : first + len(rows)] = scale
-                whole = (rows / scale[:, None]).round_().to(torch.int8).contiguous()
+                whole, scale = rounded_rows(weight[first : first + parts.step])
+                self._scale[first : first + len(whole)] = scale
                 packed, sums = self._weight[first:].data_ptr(), self._sums[first:].data_ptr()
                 library.call("native_pack_int8", whole.data_ptr(), len(whole), inputs, packed, sums)
         self.part = LinearPart(
