@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
@@ -108,16 +107,18 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher = matcher
-        self._bits = torch.zeros((vocabulary + 31) // 32, dtype=torch.int32)
+        self._bits = np.zeros((vocabulary + 31) // 32, np.int32)
         self._vocabulary = vocabulary
 
-    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+    def mask(self, scores: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Scores, minus infinity where the grammar forbids. Raises ToolError where nothing is left."""
-        self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.numel() * 4)
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
             raise ToolError(f"the schema led nowhere: {_reason(self._matcher.get_error())}")
-        bits = np.unpackbits(self._bits.numpy().view(np.uint8), bitorder="little")[: scores.shape[0]]
-        return scores.masked_fill(torch.from_numpy(bits) == 0, float("-inf"))
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: scores.shape[0]]
+        masked = np.full_like(scores, -np.inf)
+        np.copyto(masked, scores, where=bits.view(np.bool_))
+        return masked
 
     def consume(self, token: int) -> None:
         """Move on by one token."""

@@ -14,7 +14,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from qwen_chat.dialects.grammar import Grammar
@@ -23,8 +25,13 @@ from qwen_chat.inference.grammar import Matcher
 
 # Temperatures below it are greedy: divided by them, logits overflow.
 _COLDEST = 1e-5
-# Sorting 151,936 logits costs 10 ms; the nucleus is nearly always among the first thousand.
-_FIRST_CANDIDATES = 1024
+# Sorting 151,936 logits costs 10 ms; the nucleus is nearly always among the first few.
+_FIRST_CANDIDATES = 64
+# Logits that are summed, or searched for their largest, in one go.
+_BLOCK = 256
+
+# One row, float32. numpy and not torch: a row is too small for several threads, and those would wait for each other.
+Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,10 +107,10 @@ class Sampler:
         self._random = torch.Generator().manual_seed(
             time.time_ns() if request.seed is None else request.seed % (1 << 63)
         )
-        self._prompt = torch.tensor(sorted(set(request.prompt_ids)), dtype=torch.long)
+        self._prompt = np.array(sorted(set(request.prompt_ids)), dtype=np.int64)
         self._counts: dict[int, int] = {}
 
-    def pick(self, logits: torch.Tensor) -> Choice:
+    def pick(self, logits: Logits) -> Choice:
         """The next token for one row of logits (vocabulary,), float32. The row is left as it was."""
         request = self.request
         scores = self._biased(logits)
@@ -113,13 +120,16 @@ class Sampler:
         self.note(token)
         if request.logprobs is None:
             return Choice(token)
-        logprobs = logits.float().log_softmax(0)
-        values, ids = logprobs.topk(min(request.logprobs, len(logprobs)))
-        return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        most = logits.max()
+        logprobs = logits - (most + np.log(np.exp(logits - most).sum()))
+        ids = _largest(logits, min(request.logprobs, len(logits)))
+        return Choice(
+            token, float(logprobs[token]), tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
+        )
 
-    def uniform(self) -> torch.Tensor:
-        """The next random number, from 0 up to 1: float64, on the host. A draw takes one."""
-        return torch.rand((), generator=self._random, dtype=torch.float64)
+    def uniform(self) -> float:
+        """The next random number, from 0 up to 1. A draw takes one."""
+        return float(torch.rand((), generator=self._random, dtype=torch.float64))
 
     def note(self, token: int) -> None:
         """Count a token that was taken, and move the grammar on."""
@@ -127,64 +137,82 @@ class Sampler:
         if self.matcher is not None:
             self.matcher.consume(token)
 
-    def _biased(self, logits: torch.Tensor) -> torch.Tensor:
+    def _biased(self, logits: Logits) -> Logits:
         """Penalties and logit_bias. Sources: Keskar et al. 2019 (CTRL) for repetition; else OpenAI's API reference."""
-        request = self.request
+        request, counts = self.request, self._counts
         if request.repetition_penalty != 1:
-            seen = torch.unique(torch.cat((self._prompt, torch.tensor(list(self._counts), dtype=torch.long))))
-            penalty, taken = request.repetition_penalty, logits[seen]
-            logits = logits.index_copy(0, seen, torch.where(taken > 0, taken / penalty, taken * penalty))
-        if self._counts and (request.presence_penalty or request.frequency_penalty):
-            ids = torch.tensor(list(self._counts), dtype=torch.long)
-            times = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
-            logits = logits.index_add(
-                0, ids, -(request.presence_penalty + request.frequency_penalty * times).to(logits.dtype)
-            )
+            seen = np.union1d(self._prompt, np.fromiter(counts, np.int64))
+            penalty, taken, logits = request.repetition_penalty, logits[seen], logits.copy()
+            logits[seen] = np.where(taken > 0, taken / penalty, taken * penalty)
+        if counts and (request.presence_penalty or request.frequency_penalty):
+            ids, times = np.fromiter(counts, np.int64), np.fromiter(counts.values(), np.float32)
+            logits = logits.copy()
+            logits[ids] -= request.presence_penalty + request.frequency_penalty * times
         if request.logit_bias:
-            ids = torch.tensor(list(request.logit_bias), dtype=torch.long)
-            bias = torch.tensor(list(request.logit_bias.values()), dtype=logits.dtype)
-            logits = logits.index_add(0, ids, bias)
+            logits = logits.copy()
+            logits[list(request.logit_bias)] += np.fromiter(request.logit_bias.values(), np.float32)
         return logits
 
-    def _draw(self, scores: torch.Tensor) -> int:
+    def _draw(self, scores: Logits) -> int:
         """One token at random. Candidates are laid out by token id, not by probability: two that change
         places by a rounding then do not change what a given random number means."""
-        request = self.request
-        scores = scores.double() / request.temperature
-        ids, probabilities = self._candidates(scores)
-        if not len(ids):  # a penalty so near 0 that scores overflowed: its limit is the largest
-            return int(scores.nan_to_num(nan=float("-inf")).argmax())
-        order = ids.argsort()
-        ids, cumulative = ids[order], probabilities[order].cumsum(0)
-        uniform = self.uniform() * cumulative[-1]
-        return int(ids[min(int(torch.searchsorted(cumulative, uniform, right=True)), len(ids) - 1)])
-
-    def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and probabilities (not normalised after the cut) left by top_k, top_p and min_p."""
-        request, size = self.request, scores.shape[0]
+        request, size, most = self.request, len(scores), scores.max()
+        if not np.isfinite(most):  # a penalty so near 0 that scores overflowed: its limit is the largest
+            return int(np.nan_to_num(scores, nan=-np.inf).argmax())
+        # Of the likeliest token's probability.
+        shares = np.exp((scores - most) / np.float32(request.temperature))
         top_k = min(request.top_k or size, size)
         if top_k == size and request.top_p >= 1:
-            probabilities = torch.softmax(scores, 0)
-            keep = probabilities > 0
             if request.min_p > 0:
-                keep &= probabilities >= request.min_p * probabilities.max()
-            ids = keep.nonzero().squeeze(1)
-            return ids, probabilities[ids]
-        total = scores.logsumexp(0)
+                shares[shares < request.min_p] = 0
+            return _place(shares, self.uniform())
         # Under a top_k of its own the sum is over its candidates: all of them are needed at once.
         wanted = top_k if top_k < size else min(size, _FIRST_CANDIDATES)
+        total = _block_sums(shares)[-1] if top_k == size else None
         while True:
-            values, ids = scores.topk(wanted)
-            probabilities = (values - (total if top_k == size else values[:top_k].logsumexp(0))).exp()
-            if wanted >= top_k or float(probabilities.sum()) >= request.top_p:
+            ids = _largest(shares, wanted)
+            found = shares[ids].astype(np.float64)
+            upto = found.cumsum()
+            enough = request.top_p * (upto[-1] if total is None else total)
+            if wanted >= top_k or upto[-1] >= enough:
                 break
-            wanted = min(top_k, size)
-        before = probabilities.cumsum(0) - probabilities
-        keep = (before < request.top_p) & (probabilities > 0)
+            wanted = min(top_k, 8 * wanted)
+        keep = (upto - found < enough) & (found >= request.min_p)
         keep[0] = True
-        if request.min_p > 0:
-            keep &= probabilities >= request.min_p * probabilities[0]
-        return ids[keep], probabilities[keep]
+        ids = np.sort(ids[keep])
+        return int(ids[_place(shares[ids], self.uniform())])
+
+
+def _largest(values: Logits, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The places of the `count` largest, the largest first; of equal ones the first places."""
+    starts = np.arange(0, len(values), _BLOCK)
+    ids = np.arange(len(values))
+    if 0 < count < len(starts):
+        # So many blocks have one that is as large as this: not more need to be looked at.
+        ids = np.flatnonzero(
+            values >= -np.partition(-np.maximum.reduceat(values, starts), count - 1)[count - 1]
+        )
+    return ids[np.argsort(-values[ids], kind="stable")[:count]]
+
+
+def _block_sums(shares: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Sums up to the end of each block, in double precision."""
+    return np.add.reduceat(shares, np.arange(0, len(shares), _BLOCK)).cumsum(dtype=np.float64)
+
+
+def _place(shares: Logits, uniform: float) -> int:
+    """The place where the sum of the shares (not negative, not all 0) passes that part of their whole."""
+    blocks = _block_sums(shares)
+    block, rest = _passes(blocks, uniform * blocks[-1])
+    inside = shares[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    return block * _BLOCK + _passes(inside, rest)[0]
+
+
+def _passes(sums: np.ndarray[Any, np.dtype[np.float64]], wanted: float) -> tuple[int, float]:
+    """The first place whose sum is above `wanted`, the last that adds to it where rounding leads past the end; and
+    what of `wanted` lies within."""
+    place = min(int(np.searchsorted(sums, wanted, side="right")), int(np.searchsorted(sums, sums[-1])))
+    return place, wanted - float(sums[place - 1] if place else 0)
 
 
 def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Choice | Exception]:
@@ -194,17 +222,18 @@ def choose(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Choice | E
     host in the same transfer.
     """
     if logits.device.type == "cpu":
-        best = logits.argmax(-1).tolist()
+        left = list(logits.numpy())
         settled = [sampler.request.is_plain_greedy for sampler in samplers]
-        left = list(logits)
+        best = [int(row.argmax()) if done else -1 for row, done in zip(left, settled, strict=True)]
     else:
         settled = [sampler.request.is_plain for sampler in samplers]
         wanted = [row for row, done in zip(logits, settled, strict=True) if not done]
         # Bits as whole numbers: a tensor has one type, and no copy changes those.
         packed = torch.cat((_drawn(samplers, logits), *(row.view(torch.int32) for row in wanted)))
         here, count = transfer.to_host(packed), len(samplers)
-        best, rest = here[:count].tolist(), iter(here[count:].view(torch.float32).view(-1, logits.shape[1]))
-        left = [logits[0] if done else next(rest) for done in settled]
+        best = here[:count].tolist()
+        rest = iter(here[count:].view(torch.float32).view(-1, logits.shape[1]).numpy())
+        left = [np.empty(0, np.float32) if done else next(rest) for done in settled]
     choices: list[Choice | Exception] = []
     for sampler, token, done, row in zip(samplers, best, settled, left, strict=True):
         try:
@@ -223,7 +252,7 @@ def _drawn(samplers: Sequence[Sampler], logits: torch.Tensor) -> torch.Tensor:
         request = sampler.request
         if request.is_plain and request.temperature >= _COLDEST:
             top_k = min(request.top_k or size, size)
-            asked.append((request.temperature, request.top_p, top_k, request.min_p, float(sampler.uniform())))
+            asked.append((request.temperature, request.top_p, top_k, request.min_p, sampler.uniform()))
         else:
             asked.append((1.0, 1.0, size, 0.0, -1.0))
     if all(uniform < 0 for *_, uniform in asked):

@@ -7,8 +7,8 @@ import json
 import random
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from qwen_chat.chat.format import ChatFormat
@@ -140,6 +140,6 @@ def test_where_the_outer_tags_are_tokens_the_grammar_writes_the_tokens(qwen3_tok
         assert ids.count(qwen3_tokenizer.convert_tokens_to_ids("<tool_call>")) == len(calls)
         matcher = grammars.matcher(Xml().text_grammar(strict))
         for token in ids:
-            assert matcher.mask(torch.zeros(len(qwen3_tokenizer)))[token] == 0
+            assert matcher.mask(np.zeros(len(qwen3_tokenizer), np.float32))[token] == 0
             matcher.consume(token)
-        assert matcher.mask(torch.zeros(len(qwen3_tokenizer)))[qwen3_tokenizer.eos_token_id] == 0
+        assert matcher.mask(np.zeros(len(qwen3_tokenizer), np.float32))[qwen3_tokenizer.eos_token_id] == 0

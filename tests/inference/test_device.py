@@ -113,7 +113,7 @@ def test_a_row_is_drawn_on_the_device_as_on_the_host(more: dict[str, float]) -> 
     requests.append(GenerationRequest([1], temperature=0.5, seed=9))
     alone, together = ([Sampler(request) for request in requests] for _ in range(2))
     for _ in range(60):
-        expected = [sampler.pick(row).token_id for sampler, row in zip(alone, logits, strict=True)]
+        expected = [sampler.pick(row.numpy()).token_id for sampler, row in zip(alone, logits, strict=True)]
         assert _drawn(together, logits).tolist() == expected
         logits = logits.roll(1, 1)
 
