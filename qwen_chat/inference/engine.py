@@ -33,6 +33,7 @@ from qwen_chat.inference.events import (
     Generation,
     TokenEvent,
     TokenLogprob,
+    put_all,
 )
 from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
 from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
@@ -425,11 +426,13 @@ class Engine:
             if not row.generated and (segment.wants_logits or len(segment.ids) > 1):
                 self._cache.store(row.kv, row.number, row.tokens[: row.computed])
         choices = choose([row.sampler for row in ready], logits) if ready else []
+        events = []
         for row, choice in zip(ready, choices, strict=True):
-            if isinstance(choice, Exception):
-                self._finish(row, _failed_choice(choice))
-            else:
-                self._advance(row, choice)
+            event = _failed_choice(choice) if isinstance(choice, Exception) else self._advance(row, choice)
+            if event.finish_reason is not None:
+                self._end(row, event)
+            events.append((row.generation, event))
+        put_all(events)
 
     def _leave(self) -> None:
         """Requests whose client left or whose time is over."""
@@ -510,8 +513,8 @@ class Engine:
             row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens), keep
         )
 
-    def _advance(self, row: _Row, choice: Choice) -> None:
-        """Add a token to a row; say what it shows; end the row where it must end."""
+    def _advance(self, row: _Row, choice: Choice) -> TokenEvent:
+        """Add a token to a row: what it shows, and whether it is the last."""
         row.generated += 1
         self._counts["generated_tokens"] += 1
         if row.generation.first_token_at is None:
@@ -534,13 +537,14 @@ class Engine:
                 text += row.text.finish()
         if reason == "stop" and token in row.stop_ids:
             text = row.text.finish()
-        event = TokenEvent(text, (token,), _shown(row, reason is not None and not stopped), reason)
-        if reason is None:
-            row.generation.put(event)
-        else:
-            self._finish(row, event)
+        return TokenEvent(text, (token,), _shown(row, reason is not None and not stopped), reason)
 
     def _finish(self, row: _Row, event: TokenEvent) -> None:
+        self._end(row, event)
+        row.generation.put(event)
+
+    def _end(self, row: _Row, event: TokenEvent) -> None:
+        """Give back what a row holds."""
         if row.computed and event.finish_reason in ("stop", "length"):
             self._cache.store(row.kv, row.number, row.tokens[: row.computed])
         row.kv.release()
@@ -549,7 +553,6 @@ class Engine:
                 self._running.remove(row)
             elif row in self._waiting:
                 self._waiting.remove(row)
-        row.generation.put(event)
 
 
 def _logprob(row: _Row, choice: Choice, logprob: float) -> TokenLogprob:

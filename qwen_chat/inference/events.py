@@ -83,15 +83,14 @@ class Generation:
 
     def put(self, event: TokenEvent) -> None:
         """The engine's side: hand over an event."""
+        put_all([(self, event)])
+
+    def _append(self, event: TokenEvent) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+        """Keep an event, wake a thread that waits for it; the loop and its event that wait as well."""
         with self._ready:
             self._events.append(event)
             self._ready.notify_all()
-            waiter = self._waiter
-        if waiter is not None:
-            try:
-                waiter[0].call_soon_threadsafe(waiter[1].set)
-            except RuntimeError:  # the reader's event loop is closed: nobody is there to be told
-                self.is_cancelled = True
+            return self._waiter
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:
@@ -140,3 +139,24 @@ class Generation:
             error=last.error,
             fault=last.fault,
         )
+
+
+def put_all(events: Sequence[tuple[Generation, TokenEvent]]) -> None:
+    """Hand over the events of a step. Each event loop is woken once: woken for each, it would take turns with the
+    engine's thread, which has the next step to compute."""
+    waiting: dict[asyncio.AbstractEventLoop, list[tuple[Generation, asyncio.Event]]] = {}
+    for generation, event in events:
+        waiter = generation._append(event)
+        if waiter is not None:
+            waiting.setdefault(waiter[0], []).append((generation, waiter[1]))
+    for loop, told in waiting.items():
+        try:
+            loop.call_soon_threadsafe(_set_all, [arrived for _, arrived in told])
+        except RuntimeError:  # the readers' event loop is closed: nobody is there to be told
+            for generation, _ in told:
+                generation.is_cancelled = True
+
+
+def _set_all(arrived: Sequence[asyncio.Event]) -> None:
+    for one in arrived:
+        one.set()

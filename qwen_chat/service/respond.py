@@ -141,6 +141,9 @@ class Delivery(Response):
         self._work = work
         self._settings = settings
         self._state: Literal["unsent", "streaming", "ended"] = "unsent"
+        # When something was sent last, on the event loop's clock.
+        self._sent = 0.0
+        self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def until_left() -> None:
@@ -179,29 +182,30 @@ class Delivery(Response):
             await body(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        async with contextlib.aclosing(self._work.chunks()) as chunks:
-            coming = asyncio.ensure_future(anext(chunks, None))
-            try:
-                while True:
-                    await asyncio.wait((coming,), timeout=self._settings.quiet_seconds)
-                    if not coming.done():
-                        await self._send(send, ": keep-alive\n\n")
-                        continue
-                    chunk = coming.result()
-                    if chunk is None:
-                        break
-                    coming = asyncio.ensure_future(anext(chunks, None))
+        alive = asyncio.ensure_future(self._keep_alive(send))
+        try:
+            async with contextlib.aclosing(self._work.chunks()) as chunks:
+                async for chunk in chunks:
                     await self._send(send, _event(chunk.json_text()))
-            except APIError as error:
-                if self._state == "unsent":
-                    # Still time for a status of its own.
-                    raise
-                await self._break_off(send, error)
-                return
-            finally:
-                await _stop(coming)
+        except APIError as error:
+            if self._state == "unsent":
+                # Still time for a status of its own.
+                raise
+            await self._break_off(send, error)
+            return
+        finally:
+            await _stop(alive)
         await self._send(send, _event("[DONE]"))
         await self._end(send)
+
+    async def _keep_alive(self, send: Send) -> None:
+        """A comment whenever nothing was sent for a while."""
+        clock, quiet = asyncio.get_running_loop().time, self._settings.quiet_seconds
+        self._sent = clock()
+        while True:
+            await asyncio.sleep(max(self._sent + quiet - clock(), 0))
+            if clock() >= self._sent + quiet:
+                await self._send(send, ": keep-alive\n\n")
 
     async def _break_off(self, send: Send, error: APIError) -> None:
         """The status is sent: what went wrong is the last event, and no [DONE] follows."""
@@ -210,10 +214,11 @@ class Delivery(Response):
         await self._end(send)
 
     async def _send(self, send: Send, text: str) -> None:
-        async with asyncio.timeout(self._settings.write_seconds):
+        self._sent = asyncio.get_running_loop().time()
+        async with asyncio.timeout(self._settings.write_seconds), self._sending:
             if self._state == "unsent":
-                await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 self._state = "streaming"
+                await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
     async def _end(self, send: Send) -> None:

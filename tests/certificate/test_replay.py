@@ -77,6 +77,22 @@ def escaped(text: str, request: Json) -> str:
     return text
 
 
+def silent_calls(request: Json) -> Json:
+    messages = [m | {"content": ""} if m.get("tool_calls") else m for m in request["messages"]]
+    return request | {"messages": messages}
+
+
+def normalised(request: Json) -> Json:
+    """As a server does that reads tools into a record of its own: its order of keys, a description always."""
+    for tool in request.get("tools") or ():
+        own = tool["function"]
+        parts = {"name": own["name"], "description": own.get("description", "")}
+        if "parameters" in own:
+            parts["parameters"] = own["parameters"]
+        tool["function"] = parts
+    return request
+
+
 def not_thinking(request: Json) -> Json:
     return request | {"chat_template_kwargs": {"enable_thinking": False}}
 
@@ -92,6 +108,8 @@ FAULTS: dict[str, tuple[str, Fault]] = {
         Fault(request=lambda request: {k: v for k, v in request.items() if k != "tools"}),
     ),
     "earlier calls dropped": ("calls of earlier turns dropped", Fault(request=without_calls)),
+    "text beside calls dropped": ("text beside calls dropped", Fault(request=silent_calls)),
+    "tools normalised": ("tools normalised", Fault(request=normalised)),
     "first call alone": ("only the first of several calls kept", Fault(request=first_call)),
     "call not read": ("call dropped", Fault(reads_calls=False)),
     "missing stop": ("missing stop", Fault(stops=False)),
