@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from qwen_chat import errors, models
 from qwen_chat.cli import run_problems
 from qwen_chat.console import is_rank_zero, rank_zero
+from qwen_chat.report.page import write_page
 from qwen_chat.training import checkpoints, memory_plan, run_folder, stop_signal
 
 
@@ -72,6 +73,7 @@ def main() -> int:
     if is_rank_zero():
         outcome = result.outcome(trainer, log, evaluation)
         run_folder.write_run_json(folder, record | outcome)
+        write_page(folder)
         rank_zero(result.report(run, folder, outcome))
         if lock is not None:
             lock.release()

@@ -28,7 +28,7 @@ _COLDEST = 1e-5
 # Sorting 151,936 logits costs 10 ms; the nucleus is nearly always among the first few.
 _FIRST_CANDIDATES = 64
 # Logits that are summed, or searched for their largest, in one go.
-_BLOCK = 256
+_STRETCH = 256
 
 # One row, float32. numpy and not torch: a row is too small for several threads, and those would wait for each other.
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -185,7 +185,7 @@ class Sampler:
 
 def _largest(values: Logits, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The places of the `count` largest, the largest first; of equal ones the first places."""
-    starts = np.arange(0, len(values), _BLOCK)
+    starts = np.arange(0, len(values), _STRETCH)
     ids = np.arange(len(values))
     if 0 < count < len(starts):
         # So many blocks have one that is as large as this: not more need to be looked at.
@@ -197,15 +197,15 @@ def _largest(values: Logits, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def _block_sums(shares: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Sums up to the end of each block, in double precision."""
-    return np.add.reduceat(shares, np.arange(0, len(shares), _BLOCK)).cumsum(dtype=np.float64)
+    return np.add.reduceat(shares, np.arange(0, len(shares), _STRETCH)).cumsum(dtype=np.float64)
 
 
 def _place(shares: Logits, uniform: float) -> int:
     """The place where the sum of the shares (not negative, not all 0) passes that part of their whole."""
     blocks = _block_sums(shares)
     block, rest = _passes(blocks, uniform * blocks[-1])
-    inside = shares[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    return block * _BLOCK + _passes(inside, rest)[0]
+    inside = shares[block * _STRETCH : (block + 1) * _STRETCH].cumsum(dtype=np.float64)
+    return block * _STRETCH + _passes(inside, rest)[0]
 
 
 def _passes(sums: np.ndarray[Any, np.dtype[np.float64]], wanted: float) -> tuple[int, float]:

@@ -116,6 +116,7 @@ def test_each_method_trains_saves_loads_and_answers(
     )
     expected = weights | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "run.json"}
     expected |= {"train_log.jsonl", "generation_config.json", "checkpoint-1", "checkpoint-2", "format.lock"}
+    expected |= {"report.html"}
     assert {path.name for path in out.iterdir()} == expected
 
     run = json.loads((out / "run.json").read_text())

@@ -1,0 +1,106 @@
+"""A run as its folder tells it, finished or not.
+
+In: run.json, train_log.jsonl, samples.json. Out: a `PastRun`; a file that was cut by a kill loses its last line alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_chat.conversation import Json
+from qwen_chat.errors import OptionError
+
+SAMPLES_FILE = "samples.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question, and its answers by the base and by what was tuned."""
+
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """`facts`: run.json. `steps`, `evaluations`: lines of the log, oldest first; a step that was done again after a
+    kill counts once."""
+
+    folder: Path
+    facts: Json
+    steps: tuple[Json, ...]
+    evaluations: tuple[Json, ...]
+    samples: tuple[Sample, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> PastRun:
+        """Raises OptionError where the folder holds no run."""
+        file = folder / "run.json"
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            options = facts["options"]
+        except OSError as error:
+            raise OptionError(f"{file}: {error.strerror}; expected the folder of a run") from None
+        except (ValueError, KeyError, TypeError):
+            raise OptionError(
+                f"{file}: not the record of a run; it is damaged or another program's"
+            ) from None
+        lines = _lines(folder / "train_log.jsonl")
+        steps = {line["step"]: line for line in lines if "loss" in line and "learning_rate" in line}
+        evaluations = {line["step"]: line for line in lines if "eval_loss" in line}
+        samples = [Sample(**one) for one in _lines(folder / SAMPLES_FILE)]
+        assert isinstance(options, dict)
+        return cls(
+            folder,
+            facts,
+            tuple(steps[number] for number in sorted(steps)),
+            tuple(evaluations[number] for number in sorted(evaluations)),
+            tuple(samples),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def is_finished(self) -> bool:
+        return self.facts.get("state") == "finished"
+
+    @property
+    def command(self) -> str:
+        """The command that repeats it: the flags that were given."""
+        words = ["bash finetune/finetune.sh"]
+        for name in self.facts.get("given", ()):
+            value = self.facts["options"].get(name)
+            values = value if isinstance(value, list) else [value]
+            if isinstance(value, dict):
+                values = [json.dumps(value, ensure_ascii=False)]
+            words.append(f"--{name} " + " ".join(_word(one) for one in values))
+        return " \\\n  ".join(words)
+
+
+def _word(value: object) -> str:
+    import shlex
+
+    return shlex.quote(str(value))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file, without one that is cut."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
