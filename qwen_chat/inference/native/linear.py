@@ -35,13 +35,13 @@ class NativeLinear:
         self._bias = None if bias is None else functional.pad(bias.detach().float(), (0, room))
         self._scale = self._sums = None
         if quantize is None:
-            self._weight = torch.empty(outputs + room, inputs)
+            self._weight = library.room(outputs + room, inputs, torch.float32)
             for first in parts:
                 rows = weight[first : first + parts.step].float().contiguous()
                 packed = self._weight[first:].data_ptr()
                 library.call("native_pack_float", rows.data_ptr(), len(rows), inputs, packed)
         elif quantize == "int4":
-            self._weight = torch.empty(outputs + room, int4.int4_bytes(1, inputs), dtype=torch.uint8)
+            self._weight = library.room(outputs + room, int4.int4_bytes(1, inputs), torch.uint8)
             for first in parts:
                 whole, scales = int4.rounded(weight[first : first + parts.step])
                 packed = self._weight[first:].data_ptr()
@@ -52,7 +52,7 @@ class NativeLinear:
         else:
             self._scale = torch.zeros(outputs + room)
             self._sums = torch.empty(outputs + room, dtype=torch.int32)
-            self._weight = torch.empty(outputs + room, -(-inputs // 4) * 4, dtype=torch.int8)
+            self._weight = library.room(outputs + room, -(-inputs // 4) * 4, torch.int8)
             for first in parts:
                 whole, scale = rounded_rows(weight[first : first + parts.step])
                 self._scale[first : first + len(whole)] = scale

@@ -18,6 +18,10 @@
 #include <mutex>
 #include <thread>
 #include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -1022,6 +1026,15 @@ const char *native_instructions() {
     return "AVX2";
 #else
     return "no vector instructions";
+#endif
+}
+
+// Ask for large pages for memory that nobody has touched yet: a step reads all weights, and looks up each page.
+void native_large_pages(char *at, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr intptr_t PAGE = 1 << 21;
+    const intptr_t first = ((intptr_t)at + PAGE - 1) / PAGE * PAGE, end = ((intptr_t)at + bytes) / PAGE * PAGE;
+    if (end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
 #endif
 }
 
