@@ -47,6 +47,7 @@ constexpr int GROUP_ROWS = 2;
 constexpr int BLOCKS = 2;
 #endif
 constexpr int PANEL = 2 * W;
+constexpr int AHEAD = 6144;      // bytes of a weight that are on their way from memory
 constexpr int SMALLEST_GROUP = 32; // inputs of int4 that share a scale
 constexpr int KEYS = 64;          // keys that are scored before the running maximum moves
 constexpr int RANGE = 512;        // keys that are summed by themselves: threads share a long row's ranges
@@ -393,6 +394,12 @@ struct Rows {
     }
 };
 
+// Ask for the part of a weight that is read AHEAD bytes later; N: numbers of 4 bytes that one round reads.
+template <int N> inline void ask_ahead(const void *weight) {
+#pragma GCC unroll 2
+    for (int line = 0; line < 4 * N; line += 64) __builtin_prefetch((const char *)weight + AHEAD + line);
+}
+
 // The end of a product: `count` outputs of one row, from two vectors.
 inline void finish(Floats low, Floats high, int64_t count, float *y, bool adds) {
     if (count >= PANEL) {
@@ -416,7 +423,7 @@ void multiply_floats(const Linear &w, int64_t panel, const Rows &rows, float *y,
     const int64_t ld = rows.width;
     for (int64_t k = 0; k < w.inputs; k++, weight += PANEL) {
         const Floats a = load(weight), b = load(weight + W);
-        if (M <= 4) __builtin_prefetch(weight + 12 * PANEL), __builtin_prefetch(weight + 12 * PANEL + W);
+        ask_ahead<2 * W>(weight);
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
             const Floats left = splat(x[m * ld + k]);
@@ -442,7 +449,7 @@ void multiply_whole(const Linear &w, int32_t zero, int64_t panel, const Rows &ro
     const uint8_t *x = rows.whole;
     const int64_t ld = rows.whole_width;
     for (int64_t k = 0; k < fours; k++, weight += 4 * PANEL) {
-        if (M <= 8) __builtin_prefetch(weight + 48 * PANEL), __builtin_prefetch(weight + 48 * PANEL + 4 * W);
+        ask_ahead<2 * W>(weight);
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
             low[m] = dot4(low[m], x + m * ld + 4 * k, weight);
@@ -484,7 +491,7 @@ void multiply_groups(const Linear &w, int64_t panel, const Rows &rows, float *y,
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) some[m] = more[m] = Whole{} + rows.scale[m * rows.scale_width + g].start;
         for (int64_t k = 0; k < w.group; k += 8, weight += 8 * W, x += 8) {
-            if (M <= 4) __builtin_prefetch(weight + 64 * W), __builtin_prefetch(weight + 68 * W);
+            ask_ahead<2 * W>(weight);
             Quarters a, b;
             std::memcpy(&a, weight, sizeof a), std::memcpy(&b, weight + 4 * W, sizeof b);
             const Quarters a_first = a & 15, b_first = b & 15, a_last = upper(a), b_last = upper(b);
@@ -676,26 +683,36 @@ template <int G>
 void attend_tile(const float *q, const float *keys, const float *values, int64_t tile, int64_t from, int64_t to,
                  int size, float scale, Sums &sums) {
     alignas(64) float score[G][KEYS];
-    for (int64_t block = 0; block < KEYS; block += BLOCKS * W) {
-        Floats found[G][BLOCKS];
+    const float *value_end = values + to * size;
+    const int64_t blocks = (to - tile + W - 1) / W;
+    auto compare = [&](auto parts, int64_t block) {
+        constexpr int B = decltype(parts)::value;
+        Floats found[G][B];
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
-            for (int k = 0; k < BLOCKS; k++) found[g][k] = Floats{};
-        const float *key = keys + (tile + block) * size;
+            for (int k = 0; k < B; k++) found[g][k] = Floats{};
+        const float *key = keys + (tile + block * W) * size, *value = values + (tile + block * W) * size;
         for (int d = 0; d < size; d++) {
 #pragma GCC unroll 4
-            for (int k = 0; k < BLOCKS; k++) {
+            for (int k = 0; k < B; k++) {
                 const Floats right = load(key + (k * size + d) * W);
 #pragma GCC unroll 4
                 for (int g = 0; g < G; g++) found[g][k] = fma(splat(q[g * size + d]), right, found[g][k]);
             }
+            value += B * W; // read next
+            if (value < value_end)
+#pragma GCC unroll 4
+                for (int line = 0; line < B * W; line += 16) __builtin_prefetch(value + line);
         }
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
-            for (int k = 0; k < BLOCKS; k++) store(score[g] + block + k * W, found[g][k] * splat(scale));
-    }
+            for (int k = 0; k < B; k++) store(score[g] + (block + k) * W, found[g][k] * splat(scale));
+    };
+    int64_t block = 0;
+    for (; block + BLOCKS <= blocks; block += BLOCKS) compare(std::integral_constant<int, BLOCKS>(), block);
+    for (; block < blocks; block++) compare(std::integral_constant<int, 1>(), block);
     for (int g = 0; g < G; g++) {
         for (int64_t k = 0; k < from - tile; k++) score[g][k] = -__builtin_inff();
         for (int64_t k = to - tile; k < KEYS; k++) score[g][k] = -__builtin_inff();
