@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import threading
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from qwen_chat.files import build_once, cache_dir
 
 NATIVE_SWITCH = "QWEN_CHAT_NATIVE"
 _SOURCE = Path(__file__).with_name("step.cpp")
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+_OPTIONS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _SECONDS = 300  # that a compiler may take
+_PIECE = 32 << 20  # bytes of memory from which several weights are cut
 
 
 class LinearPart(ctypes.Structure):
@@ -41,6 +42,7 @@ class LinearPart(ctypes.Structure):
         ("scale", c_void_p),
         ("sums", c_void_p),
         ("bias", c_void_p),
+        ("group", c_int64),
     )
 
 
@@ -139,11 +141,30 @@ class Library:
     panel: int
     runtime: RuntimePart | None
     name: str
+    _pieces: list[torch.Tensor] = field(default_factory=list)  # what is left of the last
 
     def call(self, function: str, *arguments: Any) -> int:
         """A function of step.cpp, with pointers and numbers as its argument types tell."""
         found: int = getattr(self.functions, function)(*arguments)
         return found
+
+    def room(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a weight, in large pages where the system has them: a step looks up each page of all weights.
+        A small weight is cut from a piece that it shares with others, and keeps it."""
+        size = rows * columns * dtype.itemsize
+        if size > _PIECE // 4:
+            found = self._memory(size)
+        else:
+            left = self._pieces.pop() if self._pieces else torch.empty(0, dtype=torch.uint8)
+            left = left if size <= len(left) else self._memory(_PIECE)
+            found, rest = left[:size], left[-(-size // 64) * 64 :]
+            self._pieces.append(rest)
+        return found.view(dtype).view(rows, columns)
+
+    def _memory(self, count: int) -> torch.Tensor:
+        made = torch.empty(count, dtype=torch.uint8)
+        self.call("native_large_pages", made.data_ptr(), count)
+        return made
 
     @property
     def levels(self) -> int:
@@ -216,11 +237,13 @@ def _load(path: Path, version: str) -> Library:
     for name, result, arguments in (
         ("native_panel", number, ()),
         ("native_instructions", c_char_p, ()),
+        ("native_large_pages", None, (pointer, number)),
         ("native_pack_int8", None, (pointer, number, number, pointer, pointer)),
+        ("native_pack_int4", None, (pointer, pointer, number, number, number, pointer)),
         ("native_pack_float", None, (pointer, number, number, pointer)),
         ("native_linear", None, (*[pointer, whole, whole, pointer, number], *[pointer] * 3, whole, pointer)),
-        ("native_scratch", number, (pointer, number, number)),
-        ("native_step", None, (pointer, pointer, number, whole, pointer)),
+        ("native_scratch", number, (pointer, number, number, number)),
+        ("native_step", None, (pointer, pointer, number, number, whole, pointer)),
     ):
         function = getattr(functions, name)
         function.restype, function.argtypes = result, arguments
