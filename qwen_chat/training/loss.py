@@ -130,7 +130,7 @@ class ModelLoss:
         chunk_bytes: int = CHUNK_BYTES,
         router: RouterLoss | None = None,
         in_passes: bool = False,
-        on_pass: Callable[[int, int], None] = lambda number, passes: None,
+        on_pass: Callable[[int, int], None] | None = None,
     ) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, torch.nn.Module):

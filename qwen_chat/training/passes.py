@@ -68,7 +68,7 @@ def formed(
     batch: dict[str, Any],
     parts: Sequence[Pass],
     learnt: Sequence[Tensor],
-    on_pass: Callable[[int, int], None] = lambda number, passes: None,
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum of cross-entropies with gradient, hits) of a collated row. learnt: the weights that learn; on_pass: is told
     that pass `number` of `passes` begins, a trunk's way back being one of its own.
@@ -76,11 +76,16 @@ def formed(
     sums = _Sums(learnt)
     count = sum(2 + len(part.branches) if part.branches else 1 for part in parts)
     numbers = iter(range(1, count + 1))
+
+    def begin() -> None:
+        if on_pass is not None:
+            on_pass(next(numbers), count)
+
     losses: list[Tensor] = []
     hits: list[Tensor] = []
 
     def run(start: int, stop: int, **more: object) -> Tensor:
-        on_pass(next(numbers), count)
+        begin()
         loss, found = forward(_cut(batch, start, stop) | more)
         losses.append(loss.detach())
         hits.append(found)
@@ -107,7 +112,7 @@ def formed(
             for total, gradient in zip(wanted, found, strict=True):
                 total += cast(Tensor, gradient)
         gradients = [total.to(leaves[n].dtype) for n, total in zip(learning, wanted, strict=True)]
-        on_pass(next(numbers), count)
+        begin()
         sums.back([loss, *(taken[n] for n in learning)], [None, *gradients])
     applied = _Formed.apply(torch.stack(losses).sum(), sums.sums, *learnt)  # type: ignore[no-untyped-call]
     return cast(Tensor, applied), torch.stack(hits).sum()

@@ -1,12 +1,9 @@
 """A row in passes: the loss and gradients of the whole row, with a part of its activations."""
 
 import pytest
-import torch
 
 from qwen_chat.training import loss as loss_module
-from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
-from qwen_chat.training.loss import ModelLoss
-from qwen_chat.training.packing import Pass, passes
+from qwen_chat.training.packing import passes
 from tests.support.tiny_models import engine, mixed_data, reference, relative, tiny_model
 
 
