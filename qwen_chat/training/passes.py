@@ -50,8 +50,9 @@ class _Sums:
         outputs: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         above: Sequence[Tensor] = (),
-    ) -> tuple[Tensor | None, ...]:
-        """Backward from `outputs`; returns the gradients of `above`."""
+        totals: Sequence[Tensor] = (),
+    ) -> None:
+        """Backward from `outputs`; the gradients of `above` are added to `totals`."""
         with torch.autocast(outputs[0].device.type, enabled=False):
             found = torch.autograd.grad(outputs, [*self.learnt, *above], gradients, allow_unused=True)
         for number, part in enumerate(found[: len(self.learnt)]):
@@ -60,7 +61,8 @@ class _Sums:
                 self.sums[number] = part
             elif part is not None:
                 before += part
-        return found[len(self.learnt) :]
+        for total, part in zip(totals, found[len(self.learnt) :], strict=True):
+            total += cast(Tensor, part)
 
 
 def formed(
@@ -100,20 +102,18 @@ def formed(
         taken = [tensor for pair in trunk.taken.values() for tensor in pair]
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in taken]
         above = Trunk(dict(zip(trunk.taken, zip(leaves[::2], leaves[1::2], strict=True), strict=True)))
-        learning = [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
-        wanted: list[Tensor] = [
-            torch.zeros_like(leaves[n], dtype=torch.promote_types(leaves[n].dtype, torch.float32))
-            for n in learning
+        pairs = [(tensor, leaf) for tensor, leaf in zip(taken, leaves, strict=True) if leaf.requires_grad]
+        learning = [leaf for _, leaf in pairs]
+        totals: list[Tensor] = [
+            torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in learning
         ]
         for start, stop in part.branches:
             segments = _below(batch["segments"], part, start, stop)
-            loss_here = run(start, stop, trunk=above, segments=segments)
-            found = sums.back([loss_here], [None], [leaves[n] for n in learning])
-            for total, gradient in zip(wanted, found, strict=True):
-                total += cast(Tensor, gradient)
-        gradients = [total.to(leaves[n].dtype) for n, total in zip(learning, wanted, strict=True)]
+            # The loss has no name here: its graph must be gone when the next pass begins.
+            sums.back([run(start, stop, trunk=above, segments=segments)], [None], learning, totals)
         begin()
-        sums.back([loss, *(taken[n] for n in learning)], [None, *gradients])
+        gradients = [total.to(leaf.dtype) for leaf, total in zip(learning, totals, strict=True)]
+        sums.back([loss, *(tensor for tensor, _ in pairs)], [None, *gradients])
     applied = _Formed.apply(torch.stack(losses).sum(), sums.sums, *learnt)  # type: ignore[no-untyped-call]
     return cast(Tensor, applied), torch.stack(hits).sum()
 
