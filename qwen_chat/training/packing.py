@@ -111,19 +111,19 @@ def passes(layout: Sequence[tuple[int, int, int]], limit: int = PASS_TOKENS) -> 
         starts = [stop]
         while starts[-1] < end:
             starts.append(ends[starts[-1]])
-        runs = _runs(list(pairwise(starts)), limit)
+        runs = _joined(list(pairwise(starts)), limit)
         trunk = Pass(start, stop, tuple(runs))
         whole = end - start
         found.append(trunk if whole > limit and trunk.held <= HELD_SHARE * whole else Pass(start, end))
     cut: list[Pass] = []
     for apart, group in groupby(found, lambda part: bool(part.branches)):
         members = list(group)
-        joined = _runs([(part.start, part.stop) for part in members], limit)
+        joined = _joined([(part.start, part.stop) for part in members], limit)
         cut += members if apart else [Pass(start, stop) for start, stop in joined]
     return cut
 
 
-def _runs(parts: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+def _joined(parts: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
     """Neighbours [start, stop) joined as long as they are at most `limit` together."""
     runs: list[tuple[int, int]] = []
     for start, stop in parts:

@@ -18,22 +18,23 @@ from torch.autograd.function import once_differentiable
 from qwen_chat.training.attention import Trunk
 from qwen_chat.training.packing import Pass
 
-Tensor = torch.Tensor
 # A part of a row as a batch -> (loss with gradient, hits).
-Forward = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
+Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class _Formed(torch.autograd.Function):
     """A loss whose gradients are known: backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *learnt: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *learnt: torch.Tensor
+    ) -> torch.Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, []
         return None, None, *(None if g is None else g.mul_(gradient.to(g.dtype)) for g in gradients)
 
@@ -41,16 +42,16 @@ class _Formed(torch.autograd.Function):
 class _Sums:
     """Gradients of weights, added up over the passes of a row."""
 
-    def __init__(self, learnt: Sequence[Tensor]) -> None:
+    def __init__(self, learnt: Sequence[torch.Tensor]) -> None:
         self.learnt = learnt
-        self.sums: list[Tensor | None] = [None] * len(learnt)
+        self.sums: list[torch.Tensor | None] = [None] * len(learnt)
 
     def back(
         self,
-        outputs: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        above: Sequence[Tensor] = (),
-        totals: Sequence[Tensor] = (),
+        outputs: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        above: Sequence[torch.Tensor] = (),
+        totals: Sequence[torch.Tensor] = (),
     ) -> None:
         """Backward from `outputs`; the gradients of `above` are added to `totals`."""
         with torch.autocast(outputs[0].device.type, enabled=False):
@@ -62,16 +63,16 @@ class _Sums:
             elif part is not None:
                 before += part
         for total, part in zip(totals, found[len(self.learnt) :], strict=True):
-            total += cast(Tensor, part)
+            total += part
 
 
 def formed(
     forward: Forward,
     batch: dict[str, Any],
     parts: Sequence[Pass],
-    learnt: Sequence[Tensor],
+    learnt: Sequence[torch.Tensor],
     on_pass: Callable[[int, int], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of cross-entropies with gradient, hits) of a collated row. learnt: the weights that learn; on_pass: is told
     that pass `number` of `passes` begins, a trunk's way back being one of its own.
     """
@@ -83,10 +84,10 @@ def formed(
         if on_pass is not None:
             on_pass(next(numbers), count)
 
-    losses: list[Tensor] = []
-    hits: list[Tensor] = []
+    losses: list[torch.Tensor] = []
+    hits: list[torch.Tensor] = []
 
-    def run(start: int, stop: int, **more: object) -> Tensor:
+    def run(start: int, stop: int, **more: object) -> torch.Tensor:
         begin()
         loss, found = forward(_cut(batch, start, stop) | more)
         losses.append(loss.detach())
@@ -104,7 +105,7 @@ def formed(
         above = Trunk(dict(zip(trunk.taken, zip(leaves[::2], leaves[1::2], strict=True), strict=True)))
         pairs = [(tensor, leaf) for tensor, leaf in zip(taken, leaves, strict=True) if leaf.requires_grad]
         learning = [leaf for _, leaf in pairs]
-        totals: list[Tensor] = [
+        totals: list[torch.Tensor] = [
             torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in learning
         ]
         for start, stop in part.branches:
@@ -115,7 +116,7 @@ def formed(
         gradients = [total.to(leaf.dtype) for leaf, total in zip(learning, totals, strict=True)]
         sums.back([loss, *(tensor for tensor, _ in pairs)], [None, *gradients])
     applied = _Formed.apply(torch.stack(losses).sum(), sums.sums, *learnt)  # type: ignore[no-untyped-call]
-    return cast(Tensor, applied), torch.stack(hits).sum()
+    return cast(torch.Tensor, applied), torch.stack(hits).sum()
 
 
 def _cut(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _cut(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     }
 
 
-def _below(segments: Tensor, trunk: Pass, start: int, stop: int) -> Tensor:
+def _below(segments: torch.Tensor, trunk: Pass, start: int, stop: int) -> torch.Tensor:
     """The layout of a trunk and the branches [start, stop) after it, counted from the trunk's first token."""
     length = trunk.stop - trunk.start
     first = segments.new_tensor([[0, length, length + stop - start]])

@@ -128,7 +128,8 @@ def join(prepared: Prepared) -> Session:
     args.output_dir = from_rank_zero(lambda: str(prepared.folder))
     chosen |= {
         "gradient_checkpointing": agreed,
-        "in_passes": bool(chosen.get("in_passes", verdict.in_passes)),
+        # A run that began before there were passes goes on without.
+        "in_passes": bool(chosen.get("in_passes", verdict.in_passes and not chosen)),
         "threads": torch.get_num_threads(),
         "layout": run.train.layout,
     }
