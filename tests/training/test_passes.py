@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 from qwen_chat.training import loss as loss_module
+from qwen_chat.training.attention import register
 from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.packing import PASS_TOKENS, passes
 from qwen_chat.training.pulse import Pulse, StepPlace
 from tests.support.stand_in import counted
+from tests.support.tiny_families import family_config
 from tests.support.tiny_models import (
     VOCABULARY,
     conversation,
@@ -87,8 +90,8 @@ def peak(model, batch, in_passes):
 def test_a_trunk_and_one_pass_are_all_that_is_held(checkpointing):
     row, batch = one_row(under_one_prompt())
     assert (row.tokens, row.held) == (2000, 400 + 1000)
-    longer, large = one_row(under_one_prompt(64))
-    assert (longer.tokens, longer.held) == (6800, 400 + 1000)
+    longer, large = one_row(under_one_prompt(32))
+    assert (longer.tokens, longer.held) == (3600, 400 + 1000)
     model = tiny_model("qwen2", lora=True, checkpointing=checkpointing, dtype=torch.float32)
     whole, cut, cut_large = peak(model, batch, False), peak(model, batch, True), peak(model, large, True)
     assert cut < 0.75 * whole
@@ -110,11 +113,27 @@ def test_short_rows_and_evaluation_are_computed_whole(short_passes):
     assert len(calls) > 3
     assert float(cut.loss_sum.detach()) == pytest.approx(float(whole.loss_sum), rel=1e-12)
     assert (int(cut.correct), cut.tokens) == (int(whole.correct), whole.tokens)
-    loss._window = 50  # a row that is longer than the model's window of attention
-    calls.clear()
-    loss(model, batch)
-    assert len(calls) == 1
     loss.remove()
+
+
+@pytest.mark.parametrize(
+    ("family", "cut"),
+    [("mistral_full", True), ("qwen2_moe", True), ("qwen3_moe", True), ("qwen3_slide", False)],
+)
+def test_other_families_agree_with_their_whole_rows(family, cut, short_passes):
+    """Mixtures, too; rows longer than the model's window of attention are computed whole."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(
+        family_config(family),
+        attn_implementation=register(),
+        experts_implementation="eager",
+        dtype=torch.float64,
+    ).train()
+    whole, _, expected = engine(model, mixed_data(), "shared_prefix", 9, 1)
+    loss, _, found = engine(model, mixed_data(), "shared_prefix", 9, 1, in_passes=True)
+    assert bool(short_passes) is cut
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert relative(found, expected) < 1e-6
 
 
 def test_a_pass_under_autocast_keeps_its_gradients_in_float32(short_passes):
