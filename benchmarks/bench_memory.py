@@ -35,13 +35,16 @@ ONCE = ["--gradient_checkpointing", "False"]
 
 @dataclass(frozen=True)
 class Case:
-    """One run: which model, tokens of a row, flags, processes."""
+    """One run: which model, tokens of a row, flags, processes; `shared`: conversations of the row, half of each being
+    one prompt that all of them begin with.
+    """
 
     model: str
     row: int
     flags: list[str]
     ranks: int = 1
     zero: int = 0
+    shared: int = 1
 
     @property
     def name(self) -> str:
@@ -51,7 +54,8 @@ class Case:
         pairs = [" ".join(self.flags[i : i + 2]) for i in range(0, len(self.flags), 2)]
         told = [short.get(pair, pair) for pair in pairs if pair != " ".join(ONCE)]
         method = "" if told and "LoRA" in told[0] else "full, "
-        return f"{self.model}, {method}{', '.join([*told, f'row {self.row}'])}{engine}{ranks}"
+        row = f"row {self.row}" + (f" of {self.shared} under one prompt" if self.shared > 1 else "")
+        return f"{self.model}, {method}{', '.join([*told, row])}{engine}{ranks}"
 
 
 CASES = [
@@ -62,6 +66,8 @@ CASES = [
     Case("demo", 512, ONCE),
     Case("demo", 1536, ONCE),
     Case("demo", 1536, AGAIN),
+    Case("demo", 4000, [*LORA, *ONCE], shared=8),
+    Case("demo", 4000, ONCE, shared=8),
     Case("demo", 1024, [*QLORA, *ONCE]),
     Case("demo", 1024, [*QLORA, *AGAIN]),
     Case("mid", 1024, [*LORA, *ONCE]),
@@ -91,15 +97,21 @@ def mid_model(folder: Path) -> Path:
     return folder
 
 
-def data(folder: Path, tokens: int) -> Path:
-    """Conversations that fill a row of about `tokens` each (a short word of the demo model is one token)."""
-    file = folder / f"{tokens}.jsonl"
-    chance = random.Random(tokens)
+def data(folder: Path, case: Case) -> Path:
+    """Conversations that fill four rows (a short word of the demo model is one token)."""
+    file = folder / f"{case.row}-{case.shared}.jsonl"
+    chance = random.Random(case.row)
     words = ["day", "light", "water", "house", "time"]
+    own = 2 * case.row // (case.shared + 1) if case.shared > 1 else case.row
+    half = own // 2 - 20
+    asked = " ".join(chance.choices(words, k=half))
     with file.open("w", encoding="utf-8") as out:
-        for _ in range(4):
-            ask, answer = (" ".join(chance.choices(words, k=tokens // 2 - 20)) for _ in range(2))
-            messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+        for _ in range(4 * case.shared):
+            ask, answer = (" ".join(chance.choices(words, k=half)) for _ in range(2))
+            messages = [
+                {"role": "user", "content": asked if case.shared > 1 else ask},
+                {"role": "assistant", "content": answer},
+            ]
             out.write(json.dumps({"messages": messages}) + "\n")
     return file
 
@@ -108,8 +120,9 @@ def measure(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     """Run it; rank 0's plan and peak, in GiB."""
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
-    words = ["-m", str(model), "-d", str(data(folder, case.row)), "-o", str(output), *case.flags]
-    words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "2"]
+    words = ["-m", str(model), "-d", str(data(folder, case)), "-o", str(output), *case.flags]
+    words += ["--per_device_train_batch_size", str(case.shared), "--gradient_accumulation_steps", "1"]
+    words += ["--max_steps", "2"]
     words += ["--save_strategy", "no", "--plan_anyway", "True"]
     if case.zero:
         words += ["--deepspeed", str(ROOT / "finetune" / f"ds_config_zero{case.zero}.json")]

@@ -4,6 +4,7 @@
     python benchmarks/bench_train.py --data c --model demo     # a piece of it
     python benchmarks/bench_train.py --scaling                 # tokens/s against the size of the data
     python benchmarks/bench_train.py --profile                 # where a step's time goes
+    python benchmarks/bench_train.py --number_types            # --bf16 on this CPU
 
 Every method trains the same weights with the same adapter and optimizer on the same token sequences and
 labels, all of them in each optimizer step, so that losses and gradients must agree; each runs in a process of its own
@@ -329,6 +330,61 @@ def compare(
     return rows
 
 
+def write_chats(file: Path, rng: random.Random, conversations: int) -> None:
+    """A jsonl of one question and answer each."""
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(conversations):
+            said = [text(rng, rng.randint(10, 40)), text(rng, rng.randint(30, 90))]
+            turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), said, strict=True)]
+            out.write(json.dumps({"messages": turns}) + "\n")
+
+
+def finetuned(flags: dict[str, Any]) -> list[dict[str, Any]]:
+    """finetune.py itself: the lines of its train_log.jsonl."""
+    words = [str(word) for pair in flags.items() for word in pair]
+    command = [sys.executable, str(ROOT / "finetune" / "finetune.py"), *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return [json.loads(line) for line in (flags["-o"] / "train_log.jsonl").read_text("utf-8").splitlines()]
+
+
+def number_types(folder: Path, repeats: int = 3) -> dict[str, Any]:
+    """--bf16 on this CPU against float32: the seconds of a step, its peak memory, and the curve over 12 steps.
+
+    The demo model, a row of about 1,000 tokens a step, all in one epoch; the first two steps are not timed.
+    """
+    data = folder / "chats.jsonl"
+    write_chats(data, random.Random(0), 12 * 12)
+    found: dict[str, list[list[dict[str, Any]]]] = {"float32": [], "bfloat16": []}
+    for repeat in range(repeats):
+        for kind, runs in found.items():
+            flags = {
+                "-m": find_model("demo").spec,
+                "-d": data,
+                "-o": folder / f"{kind}-{repeat}",
+                "--bf16": kind == "bfloat16",
+                "--use_lora": True,
+                "--lora_dropout": 0,
+                "--max_steps": 12,
+                "--per_device_train_batch_size": 12,
+                "--gradient_accumulation_steps": 1,
+                "--model_max_length": 256,
+                "--save_strategy": "no",
+            }
+            runs.append([line for line in finetuned(flags) if "loss" in line])
+            print(f"  {kind}: {[line['seconds'] for line in runs[-1]]}", file=sys.stderr)
+    return {
+        kind: {
+            "tokens_a_step": round(statistics.mean(line["tokens"] for line in runs[0])),
+            "seconds_a_step": round(
+                statistics.median(line["seconds"] for run in runs for line in run[2:]), 3
+            ),
+            "peak_gib": runs[0][-1]["memory_gib"],
+            "losses": [round(line["loss"], 5) for line in runs[0]],
+        }
+        for kind, runs in found.items()
+    }
+
+
 def scaling(folder: Path) -> list[dict[str, Any]]:
     """tokens/s of the same number of steps over 1,000, 10,000 and 100,000 conversations: finetune.py itself, so
     that reading, the token cache and the order of the data are in it; the first two steps are not counted."""
@@ -337,11 +393,7 @@ def scaling(folder: Path) -> list[dict[str, Any]]:
     for conversations in (1_000, 10_000, 100_000):
         rng = random.Random(conversations)
         data, out = folder / f"{conversations}.jsonl", folder / f"scaling-{conversations}"
-        with data.open("w", encoding="utf-8") as file:
-            for _ in range(conversations):
-                said = [text(rng, rng.randint(10, 40)), text(rng, rng.randint(30, 90))]
-                turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), said, strict=True)]
-                file.write(json.dumps({"messages": turns}) + "\n")
+        write_chats(data, rng, conversations)
         flags = {
             "-m": model.spec,
             "-d": data,
@@ -353,12 +405,9 @@ def scaling(folder: Path) -> list[dict[str, Any]]:
             "--model_max_length": 256,
             "--save_strategy": "no",
         }
-        words = [str(word) for pair in flags.items() for word in pair]
-        command = [sys.executable, str(ROOT / "finetune" / "finetune.py"), *words]
         begin = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = finetuned(flags)
         whole = time.perf_counter() - begin
-        log = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").splitlines()]
         counted = [line for line in log if "tokens_per_s" in line][2:]
         seconds = sum(line["tokens"] / line["tokens_per_s"] for line in counted)
         rows.append(
@@ -420,6 +469,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="alternating repeats (default: 3 for demo, 1 else)")
     parser.add_argument("--scaling", action="store_true", help="only: tokens/s against the size of the data")
     parser.add_argument("--profile", action="store_true", help="only: where the time of a step goes")
+    parser.add_argument(
+        "--number_types", action="store_true", help="only: --bf16 on this CPU against float32"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     return parser.parse_args()
 
@@ -440,7 +492,7 @@ def main() -> int:
     about = where((), PEERS)
     result: dict[str, Any] = {"rows": [], **about}
     at_defaults = options.steps is None and options.repeats is None
-    compared = not options.scaling and not options.profile
+    compared = not (options.scaling or options.profile or options.number_types)
     everything = compared and at_defaults and options.data is None and options.model is None
     with tempfile.TemporaryDirectory(prefix="bench_train-") as name:
         folder = Path(name)
@@ -452,6 +504,7 @@ def main() -> int:
         for block, wanted, measure in (
             ("scaling", options.scaling, scaling),
             ("step", options.profile, step_profile),
+            ("number_types", options.number_types, number_types),
         ):
             if wanted or everything:
                 result[block] = measure(folder)

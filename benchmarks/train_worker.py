@@ -154,7 +154,7 @@ def ours(spec: dict[str, Any], data: list[Any], watch: Watch) -> tuple[Any, dict
     args = TrainingArguments(
         **options(spec, spec["batch_size"], accumulation), remove_unused_columns=False, label_names=["labels"]
     )
-    trainer = ChatTrainer(windows=windows, model=model, args=args, callbacks=[watch])
+    trainer = ChatTrainer(windows=windows, model=model, args=args, in_passes=True, callbacks=[watch])
     rows = windows.plan([int(i) for i in windows.order(0)])
     facts = {
         "rows": [row.tokens for row in rows],

@@ -126,13 +126,14 @@ def count_data(run: Run) -> dict[str, int]:
         template_kwargs=run.data.template_kwargs,
     )
     data = read_data(run, fmt)
-    row, longest = session.longest_row(run, data)
+    row, held, longest = session.longest_row(run, data)
     tokens, supervised = data.budget()
     return {
         "conversations": len(data.train),
         "tokens": tokens,
         "supervised": supervised,
         "row": row,
+        "held": held,
         "longest": longest,
     }
 
@@ -143,7 +144,7 @@ def situation(
     """The run as it was asked for, on the devices seen or named."""
     whole = run.train.per_device_train_batch_size * run.data.model_max_length
     row = options.row_tokens or counted.get("row") or whole
-    setup = memory_plan.setup_of(run, row, row)
+    setup = memory_plan.setup_of(run, row, row, held=min(row, counted.get("held", row)))
     processes = options.ranks or setup.ranks
     named = options.gpu_gib is not None
     here = min(processes, setup.ranks_here if named else max(1, setup.ranks_here))

@@ -300,3 +300,20 @@ def test_free_memory_is_the_container_s(machine: Path, files: dict[str, str], fr
 
 def test_peak_memory_of_a_process() -> None:
     assert 10 * MIB < hardware.peak_memory() < 100 * GIB
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("fma avx2 avx512f avx512_bf16 avx512_vnni", True),
+        ("avx512f amx_tile amx_bf16 amx_int8", True),
+        ("fma avx2 avx512f avx512bw avx512_vnni", False),
+        (None, False),
+    ],
+)
+def test_bfloat16_by_the_cpus_flags(flags, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    if flags is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(f"model name\t: a test\nflags\t\t: {flags}\n", "utf-8")
+    assert hardware.cpu_has_bf16() is found

@@ -9,6 +9,7 @@ other people's code) it is transformers' own SDPA attention. Which kernel does t
 a ModelError: a layer that needs it would be trained wrong without a word.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -99,10 +100,12 @@ def attention(
     segments: torch.Tensor | None = None,
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
+    trunk: "Trunk | None" = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
 
+    trunk: of a pass over a part of a row (passes.py); `segments` then counts from the trunk's first token.
     ModelError for a keyword that asks for what is not computed here.
     """
     _refuse_unknown(module, kwargs)
@@ -119,6 +122,8 @@ def attention(
         # As for SDPA: rotary embedding leaves q and k in float32.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if trunk is not None:
+        key, value = trunk.join(module, key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     windowed = sliding_window is not None and query.shape[2] > sliding_window
     if (windowed and position_ids is None) or (attention_mask is not None and not windowed):
@@ -135,7 +140,7 @@ def attention(
         return _varlen(query, key, value, segments, longest, scale), None
     if kernel == "flex" and _flex_works(query, key, value, segments, scale):
         return _flex(query, key, value, segments, scale), None
-    mask = visible(segments, query.shape[2])
+    mask = visible(segments, key.shape[2])[-query.shape[2] :]
     if windowed and position_ids is not None:
         distance = position_ids[0][:, None] - position_ids[0][None, :]
         mask &= distance < cast(int, sliding_window)
@@ -143,6 +148,27 @@ def attention(
         query, key, value, attn_mask=mask[None, None], dropout_p=dropout, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2), None
+
+
+class Trunk:
+    """The keys and values of a row's first tokens, layer by layer, for passes over what continues them.
+
+    Made with nothing it takes up those of the layers that run; made with `above` it puts them before a layer's own.
+    """
+
+    def __init__(self, above: Mapping[torch.nn.Module, tuple[torch.Tensor, ...]] | None = None) -> None:
+        self.above = above
+        self.taken: dict[torch.nn.Module, tuple[torch.Tensor, ...]] = {}
+
+    def join(
+        self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value [1, Hkv, T, D] of a layer, after those of the trunk where there are some."""
+        if self.above is None:
+            self.taken[module] = key, value
+            return key, value
+        above_key, above_value = self.above[module]
+        return torch.cat([above_key, key], dim=2), torch.cat([above_value, value], dim=2)
 
 
 def visible(segments: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -192,7 +218,8 @@ class _Blocks(torch.autograd.Function):
     Softmax over several blocks of keys is put together from each block's output and log-sum-exp; with the
     joint output and log-sum-exp each block's backward is exact by itself (as in ring attention,
     arXiv:2310.01889). Nothing quadratic is stored. Grouped queries: the key heads are the batch and the
-    queries of a group the heads, so keys and values are broadcast, not repeated.
+    queries of a group the heads, so keys and values are broadcast, not repeated. Where there are more keys than
+    queries, the queries are those of the last keys: the first segment is a trunk, whose own queries are not there.
     """
 
     @staticmethod
@@ -206,6 +233,7 @@ class _Blocks(torch.autograd.Function):
     ) -> torch.Tensor:
         q, k, v = _by_key_head(query, key, value)
         groups, heads, tokens, width = q.shape
+        first = k.shape[2] - tokens  # of the keys that have a query
         shared = any(end > stop for _, stop, end in segments)
         exact = torch.float32 if shared and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
         out = q.new_empty((tokens, groups, heads, width), dtype=exact).permute(1, 2, 0, 3)
@@ -213,13 +241,14 @@ class _Blocks(torch.autograd.Function):
             (groups, heads, tokens), dtype=torch.float64 if exact == torch.float64 else torch.float32
         )
         for start, stop, _ in segments:
-            own = slice(start, stop)
-            out[:, :, own], lse[:, :, own] = _forward_block(
-                q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scale
-            )
+            if start >= first:
+                own, keys = slice(start - first, stop - first), slice(start, stop)
+                out[:, :, own], lse[:, :, own] = _forward_block(
+                    q[:, :, own], k[:, :, keys], v[:, :, keys], 0.0, True, scale=scale
+                )
         for start, stop, end in segments:
             if end > stop:
-                below, above = slice(stop, end), slice(start, stop)
+                below, above = slice(stop - first, end - first), slice(start, stop)
                 part, part_lse = _forward_block(
                     q[:, :, below], k[:, :, above], v[:, :, above], 0.0, False, scale=scale
                 )
@@ -238,29 +267,30 @@ class _Blocks(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         q, k, v = _by_key_head(query, key, value)
         groups, heads, tokens, width = q.shape
+        first = k.shape[2] - tokens
         g = gradient.reshape(tokens, groups, heads, width).permute(1, 2, 0, 3)
         exact = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
         dq = q.new_empty((tokens, groups, heads, width), dtype=exact).permute(1, 2, 0, 3)
-        dk = q.new_empty((tokens, groups, width), dtype=exact).permute(1, 0, 2)
-        dv = torch.empty_like(dk)
+        dk = q.new_zeros((k.shape[2], groups, width), dtype=exact).permute(1, 0, 2)
+        dv = torch.zeros_like(dk)
 
-        def part(queries: slice, keys: slice, causal: bool) -> tuple[torch.Tensor, ...]:
+        def part(queries: slice, keys: slice, causal: bool) -> torch.Tensor:
             at = (slice(None), slice(None), queries)
             part_q, part_k, part_v = _backward_block(
                 g[at], q[at], k[:, :, keys], v[:, :, keys], out[at], lse[at], 0.0, causal, scale=ctx.scale
             )
-            return part_q, part_k.sum(1, dtype=exact), part_v.sum(1, dtype=exact)
+            dk[:, keys] += part_k.sum(1, dtype=exact)
+            dv[:, keys] += part_v.sum(1, dtype=exact)
+            return cast(torch.Tensor, part_q)
 
         for start, stop, _ in ctx.segments:
-            own = slice(start, stop)
-            dq[:, :, own], dk[:, own], dv[:, own] = part(own, own, True)
+            if start >= first:
+                own = slice(start - first, stop - first)
+                dq[:, :, own] = part(own, slice(start, stop), True)
         for start, stop, end in ctx.segments:
             if end > stop:
-                below, above = slice(stop, end), slice(start, stop)
-                part_q, part_k, part_v = part(below, above, False)
-                dq[:, :, below] += part_q
-                dk[:, above] += part_k
-                dv[:, above] += part_v
+                below = slice(stop - first, end - first)
+                dq[:, :, below] += part(below, slice(start, stop), False)
         dq = dq.reshape(1, groups * heads, tokens, width)
         return dq.to(q.dtype), dk[None].to(k.dtype), dv[None].to(v.dtype), None, None
 

@@ -150,15 +150,18 @@ class WindowSampler:
         where = getattr(self.data, "where", None)
         return str(where(conversation)) if where else f"conversation {conversation}"
 
-    def longest_row(self, windows: int | None = None) -> int:
-        """The most tokens in any row of epoch 0's first `windows` windows; None reads all of the data."""
+    def longest_row(self, windows: int | None = None) -> tuple[int, int]:
+        """Of all rows of epoch 0's first `windows` windows the most tokens, and the most that one in passes holds at
+        once; None reads all of the data.
+        """
         order = self.order(0)
         starts = range(0, len(order), self.window)[:windows]
-        return max(
-            row.tokens
+        rows = [
+            (row.tokens, row.held)
             for start in starts
             for row in self.plan([int(i) for i in order[start : start + self.window]])
-        )
+        ]
+        return max(tokens for tokens, _ in rows), max(held for _, held in rows)
 
 
 def training_windows(run: Run, data: Conversations, ranks: int) -> WindowSampler:

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from qwen_chat.errors import ModelError
 from qwen_chat.training.memory_plan import CHUNK_BYTES
+from qwen_chat.training.packing import Pass, passes
+from qwen_chat.training.passes import formed
 from qwen_chat.training.router_loss import RouterLoss
 
 # What a collated row holds beside the model's inputs.
@@ -117,10 +119,18 @@ class ModelLoss:
     always did.
 
     router: the router's loss, formed beside it where a gradient is; the rows must hold `last_tokens` (Collator).
+    in_passes: a long row is computed in passes (passes.py), its gradient formed when the call ends; only for models
+    whose layers see other tokens through our attention alone. on_pass: is told which of how many begins.
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, chunk_bytes: int = CHUNK_BYTES, router: RouterLoss | None = None
+        self,
+        model: torch.nn.Module,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        router: RouterLoss | None = None,
+        in_passes: bool = False,
+        on_pass: Callable[[int, int], None] | None = None,
     ) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, torch.nn.Module):
@@ -129,7 +139,10 @@ class ModelLoss:
         self._hits: torch.Tensor | None = None
         self._router = router
         self._chunk_bytes = chunk_bytes
-        self._vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self._vocabulary = int(config.vocab_size)
+        self._in_passes, self._on_pass = in_passes and router is None, on_pass
+        self._window: int = getattr(config, "sliding_window", None) or 0
         self._own_forward: Callable[[torch.Tensor], torch.Tensor] = head.forward
         self._was_replaced = "forward" in vars(head)  # by a fused layer
         self._head = head
@@ -160,24 +173,44 @@ class ModelLoss:
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> LossResult:
         """Run `model` (wrapped as it may be) on a collated row. `batch` is not changed."""
-        inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+        tokens = batch["shift_labels"].numel()
+        if parts := self._parts(batch):
+            learnt = [p for p in model.parameters() if p.requires_grad]
+            loss, hits = formed(lambda part: self._run(model, part)[:2], batch, parts, learnt, self._on_pass)
+            return LossResult(loss_sum=loss, correct=hits, tokens=tokens)
         balanced = self._router if torch.is_grad_enabled() else None
         asked = {} if self._router is None else {"output_router_logits": balanced is not None}
+        loss, hits, output = self._run(model, batch, **asked)
+        router_sum = None
+        if balanced is not None:
+            output.aux_loss = None  # transformers', of the row as one text: its memory is free again
+            # Layers that are computed again in backward give their logits once, on the way forward.
+            router_sum = balanced(output.router_logits, batch)
+        return LossResult(loss_sum=loss, correct=hits, tokens=tokens, router_sum=router_sum)
+
+    def _parts(self, batch: dict[str, torch.Tensor]) -> list[Pass]:
+        """The row's passes; none where it is computed whole."""
+        windowed = 0 < self._window < batch["input_ids"].numel()
+        if not self._in_passes or not torch.is_grad_enabled() or windowed:
+            return []
+        parts = passes([(start, stop, end) for start, stop, end in batch["segments"].tolist()])
+        return parts if len(parts) > 1 or parts[0].branches else []
+
+    def _run(
+        self, model: torch.nn.Module, batch: dict[str, Any], **asked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """(loss, hits, the model's output) of a row or a part of one."""
+        inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
         self._targets = batch["shift_labels"].flatten()
         try:
             output = model(**inputs, use_cache=False, **asked)
         finally:
-            tokens, self._targets = self._targets.numel(), None
+            self._targets = None
         if self._hits is None:
             raise ModelError(
                 f"{type(model).__name__} does not call its output head as a module, inside which the loss is formed;"
                 " this model type cannot be trained here"
             )
         hits, self._hits = self._hits, None
-        router_sum = None
-        if balanced is not None:
-            output.aux_loss = None  # transformers', of the row as one text: its memory is free again
-            # Layers that are computed again in backward give their logits once, on the way forward.
-            router_sum = balanced(output.router_logits, batch)
         # The head returned the loss (see `_forward`), and the model passes on what its head returns as `logits`.
-        return LossResult(loss_sum=output.logits, correct=hits, tokens=tokens, router_sum=router_sum)
+        return output.logits, hits, output

@@ -352,6 +352,7 @@ class Setup:
     ranks_here: int = 1
     checkpointing: bool = False
     row: int = 2048
+    held: int = 0  # tokens of it whose activations are there at once if it is computed in passes; 0: all
     supervised: int = 2048
     device: Literal["cpu", "cuda"] = "cpu"
     half: bool = False  # matrix products in bfloat16 or float16
@@ -422,7 +423,7 @@ def _adapter_rank(run: Run) -> int:
         return run.lora.lora_r  # what is wrong with it is said when it is loaded
 
 
-def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False) -> Setup:
+def setup_of(run: Run, row: int, supervised: int, *, held: int = 0, checkpointing: bool = False) -> Setup:
     """The Setup of a Run on this machine."""
     cuda = on_accelerator(run)
     half = number_type(run)[0] != "float32"
@@ -443,6 +444,7 @@ def setup_of(run: Run, row: int, supervised: int, *, checkpointing: bool = False
         ranks_here=ranks_here(),
         checkpointing=checkpointing,
         row=row,
+        held=held,
         supervised=supervised,
         device="cuda" if cuda else "cpu",
         half=half,
@@ -558,6 +560,9 @@ def need(shape: Shape, setup: Setup) -> Need:
     """What one rank takes."""
     trained = trainable(shape, setup)
     weights, gradients, optimizer, host = _states(shape, setup, trained)
+    if setup.held < setup.row and in_passes(shape, setup):
+        gradients += 4 * trained
+        setup = _held_at_once(setup)
     walked, loss = activations(shape, setup), _loss(shape, setup)
     if setup.device == "cuda":
         on_gpu = GpuStep(shape, setup, trained)
@@ -584,6 +589,23 @@ def need(shape: Shape, setup: Setup) -> Need:
         load=load,
         host=host,
     )
+
+
+def in_passes(shape: Shape, setup: Setup) -> bool:
+    """Whether long rows are computed in passes (passes.py): on a CPU, where the layers see other tokens through
+    attention alone. In a full fine-tune only where they hold less by more than the row's gradient, which they keep.
+    """
+    if setup.device != "cpu" or setup.zero or not setup.held or not shape.counted:
+        return False
+    if shape.delta is not None or shape.balanced:
+        return False
+    saved = activations(shape, setup) - activations(shape, _held_at_once(setup))
+    return setup.method != "full" or saved > 4 * trainable(shape, setup)
+
+
+def _held_at_once(setup: Setup) -> Setup:
+    """With a row as long as what is held at once."""
+    return replace(setup, row=setup.held, supervised=min(setup.supervised, setup.held))
 
 
 def in_main_memory(shape: Shape, setup: Setup) -> int:
@@ -919,9 +941,10 @@ def main_memory(processes: int) -> Room:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether activations are computed again, the line to print, and why the run cannot be."""
+    """Whether activations are computed again, and long rows in passes; the line to print; why the run cannot be."""
 
     checkpointing: bool
+    in_passes: bool
     need: Need
     row: int
     line: str
@@ -938,8 +961,11 @@ def check_targets(run: Run, shape: Shape) -> None:
         )
 
 
-def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -> Verdict:
-    """Hold a run against this machine. row, supervised: tokens of its largest row; longest: conversation.
+def decide(
+    run: Run, shape: Shape, *, row: int, supervised: int, longest: int, held: int | None = None
+) -> Verdict:
+    """Hold a run against this machine. row, supervised: tokens of its largest row; held: the most that one in passes
+    has at once (all where it is not given); longest: conversation.
 
     Raises OptionError where an adapter's targets are not there.
     """
@@ -951,14 +977,17 @@ def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -
             f" (counted: {', '.join(COUNTED)}); gradient checkpointing {'on' if asked else 'off'}"
             f" ({'takes less memory' if asked == 'auto' else 'as asked'})"
         )
-        return Verdict(bool(asked), Need(*[0] * 10), row, line, None)
-    setup = setup_of(run, row, supervised)
+        return Verdict(bool(asked), False, Need(*[0] * 10), row, line, None)
+    setup = setup_of(run, row, supervised, held=held or row)
+    cut = run.train.deepspeed is None and in_passes(shape, setup)
     have = room(setup)
     plain, again = need(shape, setup), need(shape, replace(setup, checkpointing=True))
     tight = have.free is None or plain.total > have.free  # not known: the way that takes less
     on = tight and again.total < plain.total if asked == "auto" else asked
     wanted = again if on else plain
-    why = "as asked" if asked != "auto" else f"a row of {row:,} tokens keeps {gib(plain.activations)} without"
+    largest = f"a row of {row:,} tokens"
+    largest += f", {setup.held:,} of them at once," if cut and setup.held < row else ""
+    why = "as asked" if asked != "auto" else f"{largest} keeps {gib(plain.activations)} without"
     line = (
         f"plan: {gib(wanted.total)} a process; {have}"
         f" (weights {gib(wanted.weights)}, gradients {gib(wanted.gradients)}, optimizer"
@@ -973,7 +1002,7 @@ def decide(run: Run, shape: Shape, *, row: int, supervised: int, longest: int) -
         )
     if refusal is None and setup.device == "cuda":
         refusal = _too_much_to_load(shape, setup)
-    return Verdict(bool(on), wanted, row, line, refusal)
+    return Verdict(bool(on), cut, wanted, row, line, refusal)
 
 
 def _too_much_to_load(shape: Shape, setup: Setup) -> str | None:
@@ -997,13 +1026,20 @@ def _cure(run: Run, shape: Shape, setup: Setup, free: int, longest: int) -> str:
     for again in (setup.checkpointing, True):
         for smaller in (b for b in range(batch - 1, 0, -1) if batch % b == 0):
             rows = max(longest, -(-setup.row * smaller // batch))
-            row = replace(setup, row=rows, supervised=min(setup.supervised, rows), checkpointing=again)
+            row = replace(
+                setup,
+                row=rows,
+                held=min(setup.held, rows),
+                supervised=min(setup.supervised, rows),
+                checkpointing=again,
+            )
             if need(shape, row).total <= free:
                 flags = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps "
                 flags += str(accumulation * batch // smaller)
                 flags += " --gradient_checkpointing True" if again and can_checkpoint else ""
                 return f"the same step fits with {flags}"
-    again_setup = replace(setup, checkpointing=True, row=max(longest, setup.row // batch))
+    rows = max(longest, setup.row // batch)
+    again_setup = replace(setup, checkpointing=True, row=rows, held=min(setup.held, rows))
     for method, flag in (("lora", "--use_lora True"), ("qlora", "--q_lora True")):
         if method != setup.method and need(shape, replace(again_setup, method=method)).total <= free:  # type: ignore[arg-type]
             return f"an adapter fits: {flag} --per_device_train_batch_size 1"

@@ -19,7 +19,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from math import ceil
 from typing import cast
 
@@ -37,6 +37,10 @@ MIN_SHARED = 16
 REPEAT_SHARE = 0.1
 # ... and sequences belong to one group if at least this share of the shorter one is common to both.
 GROUP_SHARE = 0.25
+# Tokens that a pass over a long row computes at once: enough for matrix products at full speed.
+PASS_TOKENS = 1024
+# Branches are computed apart from their trunk only where at most this share of them and it is then held at once.
+HELD_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,68 @@ class PackedRow:
         if self.pad_to:
             return [(at, at + self.pad_to, at + self.pad_to) for at in range(0, self.tokens, self.pad_to)]
         return segments(self.lengths, self.shared)
+
+    @property
+    def held(self) -> int:
+        """The most tokens whose activations are there at once where the row is computed in passes."""
+        return max(part.held for part in passes(self.segments()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Tokens [start, stop) of a row, computed forward and backward by themselves.
+
+    `branches`: runs of tokens that descend from all of these and from nothing else outside of themselves; each is a
+    pass of its own, between this one's forward and its backward.
+    """
+
+    start: int
+    stop: int
+    branches: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def held(self) -> int:
+        """Tokens whose activations are there at once."""
+        return self.stop - self.start + max((stop - start for start, stop in self.branches), default=0)
+
+
+def passes(layout: Sequence[tuple[int, int, int]], limit: int = PASS_TOKENS) -> list[Pass]:
+    """Cut a row into passes of about `limit` tokens. layout: its segments, in order.
+
+    What has nothing in common is cut apart. A longer group is cut into its trunk, the segment that all of it begins
+    with, and runs of branches. Nothing else is cut: a pass is longer where a sequence or a branch is.
+    """
+    ends = {start: end for start, _, end in layout}
+    found: list[Pass] = []
+    at = 0
+    for start, stop, end in layout:
+        if start < at:
+            continue  # within the group before
+        at = end
+        starts = [stop]
+        while starts[-1] < end:
+            starts.append(ends[starts[-1]])
+        runs = _joined(list(pairwise(starts)), limit)
+        trunk = Pass(start, stop, tuple(runs))
+        whole = end - start
+        found.append(trunk if whole > limit and trunk.held <= HELD_SHARE * whole else Pass(start, end))
+    cut: list[Pass] = []
+    for apart, group in groupby(found, lambda part: bool(part.branches)):
+        members = list(group)
+        joined = _joined([(part.start, part.stop) for part in members], limit)
+        cut += members if apart else [Pass(start, stop) for start, stop in joined]
+    return cut
+
+
+def _joined(parts: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """Neighbours [start, stop) joined as long as they are at most `limit` together."""
+    runs: list[tuple[int, int]] = []
+    for start, stop in parts:
+        if runs and stop - runs[-1][0] <= limit:
+            runs[-1] = runs[-1][0], stop
+        else:
+            runs.append((start, stop))
+    return runs
 
 
 def segments(lengths: Sequence[int], shared: Sequence[int]) -> list[tuple[int, int, int]]:

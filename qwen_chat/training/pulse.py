@@ -24,16 +24,20 @@ class StepPlace:
     layer: int
     layers: int
     back: bool
+    part: int = 1  # of the passes over the row
+    parts: int = 1
 
     @property
     def share(self) -> float:
         done = (self.layers - self.layer + 1 if self.back else self.layer) / self.layers
-        part = FORWARD + (1 - FORWARD) * done if self.back else FORWARD * done
-        return (self.row - 1 + part) / self.rows
+        done = FORWARD + (1 - FORWARD) * done if self.back else FORWARD * done
+        return (self.row - 1 + (self.part - 1 + done) / self.parts) / self.rows
 
     def __str__(self) -> str:
         way = "backward" if self.back else "forward"
-        return f"row {self.row} of {self.rows}, {way}, layer {self.layer} of {self.layers}"
+        row = f"row {self.row} of {self.rows}"
+        row += f", pass {self.part} of {self.parts}" if self.parts > 1 else ""
+        return f"{row}, {way}, layer {self.layer} of {self.layers}"
 
 
 class Pulse:
@@ -43,7 +47,7 @@ class Pulse:
         layers = getattr(model.get_decoder(), "layers", ()) if hasattr(model, "get_decoder") else ()
         self.rows, self.layers, self.tell = rows, len(layers), tell
         self.row = 0
-        self.back = False
+        self.begin_pass(1, 1)
         for number, layer in enumerate(layers, 1):
             layer.register_forward_hook(
                 lambda module, inputs, output, number=number: self._left(number, output)
@@ -51,17 +55,25 @@ class Pulse:
 
     def begin_row(self) -> None:
         """A row of the step begins; after the last of them the first of the next step."""
-        self.row, self.back = self.row % self.rows + 1, False
+        self.row = self.row % self.rows + 1
+        self.begin_pass(1, 1)
+
+    def begin_pass(self, part: int, parts: int) -> None:
+        """A pass over the row begins."""
+        self.part, self.parts, self.back = part, parts, False
 
     def _left(self, layer: int, output: Any) -> None:
         """A layer has given its output. In the way back it is computed again, which is not told."""
         hidden = output[0] if isinstance(output, tuple) else output
         if self.row == 0 or self.back or not torch.is_grad_enabled():
             return
-        self.tell(StepPlace(self.row, self.rows, layer, self.layers, False))
+        self._tell(layer)
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self._back_at(layer))
 
     def _back_at(self, layer: int) -> None:
         self.back = True
-        self.tell(StepPlace(self.row, self.rows, layer, self.layers, True))
+        self._tell(layer)
+
+    def _tell(self, layer: int) -> None:
+        self.tell(StepPlace(self.row, self.rows, layer, self.layers, self.back, self.part, self.parts))

@@ -59,6 +59,7 @@ class Session(Prepared):
             windows=training_windows(run, data.train, world_size),
             held_out=held_out,
             loraplus_ratio=run.lora.loraplus_lr_ratio,
+            in_passes=self.choices["in_passes"],
             run_record=record,
             on_step=log.step,
             on_place=log.place,
@@ -89,23 +90,25 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
 def plan(run: Run, model_path: Path, data: Data) -> memory_plan.Verdict:
     """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory;
     OptionError if it cannot fit."""
-    row, longest = longest_row(run, data)
+    row, held, longest = longest_row(run, data)
     config = models.read_config(model_path)
     shape = memory_plan.Shape.of(config)
     for note in families.positions_note(config, longest):
         rank_zero(f"note: {note}")
-    verdict = memory_plan.decide(run, shape, row=row, supervised=row, longest=longest)
+    verdict = memory_plan.decide(run, shape, row=row, held=held, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:
         raise OptionError(verdict.refusal)
     return verdict
 
 
-def longest_row(run: Run, data: Data) -> tuple[int, int]:
-    """(tokens of the largest row that the run is known to meet, tokens of the longest conversation)."""
+def longest_row(run: Run, data: Data) -> tuple[int, int, int]:
+    """(tokens of the largest row that the run is known to meet, the most that one in passes holds at once, tokens of
+    the longest conversation).
+    """
     windows = training_windows(run, data.train, memory_plan.ranks())
-    row = windows.longest_row(windows=64)
+    row, held = windows.longest_row(windows=64)
     longest = min(int(data.summary.quantiles.get("max", row)), run.data.model_max_length)
-    return max(row, longest), longest
+    return max(row, longest), max(held, longest), longest
 
 
 def join(prepared: Prepared) -> Session:
@@ -125,6 +128,8 @@ def join(prepared: Prepared) -> Session:
     args.output_dir = from_rank_zero(lambda: str(prepared.folder))
     chosen |= {
         "gradient_checkpointing": agreed,
+        # A run that began before there were passes goes on without.
+        "in_passes": bool(chosen.get("in_passes", verdict.in_passes and not chosen)),
         "threads": torch.get_num_threads(),
         "layout": run.train.layout,
     }

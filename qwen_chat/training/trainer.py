@@ -84,8 +84,8 @@ class ChatTrainer(Trainer, TrainerCallback):
     """transformers' Trainer over windows of conversations, with our loss.
 
     It is one of its own callbacks: what has to happen between backward and the update can happen nowhere else.
-    run_record: what run.json says, stored in each checkpoint too. on_step: is handed each step's StepRecord. on_place:
-    where the running step is, on a CPU.
+    in_passes: long rows are computed in passes (ModelLoss). run_record: what run.json says, stored in each checkpoint
+    too. on_step: is handed each step's StepRecord. on_place: where the running step is, on a CPU.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class ChatTrainer(Trainer, TrainerCallback):
         windows: WindowSampler,
         held_out: WindowSampler | None = None,
         loraplus_ratio: float | None = None,
+        in_passes: bool = False,
         run_record: Mapping[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
         on_place: Callable[[StepPlace], None] = lambda place: None,
@@ -114,12 +115,17 @@ class ChatTrainer(Trainer, TrainerCallback):
         self._aside: Path | None = None
         self.router = RouterLoss.of(options["model"].config)
         self.unlogged: list[float] = []  # router's losses of the steps that no reporter has seen yet
-        # Before DeepSpeed or DDP wraps the model.
-        self.model_loss = ModelLoss(options["model"], router=self.router)
         args: TrainingArguments = options["args"]
         self.pulse: Pulse | None = None
         if args.device.type == "cpu":
             self.pulse = Pulse(options["model"], args.gradient_accumulation_steps, on_place)
+        # Before DeepSpeed or DDP wraps the model.
+        self.model_loss = ModelLoss(
+            options["model"],
+            router=self.router,
+            in_passes=in_passes,
+            on_pass=self.pulse.begin_pass if self.pulse else None,
+        )
         super().__init__(
             data_collator=Collator(balanced=self.router is not None),
             train_dataset=RowDataset(windows.data),

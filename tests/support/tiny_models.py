@@ -173,9 +173,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def engine(model, data, layout, batch_size, accumulation, chunk_bytes=SEVEN_TOKENS):
+def engine(model, data, layout, batch_size, accumulation, chunk_bytes=SEVEN_TOKENS, in_passes=False):
     """One optimizer step's rows through the engine: (sum of losses, supervised tokens, gradients)."""
-    loss = ModelLoss(model, chunk_bytes=chunk_bytes)
+    loss = ModelLoss(model, chunk_bytes=chunk_bytes, in_passes=in_passes)
     sampler = WindowSampler(
         data, batch_size=batch_size, accumulation=accumulation, max_length=200, layout=layout
     )

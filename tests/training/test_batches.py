@@ -126,7 +126,7 @@ def test_padded_row_pads_to_its_longest():
         assert row.tokens == max(row.lengths) * len(row.lengths)
         batch = Collator()([RowDataset(data)[row]])
         assert batch["input_ids"].shape == batch["position_ids"].shape == (1, row.tokens)
-    assert sampler.longest_row() == max(row.tokens for row in rows)
+    assert sampler.longest_row() == (max(row.tokens for row in rows), max(row.held for row in rows))
 
 
 def test_bad_input():

@@ -546,6 +546,46 @@ def test_a_run_that_cannot_fit_is_told_the_same_step_in_smaller_rows(monkeypatch
     assert "smaller model" in verdict.refusal
 
 
+def test_long_rows_in_passes_are_planned_by_what_is_held_at_once() -> None:
+    lora = Setup(method="lora", row=4200, held=1900, supervised=4200, lean=True)
+    held = memory_plan.need(HALF_BILLION, replace(lora, row=1900, supervised=1900, held=0))
+    whole, cut = (memory_plan.need(HALF_BILLION, replace(lora, held=held)) for held in (0, 1900))
+    assert (cut.activations, cut.loss) == (held.activations, held.loss)
+    assert cut.gradients == whole.gradients + 4 * cut.trainable  # formed before the row's backward
+    assert cut.total < 0.6 * whole.total
+    full = replace(lora, method="full")
+    for setup, wanted in [
+        (lora, True),
+        (replace(lora, held=4200), True),
+        (full, True),
+        (replace(full, held=4000), False),  # a gradient more than the passes save
+        (replace(lora, device="cuda"), False),
+        (replace(lora, zero=2), False),
+        (replace(lora, held=0), False),
+    ]:
+        assert memory_plan.in_passes(HALF_BILLION, setup) is wanted, setup
+    balanced = Shape.of(PUBLISHED["Qwen3-30B-A3B"][0] | {"output_router_logits": True})
+    hybrid = Shape.of(PUBLISHED["Qwen3-Next-80B-A3B"][0])
+    assert not memory_plan.in_passes(balanced, lora) and not memory_plan.in_passes(hybrid, lora)
+
+
+def test_a_run_chooses_passes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "room", lambda here=1: memory_plan.Room(int(200 * GIB), "a test"))
+    rows = {"row": 4200, "held": 1900, "supervised": 4200, "longest": 1100}
+    for words, cut in (
+        (["--use_lora"], True),
+        (["--use_lora", "--gradient_checkpointing", "False"], True),
+        (["--use_lora", "--deepspeed", str(ROOT / "finetune" / "ds_config_zero2.json")], False),
+    ):
+        verdict = memory_plan.decide(run_of(*words), HALF_BILLION, **rows)
+        assert verdict.in_passes is cut
+        assert not verdict.checkpointing
+    assert (
+        "a row of 4,200 tokens, 1,900 of them at once, keeps"
+        in memory_plan.decide(run_of("--use_lora"), HALF_BILLION, **rows).line
+    )
+
+
 def test_true_and_false_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "room", lambda here=1: memory_plan.Room(int(200 * GIB), "a test"))
     for word in (True, False):
