@@ -74,19 +74,26 @@ def linear_bytes(
     return int8.int8_bytes(rows, columns)
 
 
-def ways(parts: object, quantize: str | None, dtype: torch.dtype) -> tuple[str, ...]:
+def ways(
+    parts: object, quantize: str | None, dtype: torch.dtype, library: Library | None = None
+) -> tuple[str, ...]:
     """What a run should know of how it multiplies: decision lines. parts: a decoder's layers."""
     found = _kinds(parts)
     lines = []
     if quantize == "int8":
         lines.append("weights in int8, a scale for each output; activations in int8, a scale for each row")
     if quantize == "int4":
-        lines.append(f"weights in int4, groups of {int4.GROUP}; activations in bfloat16; the head in int8")
+        activations = "bfloat16" if library is None else "int8, a scale for each group"
+        lines.append(
+            f"weights in int4, groups of {int4.GROUP}; activations in {activations}; the head in int8"
+        )
         if found[Int8Linear]:
             lines.append(
                 f"{found[Int8Linear]} of {found[Int8Linear] + found[Int4Linear]} layers' weights in int8: "
                 f"int4 takes outputs in 16s and inputs in {int4.GROUP}s, and a torch with its kernel"
             )
+    if library is not None:
+        return tuple(lines)
     if quantize is not None and not int8.fused_levels():
         lines.append("int8 by public operators, the same bits but slower: this torch has no fbgemm kernel")
     if quantize is None and not has_packed(dtype):

@@ -8,8 +8,8 @@
 
 namespace {
 
-constexpr int64_t HIDDEN = 64, HEADS = 4, KV_HEADS = 2, SIZE = 32, INNER = 96, LAYERS = 2, VOCABULARY = 70, ROOM = 256;
-constexpr int64_t RANK = 3, LENGTH = 150;
+constexpr int64_t HIDDEN = 64, HEADS = 4, KV_HEADS = 2, SIZE = 32, INNER = 96, LAYERS = 2, VOCABULARY = 70, ROOM = 640;
+constexpr int64_t RANK = 3, LENGTH = 600;
 
 struct Floating {
     std::vector<float> numbers;
@@ -19,25 +19,35 @@ struct Floating {
     float *data() { return numbers.data(); }
 };
 
+enum Kind { FLOAT, INT8, INT4 };
+
 struct Weight {
     std::vector<int8_t> whole;
+    std::vector<uint8_t> grouped;
     std::vector<float> packed, scale;
     std::vector<int32_t> sums;
     Linear part;
 
-    Weight(int64_t outputs, int64_t inputs, bool is_int8) {
+    Weight(int64_t outputs, int64_t inputs, Kind kind) {
         const int64_t room = (outputs + PANEL - 1) / PANEL * PANEL;
         Floating weight(outputs * inputs);
-        if (is_int8) {
+        if (kind == INT4) {
+            std::vector<int32_t> rounded;
+            for (float one : weight.numbers) rounded.push_back(int32_t((one + 0.5f) * 15));
+            const std::vector<uint16_t> scales(inputs / 32 * outputs * 2, 0x3d00); // 0.03125
+            grouped.resize(room * inputs / 32 * 20);
+            native_pack_int4(rounded.data(), scales.data(), outputs, inputs, 32, grouped.data());
+            part = {outputs, inputs, grouped.data(), nullptr, nullptr, nullptr, 32};
+        } else if (kind == INT8) {
             std::vector<int8_t> rounded;
             for (float one : weight.numbers) rounded.push_back(int8_t(one * 250));
             whole.resize(room * ((inputs + 3) / 4 * 4)), sums.resize(room), scale.resize(room, 0.004f);
             native_pack_int8(rounded.data(), outputs, inputs, whole.data(), sums.data());
-            part = {outputs, inputs, whole.data(), scale.data(), sums.data(), nullptr};
+            part = {outputs, inputs, whole.data(), scale.data(), sums.data(), nullptr, 0};
         } else {
             packed.resize(room * inputs);
             native_pack_float(weight.data(), outputs, inputs, packed.data());
-            part = {outputs, inputs, packed.data(), nullptr, nullptr, nullptr};
+            part = {outputs, inputs, packed.data(), nullptr, nullptr, nullptr, 0};
         }
     }
 };
@@ -45,14 +55,15 @@ struct Weight {
 struct Parts {
     Floating norm{HIDDEN}, heads_norm{(HEADS + KV_HEADS) * SIZE}, embedding{LENGTH * HIDDEN}, cos{ROOM * SIZE / 2},
         sin{ROOM * SIZE / 2}, bias{2 * INNER};
-    Weight inputs, output, gate_up, down, head, thin_down{RANK, HIDDEN, false}, thin_up{2 * INNER, RANK, false};
+    Weight inputs, output, gate_up, down, head, thin_down{RANK, HIDDEN, FLOAT},
+        thin_up{2 * INNER, RANK, FLOAT};
     std::vector<Layer> layers;
     std::vector<Thin> thin;
     Model model;
 
-    explicit Parts(bool is_int8)
-        : inputs((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN, is_int8), output(HIDDEN, HEADS * SIZE, is_int8),
-          gate_up(2 * INNER, HIDDEN, is_int8), down(HIDDEN, INNER, is_int8), head(VOCABULARY, HIDDEN, is_int8) {
+    explicit Parts(Kind kind)
+        : inputs((HEADS + 2 * KV_HEADS) * SIZE, HIDDEN, kind), output(HIDDEN, HEADS * SIZE, kind),
+          gate_up(2 * INNER, HIDDEN, kind), down(HIDDEN, INNER, kind), head(VOCABULARY, HIDDEN, kind) {
         for (int64_t l = 0; l < LAYERS; l++)
             layers.push_back({norm.data(), l ? heads_norm.data() : nullptr, norm.data(), l ? 37 : 0, inputs.part,
                               output.part, gate_up.part, down.part});
@@ -79,11 +90,11 @@ std::vector<float> run(Parts &parts, int64_t piece, bool company, int threads) {
             wanted.push_back((i + 1) * count - 1);
         }
         const Group group{(rows - 1) * count, rows * count, parts.thin.data()};
-        std::vector<char> scratch(native_scratch(&parts.model, rows * count, RANK));
+        std::vector<char> scratch(native_scratch(&parts.model, rows * count, RANK, LENGTH));
         const Batch batch{rows * count,       rows,          1,          rows,        x.data(),      wanted.data(),
                           segments.data(),    &group,        parts.cos.data(), parts.sin.data(), last.data(), logits.data(),
                           scratch.data()};
-        native_step(&parts.model, &batch, RANK, threads, nullptr);
+        native_step(&parts.model, &batch, RANK, LENGTH, threads, nullptr);
     }
     const float *own = logits.data() + (company ? VOCABULARY : 0);
     return {own, own + VOCABULARY};
@@ -93,14 +104,14 @@ std::vector<float> run(Parts &parts, int64_t piece, bool company, int threads) {
 
 int main() {
     int wrong = 0;
-    for (int is_int8 = 0; is_int8 < 2; is_int8++) {
-        Parts parts(is_int8);
+    for (Kind kind : {FLOAT, INT8, INT4}) {
+        Parts parts(kind);
         const std::vector<float> whole = run(parts, LENGTH, false, 1);
-        for (int64_t piece : {1, 13, 64, 150})
+        for (int64_t piece : {1, 13, 64, 600})
             for (int company = 0; company < 2; company++)
                 for (int threads : {1, 3})
                     if (std::memcmp(run(parts, piece, company, threads).data(), whole.data(), 4 * VOCABULARY)) {
-                        std::printf("int8 %d piece %d company %d threads %d\n", is_int8, int(piece), company, threads);
+                        std::printf("kind %d piece %d company %d threads %d\n", kind, int(piece), company, threads);
                         wrong = 1;
                     }
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_chat.inference import int4
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.kv_cache import KVStore
 from qwen_chat.inference.native import library
@@ -69,8 +70,8 @@ def test_float32_is_torchs_to_1e_4(name: str, native: Library, monkeypatch: pyte
         assert torch.allclose(found, expected, rtol=0, atol=1e-4), end
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("name", ["qwen2_slide", "mistral"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", ["qwen2_slide", "mistral_full"])
 def test_bits_depend_on_neither_threads_nor_pieces(name: str, quantize: str | None, native: Library) -> None:
     decoder, ids, threads = (
         Decoder(tiny_family(name), quantize=quantize),
@@ -85,6 +86,19 @@ def test_bits_depend_on_neither_threads_nor_pieces(name: str, quantize: str | No
             assert torch.equal(logits_of(decoder, ids, 1, 2, 9, 22, 64, 65, 149), whole), count
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["qwen3_slide", "mistral_full"])
+def test_threads_share_a_long_rows_keys_and_change_no_bit(name: str, native: Library) -> None:
+    """A few tokens behind 1,300 are summed range by range in all threads, in one thread else."""
+    decoder, ids = Decoder(tiny_family(name)), tokens(1300)
+    whole = logits_of(decoder, ids)
+    assert torch.equal(logits_of(decoder, ids, 1299), whole)
+    assert torch.equal(logits_of(decoder, ids, 600, 1293), whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(NATIVE_SWITCH, "0")
+        reference = logits_of(Decoder(tiny_family(name)), ids)
+    assert torch.allclose(whole, reference, rtol=0, atol=1e-4)
 
 
 def test_threads_of_its_own_give_the_same_bits(native: Library) -> None:
@@ -106,6 +120,27 @@ def test_int8_products_are_torchs_own_bits(outputs: int, inputs: int, native: Li
         x[0, 0] = 0
         assert torch.equal(mine(x), reference(x)), rows
     assert torch.equal(mine(torch.zeros(3, inputs)), reference(torch.zeros(3, inputs)))
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (65, 32), (200, 1536)])
+def test_int4_products_are_what_the_whole_numbers_say(outputs: int, inputs: int, native: Library) -> None:
+    torch.manual_seed(outputs)
+    weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(21, inputs)
+    x[3] *= 1000  # a loud neighbour
+    whole, scales = int4.rounded(weight)
+    scale, zero = (one.t().double().repeat_interleave(int4.GROUP, 1) for one in scales.unbind(-1))
+    groups = x.view(len(x), -1, int4.GROUP)
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / step).round() * step).view(x.shape).double()
+    expected = rounded @ ((whole.double() - 8) * scale + zero).T + bias
+    linear = NativeLinear(native, weight, bias, "int4")
+    found = linear(x)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(linear(torch.zeros(1, inputs))[0], bias)
+    assert all(
+        torch.equal(linear(x[row : row + count]), found[row : row + count])
+        for row, count in ((0, 1), (3, 1), (2, 3), (4, 9), (20, 1))
+    )
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(65, 30), (7, 1), (200, 1537)])

@@ -41,6 +41,7 @@ class LinearPart(ctypes.Structure):
         ("scale", c_void_p),
         ("sums", c_void_p),
         ("bias", c_void_p),
+        ("group", c_int64),
     )
 
 
@@ -217,10 +218,11 @@ def _load(path: Path, version: str) -> Library:
         ("native_panel", number, ()),
         ("native_instructions", c_char_p, ()),
         ("native_pack_int8", None, (pointer, number, number, pointer, pointer)),
+        ("native_pack_int4", None, (pointer, pointer, number, number, number, pointer)),
         ("native_pack_float", None, (pointer, number, number, pointer)),
         ("native_linear", None, (*[pointer, whole, whole, pointer, number], *[pointer] * 3, whole, pointer)),
-        ("native_scratch", number, (pointer, number, number)),
-        ("native_step", None, (pointer, pointer, number, whole, pointer)),
+        ("native_scratch", number, (pointer, number, number, number)),
+        ("native_step", None, (pointer, pointer, number, number, whole, pointer)),
     ):
         function = getattr(functions, name)
         function.restype, function.argtypes = result, arguments

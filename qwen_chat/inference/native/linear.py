@@ -1,8 +1,9 @@
 """A linear layer as the native step has it; a callable on its own too, for what goes through torch.
 
 In: a weight (out, in), a bias. Out: (rows, in) -> (rows, out), and its place in step.cpp's structures. A row's bits
-depend on that row alone: in int8 the same as `Int8Linear`'s, in float32 one chain of sums an output, from the first
-input to the last.
+depend on that row alone: in int8 the same as `Int8Linear`'s; in float32 one chain of sums an output, from the first
+input to the last; in int4 one from the first group to the last, whose sums are whole numbers: a row is rounded to int8
+with a scale for each group.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import ctypes
 import torch
 from torch.nn import functional
 
+from qwen_chat.inference import int4
 from qwen_chat.inference.int8 import rounded_rows
 from qwen_chat.inference.native.library import Library, LinearPart
 
-_AT_A_TIME = 2048  # converted at a time
+_AT_A_TIME = 1024  # rows converted at a time
 
 
 class NativeLinear:
-    """float32, or int8 with a scale for each output. `part`: what step.cpp reads; it lives as long as this."""
+    """float32, int8 with a scale for each output, or int4 as int4.py rounds. `part`: what step.cpp reads; it lives as
+    long as this."""
 
     def __init__(
         self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
@@ -37,6 +40,15 @@ class NativeLinear:
                 rows = weight[first : first + parts.step].float().contiguous()
                 packed = self._weight[first:].data_ptr()
                 library.call("native_pack_float", rows.data_ptr(), len(rows), inputs, packed)
+        elif quantize == "int4":
+            self._weight = torch.empty(outputs + room, int4.int4_bytes(1, inputs), dtype=torch.uint8)
+            for first in parts:
+                whole, scales = int4.rounded(weight[first : first + parts.step])
+                packed = self._weight[first:].data_ptr()
+                count, group = len(whole), int4.GROUP
+                library.call(
+                    "native_pack_int4", whole.data_ptr(), scales.data_ptr(), count, inputs, group, packed
+                )
         else:
             self._scale = torch.zeros(outputs + room)
             self._sums = torch.empty(outputs + room, dtype=torch.int32)
@@ -53,16 +65,17 @@ class NativeLinear:
                 None if one is None else one.data_ptr()
                 for one in (self._weight, self._scale, self._sums, self._bias)
             ),
+            int4.GROUP if quantize == "int4" else 0,
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         rows = len(x)
         y = x.new_empty(rows, self.part.outputs)
-        # Room for the whole numbers and scales of int8.
+        # Room for the whole numbers and scales of int8 and int4.
         whole, scale = (
             torch.empty(rows, -(-self.part.inputs // 64) * 64, dtype=torch.uint8),
-            torch.empty(rows),
+            torch.empty(rows, self.part.inputs // 32 + 1, 3),
         )
         levels = self._library.levels
         self._library.call(

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from qwen_chat.inference import int4
 from qwen_chat.inference.attention import Attention
 from qwen_chat.inference.feed_forward import Dense
 from qwen_chat.inference.layer import Layer
@@ -47,14 +48,13 @@ def why_not_native(body: Any, quantize: str | None, device: str) -> str | None:
     dtype = body.embed_tokens.weight.dtype
     if device != "cpu" or dtype is not torch.float32:
         return f"it computes in float32 on a CPU, and this model is {dtype} on {device}"
-    if quantize not in (None, "int8"):
-        return f"it does not know {quantize}"
     if config.hidden_act not in ("silu", "swish"):
         return f"it does not know the activation {config.hidden_act}"
     attention = body.layers[0].self_attn
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
-    if any(size % _LANES for size in sizes) or attention.head_dim > _HEAD_LIMIT:
-        return f"its sizes are multiples of {_LANES}, a head's at most {_HEAD_LIMIT}"
+    lanes = int4.GROUP if quantize == "int4" else _LANES
+    if any(size % lanes for size in sizes) or attention.head_dim > _HEAD_LIMIT:
+        return f"its sizes are multiples of {lanes}, a head's at most {_HEAD_LIMIT}"
     return None
 
 
@@ -115,9 +115,10 @@ class Program:
             thin, most = self._adapter(lora)
             own[place] = GroupPart(rows.start, rows.stop, thin)
             rank = max(rank, most)
-        self._turn(max(segment.start + len(segment.ids) for segment in segments))
+        reach = max(segment.start + len(segment.ids) for segment in segments)
+        self._turn(reach)
         model = ctypes.byref(self._model)
-        need = self._library.call("native_scratch", model, len(x), rank)
+        need = self._library.call("native_scratch", model, len(x), rank, reach)
         if need > len(self._scratch):
             self._scratch = torch.empty(need, dtype=torch.uint8)
         batch = BatchPart(
@@ -135,7 +136,7 @@ class Program:
             logits=logits.data_ptr(),
             scratch=self._scratch.data_ptr(),
         )
-        self._library.call("native_step", model, ctypes.byref(batch), rank, *self._library.threads)
+        self._library.call("native_step", model, ctypes.byref(batch), rank, reach, *self._library.threads)
         return last, logits
 
     def _turn(self, positions: int) -> None:

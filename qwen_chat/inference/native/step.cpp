@@ -7,7 +7,9 @@
 // whole numbers are exact in any order. No multiplication and addition are fused but where `fma` says so
 // (-ffp-contract=off), so that the same row gets the same bits from each copy that the compiler makes of a loop.
 //
-// A weight lies in panels of PANEL outputs: for floats [inputs][PANEL], for int8 [inputs / 4][PANEL][4].
+// A weight lies in panels of PANEL outputs: for floats [inputs][PANEL], for int8 [inputs / 4][PANEL][4]. int4 is made of
+// groups of inputs: scales and zeros, both bfloat16, of an output and of the one W further in the halves of 32 bits, then
+// [group / 8][PANEL][4] bytes, whose lower halves are the first four of eight inputs.
 
 #include <atomic>
 #include <condition_variable>
@@ -15,6 +17,7 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -26,22 +29,33 @@ namespace {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int W = 16;
 constexpr int TILE_ROWS = 12;
+constexpr int GROUP_ROWS = 8;
+constexpr int BLOCKS = 4; // vectors of keys, or of values, at once
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int W = 8;
 constexpr int TILE_ROWS = 6;
+constexpr int GROUP_ROWS = 2;
+constexpr int BLOCKS = 2;
 #else
 constexpr int W = 4;
 constexpr int TILE_ROWS = 4;
+constexpr int GROUP_ROWS = 2;
+constexpr int BLOCKS = 2;
 #endif
 constexpr int PANEL = 2 * W;
+constexpr int SMALLEST_GROUP = 32; // inputs of int4 that share a scale
 constexpr int KEYS = 64;          // keys that are scored before the running maximum moves
-constexpr int QUERIES = 8;        // queries that go over one tile of keys together
+constexpr int RANGE = 512;        // keys that are summed by themselves: threads share a long row's ranges
+constexpr int QUERIES = 8;        // tokens whose queries go over one tile of keys together
+constexpr int TOGETHER = 4;          // heads whose queries share what is loaded of keys and values
 constexpr int HEAD_LIMIT = 256;   // numbers of a head
+constexpr int ALONE = 8;          // tokens of a step up to which threads share the ranges of one row
 constexpr int64_t ROW_BLOCK = 48; // rows that one thread multiplies with a panel at a time
 
 typedef float Floats __attribute__((vector_size(4 * W)));
 typedef int32_t Whole __attribute__((vector_size(4 * W)));
 typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef uint8_t Quarters __attribute__((vector_size(4 * W)));
 
 inline Floats load(const float *p) {
     Floats v;
@@ -86,7 +100,35 @@ inline Whole dot4(Whole sum, const uint8_t *a, const int8_t *b) {
 #endif
 }
 
+// sum += products of four bytes each: a signed, the same four for every output; q unsigned, below 16
+inline Whole dot4_small(Whole sum, Quarters q, const int8_t *a) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    int32_t four;
+    std::memcpy(&four, a, 4);
+    const __m512i right = _mm512_set1_epi32(four);
+#if defined(__AVX512VNNI__)
+    return (Whole)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)q, right);
+#else
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)q, right);
+    return (Whole)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+#elif defined(__AVX2__) && defined(__FMA__)
+    int32_t four;
+    std::memcpy(&four, a, 4);
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)q, _mm256_set1_epi32(four));
+    return (Whole)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    for (int lane = 0; lane < W; lane++)
+        for (int i = 0; i < 4; i++) sum[lane] += int32_t(q[4 * lane + i]) * int32_t(a[i]);
+    return sum;
+#endif
+}
+
 inline Floats to_floats(Whole v) { return __builtin_convertvector(v, Floats); }
+inline Quarters upper(Quarters v) { return (Quarters)(((Whole)v >> 4) & 0x0f0f0f0f); }
+// bfloat16 in the halves of 32 bits
+inline Floats lower_half(Whole v) { return (Floats)(v << 16); }
+inline Floats upper_half(Whole v) { return (Floats)(v & int32_t(0xffff0000)); }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats magnitude(Floats v) { return (Floats)((Whole)v & 0x7fffffff); }
 
@@ -103,21 +145,6 @@ inline float largest_of(Floats v) {
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; i++) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
     return parts[0];
-}
-
-// Neighbours added: the sums of a's pairs, then of b's.
-inline Floats pair_sums(Floats a, Floats b) {
-    Whole even, odd;
-    for (int i = 0; i < W; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-}
-// Lane i: the sum of v[i].
-inline Floats sums_of(Floats *v) {
-#pragma GCC unroll 8
-    for (int count = W; count > 1; count /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < count / 2; i++) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
-    return v[0];
 }
 
 // e^x to about one unit in the last place: 2^n times a polynomial of what is left.
@@ -145,9 +172,12 @@ extern "C" {
 struct Linear {
     int64_t outputs, inputs;
     const void *weight;
-    const float *scale;   // int8: of each output; null: floats
+    const float *scale;   // int8: of each output; else null
     const int32_t *sums;  // int8: of each output's weights
     const float *bias;    // or null
+    int64_t group;        // int4: inputs that share a scale, a multiple of 32; else 0
+
+    bool is_whole() const { return scale || group; }
 };
 
 // What an adapter adds to one linear layer: up(down(x)) + bias.
@@ -172,7 +202,7 @@ struct Model {
 };
 
 // The next `count` tokens of one row, from position `start`. kv: the row's (2 x kv heads, capacity, head size) of layer
-// 0; the next layer's is `stride` numbers further.
+// 0, keys in blocks of W positions, (head size, W); the next layer's is `stride` numbers further.
 struct Segment {
     int64_t start, count;
     float *kv;
@@ -214,43 +244,66 @@ inline void breathe() {
 #endif
 }
 
-// The threads that work on one step: they meet at barriers, and take pieces of work by number.
+// The threads that work on one step, section by section. A section is over when its pieces are done, not when every
+// thread has come: one that the system has put aside finds later how far the others are, and holds up only what it had
+// taken.
 struct Team {
-    alignas(64) std::atomic<int> tickets{0};
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> meetings{0};
-    alignas(64) std::atomic<int64_t> taken{0};
+    alignas(64) std::atomic<int64_t> next{0}; // the section, times 2^32, and its piece that nobody has taken
+    alignas(64) std::atomic<int64_t> done{0}; // its pieces that are done
+    std::atomic<int> tickets{0}, left{0}, sleepers{0};
+    std::mutex mutex;
+    std::condition_variable woken;
     int count = 1;
 
-    void meet() {
-        if (count == 1) return;
-        const int now = meetings.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-            arrived.store(0, std::memory_order_relaxed);
-            taken.store(0, std::memory_order_relaxed);
-            meetings.store(now + 1, std::memory_order_release);
-            return;
+    // Return when `over` tells true. Who waits long sleeps: its processor may run the thread that it waits for.
+    template <class Over> void wait(Over over) {
+        for (int spins = 0; spins < 4000; spins++) {
+            if (over()) return;
+            breathe();
         }
-        for (int spins = 0; meetings.load(std::memory_order_acquire) == now; spins++) {
-            if (spins < 4000)
-                breathe();
-            else
-                std::this_thread::yield();
-        }
+        std::unique_lock<std::mutex> held(mutex);
+        sleepers.fetch_add(1);
+        woken.wait(held, over);
+        sleepers.fetch_sub(1);
     }
+    void wake() {
+        if (!sleepers.load()) return;
+        std::lock_guard<std::mutex> held(mutex);
+        woken.notify_all();
+    }
+    // The end of a thread's work: returns when all have come here, for what they read lies in the caller's frame.
+    void leave() {
+        if (left.fetch_add(1) + 1 == count) return wake();
+        wait([this] { return left.load() == count; });
+    }
+};
+
+// One thread's way through the sections.
+struct Worker {
+    Team &team;
+    int64_t section = 0;
 
     // Run piece(i) for each i < pieces, `grain` neighbours a thread at a time; returns when all are done.
     template <class Piece> void share(int64_t pieces, int64_t grain, Piece piece) {
-        if (count == 1) {
+        if (pieces == 0) return;
+        if (team.count == 1) {
             for (int64_t i = 0; i < pieces; i++) piece(i);
             return;
         }
-        for (;;) {
-            const int64_t first = taken.fetch_add(grain, std::memory_order_relaxed);
-            if (first >= pieces) break;
-            for (int64_t i = first; i < first + grain && i < pieces; i++) piece(i);
+        const int64_t own = section++;
+        int64_t now = team.next.load(std::memory_order_acquire);
+        while (now >> 32 == own && (now & 0xffffffff) < pieces) {
+            if (!team.next.compare_exchange_weak(now, now + grain, std::memory_order_acq_rel)) continue;
+            const int64_t first = now & 0xffffffff, end = first + grain < pieces ? first + grain : pieces;
+            for (int64_t i = first; i < end; i++) piece(i);
+            if (team.done.fetch_add(end - first, std::memory_order_acq_rel) + end - first == pieces) {
+                team.done.store(0, std::memory_order_relaxed);
+                team.next.store((own + 1) << 32);
+                return team.wake();
+            }
+            now = team.next.load(std::memory_order_acquire);
         }
-        meet();
+        team.wait([&] { return team.next.load() >> 32 != own; });
     }
 };
 
@@ -316,15 +369,23 @@ class Pool {
     bool ends_ = false;
 };
 
-// The rows of a product's input: floats, and where the weight is int8 their whole numbers and scales.
+// What whole numbers of a row, or of a group of it, stand for: step times each; of a group also step times their sum, and
+// -8 times it.
+struct Scale {
+    float step, shift;
+    int32_t start;
+};
+
+// The rows of a product's input: floats, and where the weight is int8 or int4 their whole numbers and scales.
 struct Rows {
     const float *x;
     int64_t width; // numbers from a row to the next
     const uint8_t *whole;
     int64_t whole_width;
-    const float *scale;
+    const Scale *scale;
+    int64_t scale_width;
     Rows from(int64_t row) const {
-        return {x + row * width, width, whole + row * whole_width, whole_width, scale + row};
+        return {x + row * width, width, whole + row * whole_width, whole_width, scale + row * scale_width, scale_width};
     }
 };
 
@@ -393,17 +454,63 @@ void multiply_whole(const Linear &w, int32_t zero, int64_t panel, const Rows &ro
     const Floats bias_high = w.bias ? load(w.bias + first + W) : Floats{};
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-        Floats a = to_floats(low[m] - zero * sums_low) * scale_low * splat(rows.scale[m]);
-        Floats b = to_floats(high[m] - zero * sums_high) * scale_high * splat(rows.scale[m]);
+        Floats a = to_floats(low[m] - zero * sums_low) * scale_low * splat(rows.scale[m * rows.scale_width].step);
+        Floats b = to_floats(high[m] - zero * sums_high) * scale_high * splat(rows.scale[m * rows.scale_width].step);
         if (w.bias) a = a + bias_low, b = b + bias_high;
         finish(a, b, w.outputs - first, y + m * width + first, adds);
     }
 }
 
 template <int M>
+void multiply_groups(const Linear &w, int64_t panel, const Rows &rows, float *y, int64_t width, bool adds) {
+    const int64_t groups = w.inputs / w.group;
+    const uint8_t *weight = (const uint8_t *)w.weight + panel * groups * (4 + w.group / 2) * PANEL;
+    const int64_t first = panel * PANEL;
+    Floats low[M], high[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        low[m] = w.bias ? load(w.bias + first) : Floats{};
+        high[m] = w.bias ? load(w.bias + first + W) : Floats{};
+    }
+    const int8_t *x = (const int8_t *)rows.whole;
+    for (int64_t g = 0; g < groups; g++) {
+        Whole scales, zeros, some[M], more[M];
+        std::memcpy(&scales, weight, sizeof scales), std::memcpy(&zeros, weight + 4 * W, sizeof zeros);
+        weight += 8 * W;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) some[m] = more[m] = Whole{} + rows.scale[m * rows.scale_width + g].start;
+        for (int64_t k = 0; k < w.group; k += 8, weight += 8 * W, x += 8) {
+            if (M <= 4) __builtin_prefetch(weight + 64 * W), __builtin_prefetch(weight + 68 * W);
+            Quarters a, b;
+            std::memcpy(&a, weight, sizeof a), std::memcpy(&b, weight + 4 * W, sizeof b);
+            const Quarters a_first = a & 15, b_first = b & 15, a_last = upper(a), b_last = upper(b);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const int8_t *own = x + m * rows.whole_width;
+                some[m] = dot4_small(some[m], a_first, own), more[m] = dot4_small(more[m], b_first, own);
+                some[m] = dot4_small(some[m], a_last, own + 4), more[m] = dot4_small(more[m], b_last, own + 4);
+            }
+        }
+        const Floats scale_low = lower_half(scales), scale_high = upper_half(scales);
+        const Floats zero_low = lower_half(zeros), zero_high = upper_half(zeros);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const Scale &own = rows.scale[m * rows.scale_width + g];
+            low[m] = fma(to_floats(some[m]) * splat(own.step), scale_low, low[m]);
+            high[m] = fma(to_floats(more[m]) * splat(own.step), scale_high, high[m]);
+            low[m] = fma(splat(own.shift), zero_low, low[m]), high[m] = fma(splat(own.shift), zero_high, high[m]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) finish(low[m], high[m], w.outputs - first, y + m * width + first, adds);
+}
+
+template <int M>
 void multiply_rows(int64_t rows, const Linear &w, int32_t zero, int64_t panel, const Rows &x, float *y, int64_t width,
                    bool adds) {
     if (rows == M) {
+        if constexpr (M <= GROUP_ROWS)
+            if (w.group) return multiply_groups<M>(w, panel, x, y, width, adds);
         if (w.scale)
             multiply_whole<M>(w, zero, panel, x, y, width, adds);
         else
@@ -414,22 +521,23 @@ void multiply_rows(int64_t rows, const Linear &w, int32_t zero, int64_t panel, c
 }
 
 // y (rows, width) = or += the product of all rows.
-void multiply(Team &team, const Linear &w, int32_t zero, const Rows &x, int64_t rows, float *y, int64_t width,
+void multiply(Worker &worker, const Linear &w, int32_t zero, const Rows &x, int64_t rows, float *y, int64_t width,
               bool adds) {
     const int64_t panels = (w.outputs + PANEL - 1) / PANEL, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t grain = panels / (16 * team.count) > 1 ? panels / (16 * team.count) : 1;
-    team.share(panels * blocks, grain < 8 ? grain : 8, [&](int64_t piece) {
+    const int64_t grain = panels / (16 * worker.team.count) > 1 ? panels / (16 * worker.team.count) : 1;
+    worker.share(panels * blocks, grain < 8 ? grain : 8, [&](int64_t piece) {
         const int64_t panel = piece / blocks, begin = piece % blocks * ROW_BLOCK;
         const int64_t end = begin + ROW_BLOCK < rows ? begin + ROW_BLOCK : rows;
-        for (int64_t row = begin; row < end; row += TILE_ROWS) {
-            const int64_t count = end - row < TILE_ROWS ? end - row : TILE_ROWS;
+        const int64_t most = w.group ? GROUP_ROWS : TILE_ROWS;
+        for (int64_t row = begin; row < end; row += most) {
+            const int64_t count = end - row < most ? end - row : most;
             multiply_rows<TILE_ROWS>(count, w, zero, panel, x.from(row), y + row * width, width, adds);
         }
     });
 }
 
 // Rounded to whole numbers between zero - levels and zero + levels. x has `width` numbers, a multiple of 4 W or not.
-void round_row(const float *x, int64_t width, int32_t levels, int32_t zero, uint8_t *whole, float *scale) {
+void round_row(const float *x, int64_t width, int32_t levels, int32_t zero, uint8_t *whole, Scale *scale) {
     Floats most{};
     int64_t i = 0;
     for (; i + W <= width; i += W) most = larger(most, magnitude(load(x + i)));
@@ -439,7 +547,7 @@ void round_row(const float *x, int64_t width, int32_t levels, int32_t zero, uint
         top = top > one ? top : one;
     }
     const float step = fma(splat(top), splat(float(1.0 / levels)), splat(1e-12f))[0];
-    *scale = step;
+    scale->step = step;
     const Floats by = splat(step), shift = splat(float(zero)), magic = splat(12582912.0f);
     for (i = 0; i < width; i += W) {
         Floats v;
@@ -457,6 +565,34 @@ void round_row(const float *x, int64_t width, int32_t levels, int32_t zero, uint
         std::memcpy(whole + i, &bytes, count);
     }
     for (; width % 4; width++) whole[width] = 0;
+}
+
+// Each group rounded to whole numbers between -127 and 127.
+void round_groups(const float *x, int64_t width, int64_t group, int8_t *whole, Scale *scale) {
+    for (int64_t begin = 0; begin < width; begin += group, scale++) {
+        Floats most{};
+        for (int64_t i = 0; i < group; i += W) most = larger(most, magnitude(load(x + begin + i)));
+        const float step = fma(splat(largest_of(most)), splat(1.0f / 127), splat(1e-12f))[0];
+        Whole sum{};
+        for (int64_t i = 0; i < group; i += W) {
+            const Floats magic = splat(12582912.0f);
+            const Whole found = (Whole)(load(x + begin + i) / splat(step) + magic) - (Whole)magic;
+            sum += found;
+            const Bytes bytes = __builtin_convertvector(found, Bytes);
+            std::memcpy(whole + begin + i, &bytes, W);
+        }
+        int32_t total = 0;
+        for (int i = 0; i < W; i++) total += sum[i];
+        *scale = {step, step * float(total), -8 * total};
+    }
+}
+
+// What a product with `w` takes of a row.
+void round_for(const Linear &w, const float *x, int32_t levels, int32_t zero, uint8_t *whole, Scale *scale) {
+    if (w.group)
+        round_groups(x, w.inputs, w.group, (int8_t *)whole, scale);
+    else if (w.scale)
+        round_row(x, w.inputs, levels, zero, whole, scale);
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight
@@ -498,105 +634,160 @@ void turn_head(float *x, int64_t half, const float *cos, const float *sin) {
     }
 }
 
-struct Query {
-    const float *q;
-    float *y;
-    int64_t first, end; // keys
+// The queries of up to TOGETHER heads over some keys: each one's largest score, its weights' sums, its weighted values.
+struct Sums {
+    float most[TOGETHER];
+    Floats total[TOGETHER];
+    alignas(64) float found[TOGETHER][HEAD_LIMIT];
+
+    void clear(int heads, int size) {
+        for (int h = 0; h < heads; h++) {
+            most[h] = -__builtin_inff(), total[h] = Floats{};
+            std::memset(found[h], 0, 4 * size);
+        }
+    }
+    // Weigh what was found so far by 2^-something: a larger score has come.
+    void shrink(int h, int size, float now) {
+        const Floats by = splat(exponential(splat(most[h] - now))[0]);
+        for (int d = 0; d < size; d += W) store(found[h] + d, load(found[h] + d) * by);
+        total[h] = total[h] * by;
+        most[h] = now;
+    }
+    // Add what was found of later keys, which is changed.
+    void add(Sums &later, int heads, int size) {
+        for (int h = 0; h < heads; h++) {
+            if (later.most[h] == -__builtin_inff()) continue; // none of them
+            if (later.most[h] > most[h])
+                shrink(h, size, later.most[h]);
+            else
+                later.shrink(h, size, most[h]);
+            for (int d = 0; d < size; d += W) store(found[h] + d, load(found[h] + d) + load(later.found[h] + d));
+            total[h] = total[h] + later.total[h];
+        }
+    }
 };
 
-// Softmax attention of up to QUERIES queries of one head. What a query computes depends on its own range alone.
-void attend(const Query *queries, int count, const float *keys, const float *values, int size, float scale) {
-    alignas(64) float found[QUERIES][HEAD_LIMIT];
-    Floats total[QUERIES];
-    float most[QUERIES];
-    int64_t begin = queries[0].first, end = 0;
-    for (int i = 0; i < count; i++) {
-        begin = queries[i].first < begin ? queries[i].first : begin;
-        end = queries[i].end > end ? queries[i].end : end;
-        total[i] = Floats{}, most[i] = -__builtin_inff();
-        std::memset(found[i], 0, 4 * size);
-    }
-    for (int64_t tile = begin / KEYS * KEYS; tile < end; tile += KEYS)
-        for (int i = 0; i < count; i++) {
-            const int64_t from = queries[i].first > tile ? queries[i].first : tile;
-            const int64_t to = queries[i].end < tile + KEYS ? queries[i].end : tile + KEYS;
-            if (from >= to) continue;
-            alignas(64) float score[KEYS];
-            const int64_t first = (from - tile) / W * W, last = (to - tile + W - 1) / W * W;
-            Floats top = splat(-__builtin_inff());
-            for (int64_t block = first; block < last; block += W) {
-                Floats products[W];
-                const float *key = keys + (tile + block) * size, *q = queries[i].q;
-#pragma GCC unroll 16
-                for (int k = 0; k < W; k++) products[k] = Floats{};
-                for (int d = 0; d < size; d += W) {
-                    const Floats left = load(q + d);
-#pragma GCC unroll 16
-                    for (int k = 0; k < W; k++) products[k] = fma(left, load(key + k * size + d), products[k]);
-                }
-                store(score + block, sums_of(products) * splat(scale));
-                for (int k = 0; k < W; k++)
-                    if (tile + block + k < from || tile + block + k >= to) score[block + k] = -__builtin_inff();
-                top = larger(load(score + block), top);
-            }
-            const float now = largest_of(top);
-            if (now > most[i]) {
-                const float shrink = exponential(splat(most[i] - now))[0];
-                for (int d = 0; d < size; d += W) store(found[i] + d, load(found[i] + d) * splat(shrink));
-                total[i] = total[i] * splat(shrink);
-                most[i] = now;
-            }
-            for (int64_t block = first; block < last; block += W) {
-                const Floats s = load(score + block), p = exponential(s - splat(most[i]));
-                const Floats seen = s == splat(-__builtin_inff()) ? Floats{} : p;
-                store(score + block, seen);
-                total[i] = total[i] + seen;
-            }
-            for (int d = 0; d < size; d += 4 * W) {
-                const int parts = size - d < 4 * W ? (size - d) / W : 4;
-                const float *value = values + d;
-                if (parts == 4) {
-                    Floats a = load(found[i] + d), b = load(found[i] + d + W), c = load(found[i] + d + 2 * W),
-                           e = load(found[i] + d + 3 * W);
-                    for (int64_t k = from; k < to; k++) {
-                        const Floats p = splat(score[k - tile]);
-                        const float *v = value + k * size;
-                        a = fma(p, load(v), a), b = fma(p, load(v + W), b);
-                        c = fma(p, load(v + 2 * W), c), e = fma(p, load(v + 3 * W), e);
-                    }
-                    store(found[i] + d, a), store(found[i] + d + W, b);
-                    store(found[i] + d + 2 * W, c), store(found[i] + d + 3 * W, e);
-                } else {
-                    for (int part = 0; part < parts; part++) {
-                        Floats a = load(found[i] + d + part * W);
-                        for (int64_t k = from; k < to; k++)
-                            a = fma(splat(score[k - tile]), load(value + k * size + part * W), a);
-                        store(found[i] + d + part * W, a);
-                    }
-                }
+// G heads' queries of one token over its keys [from, to) of one tile. Keys lie in blocks [size][W], values [size].
+template <int G>
+void attend_tile(const float *q, const float *keys, const float *values, int64_t tile, int64_t from, int64_t to,
+                 int size, float scale, Sums &sums) {
+    alignas(64) float score[G][KEYS];
+    for (int64_t block = 0; block < KEYS; block += BLOCKS * W) {
+        Floats found[G][BLOCKS];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int k = 0; k < BLOCKS; k++) found[g][k] = Floats{};
+        const float *key = keys + (tile + block) * size;
+        for (int d = 0; d < size; d++) {
+#pragma GCC unroll 4
+            for (int k = 0; k < BLOCKS; k++) {
+                const Floats right = load(key + (k * size + d) * W);
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++) found[g][k] = fma(splat(q[g * size + d]), right, found[g][k]);
             }
         }
-    for (int i = 0; i < count; i++) {
-        const Floats by = splat(sum_of(total[i]));
-        for (int d = 0; d < size; d += W) store(queries[i].y + d, load(found[i] + d) / by);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int k = 0; k < BLOCKS; k++) store(score[g] + block + k * W, found[g][k] * splat(scale));
     }
+    for (int g = 0; g < G; g++) {
+        for (int64_t k = 0; k < from - tile; k++) score[g][k] = -__builtin_inff();
+        for (int64_t k = to - tile; k < KEYS; k++) score[g][k] = -__builtin_inff();
+        Floats top = splat(-__builtin_inff());
+        for (int k = 0; k < KEYS; k += W) top = larger(load(score[g] + k), top);
+        const float now = largest_of(top);
+        if (now > sums.most[g]) sums.shrink(g, size, now);
+        for (int k = 0; k < KEYS; k += W) {
+            const Floats s = load(score[g] + k), p = exponential(s - splat(sums.most[g]));
+            const Floats seen = s == splat(-__builtin_inff()) ? Floats{} : p;
+            store(score[g] + k, seen);
+            sums.total[g] = sums.total[g] + seen;
+        }
+    }
+    auto weigh = [&](auto parts, int d) {
+        constexpr int V = decltype(parts)::value;
+        Floats found[G][V];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) found[g][v] = load(sums.found[g] + d + v * W);
+        for (int64_t k = from; k < to; k++) {
+            const float *value = values + k * size + d;
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                const Floats right = load(value + v * W);
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++) found[g][v] = fma(splat(score[g][k - tile]), right, found[g][v]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) store(sums.found[g] + d + v * W, found[g][v]);
+    };
+    int d = 0;
+    for (; d + BLOCKS * W <= size; d += BLOCKS * W) weigh(std::integral_constant<int, BLOCKS>(), d);
+    for (; d < size; d += W) weigh(std::integral_constant<int, 1>(), d);
 }
+
+// The queries of neighbouring tokens of a row: `heads` of one key-value head each, from position `first` on.
+struct Queries {
+    const float *q;
+    float *y;
+    int64_t width;         // numbers from a token's queries and results to the next token's: q's, y's
+    int64_t y_width;
+    int64_t first, window; // of keys; 0: all
+    int count, heads, size;
+    const float *keys, *values;
+    float scale;
+
+    int64_t from(int i) const { return window && first + i + 1 > window ? first + i + 1 - window : 0; }
+
+    // One range of keys.
+    void attend(int64_t range, Sums *sums) const {
+        for (int i = 0; i < count; i++) sums[i].clear(heads, size);
+        for (int64_t tile = range * RANGE; tile < (range + 1) * RANGE && tile < first + count; tile += KEYS)
+            for (int i = 0; i < count; i++) {
+                const int64_t begin = from(i) > tile ? from(i) : tile;
+                const int64_t end = first + i + 1 < tile + KEYS ? first + i + 1 : tile + KEYS;
+                if (begin >= end) continue;
+                auto run = heads == 1 ? attend_tile<1> : heads == 2 ? attend_tile<2> : heads == 3 ? attend_tile<3> : attend_tile<4>;
+                run(q + i * width, keys, values, tile, begin, end, size, scale, sums[i]);
+            }
+    }
+    // Token i's result.
+    void finish(int i, const Sums &sums) const {
+        for (int h = 0; h < heads; h++) {
+            const Floats by = splat(sum_of(sums.total[h]));
+            for (int d = 0; d < size; d += W)
+                store(y + i * y_width + h * size + d, load(sums.found[h] + d) / by);
+        }
+    }
+};
 
 inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The numbers that a step works on, in one piece of memory.
 struct Space {
-    float *inner, *wide, *thin, *scale;
+    float *inner, *wide, *thin;
+    Scale *scale;
     uint8_t *whole;
-    int64_t inner_width, wide_width, whole_width, bytes;
+    Sums *sums; // (tokens, sets, ranges), where threads share a row's ranges
+    int64_t inner_width, wide_width, whole_width, scale_width, sets, ranges, bytes;
 
-    Space(const Model &m, int64_t tokens, int64_t rank, char *base) {
+    // rank: the largest of the adapters; reach: the longest row's length.
+    Space(const Model &m, int64_t tokens, int64_t rank, int64_t reach, char *base) {
         const int64_t attended = m.heads * m.head_dim, joined = (m.heads + 2 * m.kv_heads) * m.head_dim;
         inner_width = m.hidden > attended ? m.hidden : attended;
         inner_width = inner_width > m.inner ? inner_width : m.inner;
         wide_width = joined > 2 * m.inner ? joined : 2 * m.inner;
         whole_width = padded(inner_width);
-        char *at = base;
+        scale_width = inner_width / SMALLEST_GROUP;
+        sets = m.kv_heads * ((m.heads / m.kv_heads + TOGETHER - 1) / TOGETHER);
+        ranges = tokens <= ALONE ? (reach + RANGE - 1) / RANGE : 1;
+        char *at = (char *)padded((intptr_t)base);
         auto take = [&](int64_t size) {
             char *here = at;
             at += padded(size);
@@ -605,65 +796,129 @@ struct Space {
         inner = (float *)take(4 * tokens * inner_width);
         wide = (float *)take(4 * tokens * wide_width);
         thin = (float *)take(4 * tokens * rank);
-        scale = (float *)take(4 * tokens);
+        scale = (Scale *)take(tokens * scale_width * sizeof(Scale));
         whole = (uint8_t *)take(tokens * whole_width);
-        bytes = at - base;
+        sums = (Sums *)take(ranges > 1 ? tokens * sets * ranges * sizeof(Sums) : 0);
+        bytes = at - base + 64;
     }
 };
 
 struct Job {
     const Model &model;
     const Batch &batch;
-    int64_t rank;
+    Space space;
     Team team;
 
     void work();
-    void product(const Space &s, const Linear &w, int place, float *y, int64_t y_width, bool adds,
-                 int64_t layer);
+    void product(Worker &worker, const Linear &w, int place, float *y, int64_t y_width, bool adds, int64_t layer);
+    void attend(Worker &worker, const Layer &layer, int64_t l);
+    Queries queries(const Segment &segment, int64_t l, int64_t token, int64_t begin, int64_t count, int64_t set,
+                    int64_t window);
 };
 
 // A layer's product of space.inner, and each adapter's share.
-void Job::product(const Space &s, const Linear &w, int place, float *y, int64_t y_width, bool adds,
-                  int64_t layer) {
-    const Rows rows{s.inner, s.inner_width, s.whole, s.whole_width, s.scale};
-    multiply(team, w, model.zero, rows, batch.tokens, y, y_width, adds);
+void Job::product(Worker &worker, const Linear &w, int place, float *y, int64_t y_width, bool adds, int64_t layer) {
+    const Space &s = space;
+    const Rows rows{s.inner, s.inner_width, s.whole, s.whole_width, s.scale, s.scale_width};
+    multiply(worker, w, model.zero, rows, batch.tokens, y, y_width, adds);
     for (int64_t g = 0; g < batch.group_count; g++) {
         const Group &group = batch.groups[g];
         const Thin &thin = group.thin[4 * layer + place];
         const int64_t count = group.end - group.begin;
         float *own = y + group.begin * y_width;
         if (thin.down.outputs) {
-            multiply(team, thin.down, 0, rows.from(group.begin), count, s.thin, thin.down.outputs, false);
-            const Rows narrow{s.thin, thin.down.outputs, nullptr, 0, nullptr};
-            multiply(team, thin.up, 0, narrow, count, own, y_width, true);
+            multiply(worker, thin.down, 0, rows.from(group.begin), count, s.thin, thin.down.outputs, false);
+            const Rows narrow{s.thin, thin.down.outputs, nullptr, 0, nullptr, 0};
+            multiply(worker, thin.up, 0, narrow, count, own, y_width, true);
         }
         if (thin.bias)
-            team.share(count, 1, [&](int64_t row) {
+            worker.share(count, 1, [&](int64_t row) {
                 for (int64_t i = 0; i < w.outputs; i++) own[row * y_width + i] += thin.bias[i];
             });
     }
 }
 
+// Of `count` tokens of a segment from its `begin`th on, which is the step's `token`th: a set of heads that share keys.
+Queries Job::queries(const Segment &segment, int64_t l, int64_t token, int64_t begin, int64_t count, int64_t set,
+                     int64_t window) {
+    const Space &s = space;
+    const int64_t group = model.heads / model.kv_heads, own = s.sets / model.kv_heads, size = model.head_dim;
+    const int64_t kv_head = set / own, skipped = set % own * TOGETHER, head = kv_head * group + skipped;
+    const float *kv = segment.kv + l * segment.stride;
+    return {s.wide + token * s.wide_width + head * size,
+            s.inner + token * s.inner_width + head * size,
+            s.wide_width,
+            s.inner_width,
+            segment.start + begin,
+            window,
+            int(count),
+            int(group - skipped < TOGETHER ? group - skipped : TOGETHER),
+            int(size),
+            kv + kv_head * segment.capacity * size,
+            kv + (model.kv_heads + kv_head) * segment.capacity * size,
+            1.0f / __builtin_sqrtf(float(size))};
+}
+
+// Attention into space.inner. A token's ranges of keys are summed each by itself and added in order, whether one thread
+// does all of them or each does some.
+void Job::attend(Worker &worker, const Layer &layer, int64_t l) {
+    const Space &s = space;
+    const Batch &b = batch;
+    const int64_t each = s.ranges > 1 ? 1 : QUERIES;
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < b.segment_count; i++) blocks += (b.segments[i].count + each - 1) / each;
+    worker.share(blocks * s.sets * s.ranges, 1, [&](int64_t piece) {
+        const int64_t range = piece % s.ranges, set = piece / s.ranges % s.sets;
+        int64_t block = piece / s.ranges / s.sets, token = 0;
+        const Segment *segment = b.segments;
+        for (;; segment++) {
+            const int64_t own = (segment->count + each - 1) / each;
+            if (block < own) break;
+            block -= own, token += segment->count;
+        }
+        const int64_t begin = block * each, left = segment->count - begin;
+        const Queries q = queries(*segment, l, token + begin, begin, left < each ? left : each, set, layer.window);
+        if (s.ranges > 1) return q.attend(range, s.sums + ((token + begin) * s.sets + set) * s.ranges + range);
+        Sums part[QUERIES], sums[QUERIES];
+        for (int i = 0; i < q.count; i++) sums[i].clear(q.heads, q.size);
+        for (int64_t r = q.from(0) / RANGE; r * RANGE < q.first + q.count; r++) {
+            q.attend(r, part);
+            for (int i = 0; i < q.count; i++) sums[i].add(part[i], q.heads, q.size);
+        }
+        for (int i = 0; i < q.count; i++) q.finish(i, sums[i]);
+    });
+    if (s.ranges == 1) return;
+    worker.share(b.tokens * s.sets, 1, [&](int64_t piece) {
+        int64_t at = piece / s.sets;
+        const Segment *segment = b.segments;
+        for (; at >= segment->count; segment++) at -= segment->count;
+        const Queries q = queries(*segment, l, piece / s.sets, at, 1, piece % s.sets, layer.window);
+        Sums sums;
+        sums.clear(q.heads, q.size);
+        for (int64_t r = 0; r < s.ranges; r++) sums.add(s.sums[piece * s.ranges + r], q.heads, q.size);
+        q.finish(0, sums);
+    });
+}
+
 void Job::work() {
     const Model &m = model;
     const Batch &b = batch;
-    const Space s(m, b.tokens, rank, b.scratch);
+    const Space &s = space;
     const int64_t size = m.head_dim, attended = m.heads * size;
-    const float scale = 1.0f / __builtin_sqrtf(float(size));
+    Worker worker{team};
     auto rounded = [&](const Linear &w, int64_t row) {
-        if (w.scale)
-            round_row(s.inner + row * s.inner_width, w.inputs, m.levels, m.zero, s.whole + row * s.whole_width,
-                      s.scale + row);
+        round_for(w, s.inner + row * s.inner_width, m.levels, m.zero, s.whole + row * s.whole_width,
+                  s.scale + row * s.scale_width);
     };
     for (int64_t l = 0; l < m.layer_count; l++) {
         const Layer &layer = m.layers[l];
-        team.share(b.tokens, 1, [&](int64_t t) {
+        worker.share(b.tokens, 1, [&](int64_t t) {
             scale_row(b.x + t * m.hidden, m.hidden, layer.mixer_norm, m.eps, s.inner + t * s.inner_width);
             rounded(layer.inputs, t);
         });
-        product(s, layer.inputs, 0, s.wide, s.wide_width, false, l);
+        product(worker, layer.inputs, 0, s.wide, s.wide_width, false, l);
         // Each token's queries and keys turned, keys and values written.
-        team.share(b.tokens, 1, [&](int64_t t) {
+        worker.share(b.tokens, 1, [&](int64_t t) {
             int64_t at = t;
             const Segment *segment = b.segments;
             for (; at >= segment->count; segment++) at -= segment->count;
@@ -674,57 +929,36 @@ void Job::work() {
                 if (layer.heads_norm) scale_row(head, size, layer.heads_norm + h * size, m.eps, head);
                 turn_head(head, half, b.cos + position * half, b.sin + position * half);
             }
-            for (int64_t h = 0; h < 2 * m.kv_heads; h++)
-                std::memcpy(kv + (h * segment->capacity + position) * size, heads + attended + h * size, 4 * size);
-        });
-        // A few neighbouring tokens of a row, one head.
-        int64_t blocks = 0;
-        for (int64_t i = 0; i < b.segment_count; i++) blocks += (b.segments[i].count + QUERIES - 1) / QUERIES;
-        team.share(blocks * m.heads, 1, [&](int64_t piece) {
-            int64_t block = piece / m.heads, token = 0;
-            const int64_t h = piece % m.heads;
-            const Segment *segment = b.segments;
-            for (;; segment++) {
-                const int64_t own = (segment->count + QUERIES - 1) / QUERIES;
-                if (block < own) break;
-                block -= own, token += segment->count;
+            const float *keys = heads + attended, *values = keys + m.kv_heads * size;
+            for (int64_t h = 0; h < m.kv_heads; h++) { // keys in blocks [size][W]
+                float *key = kv + h * segment->capacity * size + position / W * W * size + position % W;
+                for (int64_t d = 0; d < size; d++) key[d * W] = keys[h * size + d];
+                std::memcpy(kv + ((m.kv_heads + h) * segment->capacity + position) * size, values + h * size, 4 * size);
             }
-            const int64_t kv_head = h / (m.heads / m.kv_heads), begin = block * QUERIES;
-            const float *kv = segment->kv + l * segment->stride;
-            Query queries[QUERIES];
-            int count = 0;
-            for (int64_t i = begin; i < segment->count && count < QUERIES; i++, count++) {
-                const int64_t end = segment->start + i + 1;
-                queries[count] = {s.wide + (token + i) * s.wide_width + h * size,
-                                  s.inner + (token + i) * s.inner_width + h * size,
-                                  layer.window && end > layer.window ? end - layer.window : 0, end};
-            }
-            attend(queries, count, kv + kv_head * segment->capacity * size,
-                   kv + (m.kv_heads + kv_head) * segment->capacity * size, int(size), scale);
         });
-        if (layer.output.scale) team.share(b.tokens, 1, [&](int64_t t) { rounded(layer.output, t); });
-        product(s, layer.output, 1, b.x, m.hidden, true, l);
-        team.share(b.tokens, 1, [&](int64_t t) {
+        attend(worker, layer, l);
+        if (layer.output.is_whole()) worker.share(b.tokens, 1, [&](int64_t t) { rounded(layer.output, t); });
+        product(worker, layer.output, 1, b.x, m.hidden, true, l);
+        worker.share(b.tokens, 1, [&](int64_t t) {
             scale_row(b.x + t * m.hidden, m.hidden, layer.feed_norm, m.eps, s.inner + t * s.inner_width);
             rounded(layer.gate_up, t);
         });
-        product(s, layer.gate_up, 2, s.wide, s.wide_width, false, l);
-        team.share(b.tokens, 1, [&](int64_t t) {
+        product(worker, layer.gate_up, 2, s.wide, s.wide_width, false, l);
+        worker.share(b.tokens, 1, [&](int64_t t) {
             const float *gate = s.wide + t * s.wide_width;
             gate_row(gate, gate + m.inner, m.inner, s.inner + t * s.inner_width);
             rounded(layer.down, t);
         });
-        product(s, layer.down, 3, b.x, m.hidden, true, l);
+        product(worker, layer.down, 3, b.x, m.hidden, true, l);
     }
     if (!b.wanted_count) return;
-    team.share(b.wanted_count, 1, [&](int64_t t) {
+    worker.share(b.wanted_count, 1, [&](int64_t t) {
         float *last = b.last + t * m.hidden;
         scale_row(b.x + b.wanted[t] * m.hidden, m.hidden, m.norm, m.eps, last);
-        if (m.head.scale)
-            round_row(last, m.hidden, m.levels, m.zero, s.whole + t * s.whole_width, s.scale + t);
+        round_for(m.head, last, m.levels, m.zero, s.whole + t * s.whole_width, s.scale + t * s.scale_width);
     });
-    const Rows rows{b.last, m.hidden, s.whole, s.whole_width, s.scale};
-    multiply(team, m.head, m.zero, rows, b.wanted_count, b.logits, m.vocabulary, false);
+    const Rows rows{b.last, m.hidden, s.whole, s.whole_width, s.scale, s.scale_width};
+    multiply(worker, m.head, m.zero, rows, b.wanted_count, b.logits, m.vocabulary, false);
 }
 
 // Every thread of a team comes here once; with an OpenMP runtime, which may send fewer than were asked for, the first
@@ -747,6 +981,7 @@ void enter(void *data) {
         while (!entry.known.load(std::memory_order_acquire)) breathe();
     }
     entry.run(entry.job);
+    entry.team->leave();
 }
 
 void in_threads(const Runtime *runtime, int threads, Team &team, void (*run)(void *), void *job) {
@@ -768,7 +1003,7 @@ struct Alone {
     int64_t rows;
     float *y;
     uint8_t *whole;
-    float *scale;
+    Scale *scale;
     Team team;
 };
 
@@ -807,6 +1042,28 @@ void native_pack_int8(const int8_t *weight, int64_t outputs, int64_t inputs, int
         }
 }
 
+// weight (outputs, inputs): 0 to 15, scales (inputs / group, outputs, 2) bfloat16: scale and zero. What is beyond the last
+// output is 0.
+void native_pack_int4(const int32_t *weight, const uint16_t *scales, int64_t outputs, int64_t inputs, int64_t group,
+                      uint8_t *packed) {
+    const int64_t panels = (outputs + PANEL - 1) / PANEL;
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t g = 0; g < inputs / group; g++, packed += (4 + group / 2) * PANEL)
+            for (int64_t lane = 0; lane < PANEL; lane++) {
+                const int64_t output = panel * PANEL + lane;
+                for (int i = 0; i < 2; i++) {
+                    const uint16_t one = output < outputs ? scales[(g * outputs + output) * 2 + i] : uint16_t(0);
+                    std::memcpy(packed + (i * W + lane % W) * 4 + lane / W * 2, &one, 2);
+                }
+                const int32_t *from = weight + output * inputs + g * group;
+                for (int64_t i = 0; i < group; i++) {
+                    const uint8_t one = output < outputs ? uint8_t(from[i]) : uint8_t(0);
+                    uint8_t &to = packed[4 * PANEL + i / 8 * 4 * PANEL + lane * 4 + i % 4];
+                    to = i % 8 < 4 ? one : uint8_t(to | one << 4);
+                }
+            }
+}
+
 void native_pack_float(const float *weight, int64_t outputs, int64_t inputs, float *packed) {
     const int64_t panels = (outputs + PANEL - 1) / PANEL;
     for (int64_t panel = 0; panel < panels; panel++)
@@ -817,33 +1074,38 @@ void native_pack_float(const float *weight, int64_t outputs, int64_t inputs, flo
             }
 }
 
-// y (rows, outputs) = x (rows, inputs) W^T + bias. whole (rows, inputs rounded up to 64) and scale (rows): room for int8.
+// y (rows, outputs) = x (rows, inputs) W^T + bias. whole (rows, inputs rounded up to 64) and scale (rows, inputs / 32 + 1,
+// 3): room for int8 and int4.
 void native_linear(const Linear *w, int32_t levels, int32_t zero, const float *x, int64_t rows, float *y,
-                   uint8_t *whole, float *scale, int32_t threads, const Runtime *runtime) {
-    Alone alone{*w, levels, zero, x, rows, y, whole, scale, {}};
+                   uint8_t *whole, void *scale, int32_t threads, const Runtime *runtime) {
+    Alone alone{*w, levels, zero, x, rows, y, whole, (Scale *)scale, {}};
     in_threads(
         runtime, threads, alone.team,
         [](void *data) {
             Alone &a = *(Alone *)data;
+            Worker worker{a.team};
             const int64_t width = padded(a.w.inputs);
-            if (a.w.scale)
-                a.team.share(a.rows, 1, [&](int64_t row) {
-                    round_row(a.x + row * a.w.inputs, a.w.inputs, a.levels, a.zero, a.whole + row * width,
-                              a.scale + row);
+            const int64_t scales = a.w.inputs / SMALLEST_GROUP + 1;
+            if (a.w.is_whole())
+                worker.share(a.rows, 1, [&](int64_t row) {
+                    round_for(a.w, a.x + row * a.w.inputs, a.levels, a.zero, a.whole + row * width,
+                              a.scale + row * scales);
                 });
-            const Rows from{a.x, a.w.inputs, a.whole, width, a.scale};
-            multiply(a.team, a.w, a.zero, from, a.rows, a.y, a.w.outputs, false);
+            const Rows from{a.x, a.w.inputs, a.whole, width, a.scale, scales};
+            multiply(worker, a.w, a.zero, from, a.rows, a.y, a.w.outputs, false);
         },
         &alone);
 }
 
-// Bytes that a step of so many tokens works in; rank: the largest of its adapters, 0 without.
-int64_t native_scratch(const Model *model, int64_t tokens, int64_t rank) {
-    return Space(*model, tokens, rank, nullptr).bytes;
+// Bytes that a step of so many tokens works in; rank: the largest of its adapters, 0 without; reach: the length of its
+// longest row.
+int64_t native_scratch(const Model *model, int64_t tokens, int64_t rank, int64_t reach) {
+    return Space(*model, tokens, rank, reach, nullptr).bytes;
 }
 
-void native_step(const Model *model, const Batch *batch, int64_t rank, int32_t threads, const Runtime *runtime) {
-    Job job{*model, *batch, rank, {}};
+void native_step(const Model *model, const Batch *batch, int64_t rank, int64_t reach, int32_t threads,
+                 const Runtime *runtime) {
+    Job job{*model, *batch, Space(*model, batch->tokens, rank, reach, batch->scratch), {}};
     in_threads(runtime, threads, job.team, [](void *data) { ((Job *)data)->work(); }, &job);
 }
 }
