@@ -32,21 +32,16 @@ struct Weight {
         const int64_t room = (outputs + PANEL - 1) / PANEL * PANEL;
         Floating weight(outputs * inputs);
         if (kind == INT4) {
-            std::vector<int32_t> rounded;
-            for (float one : weight.numbers) rounded.push_back(int32_t((one + 0.5f) * 15));
-            const std::vector<uint16_t> scales(inputs / 32 * outputs * 2, 0x3d00); // 0.03125
             grouped.resize(room * inputs / 32 * 20);
-            native_pack_int4(rounded.data(), scales.data(), outputs, inputs, 32, grouped.data());
+            native_pack_int4(weight.data(), 0, outputs, inputs, 32, grouped.data());
             part = {outputs, inputs, grouped.data(), nullptr, nullptr, nullptr, 32};
         } else if (kind == INT8) {
-            std::vector<int8_t> rounded;
-            for (float one : weight.numbers) rounded.push_back(int8_t(one * 250));
-            whole.resize(room * ((inputs + 3) / 4 * 4)), sums.resize(room), scale.resize(room, 0.004f);
-            native_pack_int8(rounded.data(), outputs, inputs, whole.data(), sums.data());
+            whole.resize(room * ((inputs + 3) / 4 * 4)), sums.resize(room), scale.resize(room);
+            native_pack_int8(weight.data(), 0, outputs, inputs, whole.data(), scale.data(), sums.data());
             part = {outputs, inputs, whole.data(), scale.data(), sums.data(), nullptr, 0};
         } else {
             packed.resize(room * inputs);
-            native_pack_float(weight.data(), outputs, inputs, packed.data());
+            native_pack_float(weight.data(), 0, outputs, inputs, packed.data());
             part = {outputs, inputs, packed.data(), nullptr, nullptr, nullptr, 0};
         }
     }

@@ -217,9 +217,9 @@ def _load(path: Path, version: str) -> Library:
     for name, result, arguments in (
         ("native_panel", number, ()),
         ("native_instructions", c_char_p, ()),
-        ("native_pack_int8", None, (pointer, number, number, pointer, pointer)),
-        ("native_pack_int4", None, (pointer, pointer, number, number, number, pointer)),
-        ("native_pack_float", None, (pointer, number, number, pointer)),
+        ("native_pack_int8", None, (pointer, whole, number, number, *[pointer] * 3)),
+        ("native_pack_int4", None, (pointer, whole, number, number, number, pointer)),
+        ("native_pack_float", None, (pointer, whole, number, number, pointer)),
         ("native_linear", None, (*[pointer, whole, whole, pointer, number], *[pointer] * 3, whole, pointer)),
         ("native_scratch", number, (pointer, number, number, number)),
         ("native_step", None, (pointer, pointer, number, number, whole, pointer)),
