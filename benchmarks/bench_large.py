@@ -4,7 +4,7 @@
     python benchmarks/bench_large.py shards                    # the model alone: 15 GB of random bfloat16 weights
     python benchmarks/bench_large.py serving --only int8       # a part, of it what has this in its name
 
-In: nothing; disk for the model and, while it is served beside llama.cpp, 28 GB for its GGUF files, which go again.
+In: nothing; under the cache folder 15 GB for the model, and 28 GB for its GGUF files while they are made.
 Out: benchmarks/results/large.json, a row a run, each put there as soon as it is measured:
 training: the peak memory (VmHWM) of two steps of finetune.py, beside its plan;
 loading: the peak of the service when it is ready and when it has answered;

@@ -83,11 +83,11 @@ def gguf(folder: Path, name: str, kind: str) -> Path:
     if kind in ("F32", "F16", "BF16"):
         return _kept(name, kind, lambda file: convert(folder, file, kind.lower()))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    whole = gguf(folder, name, "BF16" if config.get("dtype") == "bfloat16" else "F32")
+    stored = "BF16" if config.get("dtype") == "bfloat16" else "F32"
     quantize = str(programs() / "llama-quantize")
 
     def make(file: Path) -> None:
-        run([quantize, "--pure", str(whole), str(file), kind])
+        run([quantize, "--pure", str(gguf(folder, name, stored)), str(file), kind])
 
     return _kept(name, kind, make)
 
