@@ -272,13 +272,13 @@ def vllm(folder: Path) -> Callable[[int], list[str]]:
     ]
 
 
-def llama_server(folder: Path, model_name: str, kind: str) -> Callable[[int], list[str]]:
+def llama_server(folder: Path, model_name: str, kind: str, slots: int = 32) -> Callable[[int], list[str]]:
     """llama.cpp's own server, which batches: a slot for each client, its context shared among them."""
     file, program = llama_cpp.gguf(folder, model_name, kind), str(llama_cpp.programs() / "llama-server")
     threads = str(os.cpu_count() or 1)
     return lambda port: [
         *(program, "-m", str(file), "--port", str(port), "--host", "127.0.0.1", "-t", threads),
-        *("-np", "32", "-c", "65536", "--jinja", "--no-webui"),
+        *("-np", str(slots), "-c", str(2048 * slots), "--jinja", "--no-webui"),
     ]
 
 
@@ -310,13 +310,15 @@ def opened(
         with InProcess(command(0), folder, options.max_tokens) as worker:
             yield worker
     else:
-        with serving(name, command, options.timeout) as port:
+        with serving(name, command, options.timeout) as (port, _):
             yield Client(port, folder, tokenizer, options.max_tokens)
 
 
 @contextmanager
-def serving(name: str, command: Callable[[int], list[str]], timeout: float) -> Iterator[int]:
-    """A server on a free port, stopped afterwards. Raises ServiceError where it does not come up."""
+def serving(
+    name: str, command: Callable[[int], list[str]], timeout: float
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A server on a free port, and its process, stopped afterwards. Raises ServiceError where it does not come up."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -329,7 +331,7 @@ def serving(name: str, command: Callable[[int], list[str]], timeout: float) -> I
         )
         try:
             wait_until_up(name, process, port, timeout, log)
-            yield port
+            yield port, process
         finally:
             process.terminate()
             try:
@@ -426,10 +428,11 @@ class Client:
     def ask(self, question: str, system: str | None = None, max_tokens: int | None = None) -> Answer:
         """One answer, greedy. Raises ServiceError where the server refuses."""
         messages = [{"role": "system", "content": system}] if system else []
+        most = max_tokens or self.max_tokens
         body = {
             "model": self.model,
             "messages": [*messages, {"role": "user", "content": question}],
-            "max_tokens": max_tokens or self.max_tokens,
+            "max_tokens": most,
             "temperature": 0,
             "stream": True,
         }
@@ -441,15 +444,17 @@ class Client:
         response = connection.getresponse()
         if response.status != 200:
             raise ServiceError(f"status {response.status}: {response.read(300).decode(errors='replace')}")
-        text, first = "", 0.0
+        text, first, full = "", 0.0, False
         for line in response:
             piece = content_of(line)
             if piece and not text:
                 first = time.perf_counter() - begin
             text += piece
+            full = full or b'"finish_reason":"length"' in line.replace(b": ", b":")
         total = time.perf_counter() - begin
+        # Of random weights the text need not give the tokens again.
         tokens = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return Answer(tokens, (first or total) * 1000, total * 1000)
+        return Answer(most if full else tokens, (first or total) * 1000, total * 1000)
 
     def load(self, concurrency: int, requests: int) -> tuple[float, list[Answer]]:
         """`concurrency` clients, each `requests` questions in turn: (seconds, answers)."""

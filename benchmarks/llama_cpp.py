@@ -8,6 +8,7 @@ two cores build for about ten minutes.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -81,11 +82,12 @@ def gguf(folder: Path, name: str, kind: str) -> Path:
     """The model in `folder` as one file of a GGUF type (F32, BF16, Q8_0, Q4_0, ...), kept under `name`."""
     if kind in ("F32", "F16", "BF16"):
         return _kept(name, kind, lambda file: convert(folder, file, kind.lower()))
-    whole = gguf(folder, name, "F32")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = "BF16" if config.get("dtype") == "bfloat16" else "F32"
     quantize = str(programs() / "llama-quantize")
 
     def make(file: Path) -> None:
-        run([quantize, str(whole), str(file), kind])
+        run([quantize, "--pure", str(gguf(folder, name, stored)), str(file), kind])
 
     return _kept(name, kind, make)
 

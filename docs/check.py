@@ -8,12 +8,14 @@ In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when ther
 
 import argparse
 import ast
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
@@ -137,7 +139,7 @@ def unequal_languages() -> Iterator[Fault]:
 
 
 def made_tables() -> dict[str, tuple[Path, str]]:
-    """What is made from the code: the table's name, its page, its text."""
+    """What is made from the code and from benchmarks/results: the table's name, its page, its text."""
     from qwen_chat import families
     from qwen_chat.cli import training_fields
 
@@ -146,6 +148,9 @@ def made_tables() -> dict[str, tuple[Path, str]]:
         "training_fields": (ROOT / "docs/finetune.md", training_fields.markdown()),
         "floors": (ROOT / "docs/architecture.md", floors_table()),
         "modules": (ROOT / "docs/architecture.md", modules_table()),
+        "large_loading": (ROOT / "docs/inference.md", large_loading_table()),
+        "large_serving": (ROOT / "docs/inference.md", large_serving_table()),
+        "large_training": (ROOT / "docs/scale.md", large_training_table()),
     }
 
 
@@ -166,6 +171,48 @@ def modules_table() -> str:
         rows = "".join(f"| `{file.name}` | {first_sentence(file)} |\n" for file in files)
         parts.append(f"### {title}\n\n| module | holds |\n| --- | --- |\n{rows}")
     return "\n".join(parts)
+
+
+def large_loading_table() -> str:
+    """What benchmarks/bench_large.py measured of a 7B: memory of the service by number type."""
+    rows = [
+        (run, row["ready_peak_gib"], row["peak_gib"], round(row["ready_s"]))
+        for run, row in large_rows("loading").items()
+    ]
+    return table(("weights", "peak when ready, GiB", "and when it has answered", "ready after, s"), rows)
+
+
+def large_serving_table() -> str:
+    """The same: tokens per second of our server and llama.cpp's."""
+    found = large_rows("serving")
+    rows = []
+    for server in dict.fromkeys(row["server"] for row in found.values() if "server" in row):
+        alone, many = (found[f"{server}, {count} at once"]["tokens_per_s"] for count in (1, 8))
+        step = found[f"{server}, a step alone"]
+        share = f"{step['bandwidth_share']:.0%}" if "bandwidth_share" in step else ""
+        rows.append((server, alone, many, step["ms"], share))
+    titles = ("server", "tokens/s alone", "8 at once", "a step alone, ms", "of the memory's bandwidth")
+    return table(titles, rows)
+
+
+def large_training_table() -> str:
+    """The same: memory and time of two steps."""
+    rows = [
+        (run, row["planned_gib"], row["measured_gib"], row["ratio"], " and ".join(map(str, row["seconds"])))
+        for run, row in large_rows("training").items()
+    ]
+    return table(("run", "planned, GiB", "measured, GiB", "ratio", "seconds of the steps"), rows)
+
+
+def large_rows(part: str) -> dict[str, dict[str, Any]]:
+    """The record's rows of one part, by run."""
+    record = json.loads((ROOT / "benchmarks/results/large.json").read_text(encoding="utf-8"))
+    return {row["run"]: row for row in record["rows"] if row["part"] == part}
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def first_sentence(file: Path) -> str:

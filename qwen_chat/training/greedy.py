@@ -21,7 +21,8 @@ DIGITS = 4  # of a log-probability
 def replies(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], ends: Sequence[int], seconds: float = SECONDS
 ) -> Replies:
-    """All prompts in one batch, padded on the left. It is given up as soon as it is seen to take over `seconds`."""
+    """All prompts in one batch, padded on the left. It is given up as soon as it is seen to take over `seconds`; a pass
+    over one token is the first look: all prompts at once cost a large model minutes on a CPU, and memory."""
     began = time.perf_counter()
     was_training = model.training
     model.eval()
@@ -33,10 +34,15 @@ def replies(
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     ids, mask = ids.to(model.device), mask.to(model.device)
+    too_slow = Replies((), f"none: the model would take more than {seconds:.0f} s for them here")
     first_step = 0.0
     positions, cache = (mask.cumsum(-1) - 1).clamp_min(0), None
     found: list[list[tuple[int, float, float]]] = [[] for _ in prompts]
     try:
+        if prompts:
+            model(input_ids=ids[:1, -1:], use_cache=False, logits_to_keep=1)
+            if (time.perf_counter() - began) * TOKENS > seconds:
+                return too_slow
         for step in range(TOKENS if prompts else 0):
             given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             out = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -52,7 +58,7 @@ def replies(
             # The first step reads the prompts, which takes longer than a token does.
             first_step = took if step == 0 else first_step
             if took + (took - first_step) / max(1, step) * (TOKENS - 1 - step) > seconds:
-                return Replies((), f"none: the model would take more than {seconds:.0f} s for them here")
+                return too_slow
             ids, positions = chosen, positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
     finally:

@@ -40,7 +40,6 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
     run, fmt = session.run, session.fmt
     trainer.model_loss.remove()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    fused.remove(model)
     weights: dict[str, torch.Tensor] | None = None  # the model has them
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         # ZeRO-3 has cut them up; of an adapter, those that were trained are put together.
@@ -69,7 +68,9 @@ def save(session: Session, trainer: ChatTrainer, initial: Mapping[str, torch.Ten
                 shutil.copy2(session.model_path / file, aside / file)
     fmt.complete_tokenizer()
     fmt.tokenizer.save_pretrained(aside)
+    # By the layers that were trained: a base as narrow as it is stored computes through them alone.
     certify(session, model, cut_up=weights is not None).write(aside)
+    fused.remove(model)
     checkpoints.move_into(aside, session.folder)
 
 

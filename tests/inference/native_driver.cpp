@@ -39,14 +39,12 @@ struct Weight {
             native_pack_int4(rounded.data(), scales.data(), outputs, inputs, 32, grouped.data());
             part = {outputs, inputs, grouped.data(), nullptr, nullptr, nullptr, 32};
         } else if (kind == INT8) {
-            std::vector<int8_t> rounded;
-            for (float one : weight.numbers) rounded.push_back(int8_t(one * 250));
-            whole.resize(room * ((inputs + 3) / 4 * 4)), sums.resize(room), scale.resize(room, 0.004f);
-            native_pack_int8(rounded.data(), outputs, inputs, whole.data(), sums.data());
+            whole.resize(room * ((inputs + 3) / 4 * 4)), sums.resize(room), scale.resize(room);
+            native_pack_int8(weight.data(), 0, outputs, inputs, whole.data(), scale.data(), sums.data());
             part = {outputs, inputs, whole.data(), scale.data(), sums.data(), nullptr, 0};
         } else {
             packed.resize(room * inputs);
-            native_pack_float(weight.data(), outputs, inputs, packed.data());
+            native_pack_float(weight.data(), 0, outputs, inputs, packed.data());
             part = {outputs, inputs, packed.data(), nullptr, nullptr, nullptr, 0};
         }
     }

@@ -109,11 +109,15 @@ def test_threads_of_its_own_give_the_same_bits(native: Library) -> None:
     assert torch.equal(NativeLinear(alone, weight, None, None)(x), shared)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (65, 30), (7, 1), (200, 1537)])
-def test_int8_products_are_torchs_own_bits(outputs: int, inputs: int, native: Library) -> None:
-    """Whole numbers are summed, and scaled in the same order."""
+def test_int8_products_are_torchs_own_bits(
+    outputs: int, inputs: int, stored: torch.dtype, native: Library
+) -> None:
+    """Weights are rounded alike, whole numbers are summed, and scaled in the same order."""
     torch.manual_seed(outputs)
-    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    weight, bias = torch.randn(outputs, inputs).to(stored), torch.randn(outputs)
+    weight[3] = 0
     mine, reference = NativeLinear(native, weight, bias, "int8"), Int8Linear(weight, bias)
     for rows in (1, 2, 12, 13, 100):
         x = torch.randn(rows, inputs) * torch.rand(rows, 1) * 10
@@ -122,10 +126,14 @@ def test_int8_products_are_torchs_own_bits(outputs: int, inputs: int, native: Li
     assert torch.equal(mine(torch.zeros(3, inputs)), reference(torch.zeros(3, inputs)))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (65, 32), (200, 1536)])
-def test_int4_products_are_what_the_whole_numbers_say(outputs: int, inputs: int, native: Library) -> None:
+def test_int4_products_are_what_the_whole_numbers_say(
+    outputs: int, inputs: int, stored: torch.dtype, native: Library
+) -> None:
     torch.manual_seed(outputs)
-    weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(21, inputs)
+    weight, bias, x = torch.randn(outputs, inputs).to(stored), torch.randn(outputs), torch.randn(21, inputs)
+    weight[3] = 0
     x[3] *= 1000  # a loud neighbour
     whole, scales = int4.rounded(weight)
     scale, zero = (one.t().double().repeat_interleave(int4.GROUP, 1) for one in scales.unbind(-1))

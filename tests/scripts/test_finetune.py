@@ -95,6 +95,16 @@ def as_killed_before_the_end(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(run | {"state": "running"}))
 
 
+def stored_in_bfloat16(model: Path, folder: Path) -> Path:
+    """A copy of a model whose matrices stay narrow under an adapter."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    narrow = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(narrow, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 METHODS = {"full": [], "lora": ["--use_lora", "True"], "qlora": ["--q_lora", "True"]}
 
 
@@ -103,7 +113,8 @@ def test_each_method_trains_saves_loads_and_answers(
     method: str, finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = ["-m", str(tiny_model_path), "-d", str(short), "-o", str(out), *METHODS[method], *RATE]
+    base = tiny_model_path if method == "full" else stored_in_bfloat16(tiny_model_path, tmp_path / "base")
+    words = ["-m", str(base), "-d", str(short), "-o", str(out), *METHODS[method], *RATE]
     status, said = finetune(*words, "--eval_data_path", str(short), "--num_train_epochs", "2")
     assert status == 0, said
     log = losses(out)
@@ -133,6 +144,7 @@ def test_each_method_trains_saves_loads_and_answers(
     flag = "--adapter" if adapter else "-m"
     assert said.splitlines()[-1] == f"  python fast_start/simple_try_0.py {flag} {out}"
     assert f"learnt {run['data']['supervised']:,} (" in said
+    assert "greedy replies: 12 of at most 16 tokens" in said
     done = (
         answer(None, out) if adapter else answer(out, None)
     )  # an adapter alone takes the base that it names

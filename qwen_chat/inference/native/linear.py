@@ -9,16 +9,15 @@ with a scale for each group.
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn import functional
 
 from qwen_chat.inference import int4
-from qwen_chat.inference.int8 import rounded_rows
 from qwen_chat.inference.native.library import Library, LinearPart
 
-_AT_A_TIME = 1024  # rows converted at a time
-
+_AT_A_TIME = 1024  # rows packed at a time; whole panels
 
 class NativeLinear:
     """float32, int8 with a scale for each output, or int4 as int4.py rounds. `part`: what step.cpp reads; it lives as
@@ -29,35 +28,18 @@ class NativeLinear:
     ) -> None:
         outputs, inputs = weight.shape
         self._library = library
-        weight, room = weight.detach(), -outputs % library.panel
-        # A part of the rows at a time: what is widened and rounded on the way stays small.
-        parts = range(0, outputs, _AT_A_TIME // library.panel * library.panel)
+        room = -outputs % library.panel
         self._bias = None if bias is None else functional.pad(bias.detach().float(), (0, room))
         self._scale = self._sums = None
         if quantize is None:
             self._weight = library.room(outputs + room, inputs, torch.float32)
-            for first in parts:
-                rows = weight[first : first + parts.step].float().contiguous()
-                packed = self._weight[first:].data_ptr()
-                library.call("native_pack_float", rows.data_ptr(), len(rows), inputs, packed)
         elif quantize == "int4":
             self._weight = library.room(outputs + room, int4.int4_bytes(1, inputs), torch.uint8)
-            for first in parts:
-                whole, scales = int4.rounded(weight[first : first + parts.step])
-                packed = self._weight[first:].data_ptr()
-                count, group = len(whole), int4.GROUP
-                library.call(
-                    "native_pack_int4", whole.data_ptr(), scales.data_ptr(), count, inputs, group, packed
-                )
         else:
-            self._scale = torch.zeros(outputs + room)
+            self._scale = torch.empty(outputs + room)
             self._sums = torch.empty(outputs + room, dtype=torch.int32)
             self._weight = library.room(outputs + room, -(-inputs // 4) * 4, torch.int8)
-            for first in parts:
-                whole, scale = rounded_rows(weight[first : first + parts.step])
-                self._scale[first : first + len(whole)] = scale
-                packed, sums = self._weight[first:].data_ptr(), self._sums[first:].data_ptr()
-                library.call("native_pack_int8", whole.data_ptr(), len(whole), inputs, packed, sums)
+        self._pack(weight.detach(), quantize)
         self.part = LinearPart(
             outputs,
             inputs,
@@ -67,6 +49,28 @@ class NativeLinear:
             ),
             int4.GROUP if quantize == "int4" else 0,
         )
+
+    def _pack(self, weight: torch.Tensor, quantize: str | None) -> None:
+        """By several threads, each a few rows at a time; bfloat16 is widened number by number there."""
+        is_half = weight.dtype is torch.bfloat16
+        weight = (weight if is_half else weight.float()).contiguous()
+        panel, threads = self._library.panel, self._library.threads[0]
+        each = min(_AT_A_TIME, -(-len(weight) // threads // panel) * panel)
+        kept = [one for one in (self._weight, self._scale, self._sums) if one is not None]
+
+        def pack(first: int) -> None:
+            rows = weight[first : first + each]
+            to = [one[first:].data_ptr() for one in kept]
+            if quantize == "int4":
+                whole, scales = int4.rounded(rows)
+                given = (whole.data_ptr(), scales.data_ptr(), *rows.shape, int4.GROUP)
+                self._library.call("native_pack_int4", *given, *to)
+            else:
+                name = f"native_pack_{quantize or 'float'}"
+                self._library.call(name, rows.data_ptr(), int(is_half), *rows.shape, *to)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(pack, range(0, len(weight), each)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

@@ -1028,6 +1028,71 @@ struct Alone {
     Team team;
 };
 
+// A number of a weight as it is stored; bfloat16 is the upper half of a float.
+inline float widened(float x) { return x; }
+inline float widened(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+// The nearest bfloat16; between two, the even one.
+inline uint16_t narrowed(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+const float WHOLE = 12582912.0f; // added, it leaves no fraction: halves go to the even number
+
+// One output's weights in whole numbers, 127 steps of *scale on each side of 0; their sum.
+template <class Number> int32_t round_weights(const Number *row, int64_t inputs, int8_t *whole, float *scale) {
+    uint32_t most = 0; // of the bits without a sign, which are in the order of the numbers
+    for (int64_t i = 0; i < inputs; i++) {
+        const float x = widened(row[i]);
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        bits &= 0x7fffffff;
+        most = most < bits ? bits : most;
+    }
+    float largest;
+    std::memcpy(&largest, &most, 4);
+    const float step = largest / 127.0f < 1e-12f ? 1e-12f : largest / 127.0f;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < inputs; i++) {
+        const int32_t one = int32_t(widened(row[i]) / step + WHOLE - WHOLE);
+        whole[i] = int8_t(one);
+        sum += one;
+    }
+    *scale = step;
+    return sum;
+}
+
+template <class Number>
+void pack_int8(const Number *weight, int64_t outputs, int64_t inputs, int8_t *packed, float *scale, int32_t *sums) {
+    const int64_t fours = (inputs + 3) / 4, panels = (outputs + PANEL - 1) / PANEL;
+    std::vector<int8_t> whole(4 * fours);
+    for (int64_t output = 0; output < panels * PANEL; output++) {
+        if (output < outputs)
+            sums[output] = round_weights(weight + output * inputs, inputs, whole.data(), scale + output);
+        else
+            scale[output] = 0, sums[output] = 0, std::memset(whole.data(), 0, 4 * fours);
+        int8_t *to = packed + (output / PANEL * PANEL * fours + output % PANEL) * 4;
+        for (int64_t four = 0; four < fours; four++) std::memcpy(to + 4 * PANEL * four, &whole[4 * four], 4);
+    }
+}
+
+template <class Number> void pack_float(const Number *weight, int64_t outputs, int64_t inputs, float *packed) {
+    const int64_t panels = (outputs + PANEL - 1) / PANEL;
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t i = 0; i < inputs; i++)
+            for (int64_t lane = 0; lane < PANEL; lane++) {
+                const int64_t output = panel * PANEL + lane;
+                const bool is_there = output < outputs;
+                packed[(panel * inputs + i) * PANEL + lane] = is_there ? widened(weight[output * inputs + i]) : 0.0f;
+            }
+}
+
 } // namespace
 
 extern "C" {
@@ -1055,21 +1120,13 @@ void native_large_pages(char *at, int64_t bytes) {
 #endif
 }
 
-// weight (outputs, inputs) -> panels; what is beyond the last output is 0.
-void native_pack_int8(const int8_t *weight, int64_t outputs, int64_t inputs, int8_t *packed, int32_t *sums) {
-    const int64_t fours = (inputs + 3) / 4, panels = (outputs + PANEL - 1) / PANEL;
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t lane = 0; lane < PANEL; lane++) {
-            const int64_t output = panel * PANEL + lane;
-            int8_t *to = packed + panel * PANEL * fours * 4 + lane * 4;
-            int32_t sum = 0;
-            for (int64_t i = 0; i < 4 * fours; i++) {
-                const int8_t one = output < outputs && i < inputs ? weight[output * inputs + i] : int8_t(0);
-                sum += one;
-                to[i / 4 * PANEL * 4 + i % 4] = one;
-            }
-            sums[output] = sum;
-        }
+// weight (outputs, inputs), bfloat16 where `halves`, else float32 -> panels; what is beyond the last output is 0.
+void native_pack_int8(const void *weight, int32_t halves, int64_t outputs, int64_t inputs, int8_t *packed, float *scale,
+                      int32_t *sums) {
+    if (halves)
+        pack_int8((const uint16_t *)weight, outputs, inputs, packed, scale, sums);
+    else
+        pack_int8((const float *)weight, outputs, inputs, packed, scale, sums);
 }
 
 // weight (outputs, inputs): 0 to 15, scales (inputs / group, outputs, 2) bfloat16: scale and zero. What is beyond the last
@@ -1094,14 +1151,11 @@ void native_pack_int4(const int32_t *weight, const uint16_t *scales, int64_t out
             }
 }
 
-void native_pack_float(const float *weight, int64_t outputs, int64_t inputs, float *packed) {
-    const int64_t panels = (outputs + PANEL - 1) / PANEL;
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t i = 0; i < inputs; i++)
-            for (int64_t lane = 0; lane < PANEL; lane++) {
-                const int64_t output = panel * PANEL + lane;
-                packed[(panel * inputs + i) * PANEL + lane] = output < outputs ? weight[output * inputs + i] : 0.0f;
-            }
+void native_pack_float(const void *weight, int32_t halves, int64_t outputs, int64_t inputs, float *packed) {
+    if (halves)
+        pack_float((const uint16_t *)weight, outputs, inputs, packed);
+    else
+        pack_float((const float *)weight, outputs, inputs, packed);
 }
 
 // y (rows, outputs) = x (rows, inputs) W^T + bias. whole (rows, inputs rounded up to 64) and scale (rows, inputs / 32 + 1,
