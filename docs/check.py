@@ -96,7 +96,7 @@ def known_flags(script: str) -> frozenset[str]:
     shown = subprocess.run([runner, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
     flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
     if script.startswith("finetune/finetune"):
-        from qwen_chat.cli.training_fields import FIELDS
+        from qwen_chat.flags.training_fields import FIELDS
 
         flags |= {f"--{name}" for name, entry in FIELDS.items() if entry.state == "works"}
         flags |= known_flags_of_finetune()
@@ -139,7 +139,7 @@ def unequal_languages() -> Iterator[Fault]:
 def made_tables() -> dict[str, tuple[Path, str]]:
     """What is made from the code: the table's name, its page, its text."""
     from qwen_chat import families
-    from qwen_chat.cli import training_fields
+    from qwen_chat.flags import training_fields
 
     return {
         "models": (ROOT / "docs/models.md", families.families_table()),

@@ -139,9 +139,11 @@ fi
 for value in "${data_given[@]}"; do arguments+=(-d "$(locate "$value")"); done
 [[ -z "$OUTPUT_DIR" ]] || arguments+=(-o "$OUTPUT_DIR")
 arguments+=(--use_lora "$USE_LORA" --q_lora "$Q_LORA")
-if [[ -n "$DS_CONFIG_PATH" && "$DS_CONFIG_PATH" != none ]]; then
-    arguments+=(--deepspeed "$(locate "$DS_CONFIG_PATH")")
-fi
+case "$DS_CONFIG_PATH" in
+    "" | none) ;;
+    zero2 | zero3) arguments+=(--deepspeed "$DS_CONFIG_PATH") ;; # the toolkit's own, by name
+    *) arguments+=(--deepspeed "$(locate "$DS_CONFIG_PATH")") ;;
+esac
 arguments+=(${passed[@]+"${passed[@]}"})
 
 if [[ -z "$MASTER_PORT" ]]; then

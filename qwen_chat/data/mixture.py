@@ -15,12 +15,12 @@ from qwen_chat.chat.empty_think import notes, taught
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
-from qwen_chat.cli.run_options import Run
 from qwen_chat.data.blocks import Sequence32
 from qwen_chat.data.records import open_records
 from qwen_chat.data.token_cache import tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
 from qwen_chat.errors import DataError
+from qwen_chat.flags.run_options import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

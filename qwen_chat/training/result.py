@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qwen_chat import hardware, models
+from qwen_chat import hardware, models, place
 from qwen_chat.certificate.lock import FormatLock, Replies
 from qwen_chat.chat.format import ChatFormat
-from qwen_chat.cli.run_options import Run
 from qwen_chat.console import is_rank_zero, rank_zero
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import adapters, checkpoints, fused, memory_plan
 from qwen_chat.training.greedy import replies
 from qwen_chat.training.session import Session
@@ -179,6 +179,6 @@ def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
     flag = "--adapter" if run.lora.use_lora else "-m"
     lines += [
         f"saved in {folder}; now talk to it:",
-        f"  python fast_start/simple_try_0.py {flag} {shlex.quote(str(folder))}",
+        f"  {place.invocation('chat')} {flag} {shlex.quote(str(folder))}",
     ]
     return "\n".join(lines)

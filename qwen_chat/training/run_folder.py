@@ -14,14 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwen_chat import files
-from qwen_chat.cli import deepspeed_file
-from qwen_chat.cli.run_options import Run
+from qwen_chat import files, place
 from qwen_chat.errors import CheckpointError, OutputError
+from qwen_chat.flags import deepspeed_file
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import checkpoints, memory_plan
 from qwen_chat.training.checkpoints import RUN_FILE
 
-OUTPUTS = Path(__file__).resolve().parents[2] / "finetune" / "io_file" / "output_data"
 LOG_FILE = "train_log.jsonl"
 _OWN = frozenset({RUN_FILE, LOG_FILE, "runs", checkpoints.LOCK, checkpoints.ASIDE})  # runs: tensorboard's
 # What a run that was killed while it saved its result may have left.
@@ -58,14 +57,14 @@ def free(options: Mapping[str, Any]) -> frozenset[str]:
 
 
 def choose_folder(run: Run, now: datetime | None = None) -> Path:
-    """`-o`, or a new folder under finetune/io_file/output_data/ named after data, method and time."""
+    """`-o`, or a new folder under place.OUTPUTS, named after data, method and time."""
     if run.train.output_dir is not None:
         return Path(run.train.output_dir).expanduser()
     if run.train.resume not in ("auto", "never"):
         source = Path(run.train.resume)
         return source.parent if checkpoints.CHECKPOINT.fullmatch(source.name) else source
     data = re.sub(r"[^\w.-]+", "_", Path(run.data.data_path[0]).name.partition(".")[0]) or "data"
-    return OUTPUTS / f"{data}-{run.method}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
+    return place.OUTPUTS / f"{data}-{run.method}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
 
 
 def check_usable(folder: Path) -> None:
@@ -196,7 +195,7 @@ def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def tell_status(status: int) -> int:
-    """Leave a rank's exit status for finetune.sh, which a launcher would turn into 1; returns it."""
+    """Leave a rank's exit status for who started the launcher, which would turn into 1; returns it."""
     folder = os.environ.get("FINETUNE_STATUS_DIR")
     if folder and status:
         (Path(folder) / os.environ.get("RANK", "0")).write_text(f"{status}\n", encoding="utf-8")

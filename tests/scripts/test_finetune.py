@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import errors, models
+from qwen_chat import errors, models, place
 from qwen_chat.training import checkpoints, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +239,7 @@ def test_several_files_with_weights_and_an_adapter_that_is_continued(
 def test_without_o_a_new_folder_is_named_after_data_method_and_time(
     finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(place, "OUTPUTS", tmp_path / "outputs")
     words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", "--max_steps", "1"]
     assert finetune(*words)[0] == 0
     (made,) = (tmp_path / "outputs").iterdir()
@@ -474,7 +474,7 @@ def test_one_clear_line_and_status_2_before_any_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
-    monkeypatch.setattr(run_folder, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(place, "OUTPUTS", tmp_path / "outputs")
     base = [*(() if "-m" in words else ("-m", str(tiny_model_path)))]
     base += [] if "-d" in words else ["-d", str(short)]
     status, said = finetune(*base, *words)

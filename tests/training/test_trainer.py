@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_problems import read_run
+from qwen_chat import place
 from qwen_chat.data import mixture
 from qwen_chat.errors import OutputError
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.run_problems import read_run
 from qwen_chat.training import options, ranks, result, run_folder, session, step_log, trainer, tuned_model
 
 RUN = read_run(["-d", "my data.v2.jsonl", "--use_lora"])
@@ -130,7 +131,7 @@ def test_generation_stops_where_training_stopped() -> None:
 
 def test_a_folder_is_named_after_data_method_and_time() -> None:
     now = datetime(2026, 11, 24, 5, 6, 7)
-    assert run_folder.choose_folder(RUN, now) == run_folder.OUTPUTS / "my_data-lora-20261124-050607"
+    assert run_folder.choose_folder(RUN, now) == place.OUTPUTS / "my_data-lora-20261124-050607"
     given = replace(RUN, train=replace(RUN.train, output_dir="here/out"))
     assert run_folder.choose_folder(given, now) == Path("here/out")
 

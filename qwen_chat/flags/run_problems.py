@@ -12,10 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from qwen_chat import hardware
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.deepspeed_file import deepspeed_problems
-from qwen_chat.cli.parser import Values, read
-from qwen_chat.cli.run_options import (
+from qwen_chat.errors import OptionError
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.deepspeed_file import deepspeed_problems
+from qwen_chat.flags.parser import Values, read
+from qwen_chat.flags.run_options import (
     EXPERTS,
     DataArguments,
     LoraArguments,
@@ -24,7 +25,6 @@ from qwen_chat.cli.run_options import (
     TrainArguments,
     target_words,
 )
-from qwen_chat.errors import OptionError
 
 
 def read_run(argv: Sequence[str], about: str = "") -> Run:

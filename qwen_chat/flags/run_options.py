@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.parser import Values, option
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.parser import Values, option
 
 LEARNING_RATES = {
     # A full fine-tune moves every weight, so in small steps; an adapter starts from zero and has few weights.
@@ -150,7 +150,7 @@ class TrainArguments:
         elsewhere="packing padding_free",
         hint="packed (shared_prefix, the default, packs too)",
     )
-    deepspeed: str | None = option(None, "DeepSpeed's JSON file: ds_config_zero2.json, ds_config_zero3.json")
+    deepspeed: str | None = option(None, "DeepSpeed's JSON file, or zero2, zero3: the toolkit's own")
     eval_strategy: Literal["no", "steps", "epoch"] | None = option(
         None,
         "when to evaluate; epoch where there is --eval_data_path",

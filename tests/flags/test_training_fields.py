@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from qwen_chat.chat.encoded import Encoded
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_problems import read_run
-from qwen_chat.cli.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.data import mixture
 from qwen_chat.errors import OptionError, TrainingError
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.run_problems import read_run
+from qwen_chat.flags.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.training import attention, options, result, run_folder
 from qwen_chat.training.session import Session
 from qwen_chat.training.step_log import StepLog

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware
-from qwen_chat.cli import deepspeed_file, training_fields
-from qwen_chat.cli.parser import option, read
-from qwen_chat.cli.run_options import DataArguments, ModelArguments, Run
-from qwen_chat.cli.run_problems import read_run
 from qwen_chat.errors import OptionError
+from qwen_chat.flags import deepspeed_file, training_fields
+from qwen_chat.flags.parser import option, read
+from qwen_chat.flags.run_options import DataArguments, ModelArguments, Run
+from qwen_chat.flags.run_problems import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ["-d", "data.jsonl"]
@@ -416,7 +416,8 @@ def test_help_names_every_flag_and_needs_no_torch(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert [name for name in SEED if f"--{name}" not in text] == []
-    program = "import sys\nfrom qwen_chat.cli.run_problems import read_run\nread_run(['-d', 'x', '--max_steps', '2'])\n"
+    program = "import sys\nfrom qwen_chat.flags.run_problems import read_run\n"
+    program += "read_run(['-d', 'x', '--max_steps', '2'])\n"
     program += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     start = time.perf_counter()
     done = subprocess.run(
