@@ -82,7 +82,7 @@ def check_options(data: DataArguments, options: InspectArguments) -> None:
     if options.histogram is not None:
         check_free("histogram", options.histogram)
         if importlib.util.find_spec("matplotlib") is None:
-            raise MissingDependency("matplotlib", "--histogram")
+            raise MissingDependency("matplotlib", "--histogram", extra="track")
 
 
 def check_free(flag: str, path: str) -> None:

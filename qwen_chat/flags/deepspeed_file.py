@@ -86,9 +86,7 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str | None]:
     What it leaves out is filled with "auto", so that the flag holds: without the key gradient_clipping, for one,
     DeepSpeed would not clip at all.
     """
-    shape = (
-        f"expected a JSON file such as {place.deepspeed_file('zero2')}, or zero2, zero3: the toolkit's own"
-    )
+    shape = f"expected a JSON file such as {place.deepspeed_file('zero2')}"
     try:
         file = Path(__file__).with_name(f"{path}.json") if path in ("zero2", "zero3") else Path(path)
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qwen_chat import hardware
-from qwen_chat.errors import OptionError
+from qwen_chat.errors import MissingDependency, OptionError
 from qwen_chat.flags import training_fields
 from qwen_chat.flags.deepspeed_file import deepspeed_problems
 from qwen_chat.flags.parser import Values, read
@@ -61,6 +61,8 @@ def problems(run: Run, *, needs_data: bool = True) -> list[str]:
         if (reason := training_fields.refusal(name)) is not None
     ]
     found += [*_part_problems(run), *_data_problems(run, needs_data), *_lora_problems(run)]
+    if needs_data:  # a plan may be for another machine
+        found += missing_packages(run)
     if run.train.bf16 and run.train.fp16:
         found.append("--bf16 and --fp16: give one of them")
     device, use_cpu = run.train.device, bool(run.extra.get("use_cpu"))
@@ -102,6 +104,26 @@ RANGES: Mapping[str, Range] = {
 }
 
 
+# What may not be installed, and the wheel's extra that brings it.
+EXTRAS = {"bitsandbytes": "qlora", "deepspeed": "deepspeed", "tensorboard": "track"}
+
+
+def missing_packages(run: Run) -> list[str]:
+    """Packages that a flag needs and that are not installed, one line each."""
+    optimizer = str(run.extra.get("optim", "adamw_torch"))
+    needs = {
+        f"--optim {optimizer}": training_fields.OPTIMIZERS.get(optimizer),
+        "--q_lora": "bitsandbytes" if run.lora.q_lora else None,
+        f"--deepspeed {run.train.deepspeed}": "deepspeed" if run.train.deepspeed is not None else None,
+        "--report_to tensorboard": "tensorboard" if "tensorboard" in run.train.report_to else None,
+    }
+    return [
+        str(MissingDependency(package, flag, extra=EXTRAS[package]))
+        for flag, package in needs.items()
+        if package is not None and importlib.util.find_spec(package) is None
+    ]
+
+
 def _part_problems(run: Run) -> list[str]:
     """Optimizer, schedule and workers: names, and options that the named one would ignore."""
     train, extra, found = run.train, run.extra, []
@@ -110,15 +132,11 @@ def _part_problems(run: Run) -> list[str]:
         reason = training_fields.REFUSED_OPTIMIZERS.get(optimizer, "no such optimizer")
         known = ", ".join(training_fields.OPTIMIZERS)
         found.append(f"--optim {optimizer}: {reason}; expected one of {known}")
-    else:
-        package = training_fields.OPTIMIZERS[optimizer]
-        if package is not None and importlib.util.find_spec(package) is None:
-            found.append(f"--optim {optimizer} needs the package '{package}'; run: pip install {package}")
-        if extra.get("optim_args") and optimizer not in training_fields.WITH_ARGUMENTS:
-            found.append(
-                f"--optim_args with --optim {optimizer}, which takes none; leave it out, or choose one of"
-                f" {', '.join(sorted(training_fields.WITH_ARGUMENTS))}"
-            )
+    elif extra.get("optim_args") and optimizer not in training_fields.WITH_ARGUMENTS:
+        found.append(
+            f"--optim_args with --optim {optimizer}, which takes none; leave it out, or choose one of"
+            f" {', '.join(sorted(training_fields.WITH_ARGUMENTS))}"
+        )
     if schedule not in training_fields.SCHEDULES:
         known = ", ".join(training_fields.SCHEDULES)
         found.append(f"--lr_scheduler_type {schedule}: no such schedule; expected one of {known}")
