@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from qwen_chat.flags import training_fields
@@ -175,6 +175,10 @@ class TrainArguments:
     )
     resume_anyway: bool = option(False, "go on from a checkpoint though data, model or options have changed")
     plan_anyway: bool = option(False, "start though the plan says that memory will not do")
+    config: str | None = option(
+        None,
+        "flags from this YAML file, or from the run.json of a run, which is repeated; flags beside it win",
+    )
     check: bool = option(False, "look at everything short of loading a model, then stop")
 
 
@@ -189,6 +193,7 @@ class Run:
     extra: Mapping[str, Any]
     given: frozenset[str]
     notes: tuple[str, ...]
+    repeats: Mapping[str, Any] = field(default_factory=dict)  # the run.json of --config
 
     @classmethod
     def of(cls, values: Values) -> Run:

@@ -8,12 +8,12 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from qwen_chat import hardware
 from qwen_chat.errors import MissingDependency, OptionError
-from qwen_chat.flags import training_fields
+from qwen_chat.flags import config_file, training_fields
 from qwen_chat.flags.deepspeed_file import deepspeed_problems
 from qwen_chat.flags.parser import Values, read
 from qwen_chat.flags.run_options import (
@@ -37,11 +37,23 @@ def read_run_and(
 ) -> tuple[Run, Values]:
     """The same with a script's own groups beside it, which stand in the Values; a plan needs no data."""
     groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, *more]
-    values = read(argv, groups, about=about, others=training_fields.FLAGS)
-    run = Run.of(values)
+    path = config_file.named(argv)
+    config = config_file.ConfigFile(()) if path is None else config_file.read_config_file(path)
+    values = read(argv, groups, about=about, others=training_fields.FLAGS, before=config.flags)
+    if config.record:  # it has every option, those that nobody gave too
+        asked = frozenset(config.record.get("given", ())) - config_file.OWN
+        values = replace(values, given=(values.given - values.places.keys()) | asked)
+    run = replace(Run.of(values), repeats=config.record)
     if found := problems(run, needs_data=needs_data):
-        raise OptionError("\n".join(found))
+        raise OptionError("\n".join(_placed(line, values.places) for line in found))
     return run, values
+
+
+def _placed(problem: str, places: Mapping[str, str]) -> str:
+    """The problem of a flag that a file gave, with its place there."""
+    flag = re.match(r"--(\w+)", problem)
+    place = places.get(flag[1]) if flag else None
+    return problem if place is None else f"{place}: {problem}"
 
 
 def problems(run: Run, *, needs_data: bool = True) -> list[str]:

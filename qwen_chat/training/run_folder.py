@@ -30,7 +30,17 @@ _RESULT_FILES = re.compile(
 
 # What may change when a run goes on: it does not touch the weights.
 _FREE = frozenset(
-    {"output_dir", "check", "plan_anyway", "resume", "resume_anyway", "model", "data_path", "lazy_preprocess"}
+    {
+        "output_dir",
+        "check",
+        "config",
+        "plan_anyway",
+        "resume",
+        "resume_anyway",
+        "model",
+        "data_path",
+        "lazy_preprocess",
+    }
     | {"keep_best", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"}
     | {"gradient_checkpointing", "on_error", "trust_remote_code", "ddp_timeout", "skip_memory_metrics"}
     | {"logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "project"}
@@ -138,7 +148,7 @@ def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
         raise OutputError(f"{folder}: holds checkpoints, which --resume never would replace; give a new -o")
     record = read_run_json(source)
     if not present:
-        return Resume(None, {})
+        return _repeat(run, shape)
     if (
         source != folder
         and checkpoints.CHECKPOINT.fullmatch(source.name) is None
@@ -150,6 +160,14 @@ def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
     found = checkpoints.differences(record.get("shaped_by", {}), shape, free(shape["options"]))
     notes = checkpoints.check_unchanged(found, source, anyway=run.train.resume_anyway)
     return Resume(source, record.get("choices", {}), tuple(notes))
+
+
+def _repeat(run: Run, shape: Mapping[str, Any]) -> Resume:
+    """A run from its first step; one that repeats another (--config run.json) makes that one's choices."""
+    then = run.repeats.get("shaped_by", {})
+    changed = checkpoints.differences(then, shape, free(shape["options"])) if then else []
+    notes = [f"repeats {run.train.config}, with a change: {line}" for line in changed]
+    return Resume(None, run.repeats.get("choices", {}), tuple(notes))
 
 
 def checkpoint(found: Resume) -> tuple[Path | None, list[str]]:

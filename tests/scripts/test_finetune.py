@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import errors, models, place
+from qwen_chat import errors, files, models, place
 from qwen_chat.training import checkpoints, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +96,35 @@ def as_killed_before_the_end(folder: Path) -> None:
 
 
 METHODS = {"full": [], "lora": ["--use_lora", "True"], "qlora": ["--q_lora", "True"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_s_record_repeats_it_bit_for_bit(
+    method: str,
+    finetune: Finetune,
+    short: Path,
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dropout, the order of the data and the product that was measured as the faster one are those of the record."""
+    from qwen_chat.training import matmul
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["-m", str(tiny_model_path), "-d", str(short), *METHODS[method], *RATE, "--seed", "3"]
+    words += ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
+    status, said = finetune(*words, "-o", str(first))
+    assert status == 0, said
+    monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("onednn", "faster today"))
+    status, said = finetune("--config", str(first / "run.json"), "-o", str(second))
+    assert status == 0, said
+    assert "with a change" not in said
+    assert files.sha256(next(first.glob("*model.safetensors"))) == files.sha256(
+        next(second.glob("*model.safetensors"))
+    )
+    records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
+    assert [record["choices"]["matmul"]["route"] for record in records] == ["torch", "torch"]
 
 
 @pytest.mark.parametrize("method", METHODS)

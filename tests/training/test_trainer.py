@@ -136,6 +136,16 @@ def test_a_folder_is_named_after_data_method_and_time() -> None:
     assert run_folder.choose_folder(given, now) == Path("here/out")
 
 
+def test_a_run_that_repeats_another_makes_its_choices_and_says_what_has_changed(tmp_path: Path) -> None:
+    shape = {"options": RUN.as_dict(), "data": "a", "model": "m", "world_size": 1}
+    record = {"shaped_by": shape | {"data": "b"}, "choices": {"threads": 2}}
+    again = replace(RUN, train=replace(RUN.train, config="old/run.json"), repeats=record)
+    found = run_folder.resume(again, tmp_path / "new", shape | {"options": again.as_dict()})
+    assert (found.source, found.choices) == (None, {"threads": 2})
+    assert found.notes == ("repeats old/run.json, with a change: the data has other content",)
+    assert run_folder.resume(RUN, tmp_path / "new", shape) == run_folder.Resume(None, {})
+
+
 def test_folders_that_may_be_written_to(tmp_path: Path) -> None:
     run_folder.check_usable(tmp_path / "new" / "deeper")
     run_folder.check_usable(tmp_path)
