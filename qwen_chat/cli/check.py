@@ -108,7 +108,10 @@ def inspect(
     from qwen_chat.chat.encoded import Encoded
     from qwen_chat.chat.format import ChatFormat
     from qwen_chat.chat.show import show
-    from qwen_chat.data import token_cache  # after the data was found good: transformers takes seconds
+    from qwen_chat.data import (  # after the data was found good: transformers takes seconds
+        mixture,
+        token_cache,
+    )
 
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
     fmt = ChatFormat(tokenizer, data.tool_style, data.tool_language, template_kwargs=data.template_kwargs)
@@ -118,16 +121,26 @@ def inspect(
     )
     found["thinking"] = {"empty_think": empty_think.chosen(fmt, data.empty_think), "notes": list(told)}
     print(*told, sep="\n", end="\n" * bool(told), file=out)
-    tokens = token_cache.tokenise(
-        conversations,
-        empty_think.taught(fmt, data.empty_think),
-        max_length=data.model_max_length,
-        too_long=data.too_long,
-        train_on=data.train_on,
-        progress=progress,
-    )
+
+    def tokenised(good: records.Records) -> TokenisedData:
+        return token_cache.tokenise(
+            good,
+            empty_think.taught(fmt, data.empty_think),
+            max_length=data.model_max_length,
+            too_long=data.too_long,
+            train_on=data.train_on,
+            progress=progress,
+        )
+
+    def read(paths: Sequence[str]) -> TokenisedData:
+        return tokenised(records.open_records(paths, on_error=data.on_error, limit=options.limit))
+
+    tokens = tokenised(conversations)
     found["tokens"] = tokens.summary.to_json()
-    print(tokens.summary.describe(), file=out)
+    learnt, held_out, leaks = mixture.hold_out(tokens, data, read)
+    parts = mixture.Data(learnt, held_out, tokens.fingerprint, tokens.summary, tuple(leaks.describe()))
+    found["held_out"] = parts.held_out_json() | leaks.to_json()
+    print(parts.describe(), file=out)
     print(*text_histogram(tokens.full_lengths.tolist()), sep="\n", file=out)
     if options.histogram is not None:
         draw_histogram(tokens, Path(options.histogram))

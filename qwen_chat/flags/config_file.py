@@ -48,9 +48,9 @@ def read_config_file(path: str) -> ConfigFile:
     blocks = {key.value: value for key, value in root.value if isinstance(key, yaml.ScalarNode)}
     if {"options", "shaped_by"} <= blocks.keys():  # a run.json
         record = json.loads(text)
-        given = [flag for flag in _flags(file.name, blocks["options"]) if flag[2] and flag[1] not in OWN]
+        given = [flag for flag in _entries(file.name, blocks["options"]) if flag[2] and flag[1] not in OWN]
         return ConfigFile(tuple(given), record)
-    return ConfigFile(tuple(_flags(file.name, root)))
+    return ConfigFile(tuple(_entries(file.name, root)))
 
 
 def _broken(name: str, error: Exception) -> str:
@@ -62,7 +62,7 @@ def _broken(name: str, error: Exception) -> str:
     return f"{place}: no YAML ({what}); expected one `flag: value` a line"
 
 
-def _flags(name: str, mapping: yaml.MappingNode) -> list[tuple[str, str, list[str]]]:
+def _entries(name: str, mapping: yaml.MappingNode) -> list[tuple[str, str, list[str]]]:
     """Each key with its place and words. Raises OptionError with a line for each key that cannot be one."""
     seen: dict[str, int] = {}
     wrong, found = [], []
@@ -77,7 +77,7 @@ def _flags(name: str, mapping: yaml.MappingNode) -> list[tuple[str, str, list[st
             wrong.append(f"{place}: {key.value}: stands in line {seen[flag]} too; leave one of them out")
         seen.setdefault(flag, line)
         try:
-            found.append((place, flag, _words(value)))
+            found.append((place, flag, _value_words(value)))
         except (yaml.YAMLError, ValueError, TypeError) as error:
             wrong.append(
                 f"{place}: {key.value}: {first_line(error)}; expected plain text, a list or a mapping"
@@ -87,7 +87,7 @@ def _flags(name: str, mapping: yaml.MappingNode) -> list[tuple[str, str, list[st
     return found
 
 
-def _words(value: yaml.Node) -> list[str]:
+def _value_words(value: yaml.Node) -> list[str]:
     """A value as the words behind its flag: null is None, a mapping is JSON."""
     if isinstance(value, yaml.ScalarNode):
         return ["none" if value.tag == "tag:yaml.org,2002:null" else value.value]

@@ -105,7 +105,8 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
     **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
     **dict.fromkeys(("torch_empty_cache_steps", "ddp_timeout", "ddp_bucket_cap_mb"), _ABOVE_0),
-    **dict.fromkeys(("dataloader_prefetch_factor",), _ABOVE_0),
+    **dict.fromkeys(("dataloader_prefetch_factor", "patience"), _ABOVE_0),
+    "eval_share": (lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.05"),
     "learning_rate": (lambda value: 0 < value < 1, "a number between 0 and 1, such as 2e-4"),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "a share between 0 and 1"),
     "max_steps": (lambda value: value > 0 or value == -1, "a number above 0, or -1: --num_train_epochs says"),
@@ -192,10 +193,13 @@ def _data_problems(run: Run, needs_data: bool) -> list[str]:
         found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
     if needs_data and not data.data_path:
         found.append("no data: give the conversations with -d FILE")
+    if data.eval_share is not None and data.eval_data_path:
+        found.append("--eval_share and --eval_data_path: give one of them")
     best = {
+        "--patience": train.patience,
         "--keep_best": train.keep_best,
         "--save_strategy best": train.save_strategy == "best",
-        "--load_best_model_at_end": extra.get("load_best_model_at_end"),
+        "--load_best_model_at_end": train.patience is None and extra.get("load_best_model_at_end"),
         "--metric_for_best_model": extra.get("metric_for_best_model"),
     }
     asked = [flag for flag, on in best.items() if on]
@@ -205,7 +209,7 @@ def _data_problems(run: Run, needs_data: bool) -> list[str]:
         f"--eval_strategy {train.eval_strategy}": train.eval_strategy not in (None, "no"),
         **{f"--{name}": extra.get(name) for name in ("eval_steps", "eval_delay", "eval_on_start")},
     }
-    if not data.eval_data_path:
+    if not data.holds_out:
         found += [
             f"{flag} without --eval_data_path: the best is found on held-out conversations; give some"
             for flag in asked
@@ -244,13 +248,18 @@ def _best_problems(run: Run) -> list[str]:
             f"--lr_scheduler_type {train.lr_scheduler_type} with --metric_for_best_model {metric}: it looks for a"
             ' minimum; add --lr_scheduler_kwargs \'{"mode": "max"}\''
         )
-    if train.keep_best and run.data.eval_data_path and train.save_strategy != "best":
+    keeps = "--patience" if train.patience is not None else "--keep_best"
+    if (
+        (train.keep_best or train.patience is not None)
+        and run.data.holds_out
+        and train.save_strategy != "best"
+    ):
         apart = train.save_strategy != train.eval_strategy
         if train.save_strategy == "steps" and extra.get("eval_steps") not in (None, train.save_steps):
             apart = True
         if apart and train.eval_strategy != "no":
             found.append(
-                "--keep_best where evaluation and checkpoint are not at the same step: give --save_strategy and"
+                f"{keeps} where evaluation and checkpoint are not at the same step: give --save_strategy and"
                 " --eval_strategy (and --save_steps and --eval_steps) the same values, or --save_strategy best"
             )
     return found

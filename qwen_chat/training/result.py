@@ -105,7 +105,7 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    held_out = {} if data.held_out is None else {"held_out": data.held_out.summary.to_json()}
+    held_out = data.held_out_json()
     return {
         "state": "running",
         "shaped_by": dict(session.shaped_by),
@@ -117,7 +117,7 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "given": sorted(run.given),
         "decisions": list(decisions),
         "data": {**budget, **data.summary.to_json()},
-        **held_out,
+        **({"held_out": held_out} if held_out else {}),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -59,6 +59,7 @@ class Session(Prepared):
             windows=training_windows(run, data.train, world_size),
             held_out=held_out,
             loraplus_ratio=run.lora.loraplus_lr_ratio,
+            patience=run.train.patience,
             run_record=record,
             on_step=log.step,
             on_place=log.place,

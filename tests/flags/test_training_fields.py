@@ -401,6 +401,27 @@ def test_the_best_by_any_metric_is_kept(how: list[str], metric: str, tiny: Tiny)
         assert trainer.evaluate()[name] == pytest.approx(best, rel=1e-5)
 
 
+def test_patience_stops_where_nothing_gets_better_and_leaves_the_best(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*HELD_OUT, "--patience", "2", "--eval_steps", "1", "--learning_rate", "0.2"]
+    words += ["--num_train_epochs", "20", "--lr_scheduler_type", "constant"]
+    trainer = tiny.run(*words)
+    losses = [line["eval_loss"] for line in lines(trainer) if "eval_loss" in line]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == trainer.state.global_step == best + 2 < 60
+    said = f"stops at step {best + 2}: loss was no better than its best 2 times in a row (--patience)"
+    assert capsys.readouterr().err.count(said) == 1
+    assert trainer.state.best_global_step == best and best in checkpoints_of(trainer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)  # the best is loaded
+
+    again, log = tiny.prepare(*words)  # killed after the last checkpoint, and gone on
+    with log:
+        again.run(Path(trainer.args.output_dir) / f"checkpoint-{best + 2}")
+    assert again.state.global_step == best + 2
+    assert torch.equal(flat(again), flat(trainer))
+
+
 def test_what_reporters_get(tiny: Tiny) -> None:
     def logged(*words: str) -> list[int]:
         trainer = tiny.run(*words, "--save_strategy", "no")

@@ -99,6 +99,34 @@ METHODS = {"full": [], "lora": ["--use_lora", "True"], "qlora": ["--q_lora", "Tr
 
 
 @pytest.mark.slow
+def test_a_share_is_held_out_and_the_best_of_it_saved(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [
+        "-m",
+        str(tiny_model_path),
+        "-d",
+        str(short),
+        "-o",
+        str(out),
+        "--use_lora",
+        "--learning_rate",
+        "0.1",
+    ]
+    words += ["--eval_share", "0.4", "--patience", "1", "--num_train_epochs", "30", "--data_weights", "2"]
+    status, said = finetune(*words)
+    assert status == 0, said
+    run = json.loads((out / "run.json").read_text())
+    held_out, learnt = run["held_out"]["conversations"], run["data"]["epoch_conversations"]
+    assert held_out > 0 and learnt == 2 * (8 - held_out)
+    assert run["best"]["saved_step"] == run["best"]["step"] < run["steps"]
+    assert run["evaluation"]["eval_loss"] == pytest.approx(run["best"]["value"], rel=1e-4)
+    assert run["evaluation"]["eval_tokens"] == run["held_out"]["supervised"]
+    assert "that is what is saved" in said and "(--patience)" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_s_record_repeats_it_bit_for_bit(
     method: str,
