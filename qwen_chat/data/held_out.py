@@ -64,7 +64,7 @@ def place_of(conversation: Conversation) -> float:
     return int.from_bytes(digest[:6]) / 2**48
 
 
-def split(
+def parted(
     conversations: Iterable[Conversation], share: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(numbers of those that are learnt from, of those that are held out). DataError where either is empty."""

@@ -18,7 +18,7 @@ from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
 from qwen_chat.conversation import Conversation
 from qwen_chat.data.blocks import Sequence32
-from qwen_chat.data.held_out import Leaks, leaks, split
+from qwen_chat.data.held_out import Leaks, leaks, parted
 from qwen_chat.data.records import open_records
 from qwen_chat.data.token_cache import tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
@@ -171,7 +171,7 @@ def hold_out(
 
     if asked.eval_share is not None:
         every = (conversation for _, conversation in placed(whole, range(len(whole))))
-        learnt, apart = split(every, asked.eval_share)
+        learnt, apart = parted(every, asked.eval_share)
         train, held_out = Selection(whole, learnt), Selection(whole, apart)
         return train, held_out, leaks(placed(whole, learnt.tolist()), list(placed(whole, apart.tolist())))
     if not asked.eval_data_path:

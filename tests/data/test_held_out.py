@@ -5,7 +5,7 @@ import re
 import pytest
 
 from qwen_chat.conversation import Conversation, Message
-from qwen_chat.data.held_out import Leaks, leaks, place_of, prompt_of, split
+from qwen_chat.data.held_out import Leaks, leaks, parted, place_of, prompt_of
 from qwen_chat.errors import DataError
 
 
@@ -21,18 +21,18 @@ MANY = [asked(f"How far is town number {n} from here?") for n in range(2_000)]
 
 
 def test_the_share_is_kept_and_each_prompt_stays_on_one_side() -> None:
-    learnt, apart = split(MANY, 0.05)
+    learnt, apart = parted(MANY, 0.05)
     assert len(learnt) + len(apart) == len(MANY)
     assert 70 <= len(apart) <= 130  # five standard deviations around 100
     twice = [*MANY, *(asked(f"  HOW far is town number {n} from here", "No.") for n in range(2_000))]
-    both = set(split(twice, 0.05)[1].tolist())
+    both = set(parted(twice, 0.05)[1].tolist())
     assert both == set(apart.tolist()) | {2_000 + n for n in apart.tolist()}
-    wider = set(split(MANY, 0.2)[1].tolist())
+    wider = set(parted(MANY, 0.2)[1].tolist())
     assert set(apart.tolist()) < wider  # a larger share only adds
 
 
 def test_no_other_line_and_no_process_changes_a_side() -> None:
-    assert split(MANY[1000:], 0.05)[1].tolist() == [n - 1000 for n in split(MANY, 0.05)[1] if n >= 1000]
+    assert parted(MANY[1000:], 0.05)[1].tolist() == [n - 1000 for n in parted(MANY, 0.05)[1] if n >= 1000]
     assert place_of(asked("杭州今天天气怎么样？")) == pytest.approx(0.0912810, abs=1e-7)
 
 
@@ -46,10 +46,10 @@ def test_a_prompt_is_what_stands_before_the_first_reply() -> None:
 @pytest.mark.parametrize(("share", "what"), [(1e-6, "holds out none"), (1 - 1e-6, "leaves none")])
 def test_a_share_that_leaves_nothing_is_refused_with_one_that_does(share: float, what: str) -> None:
     with pytest.raises(DataError, match=f"--eval_share .*: {what} of 12 conversations; a share of") as error:
-        split(MANY[:12], share)
+        parted(MANY[:12], share)
     found = re.search(r"a share of ([\d.]+)", str(error.value))
     assert found is not None
-    learnt, apart = split(MANY[:12], float(found[1]))
+    learnt, apart = parted(MANY[:12], float(found[1]))
     assert min(len(learnt), len(apart)) == 1
 
 
@@ -57,7 +57,7 @@ def test_one_prompt_alone_cannot_be_parted() -> None:
     with pytest.raises(
         DataError, match="all have one prompt; give held-out conversations with --eval_data_path"
     ):
-        split([asked("Go."), asked("go")], 0.5)
+        parted([asked("Go."), asked("go")], 0.5)
 
 
 HELD_OUT = [
