@@ -77,16 +77,20 @@ def missing_paths(page: Path) -> Iterator[Fault]:
 
 def unknown_flags(page: Path) -> Iterator[Fault]:
     """Flags in a page's commands that the script's own --help does not know."""
+    from qwen_chat.place import SCRIPTS
+
     for command in commands(page):
-        script = re.search(
+        installed = re.match(r"qwen-chat (\w+)", command)
+        script = installed or re.search(
             r"(?:python|bash) ((?:finetune|fast_start|benchmarks|docs)/\w+\.(?:py|sh))", command
         )
         if not script:
             continue
-        known = known_flags(script.group(1))
+        name = SCRIPTS.get(script.group(1), "") if installed else script.group(1)
+        known = known_flags(name) if name else frozenset()
         for flag in re.findall(r"(?<=\s)(--?[A-Za-z][\w-]*)", command[script.end() :]):
             if flag not in known:
-                yield f"`{command}`: {script.group(1)} --help does not know {flag}"
+                yield f"`{command}`: {name or 'qwen-chat'} --help does not know {flag}"
 
 
 @cache

@@ -26,7 +26,7 @@ LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would n
 DEEPEST = 64  # levels of nesting in tools and arguments: beyond it, templates and schemas run out of stack
 TOO_DEEP = f"nested too deeply to be read; expected at most {DEEPEST} levels"
 _BOM = b"\xef\xbb\xbf"
-_BLOCK = 1 << 20  # bytes read at once
+_READ_AT_ONCE = 1 << 20  # bytes read at once
 _BLANK = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
 
@@ -61,7 +61,7 @@ class Source:
             number += 1
             start, offset = offset, offset + len(raw)
             if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
-                while piece := self._stream.readline(_BLOCK):
+                while piece := self._stream.readline(_READ_AT_ONCE):
                     offset += len(piece)
                     if piece.endswith(b"\n"):
                         break
@@ -127,7 +127,7 @@ class Source:
 
     def _blocks(self, offset: int, size: int) -> Iterator[bytes]:
         """`size` bytes from `offset`, without moving the file's own position (threads and forks share that)."""
-        while size and (block := os.pread(self._stream.fileno(), min(size, _BLOCK), offset)):
+        while size and (block := os.pread(self._stream.fileno(), min(size, _READ_AT_ONCE), offset)):
             yield block
             offset, size = offset + len(block), size - len(block)
 
@@ -211,7 +211,7 @@ def _open(path: Path, name: str) -> IO[bytes]:
         # Unpacked once: a record can then be read at its offset without reading all that stands before it.
         plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
         with stream, gzip.open(stream) as unpacked:
-            shutil.copyfileobj(unpacked, plain, _BLOCK)
+            shutil.copyfileobj(unpacked, plain, _READ_AT_ONCE)
         plain.flush()
         return cast(IO[bytes], plain)
     except FileNotFoundError:
