@@ -59,10 +59,10 @@ def test_the_launcher_s_status(code: str, status: int) -> None:
 
 
 def test_a_signal_is_handed_on() -> None:
+    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(5)); print(1, flush=True)"
     code = (
-        "import signal, sys, time\nfrom qwen_chat.cli import launch\nimport os\n"
-        "child = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(5)); print(1, flush=True); time.sleep(60)'\n"
-        "sys.exit(launch.wait([sys.executable, '-c', child], dict(os.environ)))"
+        "import os, sys\nfrom qwen_chat.cli import launch\n"
+        f"sys.exit(launch.wait([sys.executable, '-c', {child + '; time.sleep(60)'!r}], dict(os.environ)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
