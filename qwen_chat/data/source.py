@@ -243,7 +243,10 @@ def _rows_as_lines(stream: IO[bytes], name: str) -> IO[bytes]:
                     " 'conversations', 'instruction', or 'prompt' and 'completion'"
                 )
             for batch in file.iter_batches(batch_size=1024):
-                lines = (json.dumps(_told(row), ensure_ascii=False, default=str) for row in batch.to_pylist())
+                lines = (
+                    json.dumps(_without_nulls(row), ensure_ascii=False, default=str)
+                    for row in batch.to_pylist()
+                )
                 plain.writelines(line.encode("utf-8", "surrogatepass") + b"\n" for line in lines)
     except ArrowException as error:
         raise DataError(f"{name}: no parquet that can be read ({first_line(error)})") from None
@@ -251,11 +254,11 @@ def _rows_as_lines(stream: IO[bytes], name: str) -> IO[bytes]:
     return plain
 
 
-def _told(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     """A row without its nulls: parquet has every field of a struct in each row, whether the row says it or not."""
     if isinstance(value, dict):
-        return {key: _told(part) for key, part in value.items() if part is not None}
-    return [_told(part) for part in value] if isinstance(value, list) else value
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _size_and_time(stream: IO[bytes]) -> tuple[int, int]:
