@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from benchmarks.machine import record_ratios
-from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.flags.run_options import LoraArguments
 from qwen_chat.training import memory_plan
 from qwen_chat.training.memory_plan import GIB, Setup, Shape
 

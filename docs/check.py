@@ -79,16 +79,20 @@ def missing_paths(page: Path) -> Iterator[Fault]:
 
 def unknown_flags(page: Path) -> Iterator[Fault]:
     """Flags in a page's commands that the script's own --help does not know."""
+    from qwen_chat.place import SCRIPTS
+
     for command in commands(page):
-        script = re.search(
+        installed = re.match(r"qwen-chat (\w+)", command)
+        script = installed or re.search(
             r"(?:python|bash) ((?:finetune|fast_start|benchmarks|docs)/\w+\.(?:py|sh))", command
         )
         if not script:
             continue
-        known = known_flags(script.group(1))
+        name = SCRIPTS.get(script.group(1), "") if installed else script.group(1)
+        known = known_flags(name) if name else frozenset()
         for flag in re.findall(r"(?<=\s)(--?[A-Za-z][\w-]*)", command[script.end() :]):
             if flag not in known:
-                yield f"`{command}`: {script.group(1)} --help does not know {flag}"
+                yield f"`{command}`: {name or 'qwen-chat'} --help does not know {flag}"
 
 
 @cache
@@ -98,7 +102,7 @@ def known_flags(script: str) -> frozenset[str]:
     shown = subprocess.run([runner, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
     flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
     if script.startswith("finetune/finetune"):
-        from qwen_chat.cli.training_fields import FIELDS
+        from qwen_chat.flags.training_fields import FIELDS
 
         flags |= {f"--{name}" for name, entry in FIELDS.items() if entry.state == "works"}
         flags |= known_flags_of_finetune()
@@ -141,7 +145,7 @@ def unequal_languages() -> Iterator[Fault]:
 def made_tables() -> dict[str, tuple[Path, str]]:
     """What is made from the code and from benchmarks/results: the table's name, its page, its text."""
     from qwen_chat import families
-    from qwen_chat.cli import training_fields
+    from qwen_chat.flags import training_fields
 
     return {
         "models": (ROOT / "docs/models.md", families.families_table()),

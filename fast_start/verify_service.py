@@ -7,85 +7,17 @@ model that it serves, with its format.lock. Out: what agrees, what differs from 
 be seen there. Status 0: it agrees; 1: it differs; 2: it could not be asked.
 """
 
-from __future__ import annotations
-
-import json
-import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import parser
-from qwen_chat.cli.parser import option
-
-OUTPUTS = Path(__file__).resolve().parents[1] / "finetune" / "io_file" / "output_data"
-
-
-@dataclass(frozen=True)
-class VerifyArguments:
-    """Verify"""
-
-    url: str = option("http://127.0.0.1:8000", "where the server listens")
-    lock: str | None = option(None, "the folder with format.lock; the newest finished run here without it")
-    model: str | None = option(None, "the model's name there; the first that it lists without it", "-m")
-    api_key: str | None = option(None, "the server's key; also API_KEY")
-    most: int | None = option(None, "ask for the first N prompts alone; all without it")
-    timeout: float = option(300.0, "seconds that one answer may take")
-    json: bool = option(False, "one JSON object on standard output")
+from qwen_chat.cli import verify
 
 
 def main() -> int:
-    wanted = parser.read(sys.argv[1:], [VerifyArguments], about=str(__doc__))[VerifyArguments]
-
-    from qwen_chat.certificate import report
-    from qwen_chat.certificate.lock import FormatLock
-    from qwen_chat.certificate.replay import Replay
-    from qwen_chat.certificate.server import Server
-
-    if wanted.most is not None and wanted.most < 1:
-        raise errors.OptionError(f"--most {wanted.most}: expected 1 or more")
-    folder = find_lock(wanted.lock)
-    lock = FormatLock.read(folder)
-    key = wanted.api_key or os.environ.get("API_KEY")
-    server = Server(wanted.url, model=wanted.model, key=key, timeout=wanted.timeout)
-    server.open(lock.entries[0].case)
-    fmt = lock.format_beside(folder)
-    say(f"{server.url}: {server.software}, model {server.model}")
-    say(
-        f"lock {folder}: {len(lock.entries)} prompts; base {lock.base.get('name')}; greedy replies: {lock.greedy.note}"
-    )
-    verdict = Replay(lock, server, fmt, say if sys.stderr.isatty() else lambda _: None).run(wanted.most)
-    if wanted.json:
-        about = {
-            "url": server.url,
-            "model": server.model,
-            "software": server.software,
-            "channel": server.channel,
-        }
-        print(json.dumps(report.to_json(verdict, **about), ensure_ascii=False))
-    else:
-        print("\n".join(report.lines(verdict, lock, colour=sys.stdout.isatty())))
-    return verdict.status
-
-
-def find_lock(given: str | None) -> Path:
-    """The folder as given, or the newest one of finetune/io_file/output_data that has a lock."""
-    if given is not None:
-        return Path(given).expanduser()
-    found = sorted(OUTPUTS.glob("*/format.lock"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise errors.OptionError(
-            f"--lock: no run in {OUTPUTS} has a format.lock; give the folder of the model"
-        )
-    say(f"--lock was not given: the newest run, {found[-1].parent}")
-    return found[-1].parent
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return verify.main(sys.argv[1:], about=str(__doc__))
 
 
 if __name__ == "__main__":

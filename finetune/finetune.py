@@ -5,80 +5,18 @@
 Without -m the small demo model is tuned. For several processes use finetune.sh; it passes every flag on.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
-from qwen_chat import errors, models
-from qwen_chat.cli import run_problems
-from qwen_chat.console import is_rank_zero, rank_zero
-from qwen_chat.report.page import write_page
-from qwen_chat.training import checkpoints, memory_plan, run_folder, stop_signal
+from qwen_chat import errors
+from qwen_chat.cli import tune
+from qwen_chat.training import run_folder
 
 
 def main() -> int:
-    stop_signal.die_with_parent()
-    run = run_problems.read_run(sys.argv[1:], about=__doc__ or "")
-    for note in run.notes:
-        rank_zero(f"note: {note}")
-    folder = run_folder.choose_folder(run)
-    run_folder.check_usable(folder)
-    model_path = models.resolve(run.model.model, for_training=True)
-
-    # torch comes in here: --help, a wrong flag and a model that cannot be trained are answered at once
-    from qwen_chat.data.mixture import first_example
-    from qwen_chat.training import ranks, rehearsal, result, session, tuned_model
-    from qwen_chat.training.step_log import StepLog
-
-    rehearsal.rehearse(run)
-    shape = memory_plan.Shape.of(models.read_config(model_path))
-    run_folder.check_disk(folder, memory_plan.disk_needed(shape, run))
-    prepared = session.prepare(run, folder, model_path)
-    if run.train.check:
-        rank_zero("everything is in order, short of loading the model")
-        return 0
-    rank_zero("the first example (what is learnt is marked):")
-    rank_zero(first_example(prepared.fmt.tokenizer, prepared.data, colour=sys.stderr.isatty()))
-
-    joined = session.join(prepared)
-    folder = joined.folder
-    lock = checkpoints.lock(folder) if is_rank_zero() else None
-    checkpoint, notes = ranks.from_rank_zero(lambda: run_folder.checkpoint(joined.before))
-    tuned = tuned_model.build(joined)
-    decisions = (*joined.decisions, *tuned.decisions, *joined.before.notes, *notes)
-    for decision in decisions:
-        rank_zero(decision)
-    record = result.record(joined, tuned.choices, decisions)
-    if is_rank_zero():
-        run_folder.write_run_json(folder, record)
-
-    with StepLog(folder) as log:
-        trainer = joined.trainer(tuned.model, record, log)
-        rank_zero(
-            f"training into {folder}; stopped with Ctrl-C, the same command with -o goes on from its checkpoint"
-        )
-        finished = trainer.run(checkpoint)
-    if not finished:
-        rank_zero(
-            f"stopped after step {trainer.state.global_step}; the same command with -o {folder} goes on"
-        )
-        ranks.leave()
-        return stop_signal.STOPPED
-    evaluation = {} if joined.data.held_out is None else trainer.evaluate()
-    result.save(joined, trainer, tuned.initial)
-
-    if is_rank_zero():
-        outcome = result.outcome(trainer, log, evaluation)
-        run_folder.write_run_json(folder, record | outcome)
-        write_page(folder)
-        rank_zero(result.report(run, folder, outcome))
-        if lock is not None:
-            lock.release()
-    ranks.leave()
-    return 0
+    return tune.main(sys.argv[1:], about=str(__doc__))
 
 
 if __name__ == "__main__":

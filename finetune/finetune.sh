@@ -2,9 +2,10 @@
 # Fine-tune on one machine or several: checks first, then starts one process for each device.
 #
 #   bash finetune/finetune.sh -m MODEL -d DATA [-o OUTPUT_DIR] [--use_lora [True|False]] [--q_lora [True|False]]
-#                             [--deepspeed FILE|none] [--dry_run] [any flag of finetune.py]
+#                             [--deepspeed FILE|none] [--config FILE] [--dry_run] [any flag of finetune.py]
 #
-# Every variable below can be set in the environment; a flag wins over it, and the last flag given wins.
+# Every variable below can be set in the environment; a flag wins over it, and the last flag given wins. With --config
+# the file stands in place of DATA, USE_LORA, Q_LORA and a DeepSpeed file that is chosen by the number of processes.
 # Relative paths are looked for in the current folder first, then in BASE_PATH. It runs under bash 3.2 (macOS) too.
 
 if [ -z "${BASH_VERSION:-}" ]; then
@@ -51,7 +52,9 @@ one_value() {
 }
 
 DRY_RUN=""
+CONFIG=""
 data_given=()
+chosen=() # what stands above and was given as a flag: beside --config that alone is passed on
 passed=()
 while (($#)); do
     flag="$1"
@@ -70,12 +73,13 @@ while (($#)); do
         _m | __model | __model_name_or_path) one_value && MODEL="${values[0]}" ;;
         _o | __output_dir) one_value && OUTPUT_DIR="${values[0]}" ;;
         __deepspeed) one_value && DS_CONFIG_PATH="${values[0]}" ;;
+        __config) one_value && CONFIG="${values[0]}" ;;
         _d | __data_path | __data_paths)
             ((${#values[@]})) || fail "$flag: no value; expected a file"
             data_given+=("${values[@]}")
             ;;
-        __use_lora) USE_LORA="${values[0]:-True}" ;;
-        __q_lora) Q_LORA="${values[0]:-True}" ;;
+        __use_lora) USE_LORA="${values[0]:-True}" && chosen+=(--use_lora "$USE_LORA") ;;
+        __q_lora) Q_LORA="${values[0]:-True}" && chosen+=(--q_lora "$Q_LORA") ;;
         __dry_run) DRY_RUN=1 ;;
         __eval_data_path | __lora_weight_path)
             passed+=("$flag")
@@ -84,7 +88,7 @@ while (($#)); do
         *) passed+=("$flag" ${values[@]+"${values[@]}"}) ;;
     esac
 done
-((${#data_given[@]})) || data_given=("$DATA")
+((${#data_given[@]})) || [[ -n "$CONFIG" ]] || data_given=("$DATA")
 
 # ------------------------------------------------------------------------------------------------------- what to run
 if [[ -z "${PYTHON:-}" ]]; then
@@ -93,7 +97,7 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 for value in ${passed[@]+"${passed[@]}"}; do
     if [[ "$value" == -h || "$value" == --help || "$value" == --help_all ]]; then
-        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exec "$PYTHON" "$HERE/finetune.py" "$value"
     fi
 done
@@ -123,7 +127,7 @@ fi
 ranks=$((GPUS_PER_NODE * NNODES))
 
 is_true() { [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|1|[Yy][Ee][Ss])$ ]]; }
-if [[ -z "$DS_CONFIG_PATH" ]] && ((ranks > 1)); then
+if [[ -z "$DS_CONFIG_PATH$CONFIG" ]] && ((ranks > 1)); then
     # ZeRO-3 cuts the weights up over the processes, which 4-bit weights do not allow.
     stage=3
     if is_true "$Q_LORA"; then stage=2; fi
@@ -136,12 +140,18 @@ if [[ -n "$MODEL" ]]; then
     if [[ -e "$MODEL" || -e "$BASE_PATH/$MODEL" ]]; then MODEL="$(locate "$MODEL")"; fi
     arguments+=(-m "$MODEL")
 fi
-for value in "${data_given[@]}"; do arguments+=(-d "$(locate "$value")"); done
+for value in ${data_given[@]+"${data_given[@]}"}; do arguments+=(-d "$(locate "$value")"); done
 [[ -z "$OUTPUT_DIR" ]] || arguments+=(-o "$OUTPUT_DIR")
-arguments+=(--use_lora "$USE_LORA" --q_lora "$Q_LORA")
-if [[ -n "$DS_CONFIG_PATH" && "$DS_CONFIG_PATH" != none ]]; then
-    arguments+=(--deepspeed "$(locate "$DS_CONFIG_PATH")")
+if [[ -n "$CONFIG" ]]; then
+    arguments+=(--config "$(locate "$CONFIG")" ${chosen[@]+"${chosen[@]}"})
+else
+    arguments+=(--use_lora "$USE_LORA" --q_lora "$Q_LORA")
 fi
+case "$DS_CONFIG_PATH" in
+    "" | none) ;;
+    zero2 | zero3) arguments+=(--deepspeed "$DS_CONFIG_PATH") ;; # the toolkit's own, by name
+    *) arguments+=(--deepspeed "$(locate "$DS_CONFIG_PATH")") ;;
+esac
 arguments+=(${passed[@]+"${passed[@]}"})
 
 if [[ -z "$MASTER_PORT" ]]; then

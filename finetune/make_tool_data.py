@@ -38,13 +38,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
 from qwen_chat import errors
-from qwen_chat.cli import parser
-from qwen_chat.cli.parser import option
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Conversation, Json, ToolCall
 from qwen_chat.data import checks, records
 from qwen_chat.errors import DataError, FormatError, OptionError, OutputError, Problem, ToolError
 from qwen_chat.files import write_whole
+from qwen_chat.flags import parser
+from qwen_chat.flags.parser import option
 from qwen_chat.tools.functions import tool_schema
 from qwen_chat.tools.validate import check_call, check_tools
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qwen_chat.place import pip_install
+
 
 class ChatError(Exception):
     """Bad input, told in one line: what was found, where, and the cure."""
@@ -62,8 +64,12 @@ class OutputError(ChatError):
 class MissingDependency(ChatError):
     """An optional package that is not installed."""
 
-    def __init__(self, package: str, needed_for: str, install: str | None = None) -> None:
-        super().__init__(f"{needed_for} needs the package '{package}'; run: pip install {install or package}")
+    def __init__(
+        self, package: str, needed_for: str, install: str | None = None, *, extra: str | None = None
+    ) -> None:
+        """install: what pip is given instead of the package's name. extra: the wheel's that brings it."""
+        cure = pip_install(install or package, extra)
+        super().__init__(f"{needed_for} needs the package '{package}'; run: {cure}")
 
 
 class ToolError(ChatError):

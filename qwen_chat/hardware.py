@@ -125,6 +125,14 @@ def accelerators() -> tuple[str, ...]:
     return tuple(kind for kind, there in found.items() if there)
 
 
+def gpus() -> int:
+    """NVIDIA's GPUs that this process may use."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return 0 if shown.strip() in ("", "-1") else len([word for word in shown.split(",") if word.strip()])
+    return len(_nvidia_smi("index") or [])
+
+
 def accelerator_name(kind: str) -> str:
     """What an accelerator is, for a person: its name and memory, where somebody tells."""
     rows = _nvidia_smi("name,memory.total") if kind == "cuda" else None

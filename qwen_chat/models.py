@@ -422,7 +422,7 @@ def _four_bits(compute: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401  only to tell a missing package from a failed load
     except ImportError:
-        raise MissingDependency("bitsandbytes", "a model in 4 bits") from None
+        raise MissingDependency("bitsandbytes", "a model in 4 bits", extra="qlora") from None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from qwen_chat import demo_model
+from qwen_chat.cli.main import COMMANDS as COMMANDS_OF_THE_WHEEL
 from tests.support.scripted import LiveService
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +105,14 @@ def test_every_command_of_the_readme_can_be_given(command: str) -> None:
         done = subprocess.run([*words, "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "finetune.py" in done.stdout + done.stderr
+    elif words[0] == "pip":
+        named = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[2])
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+            "optional-dependencies"
+        ]
+        assert named and set((named[1] or "all").split(",")) <= set(extras)
+    elif words[0] == "qwen-chat":
+        assert words[1] in COMMANDS_OF_THE_WHEEL
     elif words[0] == "llama-server":  # another project's: what it is given comes from a command above
         assert any(f"{Path(words[2]).parent}" in other for other in COMMANDS if other != command)
     else:

@@ -35,7 +35,7 @@ LIGHT_ROOMS = {
     "console",
     "hardware",
     "threads",
-    "cli",
+    "flags",
     "tools",
     "dialects",
     "chat",

@@ -5,22 +5,25 @@ In: a Run and a chat format. Out: `Data`, which the training reads conversation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_chat.chat.empty_think import notes, taught
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
-from qwen_chat.cli.run_options import Run
+from qwen_chat.conversation import Conversation
 from qwen_chat.data.blocks import Sequence32
+from qwen_chat.data.held_out import Leaks, leaks, parted
 from qwen_chat.data.records import open_records
 from qwen_chat.data.token_cache import tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
 from qwen_chat.errors import DataError
+from qwen_chat.flags.run_options import DataArguments, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,42 +41,43 @@ def seed_of(run: Run) -> int:
 class Data:
     """Tokenised training and held-out data, a hash of the first, and its token budget."""
 
-    train: TokenisedData | Mixture
-    held_out: TokenisedData | None
+    train: TokenisedData | Selection
+    held_out: TokenisedData | Selection | None
     fingerprint: str
-    summary: TokenSummary
-    notes: tuple[str, ...] = ()  # on thinking
+    summary: TokenSummary  # of the training files, those that --eval_share holds out of them too
+    notes: tuple[str, ...] = ()  # on thinking, and on lines that give held-out ones away
 
     def describe(self) -> str:
         """Both budgets for a person, with what was left out, counted and named."""
         lines = [self.summary.describe(), *self.notes]
-        if self.held_out is not None:
+        if isinstance(self.held_out, Selection):
+            tokens, learnt = self.held_out.budget()
+            count = f"{len(self.held_out):,} of these {len(self.held_out.data):,} conversations"
+            lines.append(
+                f"held out: {count}, by the hash of their prompts; tokens {tokens:,}, replies {learnt:,}"
+            )
+        elif self.held_out is not None:
             lines.append(f"held out: {self.held_out.summary.describe()}")
         return "\n".join(lines)
 
+    def held_out_json(self) -> dict[str, Any]:
+        """The held-out budget as plain values; empty where there is none."""
+        if isinstance(self.held_out, Selection):
+            tokens, supervised = self.held_out.budget()
+            return {"conversations": len(self.held_out), "tokens": tokens, "supervised": supervised}
+        return {} if self.held_out is None else self.held_out.summary.to_json()
+
     def budget(self) -> tuple[int, int]:
-        """(tokens, supervised tokens) of an epoch, in which --data_weights count."""
-        mixed = self.train.budget() if isinstance(self.train, Mixture) else None
+        """(tokens, supervised tokens) of an epoch, in which --data_weights and --eval_share count."""
+        mixed = self.train.budget() if isinstance(self.train, Selection) else None
         return mixed or (self.summary.tokens, self.summary.supervised)
 
 
-class Mixture:
-    """Tokenised data in which an epoch sees each file's conversations `weight` times.
+class Selection:
+    """Some of tokenised data, by their numbers; a number may come several times."""
 
-    The whole part of a weight repeats them; the rest is a share of them, drawn once by the seed.
-    """
-
-    def __init__(self, data: TokenisedData, weights: Sequence[float], *, seed: int) -> None:
-        self.data = data
-        random = np.random.default_rng((seed, 7))  # not the stream that orders the windows
-        owners = np.array([data.file_of(i) for i in range(len(data))], dtype=np.int64)
-        parts = []
-        for number, weight in enumerate(weights):
-            own = np.flatnonzero(owners == number)
-            whole = int(weight)
-            rest = random.permutation(own)[: round((weight - whole) * len(own))]
-            parts += [own] * whole + [np.sort(rest)]
-        self.index = np.concatenate(parts)
+    def __init__(self, data: TokenisedData | Selection, index: npt.NDArray[np.int64]) -> None:
+        self.data, self.index = data, index
 
     def __len__(self) -> int:
         return len(self.index)
@@ -84,6 +88,9 @@ class Mixture:
     def where(self, i: int) -> str:
         return self.data.where(int(self.index[i]))
 
+    def file_of(self, i: int) -> int:
+        return self.data.file_of(int(self.index[i]))
+
     def budget(self) -> tuple[int, int]:
         """(tokens, supervised tokens) of an epoch; each conversation is looked at once."""
         found, times = np.unique(self.index, return_counts=True)
@@ -93,6 +100,24 @@ class Mixture:
                 tokens += count * len(sequence.input_ids)
                 supervised += count * sequence.supervised
         return tokens, supervised
+
+
+class Mixture(Selection):
+    """Tokenised data in which an epoch sees each file's conversations `weight` times.
+
+    The whole part of a weight repeats them; the rest is a share of them, drawn once by the seed.
+    """
+
+    def __init__(self, data: TokenisedData | Selection, weights: Sequence[float], *, seed: int) -> None:
+        random = np.random.default_rng((seed, 7))  # not the stream that orders the windows
+        owners = np.array([data.file_of(i) for i in range(len(data))], dtype=np.int64)
+        parts = []
+        for number, weight in enumerate(weights):
+            own = np.flatnonzero(owners == number)
+            whole = int(weight)
+            rest = random.permutation(own)[: round((weight - whole) * len(own))]
+            parts += [own] * whole + [np.sort(rest)]
+        super().__init__(data, np.concatenate(parts))
 
 
 def first_example(tokenizer: PreTrainedTokenizerBase, data: Data, *, colour: bool) -> str:
@@ -122,14 +147,35 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
             lazy=run.data.lazy_preprocess,
         )
 
-    train = read(run.data.data_path)
-    held_out = read(run.data.eval_data_path) if run.data.eval_data_path else None
-    report = train.records.report
+    whole = read(run.data.data_path)
+    train, held_out, given_away = hold_out(whole, run.data, read)
+    report = whole.records.report
     told = notes(fmt, run.data.empty_think, thoughts=report.reasoning, conversations=report.conversations)
-    data = Data(train, held_out, train.fingerprint, train.summary, told)
-    if not run.data.data_weights:
-        return data
-    mixture = Mixture(train, run.data.data_weights, seed=seed_of(run))
-    if len(mixture) == 0:
-        raise DataError("--data_weights leave no conversation; give at least one file more weight")
-    return replace(data, train=mixture)
+    if run.data.data_weights:
+        train = Mixture(train, run.data.data_weights, seed=seed_of(run))
+        if len(train) == 0:
+            raise DataError("--data_weights leave no conversation; give at least one file more weight")
+    return Data(train, held_out, whole.fingerprint, whole.summary, (*told, *given_away.describe()))
+
+
+Parts = tuple[TokenisedData | Selection, TokenisedData | Selection | None, Leaks]
+
+
+def hold_out(
+    whole: TokenisedData, asked: DataArguments, read: Callable[[Sequence[str]], TokenisedData]
+) -> Parts:
+    """What is learnt, what is held out (a share of the data, or files of their own), what gives it away."""
+
+    def placed(data: TokenisedData, index: Iterable[int]) -> Iterator[tuple[str, Conversation]]:
+        return ((data.where(i), data.records[data.record_of(i)]) for i in index)
+
+    if asked.eval_share is not None:
+        every = (conversation for _, conversation in placed(whole, range(len(whole))))
+        learnt, apart = parted(every, asked.eval_share)
+        train, held_out = Selection(whole, learnt), Selection(whole, apart)
+        return train, held_out, leaks(placed(whole, learnt.tolist()), list(placed(whole, apart.tolist())))
+    if not asked.eval_data_path:
+        return whole, None, Leaks()
+    others = read(asked.eval_data_path)
+    found = leaks(placed(whole, range(len(whole))), list(placed(others, range(len(others)))))
+    return whole, others, found

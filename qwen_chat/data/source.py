@@ -1,7 +1,8 @@
 """One data file, opened once: the place and the bytes of each record, and JSON read under stricter rules.
 
-In: a `.json`, `.jsonl` or `.jsonl.gz` file (UTF-8, with or without BOM, blank lines allowed). Out: records in
-order, or one at its byte offset (safe in threads and forks). Any bytes give a Defect, never a traceback.
+In: a `.json`, `.jsonl` or `.jsonl.gz` file (UTF-8, with or without BOM, blank lines allowed), or a `.parquet` file,
+whose rows are read as lines. Out: records in order, or one at its byte offset (safe in threads and forks). Any bytes
+give a Defect, never a traceback.
 """
 
 import gzip
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from qwen_chat.conversation import Json
-from qwen_chat.errors import DataError, FormatError
+from qwen_chat.errors import DataError, FormatError, MissingDependency, first_line
 
 LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would not fit in memory as objects
 DEEPEST = 64  # levels of nesting in tools and arguments: beyond it, templates and schemas run out of stack
 TOO_DEEP = f"nested too deeply to be read; expected at most {DEEPEST} levels"
 _BOM = b"\xef\xbb\xbf"
-_BLOCK = 1 << 20  # bytes read at once
+# Columns of which a parquet file has one set (formats.py reads them).
+HOLD_A_CONVERSATION = ({"messages"}, {"conversations"}, {"instruction"}, {"prompt", "completion"})
+_READ_AT_ONCE = 1 << 20  # bytes read at once
 _BLANK = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
 
@@ -61,7 +64,7 @@ class Source:
             number += 1
             start, offset = offset, offset + len(raw)
             if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
-                while piece := self._stream.readline(_BLOCK):
+                while piece := self._stream.readline(_READ_AT_ONCE):
                     offset += len(piece)
                     if piece.endswith(b"\n"):
                         break
@@ -127,7 +130,7 @@ class Source:
 
     def _blocks(self, offset: int, size: int) -> Iterator[bytes]:
         """`size` bytes from `offset`, without moving the file's own position (threads and forks share that)."""
-        while size and (block := os.pread(self._stream.fileno(), min(size, _BLOCK), offset)):
+        while size and (block := os.pread(self._stream.fileno(), min(size, _READ_AT_ONCE), offset)):
             yield block
             offset, size = offset + len(block), size - len(block)
 
@@ -206,12 +209,14 @@ def _open(path: Path, name: str) -> IO[bytes]:
         if path.suffix == ".gz" and not packed and os.fstat(stream.fileno()).st_size:
             raise DataError(f"{name}: no gzip data in it; expected what gzip writes, or a name without .gz")
         stream.seek(0)
+        if path.suffix == ".parquet":
+            return _rows_as_lines(stream, name)
         if not packed:
             return stream
         # Unpacked once: a record can then be read at its offset without reading all that stands before it.
         plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
         with stream, gzip.open(stream) as unpacked:
-            shutil.copyfileobj(unpacked, plain, _BLOCK)
+            shutil.copyfileobj(unpacked, plain, _READ_AT_ONCE)
         plain.flush()
         return cast(IO[bytes], plain)
     except FileNotFoundError:
@@ -220,6 +225,40 @@ def _open(path: Path, name: str) -> IO[bytes]:
         raise DataError(f"{name}: damaged gzip data ({error}); copy or pack the file again") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _rows_as_lines(stream: IO[bytes], name: str) -> IO[bytes]:
+    """An unnamed temporary file with a parquet file's rows, a JSON object each; nulls are left out."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise MissingDependency("pyarrow", name, extra="parquet") from None
+    plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
+    try:
+        with stream, parquet.ParquetFile(stream) as file:
+            found = file.schema_arrow.names
+            if not any(columns <= set(found) for columns in HOLD_A_CONVERSATION):
+                raise DataError(
+                    f"{name}: no conversation among its columns ({', '.join(found)}); expected 'messages',"
+                    " 'conversations', 'instruction', or 'prompt' and 'completion'"
+                )
+            for batch in file.iter_batches(batch_size=1024):
+                lines = (
+                    json.dumps(_without_nulls(row), ensure_ascii=False, default=str)
+                    for row in batch.to_pylist()
+                )
+                plain.writelines(line.encode("utf-8", "surrogatepass") + b"\n" for line in lines)
+    except ArrowException as error:
+        raise DataError(f"{name}: no parquet that can be read ({first_line(error)})") from None
+    plain.flush()
+    return plain
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without its nulls: parquet has every field of a struct in each row, whether the row says it or not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _size_and_time(stream: IO[bytes]) -> tuple[int, int]:

@@ -259,7 +259,7 @@ class LayerwiseModel:
         try:
             from bitsandbytes import functional
         except ImportError:
-            raise MissingDependency("bitsandbytes", "a model in 4 bits") from None
+            raise MissingDependency("bitsandbytes", "a model in 4 bits", extra="qlora") from None
         kept = []
         for name, module in self.core.get_submodule(part).named_modules():
             if isinstance(module, torch.nn.Linear) and "lora_" not in name:

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_chat import place
 from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
 from qwen_chat.files import cache_dir, write_whole
 
@@ -91,12 +92,29 @@ def command(
         "QWEN_CHAT_MAX_REQUESTS": str(max_batch + max_queue),
         "QWEN_CHAT_KEYS": " ".join(hashlib.sha256(key.encode()).hexdigest() for key in api_keys),
         "QWEN_CHAT_HOSTS": " ".join(sorted(hosts or ())),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "PYTHONPATH": str(_package_alone()),
     }
     # vLLM's own check too; of several it would take the first alone, so ours must do.
     if len(api_keys) == 1:
         environment["VLLM_API_KEY"] = api_keys[0]
     return Command((python, "-m", MODULE, *words, *shlex.split(more)), environment)
+
+
+def _package_alone() -> Path:
+    """A folder for vLLM's Python to import this package from, without the other packages that an installed one
+    lies beside: those belong to this Python."""
+    package = Path(__file__).resolve().parents[1]
+    if place.IS_CHECKOUT:
+        return package.parent
+    folder = cache_dir() / "vllm" / hashlib.sha256(os.fsencode(package)).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / package.name).symlink_to(package)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); set QWEN_CHAT_CACHE") from None
+    return folder
 
 
 def is_installed(python: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import requests
 
+from qwen_chat import place
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ServiceError
 
@@ -57,7 +58,7 @@ class HttpClient:
         except requests.RequestException as error:
             raise ServiceError(
                 f"{url} cannot be reached ({type(error).__name__}); start the service with "
-                "python fast_start/simple_try_create_service.py"
+                f"{place.invocation('serve')}"
             ) from None
         return answer
 

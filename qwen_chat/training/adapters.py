@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from qwen_chat import models
-from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, LoraArguments, target_words
+from qwen_chat import models, place
 from qwen_chat.errors import OptionError
+from qwen_chat.flags.run_options import ALL_LINEAR, EXPERTS, LoraArguments, target_words
 from qwen_chat.models import merge
 from qwen_chat.training import frozen
 
@@ -76,7 +76,7 @@ def wrap(
     if rows and is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
         raise OptionError(
             "--trainable_tokens with ZeRO-3 on a CPU: peft gathers the rows on a GPU only; give "
-            "--deepspeed finetune/ds_config_zero2.json, or --trainable_tokens none"
+            f"--deepspeed {place.deepspeed_file('zero2')}, or --trainable_tokens none"
         )
     if rows and kept:
         frozen.widen_words(model)

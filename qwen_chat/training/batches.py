@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qwen_chat.cli.run_options import Run
+from qwen_chat import place
 from qwen_chat.data.blocks import Ints
 from qwen_chat.data.mixture import seed_of
 from qwen_chat.errors import DataError, OptionError
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training.packing import LAYOUTS, TOKEN_BYTES, PackedRow, plan_rows
 
 
@@ -65,7 +66,7 @@ class WindowSampler:
         if layout not in LAYOUTS:
             raise OptionError(f"--layout: '{layout}' is not one of {', '.join(LAYOUTS)}")
         if len(data) == 0:
-            raise DataError("no conversation is left to learn from; see `python finetune/inspect_data.py`")
+            raise DataError(f"no conversation is left to learn from; see `{place.invocation('check')}`")
         self.data = data
         self.conversations_per_row = batch_size
         self.accumulation = accumulation

@@ -79,7 +79,7 @@ def _in_four_bits(linear: torch.nn.Linear, compute: torch.dtype) -> torch.nn.Mod
     try:
         from bitsandbytes import functional, nn
     except ImportError:
-        raise MissingDependency("bitsandbytes", "a model in 4 bits") from None
+        raise MissingDependency("bitsandbytes", "a model in 4 bits", extra="qlora") from None
     weight = linear.weight.data.contiguous()
     flat = weight.view(-1)
     parts = [

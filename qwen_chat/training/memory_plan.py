@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_chat import hardware
-from qwen_chat.cli.deepspeed_file import read_deepspeed
-from qwen_chat.cli.run_options import ALL_LINEAR, EXPERTS, Run, target_words
 from qwen_chat.errors import ModelError, OptionError
+from qwen_chat.flags.deepspeed_file import read_deepspeed
+from qwen_chat.flags.run_options import ALL_LINEAR, EXPERTS, Run, target_words
 from qwen_chat.hardware import MIB
 
 Method = Literal["full", "lora", "qlora"]

@@ -1,6 +1,6 @@
 """transformers' TrainingArguments from a Run, with what the device decides.
 
-In: a Run (cli/run_options.py). Out: the arguments of a joined rank, and each decision with its reason.
+In: a Run (flags/run_options.py). Out: the arguments of a joined rank, and each decision with its reason.
 """
 
 import os
@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from qwen_chat import hardware
-from qwen_chat.cli import deepspeed_file, training_fields
-from qwen_chat.cli.run_options import Run
+from qwen_chat import hardware, place
 from qwen_chat.errors import TrainingError
+from qwen_chat.flags import deepspeed_file, training_fields
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import memory_plan
 from qwen_chat.training.ranks import start_deepspeed
 
@@ -52,7 +52,7 @@ def training_arguments(run: Run, output: Path, *, checkpointing: bool) -> tuple[
     args._n_gpu = min(args.n_gpu, 1)  # a process trains on one; finetune.sh starts one for each
     if args.world_size != processes:  # else every rank would train alone, without a word
         raise TrainingError(
-            f"{processes} processes were started but {args.world_size} are joined; use finetune.sh"
+            f"{processes} processes were started but {args.world_size} are joined; start them with {place.LAUNCHER}"
         )
     if args.device.type != device.kind:
         raise TrainingError(f"{device} was decided, but transformers trains on {args.device}; give --device")

@@ -15,9 +15,9 @@ from transformers.optimization import get_scheduler
 from transformers.trainer import Trainer
 
 from qwen_chat import hardware
-from qwen_chat.cli import deepspeed_file, parser
-from qwen_chat.cli.run_options import Run
 from qwen_chat.errors import MissingDependency, OptionError
+from qwen_chat.flags import deepspeed_file, parser
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import attention, memory_plan
 from qwen_chat.training import options as training_options
 
@@ -101,7 +101,7 @@ def _deepspeed(run: Run, path: str, numbers: str) -> None:
     try:
         from deepspeed.runtime.zero.config import get_zero_config
     except ImportError:
-        raise MissingDependency("deepspeed", f"--deepspeed {path}") from None
+        raise MissingDependency("deepspeed", f"--deepspeed {path}", extra="deepspeed") from None
     config, _ = deepspeed_file.read_deepspeed(path)
     _tried(f"--deepspeed {path}", lambda: get_zero_config(config))
     found = deepspeed_file.deepspeed_contradictions(run, config, numbers=numbers, ranks=memory_plan.ranks())

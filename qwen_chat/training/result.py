@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qwen_chat import hardware, models
+from qwen_chat import hardware, models, place
 from qwen_chat.certificate.lock import FormatLock, Replies
 from qwen_chat.chat.format import ChatFormat
-from qwen_chat.cli.run_options import Run
 from qwen_chat.console import is_rank_zero, rank_zero
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import adapters, checkpoints, fused, memory_plan
 from qwen_chat.training.greedy import replies
 from qwen_chat.training.session import Session
@@ -106,7 +106,7 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    held_out = {} if data.held_out is None else {"held_out": data.held_out.summary.to_json()}
+    held_out = data.held_out_json()
     return {
         "state": "running",
         "shaped_by": dict(session.shaped_by),
@@ -118,7 +118,7 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "given": sorted(run.given),
         "decisions": list(decisions),
         "data": {**budget, **data.summary.to_json()},
-        **held_out,
+        **({"held_out": held_out} if held_out else {}),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -180,6 +180,6 @@ def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
     flag = "--adapter" if run.lora.use_lora else "-m"
     lines += [
         f"saved in {folder}; now talk to it:",
-        f"  python fast_start/simple_try_0.py {flag} {shlex.quote(str(folder))}",
+        f"  {place.invocation('chat')} {flag} {shlex.quote(str(folder))}",
     ]
     return "\n".join(lines)

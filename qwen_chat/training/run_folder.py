@@ -14,14 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwen_chat import files
-from qwen_chat.cli import deepspeed_file
-from qwen_chat.cli.run_options import Run
+from qwen_chat import files, place
 from qwen_chat.errors import CheckpointError, OutputError
+from qwen_chat.flags import deepspeed_file
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import checkpoints, memory_plan
 from qwen_chat.training.checkpoints import RUN_FILE
 
-OUTPUTS = Path(__file__).resolve().parents[2] / "finetune" / "io_file" / "output_data"
 LOG_FILE = "train_log.jsonl"
 _OWN = frozenset({RUN_FILE, LOG_FILE, "runs", checkpoints.LOCK, checkpoints.ASIDE})  # runs: tensorboard's
 # What a run that was killed while it saved its result may have left.
@@ -31,7 +30,17 @@ _RESULT_FILES = re.compile(
 
 # What may change when a run goes on: it does not touch the weights.
 _FREE = frozenset(
-    {"output_dir", "check", "plan_anyway", "resume", "resume_anyway", "model", "data_path", "lazy_preprocess"}
+    {
+        "output_dir",
+        "check",
+        "config",
+        "plan_anyway",
+        "resume",
+        "resume_anyway",
+        "model",
+        "data_path",
+        "lazy_preprocess",
+    }
     | {"keep_best", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"}
     | {"gradient_checkpointing", "on_error", "trust_remote_code", "ddp_timeout", "skip_memory_metrics"}
     | {"logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "project"}
@@ -58,14 +67,14 @@ def free(options: Mapping[str, Any]) -> frozenset[str]:
 
 
 def choose_folder(run: Run, now: datetime | None = None) -> Path:
-    """`-o`, or a new folder under finetune/io_file/output_data/ named after data, method and time."""
+    """`-o`, or a new folder under place.OUTPUTS, named after data, method and time."""
     if run.train.output_dir is not None:
         return Path(run.train.output_dir).expanduser()
     if run.train.resume not in ("auto", "never"):
         source = Path(run.train.resume)
         return source.parent if checkpoints.CHECKPOINT.fullmatch(source.name) else source
     data = re.sub(r"[^\w.-]+", "_", Path(run.data.data_path[0]).name.partition(".")[0]) or "data"
-    return OUTPUTS / f"{data}-{run.method}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
+    return place.OUTPUTS / f"{data}-{run.method}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
 
 
 def check_usable(folder: Path) -> None:
@@ -139,7 +148,7 @@ def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
         raise OutputError(f"{folder}: holds checkpoints, which --resume never would replace; give a new -o")
     record = read_run_json(source)
     if not present:
-        return Resume(None, {})
+        return _repeat(run, shape)
     if (
         source != folder
         and checkpoints.CHECKPOINT.fullmatch(source.name) is None
@@ -151,6 +160,14 @@ def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
     found = checkpoints.differences(record.get("shaped_by", {}), shape, free(shape["options"]))
     notes = checkpoints.check_unchanged(found, source, anyway=run.train.resume_anyway)
     return Resume(source, record.get("choices", {}), tuple(notes))
+
+
+def _repeat(run: Run, shape: Mapping[str, Any]) -> Resume:
+    """A run from its first step; one that repeats another (--config run.json) makes that one's choices."""
+    then = run.repeats.get("shaped_by", {})
+    changed = checkpoints.differences(then, shape, free(shape["options"])) if then else []
+    notes = [f"repeats {run.train.config}, with a change: {line}" for line in changed]
+    return Resume(None, run.repeats.get("choices", {}), tuple(notes))
 
 
 def checkpoint(found: Resume) -> tuple[Path | None, list[str]]:
@@ -196,7 +213,7 @@ def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def tell_status(status: int) -> int:
-    """Leave a rank's exit status for finetune.sh, which a launcher would turn into 1; returns it."""
+    """Leave a rank's exit status for who started the launcher, which would turn into 1; returns it."""
     folder = os.environ.get("FINETUNE_STATUS_DIR")
     if folder and status:
         (Path(folder) / os.environ.get("RANK", "0")).write_text(f"{status}\n", encoding="utf-8")

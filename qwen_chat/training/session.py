@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from qwen_chat import families, models
 from qwen_chat.chat.format import ChatFormat
-from qwen_chat.cli.run_options import Run
 from qwen_chat.console import rank_zero
 from qwen_chat.data.mixture import Data, read_data
 from qwen_chat.errors import OptionError
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import memory_plan, run_folder
 from qwen_chat.training.batches import held_out_windows, training_windows
 from qwen_chat.training.options import training_arguments
@@ -60,6 +60,7 @@ class Session(Prepared):
             held_out=held_out,
             loraplus_ratio=run.lora.loraplus_lr_ratio,
             in_passes=self.choices["in_passes"],
+            patience=run.train.patience,
             run_record=record,
             on_step=log.step,
             on_place=log.place,

@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch.autograd.function import once_differentiable
 
-from qwen_chat.cli.deepspeed_file import read_deepspeed
-from qwen_chat.cli.run_options import LoraArguments, Run
 from qwen_chat.errors import OptionError, first_line
+from qwen_chat.flags.deepspeed_file import read_deepspeed
+from qwen_chat.flags.run_options import LoraArguments, Run
 from qwen_chat.training import adapters, attention, delta_net
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.memory_plan import Setup

@@ -95,12 +95,14 @@ class ChatTrainer(Trainer, TrainerCallback):
         held_out: WindowSampler | None = None,
         loraplus_ratio: float | None = None,
         in_passes: bool = False,
+        patience: int | None = None,
         run_record: Mapping[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
         on_place: Callable[[StepPlace], None] = lambda place: None,
         **options: Any,
     ) -> None:
         self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio
+        self.patience = patience
         self.run_record, self.on_step = run_record or {}, on_step
         self.totals = StepTotals()
         # Loss, router's loss, tokens, supervised tokens of the running step, over all ranks.
@@ -184,8 +186,9 @@ class ChatTrainer(Trainer, TrainerCallback):
         super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, **options: object) -> None:
-        """transformers looks at max_steps only after a step: a checkpoint of the last one would get one more."""
-        if self.state.global_step >= self.state.max_steps:
+        """transformers looks at max_steps, and at its own wish to stop, only after a step: a checkpoint of the last
+        one would get one more."""
+        if self.state.global_step >= self.state.max_steps or self.is_out_of_patience():
             self.control.should_training_stop = True
             return
         super()._run_epoch(**options)
@@ -320,8 +323,27 @@ class ChatTrainer(Trainer, TrainerCallback):
         if self.stopping:
             control.should_save = control.should_training_stop = True
 
-    def on_evaluate(self, *args: object, **kwargs: object) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.step_started = time.perf_counter()
+        if self.is_in_train and self.is_out_of_patience():
+            rank_zero(
+                f"stops at step {state.global_step}: {args.metric_for_best_model} was no better than its best"
+                f" {self.patience} times in a row (--patience)"
+            )
+            control.should_training_stop = True
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations were no better than the best. Read from the log, which each
+        checkpoint holds: a run that goes on from one stops where it would have stopped."""
+        if self.patience is None:
+            return False
+        metric = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        measured = [entry[metric] for entry in self.state.log_history if metric in entry]
+        sign = 1 if self.args.greater_is_better else -1
+        best = max(range(len(measured)), key=lambda i: sign * measured[i], default=0)
+        return len(measured) - 1 - best >= self.patience
 
     def failure(self, what: str) -> TrainingError:
         """The error that names this step, its conversations and the likely cause."""

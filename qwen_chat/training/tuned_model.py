@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import set_seed
 
 from qwen_chat import hardware, models
-from qwen_chat.cli.run_options import Run
 from qwen_chat.console import rank_zero
+from qwen_chat.flags.run_options import Run
 from qwen_chat.training import adapters, attention, delta_net, frozen, fused, matmul, memory_plan, probe
 from qwen_chat.training.ranks import from_rank_zero
 from qwen_chat.training.session import Session

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qwen_chat import demo_model
-from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.flags.run_options import LoraArguments
 from qwen_chat.training import simulation
 from qwen_chat.training.memory_plan import Setup
 from qwen_chat.training.ranks import free_port

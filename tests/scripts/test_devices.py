@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from qwen_chat import hardware
-from qwen_chat.cli import parser
-from qwen_chat.cli.run_problems import read_run
+from qwen_chat.cli import serve
 from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.evaluation import run as evaluation_run
+from qwen_chat.flags import parser
+from qwen_chat.flags.run_problems import read_run
 from qwen_chat.inference import transfer
 from qwen_chat.inference.engine import Engine
 from qwen_chat.inference.loading import load_engine
@@ -214,10 +215,9 @@ def test_the_engine_is_chosen_with_its_reason(
     words: list[str], device: str, installed: bool, engine: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen_chat.service.vllm.is_installed", lambda python: installed)
-    script = script_of(CREATE, monkeypatch)
-    groups = [script.ModelArguments, script.ServiceArguments, script.LimitArguments, script.VllmArguments]
+    groups = [serve.ServeModelArguments, serve.ServiceArguments, serve.LimitArguments, serve.VllmArguments]
     values = parser.read(words, groups)
-    found = script.choose_engine(*(values[group] for group in groups), hardware.Device(device, "faked"))
+    found = serve.choose_engine(*(values[group] for group in groups), hardware.Device(device, "faked"))
     assert found == (engine, why)
 
 
@@ -235,7 +235,7 @@ def test_a_model_that_vllm_cannot_serve_stays_here(
     monkeypatch.setattr(vllm, "command", refuse)
     served: list[str] = []
     script = script_of(CREATE, monkeypatch, "-m", str(tiny_model_path))
-    monkeypatch.setattr(script, "serve", lambda *values: served.append(values[-2]) or 0)
+    monkeypatch.setattr(serve, "serve_here", lambda asked, why: served.append(why) or 0)
     assert script.main() == 0
     assert served == ["vLLM is installed, but: a template that vLLM cannot render"]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--tensor_parallel_size", "2"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import errors, models
+from qwen_chat import errors, files, models, place
 from qwen_chat.training import checkpoints, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,63 @@ def stored_in_bfloat16(model: Path, folder: Path) -> Path:
 
 
 METHODS = {"full": [], "lora": ["--use_lora", "True"], "qlora": ["--q_lora", "True"]}
+
+
+@pytest.mark.slow
+def test_a_share_is_held_out_and_the_best_of_it_saved(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [
+        "-m",
+        str(tiny_model_path),
+        "-d",
+        str(short),
+        "-o",
+        str(out),
+        "--use_lora",
+        "--learning_rate",
+        "0.1",
+    ]
+    words += ["--eval_share", "0.4", "--patience", "1", "--num_train_epochs", "30", "--data_weights", "2"]
+    status, said = finetune(*words)
+    assert status == 0, said
+    run = json.loads((out / "run.json").read_text())
+    held_out, learnt = run["held_out"]["conversations"], run["data"]["epoch_conversations"]
+    assert held_out > 0 and learnt == 2 * (8 - held_out)
+    assert run["best"]["saved_step"] == run["best"]["step"] < run["steps"]
+    assert run["evaluation"]["eval_loss"] == pytest.approx(run["best"]["value"], rel=1e-4)
+    assert run["evaluation"]["eval_tokens"] == run["held_out"]["supervised"]
+    assert "that is what is saved" in said and "(--patience)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_s_record_repeats_it_bit_for_bit(
+    method: str,
+    finetune: Finetune,
+    short: Path,
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dropout, the order of the data and the product that was measured as the faster one are those of the record."""
+    from qwen_chat.training import matmul
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["-m", str(tiny_model_path), "-d", str(short), *METHODS[method], *RATE, "--seed", "3"]
+    words += ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
+    status, said = finetune(*words, "-o", str(first))
+    assert status == 0, said
+    monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("onednn", "faster today"))
+    status, said = finetune("--config", str(first / "run.json"), "-o", str(second))
+    assert status == 0, said
+    assert "with a change" not in said
+    assert files.sha256(next(first.glob("*model.safetensors"))) == files.sha256(
+        next(second.glob("*model.safetensors"))
+    )
+    records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
+    assert [record["choices"]["matmul"]["route"] for record in records] == ["torch", "torch"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -252,7 +309,7 @@ def test_several_files_with_weights_and_an_adapter_that_is_continued(
 def test_without_o_a_new_folder_is_named_after_data_method_and_time(
     finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(place, "OUTPUTS", tmp_path / "outputs")
     words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", "--max_steps", "1"]
     assert finetune(*words)[0] == 0
     (made,) = (tmp_path / "outputs").iterdir()
@@ -487,7 +544,7 @@ def test_one_clear_line_and_status_2_before_any_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
-    monkeypatch.setattr(run_folder, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(place, "OUTPUTS", tmp_path / "outputs")
     base = [*(() if "-m" in words else ("-m", str(tiny_model_path)))]
     base += [] if "-d" in words else ["-d", str(short)]
     status, said = finetune(*base, *words)

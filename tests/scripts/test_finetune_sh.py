@@ -96,6 +96,25 @@ def test_the_seeds_variables_and_flags() -> None:
     ]
 
 
+def test_a_config_file_stands_in_place_of_what_was_not_given_as_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("use_lora: true\n")
+    command = dry("--config", str(file), GPUS_PER_NODE="2", Q_LORA="True", DATA="x")
+    script = command.index(str(ROOT / "finetune" / "finetune.py"))
+    assert command[script + 1 :] == ["--config", str(file)]
+    command = dry("--use_lora", "False", "--config", str(file), "-d", str(file), "--deepspeed", "zero2")
+    assert command[-8:] == [
+        "-d",
+        str(file),
+        "--config",
+        str(file),
+        "--use_lora",
+        "False",
+        "--deepspeed",
+        "zero2",
+    ]
+
+
 def test_a_flag_wins_over_the_environment_and_the_last_one_over_all() -> None:
     words = [
         "-m",

@@ -214,3 +214,34 @@ def test_thinking_is_told_and_chosen(
         2,
         "error: --template_kwargs: 'yes'; expected a JSON object or None\n",
     )
+
+
+def test_what_is_held_out_and_what_gives_it_away(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asking(*questions: str) -> list[dict[str, Any]]:
+        reply = {"role": "assistant", "content": "Yes."}
+        return [{"messages": [{"role": "user", "content": text}, reply]} for text in questions]
+
+    def look(*words: str | Path) -> tuple[int, dict[str, Any], str]:
+        status = inspect_here(monkeypatch, tmp_path, "-m", model, "-d", data, "--show", "0", "--json", *words)
+        said = capsys.readouterr()
+        return status, json.loads(said.out), said.err
+
+    towns = [f"How far away from here is the town with number {n}?" for n in range(40)]
+    data = write(tmp_path / "data.jsonl", *asking(*towns))
+    status, found, said = look("--eval_share", "0.25")
+    assert status == 0
+    held_out = found["held_out"]
+    assert 3 <= held_out["conversations"] <= 17 and held_out["supervised"] == 3 * held_out["conversations"]
+    assert f"held out: {held_out['conversations']} of these 40 conversations, by the hash" in said
+    status, found, said = look("--eval_share", "0.000001")
+    assert (status, found["good"]) == (2, False)
+    assert found["error"].startswith("--eval_share 1e-06: holds out none of 40 conversations; a share of 0.0")
+    others = write(tmp_path / "others.jsonl", *asking("Is it cold?", towns[7].upper()))
+    status, found, said = look("--eval_data_path", others)
+    assert (status, found["held_out"]["conversations"], found["held_out"]["given_away"]) == (0, 2, 1)
+    assert found["held_out"]["given_away_by"] == [
+        "data.jsonl:8: has the prompt of the held-out others.jsonl:2"
+    ]
+    assert "note: 1 training lines give away what is held out" in said

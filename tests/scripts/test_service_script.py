@@ -297,9 +297,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
 
 
 def test_an_adapter_is_named_by_its_folder_or_as_told(tmp_path: Path) -> None:
-    import runpy
+    from qwen_chat.cli.serve import read_adapters
 
-    read_adapters = runpy.run_path(str(CREATE))["read_adapters"]
     for name in ("one", "a=b", "default"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")

@@ -37,7 +37,7 @@ def test_a_chat_remembers_until_it_begins_again() -> None:
 
 def test_an_adapter_alone_takes_the_base_that_it_names(tiny_model_path: Path, tmp_path: Path) -> None:
     from qwen_chat import models
-    from qwen_chat.cli.run_options import LoraArguments
+    from qwen_chat.flags.run_options import LoraArguments
     from qwen_chat.training import adapters
 
     loaded = models.load_model(tiny_model_path, for_training=True)
@@ -83,12 +83,11 @@ def test_an_adapter_is_asked_in_the_format_that_it_was_saved_with(
     capsys: pytest.CaptureFixture[str], qwen2_tokenizer: Any, qwen3_tokenizer: Any
 ) -> None:
     """And its thoughts go to standard error."""
-    import runpy
     from types import SimpleNamespace
 
     from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.cli import chat
 
-    script = runpy.run_path(str(ROOT / "fast_start" / "simple_try_0.py"))
     formats = {None: ChatFormat(qwen2_tokenizer), "adapter": ChatFormat(qwen3_tokenizer)}
     asked: list[tuple[list[int], str | None]] = []
 
@@ -103,7 +102,7 @@ def test_an_adapter_is_asked_in_the_format_that_it_was_saved_with(
 
     messages = [{"role": "user", "content": "x"}]
     for words in ({}, {"adapter": "somewhere"}):
-        reply = script["answer"](Engine(), messages, script["TryArguments"](prompt="x", **words))
+        reply = chat.answer(Engine(), messages, chat.TryArguments(prompt="x", **words))
         assert reply == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}
     assert asked == [(fmt.prompt_ids(messages), adapter) for adapter, fmt in formats.items()]
     said = capsys.readouterr()

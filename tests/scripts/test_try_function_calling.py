@@ -1,6 +1,5 @@
 """The loop against the real service with the untuned demo model, and the script's three tools alone."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -15,17 +14,12 @@ from typing import Any
 import pytest
 import requests
 
+from qwen_chat.tools import example_tools
 from qwen_chat.tools.client import HttpClient
 from qwen_chat.tools.loop import Limits, LoopResult, run_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "fast_start" / "try_function_calling.py"
-
-_spec = importlib.util.spec_from_file_location("try_function_calling", SCRIPT)
-assert _spec is not None
-assert _spec.loader is not None
-tools: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tools)
 
 QUESTIONS = (
     ("How is the weather in Paris?", "get_weather"),
@@ -93,7 +87,7 @@ def ask(url: str, question: str, name: str, stream: bool) -> LoopResult:
     return run_tools(
         client,
         [{"role": "user", "content": question}],
-        tools.TOOLS,
+        example_tools.EXAMPLE_TOOLS,
         model=client.first_model(),
         tool_choice=lambda number: named if number == 1 else "none",
         parallel=False,
@@ -130,7 +124,7 @@ def test_twenty_questions_in_two_languages(url: str) -> None:
 def told(name: str, arguments: dict[str, Any], content: str) -> str:
     """What the tool gives for these arguments (the time is the content's own)."""
     try:
-        value = tools.TOOLS[name](**arguments)
+        value = example_tools.EXAMPLE_TOOLS[name](**arguments)
     except Exception as error:
         return json.dumps({"error": f"{type(error).__name__}: {error}"}, ensure_ascii=False)
     if name == "get_time":
@@ -171,7 +165,7 @@ def test_json_output(url: str) -> None:
     ],
 )
 def test_calculator(expression: str, value: str) -> None:
-    assert tools.calculate(expression) == value
+    assert example_tools.calculate(expression) == value
 
 
 @pytest.mark.parametrize(
@@ -191,20 +185,20 @@ def test_calculator(expression: str, value: str) -> None:
 )
 def test_calculator_runs_nothing_else(expression: str) -> None:
     with pytest.raises(ValueError):
-        tools.calculate(expression)
+        example_tools.calculate(expression)
 
 
 def test_weather_and_time() -> None:
-    assert tools.get_weather("北京市") == {
+    assert example_tools.get_weather("北京市") == {
         "city": "Beijing",
         "sky": "sunny",
         "temperature": 8,
         "unit": "celsius",
     }
-    assert tools.get_weather("paris, France", "fahrenheit")["temperature"] == 52
-    assert tools.get_time("New York")["zone"] == "UTC-5, standard time"
+    assert example_tools.get_weather("paris, France", "fahrenheit")["temperature"] == 52
+    assert example_tools.get_time("New York")["zone"] == "UTC-5, standard time"
     with pytest.raises(LookupError, match="no city 'Atlantis' in the table"):
-        tools.get_weather("Atlantis")
+        example_tools.get_weather("Atlantis")
 
 
 def test_no_service_and_bad_options() -> None:

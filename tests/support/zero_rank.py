@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_chat import demo_model
-from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.flags.run_options import LoraArguments
 from qwen_chat.training import adapters, attention, ranks
 from qwen_chat.training.loss import ModelLoss
 from qwen_chat.training.stand_in import StandIn

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qwen_chat import models
-from qwen_chat.cli.run_options import LoraArguments
 from qwen_chat.errors import ModelError, OptionError
+from qwen_chat.flags.run_options import LoraArguments
 from qwen_chat.training import adapters
 
 PLAIN = LoraArguments(use_lora=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)

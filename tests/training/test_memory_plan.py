@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware, models
-from qwen_chat.cli import run_options, run_problems
 from qwen_chat.errors import ModelError
+from qwen_chat.flags import run_options, run_problems
 from qwen_chat.training import memory_plan
 from qwen_chat.training.memory_plan import GIB, Setup, Shape
 from tests.support.shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qwen_chat import errors, hardware
-from qwen_chat.cli.run_problems import read_run
 from qwen_chat.errors import OptionError
+from qwen_chat.flags.run_problems import read_run
 from qwen_chat.training import rehearsal, session
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.bench_plan import CASES, SHAPES, Case, measure
-from qwen_chat.cli.run_options import LoraArguments
+from qwen_chat.flags.run_options import LoraArguments
 from qwen_chat.training import simulation
 from qwen_chat.training.memory_plan import Setup
 from qwen_chat.training.stand_in import ROUNDED_TO, HostTensorError, Kernels, StandIn

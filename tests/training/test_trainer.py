@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_problems import read_run
+from qwen_chat import place
 from qwen_chat.data import mixture
 from qwen_chat.errors import OutputError
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.run_problems import read_run
 from qwen_chat.training import options, ranks, result, run_folder, session, step_log, trainer, tuned_model
 
 RUN = read_run(["-d", "my data.v2.jsonl", "--use_lora"])
@@ -130,9 +131,19 @@ def test_generation_stops_where_training_stopped() -> None:
 
 def test_a_folder_is_named_after_data_method_and_time() -> None:
     now = datetime(2026, 11, 24, 5, 6, 7)
-    assert run_folder.choose_folder(RUN, now) == run_folder.OUTPUTS / "my_data-lora-20261124-050607"
+    assert run_folder.choose_folder(RUN, now) == place.OUTPUTS / "my_data-lora-20261124-050607"
     given = replace(RUN, train=replace(RUN.train, output_dir="here/out"))
     assert run_folder.choose_folder(given, now) == Path("here/out")
+
+
+def test_a_run_that_repeats_another_makes_its_choices_and_says_what_has_changed(tmp_path: Path) -> None:
+    shape = {"options": RUN.as_dict(), "data": "a", "model": "m", "world_size": 1}
+    record = {"shaped_by": shape | {"data": "b"}, "choices": {"threads": 2}}
+    again = replace(RUN, train=replace(RUN.train, config="old/run.json"), repeats=record)
+    found = run_folder.resume(again, tmp_path / "new", shape | {"options": again.as_dict()})
+    assert (found.source, found.choices) == (None, {"threads": 2})
+    assert found.notes == ("repeats old/run.json, with a change: the data has other content",)
+    assert run_folder.resume(RUN, tmp_path / "new", shape) == run_folder.Resume(None, {})
 
 
 def test_folders_that_may_be_written_to(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from qwen_chat.inference.native.library import Library, LinearPart
 
 _AT_A_TIME = 1024  # rows packed at a time; whole panels
 
+
 class NativeLinear:
     """float32, int8 with a scale for each output, or int4 as int4.py rounds. `part`: what step.cpp reads; it lives as
     long as this."""

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from qwen_chat.chat.encoded import Encoded
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.run_problems import read_run
-from qwen_chat.cli.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.data import mixture
 from qwen_chat.errors import OptionError, TrainingError
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.run_problems import read_run
+from qwen_chat.flags.training_fields import ENTRIES, FIELDS, trainer_options
 from qwen_chat.training import attention, options, result, run_folder
 from qwen_chat.training.session import Session
 from qwen_chat.training.step_log import StepLog
@@ -399,6 +399,27 @@ def test_the_best_by_any_metric_is_kept(how: list[str], metric: str, tiny: Tiny)
     assert measured[step] == best and step in checkpoints_of(trainer)
     if how == ["--load_best_model_at_end"]:
         assert trainer.evaluate()[name] == pytest.approx(best, rel=1e-5)
+
+
+def test_patience_stops_where_nothing_gets_better_and_leaves_the_best(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*HELD_OUT, "--patience", "2", "--eval_steps", "1", "--learning_rate", "0.2"]
+    words += ["--num_train_epochs", "20", "--lr_scheduler_type", "constant"]
+    trainer = tiny.run(*words)
+    losses = [line["eval_loss"] for line in lines(trainer) if "eval_loss" in line]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == trainer.state.global_step == best + 2 < 60
+    said = f"stops at step {best + 2}: loss was no better than its best 2 times in a row (--patience)"
+    assert capsys.readouterr().err.count(said) == 1
+    assert trainer.state.best_global_step == best and best in checkpoints_of(trainer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)  # the best is loaded
+
+    again, log = tiny.prepare(*words)  # killed after the last checkpoint, and gone on
+    with log:
+        again.run(Path(trainer.args.output_dir) / f"checkpoint-{best + 2}")
+    assert again.state.global_step == best + 2
+    assert torch.equal(flat(again), flat(trainer))
 
 
 def test_what_reporters_get(tiny: Tiny) -> None:

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_chat.cli.parser import Option, OtherFlags
+from qwen_chat import place
+from qwen_chat.flags.parser import Option, OtherFlags
 
 State = Literal["works", "ours", "refused"]
 
@@ -46,7 +47,7 @@ def _refused(names: str, says: str, *harmless: object) -> Entry:
 
 
 _SCRIPT = "tests/scripts/test_finetune.py::"
-_FIELDS = "tests/cli/test_training_fields.py::"
+_FIELDS = "tests/flags/test_training_fields.py::"
 _TRAINING = "tests/training/test_trainer.py::"
 
 ENTRIES = (
@@ -177,7 +178,7 @@ ENTRIES = (
     ),
     _refused(
         "fsdp fsdp_config",
-        "its shards would not be gathered when the result is saved; use --deepspeed finetune/ds_config_zero3.json",
+        f"its shards would not be gathered when the result is saved; use --deepspeed {place.deepspeed_file('zero3')}",
         "",
         {},
     ),

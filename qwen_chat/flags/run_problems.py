@@ -8,14 +8,15 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from qwen_chat import hardware
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.deepspeed_file import deepspeed_problems
-from qwen_chat.cli.parser import Values, read
-from qwen_chat.cli.run_options import (
+from qwen_chat.errors import MissingDependency, OptionError
+from qwen_chat.flags import config_file, training_fields
+from qwen_chat.flags.deepspeed_file import deepspeed_problems
+from qwen_chat.flags.parser import Values, read
+from qwen_chat.flags.run_options import (
     EXPERTS,
     DataArguments,
     LoraArguments,
@@ -24,7 +25,6 @@ from qwen_chat.cli.run_options import (
     TrainArguments,
     target_words,
 )
-from qwen_chat.errors import OptionError
 
 
 def read_run(argv: Sequence[str], about: str = "") -> Run:
@@ -37,11 +37,23 @@ def read_run_and(
 ) -> tuple[Run, Values]:
     """The same with a script's own groups beside it, which stand in the Values; a plan needs no data."""
     groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, *more]
-    values = read(argv, groups, about=about, others=training_fields.FLAGS)
-    run = Run.of(values)
+    path = config_file.named(argv)
+    config = config_file.ConfigFile(()) if path is None else config_file.read_config_file(path)
+    values = read(argv, groups, about=about, others=training_fields.FLAGS, before=config.flags)
+    if config.record:  # it has every option, those that nobody gave too
+        asked = frozenset(config.record.get("given", ())) - config_file.OWN
+        values = replace(values, given=(values.given - values.places.keys()) | asked)
+    run = replace(Run.of(values), repeats=config.record)
     if found := problems(run, needs_data=needs_data):
-        raise OptionError("\n".join(found))
+        raise OptionError("\n".join(_placed(line, values.places) for line in found))
     return run, values
+
+
+def _placed(problem: str, places: Mapping[str, str]) -> str:
+    """The problem of a flag that a file gave, with its place there."""
+    flag = re.match(r"--(\w+)", problem)
+    place = places.get(flag[1]) if flag else None
+    return problem if place is None else f"{place}: {problem}"
 
 
 def problems(run: Run, *, needs_data: bool = True) -> list[str]:
@@ -61,6 +73,8 @@ def problems(run: Run, *, needs_data: bool = True) -> list[str]:
         if (reason := training_fields.refusal(name)) is not None
     ]
     found += [*_part_problems(run), *_data_problems(run, needs_data), *_lora_problems(run)]
+    if needs_data:  # a plan may be for another machine
+        found += missing_packages(run)
     if run.train.bf16 and run.train.fp16:
         found.append("--bf16 and --fp16: give one of them")
     device, use_cpu = run.train.device, bool(run.extra.get("use_cpu"))
@@ -91,7 +105,8 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
     **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
     **dict.fromkeys(("torch_empty_cache_steps", "ddp_timeout", "ddp_bucket_cap_mb"), _ABOVE_0),
-    **dict.fromkeys(("dataloader_prefetch_factor",), _ABOVE_0),
+    **dict.fromkeys(("dataloader_prefetch_factor", "patience"), _ABOVE_0),
+    "eval_share": (lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.05"),
     "learning_rate": (lambda value: 0 < value < 1, "a number between 0 and 1, such as 2e-4"),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "a share between 0 and 1"),
     "max_steps": (lambda value: value > 0 or value == -1, "a number above 0, or -1: --num_train_epochs says"),
@@ -102,6 +117,26 @@ RANGES: Mapping[str, Range] = {
 }
 
 
+# What may not be installed, and the wheel's extra that brings it.
+EXTRAS = {"bitsandbytes": "qlora", "deepspeed": "deepspeed", "tensorboard": "track"}
+
+
+def missing_packages(run: Run) -> list[str]:
+    """Packages that a flag needs and that are not installed, one line each."""
+    optimizer = str(run.extra.get("optim", "adamw_torch"))
+    needs = {
+        f"--optim {optimizer}": training_fields.OPTIMIZERS.get(optimizer),
+        "--q_lora": "bitsandbytes" if run.lora.q_lora else None,
+        f"--deepspeed {run.train.deepspeed}": "deepspeed" if run.train.deepspeed is not None else None,
+        "--report_to tensorboard": "tensorboard" if "tensorboard" in run.train.report_to else None,
+    }
+    return [
+        str(MissingDependency(package, flag, extra=EXTRAS[package]))
+        for flag, package in needs.items()
+        if package is not None and importlib.util.find_spec(package) is None
+    ]
+
+
 def _part_problems(run: Run) -> list[str]:
     """Optimizer, schedule and workers: names, and options that the named one would ignore."""
     train, extra, found = run.train, run.extra, []
@@ -110,15 +145,11 @@ def _part_problems(run: Run) -> list[str]:
         reason = training_fields.REFUSED_OPTIMIZERS.get(optimizer, "no such optimizer")
         known = ", ".join(training_fields.OPTIMIZERS)
         found.append(f"--optim {optimizer}: {reason}; expected one of {known}")
-    else:
-        package = training_fields.OPTIMIZERS[optimizer]
-        if package is not None and importlib.util.find_spec(package) is None:
-            found.append(f"--optim {optimizer} needs the package '{package}'; run: pip install {package}")
-        if extra.get("optim_args") and optimizer not in training_fields.WITH_ARGUMENTS:
-            found.append(
-                f"--optim_args with --optim {optimizer}, which takes none; leave it out, or choose one of"
-                f" {', '.join(sorted(training_fields.WITH_ARGUMENTS))}"
-            )
+    elif extra.get("optim_args") and optimizer not in training_fields.WITH_ARGUMENTS:
+        found.append(
+            f"--optim_args with --optim {optimizer}, which takes none; leave it out, or choose one of"
+            f" {', '.join(sorted(training_fields.WITH_ARGUMENTS))}"
+        )
     if schedule not in training_fields.SCHEDULES:
         known = ", ".join(training_fields.SCHEDULES)
         found.append(f"--lr_scheduler_type {schedule}: no such schedule; expected one of {known}")
@@ -162,10 +193,13 @@ def _data_problems(run: Run, needs_data: bool) -> list[str]:
         found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
     if needs_data and not data.data_path:
         found.append("no data: give the conversations with -d FILE")
+    if data.eval_share is not None and data.eval_data_path:
+        found.append("--eval_share and --eval_data_path: give one of them")
     best = {
+        "--patience": train.patience,
         "--keep_best": train.keep_best,
         "--save_strategy best": train.save_strategy == "best",
-        "--load_best_model_at_end": extra.get("load_best_model_at_end"),
+        "--load_best_model_at_end": train.patience is None and extra.get("load_best_model_at_end"),
         "--metric_for_best_model": extra.get("metric_for_best_model"),
     }
     asked = [flag for flag, on in best.items() if on]
@@ -175,7 +209,7 @@ def _data_problems(run: Run, needs_data: bool) -> list[str]:
         f"--eval_strategy {train.eval_strategy}": train.eval_strategy not in (None, "no"),
         **{f"--{name}": extra.get(name) for name in ("eval_steps", "eval_delay", "eval_on_start")},
     }
-    if not data.eval_data_path:
+    if not data.holds_out:
         found += [
             f"{flag} without --eval_data_path: the best is found on held-out conversations; give some"
             for flag in asked
@@ -214,13 +248,18 @@ def _best_problems(run: Run) -> list[str]:
             f"--lr_scheduler_type {train.lr_scheduler_type} with --metric_for_best_model {metric}: it looks for a"
             ' minimum; add --lr_scheduler_kwargs \'{"mode": "max"}\''
         )
-    if train.keep_best and run.data.eval_data_path and train.save_strategy != "best":
+    keeps = "--patience" if train.patience is not None else "--keep_best"
+    if (
+        (train.keep_best or train.patience is not None)
+        and run.data.holds_out
+        and train.save_strategy != "best"
+    ):
         apart = train.save_strategy != train.eval_strategy
         if train.save_strategy == "steps" and extra.get("eval_steps") not in (None, train.save_steps):
             apart = True
         if apart and train.eval_strategy != "no":
             found.append(
-                "--keep_best where evaluation and checkpoint are not at the same step: give --save_strategy and"
+                f"{keeps} where evaluation and checkpoint are not at the same step: give --save_strategy and"
                 " --eval_strategy (and --save_steps and --eval_steps) the same values, or --save_strategy best"
             )
     return found

@@ -1,7 +1,7 @@
 """DeepSpeed's JSON file: read, and held against the flags that it must not contradict.
 
-In: the path that --deepspeed names, and the run. Out: the config with "auto" where it says nothing, and a line for
-each thing that cannot work.
+In: what --deepspeed names (a path, or zero2 and zero3: the files beside this module), and the run. Out: the config with
+"auto" where it says nothing, and a line for each thing that cannot work.
 """
 
 import json
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_chat import hardware
-from qwen_chat.cli.run_options import Run
+from qwen_chat import hardware, place
+from qwen_chat.flags.run_options import Run
 
 FOLLOW_FLAGS = (
     "gradient_clipping",
@@ -33,7 +33,7 @@ def deepspeed_problems(run: Run) -> list[str]:
     if run.lora.q_lora and zero.get("stage", 0) == 3:
         found.append(
             f"--q_lora with ZeRO-3 ({path}): 4-bit weights cannot be split over processes; "
-            "use --deepspeed finetune/ds_config_zero2.json"
+            f"use --deepspeed {place.deepspeed_file('zero2')}"
         )
     whole = "stage3_gather_16bit_weights_on_model_save"
     if run.method == "full" and zero.get("stage", 0) == 3 and zero.get(whole) is not True:
@@ -86,9 +86,10 @@ def read_deepspeed(path: str) -> tuple[dict[str, Any], str | None]:
     What it leaves out is filled with "auto", so that the flag holds: without the key gradient_clipping, for one,
     DeepSpeed would not clip at all.
     """
-    shape = "expected a JSON file such as finetune/ds_config_zero2.json"
+    shape = f"expected a JSON file such as {place.deepspeed_file('zero2')}"
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        file = Path(__file__).with_name(f"{path}.json") if path in ("zero2", "zero3") else Path(path)
+        config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, f"--deepspeed {path}: no such file; {shape}"
     except OSError as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from qwen_chat.cli import training_fields
-from qwen_chat.cli.parser import Values, option
+from qwen_chat.flags import training_fields
+from qwen_chat.flags.parser import Values, option
 
 LEARNING_RATES = {
     # A full fine-tune moves every weight, so in small steps; an adapter starts from zero and has few weights.
@@ -60,6 +60,9 @@ class DataArguments:
     eval_data_path: tuple[str, ...] = option(
         (), "held-out conversations", elsewhere="validation_file", appends=True
     )
+    eval_share: float | None = option(
+        None, "hold out this share of the conversations (0.05), chosen by the hash of their prompts"
+    )
     model_max_length: int = option(
         2048, "longest sequence in tokens", elsewhere="max_seq_length max_seq_len max_length cutoff_len"
     )
@@ -84,6 +87,10 @@ class DataArguments:
         None, "an empty think block before a reply; ignored where the template thinks by default"
     )
     lazy_preprocess: bool = option(False, "tokenise on first use instead of all before training")
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.eval_data_path) or self.eval_share is not None
 
 
 @dataclass(frozen=True)
@@ -150,10 +157,10 @@ class TrainArguments:
         elsewhere="packing padding_free",
         hint="packed (shared_prefix, the default, packs too)",
     )
-    deepspeed: str | None = option(None, "DeepSpeed's JSON file: ds_config_zero2.json, ds_config_zero3.json")
+    deepspeed: str | None = option(None, "DeepSpeed's JSON file, or zero2, zero3: the toolkit's own")
     eval_strategy: Literal["no", "steps", "epoch"] | None = option(
         None,
-        "when to evaluate; epoch where there is --eval_data_path",
+        "when to evaluate; epoch where something is held out",
         "--evaluation_strategy",
         old="evaluation_strategy",
     )
@@ -165,8 +172,14 @@ class TrainArguments:
     keep_best: bool = option(
         False,
         "the best checkpoint is never removed: lowest held-out loss, or --metric_for_best_model",
-        elsewhere="early_stopping_patience early_stopping_threshold",
+        elsewhere="early_stopping_threshold",
         hint="True: the best checkpoint stays, the run goes to its end",
+    )
+    patience: int | None = option(
+        None,
+        "stop after so many evaluations in a row that were no better than the best, and save the best",
+        elsewhere="early_stopping_patience",
+        hint="N",
     )
     resume: str = option(
         "auto",
@@ -175,6 +188,10 @@ class TrainArguments:
     )
     resume_anyway: bool = option(False, "go on from a checkpoint though data, model or options have changed")
     plan_anyway: bool = option(False, "start though the plan says that memory will not do")
+    config: str | None = option(
+        None,
+        "flags from this YAML file, or from the run.json of a run, which is repeated; flags beside it win",
+    )
     check: bool = option(False, "look at everything short of loading a model, then stop")
 
 
@@ -189,6 +206,7 @@ class Run:
     extra: Mapping[str, Any]
     given: frozenset[str]
     notes: tuple[str, ...]
+    repeats: Mapping[str, Any] = field(default_factory=dict)  # the run.json of --config
 
     @classmethod
     def of(cls, values: Values) -> Run:
@@ -200,6 +218,8 @@ class Run:
             values[TrainArguments],
         )
         asked = {k: value for k, value in values.extra.items() if not training_fields.harmless(k, value)}
+        if values[TrainArguments].patience is not None:
+            asked = {"load_best_model_at_end": True, **asked}
         run = cls(*groups, asked, values.given, values.notes)
         if run.lora.q_lora:
             run = replace(run, lora=replace(run.lora, use_lora=True))
@@ -224,14 +244,19 @@ def _with_defaults(run: Run) -> TrainArguments:
     if "save_steps" in run.given and "save_strategy" not in run.given:
         strategy = "steps"
     when: Literal["steps", "epoch"] = "steps" if "eval_steps" in run.given else "epoch"
+    evaluates = train.eval_strategy or (when if run.data.holds_out else "no")
+    save_steps = train.save_steps
+    if train.patience is not None and not run.given & {"save_strategy", "save_steps"}:
+        strategy, save_steps = evaluates, run.extra.get("eval_steps", save_steps)  # any may be the best one
     if strategy == "steps" and (train.keep_best or run.extra.get("load_best_model_at_end")):
         when = "steps"  # the best checkpoint is measured where it is written
     return replace(
         train,
         learning_rate=LEARNING_RATES[run.method] if train.learning_rate is None else train.learning_rate,
-        eval_strategy=train.eval_strategy or (when if run.data.eval_data_path else "no"),
+        eval_strategy=train.eval_strategy or (when if run.data.holds_out else "no"),
         warmup_steps=_warmup(train),
         save_strategy=strategy,
+        save_steps=save_steps,
         save_total_limit=None if limit is not None and limit < 1 else limit,
     )
 

@@ -92,15 +92,24 @@ class Values:
     extra: Mapping[str, Any]
     given: frozenset[str]
     notes: tuple[str, ...]
+    places: Mapping[str, str]  # of those that a file gave: where they stand in it
 
     def __getitem__(self, group: type[Group]) -> Group:
         return typing.cast(Group, self.groups[group])
 
 
 def read(
-    argv: Sequence[str], groups: Sequence[type], *, about: str = "", others: OtherFlags | None = None
+    argv: Sequence[str],
+    groups: Sequence[type],
+    *,
+    about: str = "",
+    others: OtherFlags | None = None,
+    before: Sequence[tuple[str, str, list[str]]] = (),
 ) -> Values:
-    """Read words into one value of each group. `-h` prints the help and ends. The last value given wins."""
+    """Read words into one value of each group. `-h` prints the help and ends. The last value given wins.
+
+    before: flags of a file, (its place, name, words); one of the command line takes the place of its whole value.
+    """
     own = {group: options_of(group) for group in groups}
     names = {entry.name for entries in own.values() for entry in entries}
     more = [entry for entry in others.options() if entry.name not in names] if others else []
@@ -109,6 +118,11 @@ def read(
         print(_help(about, parts, others, more if asked - {"-h", "--help"} else []))
         raise SystemExit(0)
     reading = _Reading([*more, *(entry for entries in own.values() for entry in entries)], others)
+    for place, name, words in before:
+        told = len(reading.wrong)
+        reading.take(f"--{name}", words)
+        reading.wrong[told:] = [f"{place}: {line}" for line in reading.wrong[told:]]
+    of_file, reading.given = reading.given, {}
     # Each flag with the words behind it; "" with a word that no flag stands before.
     found: list[tuple[str, list[str]]] = []
     open_for_words = False
@@ -125,10 +139,11 @@ def read(
         reading.take(flag, words)
     if reading.wrong:
         raise OptionError("\n".join(reading.wrong))
-    given = reading.given
+    given = {**of_file, **reading.given}
+    places = {name: place for place, name, _ in before if name in of_file and name not in reading.given}
     made = {g: g(**{e.name: given[e.name] for e in entries if e.name in given}) for g, entries in own.items()}
     extra = {name: value for name, value in given.items() if name not in names}
-    return Values(made, extra, frozenset(given), tuple(reading.notes))
+    return Values(made, extra, frozenset(given), tuple(reading.notes), places)
 
 
 def options_of(group: type) -> list[Option]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from qwen_chat import hardware
-from qwen_chat.cli import deepspeed_file, training_fields
-from qwen_chat.cli.parser import option, read
-from qwen_chat.cli.run_options import DataArguments, ModelArguments, Run
-from qwen_chat.cli.run_problems import read_run
 from qwen_chat.errors import OptionError
+from qwen_chat.flags import deepspeed_file, training_fields
+from qwen_chat.flags.parser import option, read
+from qwen_chat.flags.run_options import DataArguments, ModelArguments, Run
+from qwen_chat.flags.run_problems import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ["-d", "data.jsonl"]
@@ -416,7 +416,8 @@ def test_help_names_every_flag_and_needs_no_torch(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert [name for name in SEED if f"--{name}" not in text] == []
-    program = "import sys\nfrom qwen_chat.cli.run_problems import read_run\nread_run(['-d', 'x', '--max_steps', '2'])\n"
+    program = "import sys\nfrom qwen_chat.flags.run_problems import read_run\n"
+    program += "read_run(['-d', 'x', '--max_steps', '2'])\n"
     program += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     start = time.perf_counter()
     done = subprocess.run(
@@ -430,3 +431,33 @@ def test_a_run_is_a_value() -> None:
     run = read_run(DATA)
     assert isinstance(run, Run)
     assert json.loads(json.dumps(run.as_dict()))["lora_target_modules"] == ["all-linear"]
+
+
+def test_patience_writes_a_checkpoint_wherever_it_measures() -> None:
+    run = read_run([*DATA, "--eval_share", "0.1", "--patience", "3"])
+    assert (run.train.eval_strategy, run.train.save_strategy) == ("epoch", "epoch")
+    assert run.extra == {"load_best_model_at_end": True}
+    run = read_run([*DATA, "--eval_share", "0.1", "--patience", "3", "--eval_steps", "50"])
+    assert (run.train.eval_strategy, run.train.save_strategy, run.train.save_steps) == ("steps", "steps", 50)
+    given = ["--save_strategy", "best", "--eval_steps", "50"]
+    assert read_run([*DATA, "--eval_share", "0.1", "--patience", "3", *given]).train.save_strategy == "best"
+    assert problems_of(
+        *DATA, "--patience", "3", "--eval_data_path", "y", "--save_steps", "7", "--eval_steps", "2"
+    ) == [
+        "--patience where evaluation and checkpoint are not at the same step: give --save_strategy and --eval_strategy"
+        " (and --save_steps and --eval_steps) the same values, or --save_strategy best"
+    ]
+    assert problems_of(*DATA, "--patience", "0") == ["--patience 0: expected a number above 0"]
+    assert problems_of(*DATA, "--patience", "1") == [
+        "--patience without --eval_data_path: the best is found on held-out conversations; give some"
+    ]
+
+
+def test_what_is_held_out_is_a_share_or_files() -> None:
+    assert problems_of(*DATA, "--eval_share", "0.1", "--eval_data_path", "y") == [
+        "--eval_share and --eval_data_path: give one of them"
+    ]
+    for share in ("0", "1", "-0.1", "nan"):
+        assert problems_of(*DATA, "--eval_share", share) == [
+            f"--eval_share {float(share)}: expected a share between 0 and 1, such as 0.05"
+        ]

@@ -1,0 +1,110 @@
+"""A run as a page: what it learnt from, how it went, what came of it; several runs beside each other.
+
+In: folders of runs, finished or not. Out: one HTML file that needs no network: `report.html` in the run's folder, or
+where -o says. Training writes it by itself, without samples: they take a model's time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qwen_chat.errors import OptionError
+from qwen_chat.files import write_whole
+from qwen_chat.flags import parser
+from qwen_chat.flags.parser import option
+from qwen_chat.report.page import PAGE, page
+from qwen_chat.report.past_run import SAMPLES_FILE, PastRun, Sample
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Report"""
+
+    run: tuple[str, ...] = option((), "folders of runs; also without the flag", appends=True)
+    output: str | None = option(None, "the page's file; report.html in the run's folder without it", "-o")
+    samples: int = option(0, "questions of its data that base and result answer, for one run")
+    max_new_tokens: int = option(96, "longest answer of a sample in tokens")
+
+
+def main(words: Sequence[str], about: str = __doc__ or "") -> int:
+    """Write the page that is asked for."""
+    first = next((k for k, word in enumerate(words) if word.startswith("-")), len(words))
+    folders = list(words[:first])
+    wanted = parser.read(words[first:], [ReportArguments], about=about)[ReportArguments]
+    folders += wanted.run
+    if not folders:
+        raise OptionError("expected the folder of a run: python finetune/report.py DIR")
+    if wanted.samples and len(folders) > 1:
+        raise OptionError(f"--samples {wanted.samples}: for one run at a time")
+    if wanted.output is None and len(folders) > 1:
+        raise OptionError("several runs: give the page's file with -o")
+    runs = [PastRun.read(Path(folder).expanduser()) for folder in folders]
+    if wanted.samples:
+        answered = samples(runs[0], wanted.samples, wanted.max_new_tokens)
+        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered)
+        write_whole(runs[0].folder / SAMPLES_FILE, lines)
+        runs = [PastRun.read(runs[0].folder)]
+    file = Path(wanted.output).expanduser() if wanted.output else runs[0].folder / PAGE
+    write_whole(file, page(runs))
+    print(f"wrote {file}", file=sys.stderr)
+    return 0
+
+
+def samples(run: PastRun, count: int, max_tokens: int) -> list[Sample]:
+    """The first questions of the held-out data, or of the training data, answered greedily by base and result."""
+    from qwen_chat.inference.loading import load_engine
+    from qwen_chat.inference.sampling import GenerationRequest
+
+    if not run.is_finished:
+        raise OptionError(f"{run.folder}: the run did not finish, so nothing of it can be asked")
+    questions = first_questions(run, count)
+    is_adapter = (run.folder / "adapter_config.json").is_file()
+    adapters = {"tuned": run.folder} if is_adapter else None
+    found: list[list[str]] = []
+    paths: Sequence[tuple[str | Path, str | None]] = [(run.facts["model"], None)]
+    paths = [*paths, (run.facts["model"], "tuned") if is_adapter else (run.folder, None)]
+    for path, adapter in paths:
+        with load_engine(path, adapters=adapters if adapter else None) as engine:
+            if adapter is None and is_adapter and not engine.serves_base:
+                continue
+            fmt = engine.format_of(adapter)
+            asked = [
+                GenerationRequest(
+                    fmt.prompt_ids([{"role": "user", "content": question}]),
+                    max_tokens=max_tokens,
+                    temperature=0,
+                    adapter=adapter,
+                )
+                for question in questions
+            ]
+            found.append([done.text for done in engine.generate(asked)])
+    return [Sample(*one) for one in zip(questions, *found, strict=True)]
+
+
+def first_questions(run: PastRun, count: int) -> list[str]:
+    """What a user says first, each once."""
+    from qwen_chat.data.formats import read_record
+    from qwen_chat.errors import DataError
+
+    options = run.facts["options"]
+    found: dict[str, None] = {}
+    for name in (*options["eval_data_path"], *options["data_path"]):
+        try:
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise OptionError(
+                f"{name}: {error.strerror}; the samples are questions of the run's data"
+            ) from None
+        for line in lines:
+            try:
+                conversation = read_record(json.loads(line))[1]
+            except (DataError, ValueError):
+                continue
+            first = next((m.content for m in conversation.messages if m.role == "user"), "")
+            if first and len(found) < count:
+                found[str(first)] = None
+    return list(found)
