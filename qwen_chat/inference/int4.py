@@ -9,18 +9,29 @@ products are summed in float32. Source of the layout: `_weight_int4pack_mm_for_c
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from qwen_chat.inference.probe import gives
 
 GROUP = 32
 _SLICE = 256  # rows packed at a time; the kernel's blocks are of 64
 
 
 def takes(rows: int, columns: int) -> bool:
-    """Whether torch's kernel takes a weight (rows, columns), and this torch has the kernel."""
-    if rows % 16 or columns % GROUP:
-        return False
-    names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
-    return all(hasattr(torch.ops.aten, name) for name in names)
+    """Whether torch's kernel takes a weight (rows, columns), and this torch's is there and right."""
+    return not rows % 16 and not columns % GROUP and _has_kernel()
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    """Tried on a small weight, with a loud number in one row."""
+    drawn = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 3 * GROUP, generator=drawn) for rows in (80, 6))
+    x[1, 7] = 1000.0
+    exact = x.bfloat16().float() @ read(*rounded(weight)).t()
+    return gives(lambda: Int4Linear(weight)(x), exact, torch.finfo(torch.bfloat16).eps)
 
 
 def int4_bytes(rows: int, columns: int) -> int:
@@ -38,6 +49,12 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     steps = (groups - zero.float()[..., None]) / scale.float()[..., None]
     whole = steps.round_().add_(8).clamp_(0, 15).to(torch.int32).view(weight.shape)
     return whole, torch.stack((scale.t(), zero.t()), -1).contiguous()
+
+
+def read(whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What `rounded` made of a weight, as the weight (out, in), float32."""
+    scale, zero = (part.float().t().repeat_interleave(GROUP, 1) for part in scales.unbind(-1))
+    return (whole - 8) * scale + zero
 
 
 class Int4Linear:
