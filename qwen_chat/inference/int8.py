@@ -11,11 +11,13 @@ import warnings
 
 import torch
 
+from qwen_chat import hardware
 from qwen_chat.inference.probe import gives
 
 _EXACT = 1040  # so many products of 127 x 127 stay below 2**24: float32 sums them without rounding
 _ROUNDED = 4096  # rows rounded at a time
 _PACKED = 2**27  # numbers that are packed at a time
+FUSED, INT_MM, IN_FLOAT = "fbgemm's kernel", "torch._int_mm", "products in float32, slowly"
 
 
 @functools.cache
@@ -41,13 +43,19 @@ def fused_levels(inputs: int) -> int:
 
 
 @functools.cache
-def has_tiles(inputs: int) -> bool:
-    """Whether `_int_mm` is fast here and sums so many products exactly; False where torch no longer says it."""
-    if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+def has_int_mm(inputs: int) -> bool:
+    """Whether `torch._int_mm` is fast on this processor, and sums so many products exactly."""
+    if not hardware.cpu_sums_bytes():
         return False
     weight, _, x = _sample(inputs)
     whole, _ = _rounded_steps(x, 127)
     return gives(lambda: torch._int_mm(whole.to(torch.int8), weight.t()), exact_sums(whole, weight))
+
+
+@functools.cache
+def holds_both(inputs: int) -> bool:
+    """Whether few rows and many have a kernel each, and the weight lies in memory twice: on AMX's tiles."""
+    return fused_levels(inputs) > 0 and hardware.cpu_has_tiles() and has_int_mm(inputs)
 
 
 def exact_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -70,16 +78,16 @@ def rounded_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def int8_bytes(rows: int, columns: int) -> int:
-    """Bytes of a weight (rows, columns) with its scales; twice the numbers where both kernels hold them."""
-    return rows * columns * (2 if fused_levels(columns) and has_tiles(columns) else 1) + 16 * rows
+    """Bytes of a weight (rows, columns) with its scales."""
+    return rows * columns * (2 if holds_both(columns) else 1) + 16 * rows
 
 
 class Int8Linear:
     """int8 weights, one scale an output; activations rounded to whole numbers, one scale a row (its largest magnitude).
 
-    Three ways with the same bits: fbgemm's kernel for few rows, `_int_mm` on AMX tiles for more than 16, and
-    `exact_sums` where fbgemm's kernel is not right. All are given whole numbers: left to round by itself, fbgemm
-    rounds otherwise since torch 2.14.
+    Three ways with the same bits: fbgemm's kernel; `_int_mm` for more than 16 rows on AMX tiles, and for all where
+    fbgemm's kernel is not right; `exact_sums` where `_int_mm` is not either. `way` names it for people. All are given
+    whole numbers: left to round by itself, fbgemm rounds otherwise since torch 2.14.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -91,10 +99,10 @@ class Int8Linear:
             part = slice(begin, begin + _ROUNDED)
             whole[part], self._scale[part] = rounded_rows(weight[part])
         self._bias = None if bias is None else bias.detach().float().clone()
-        fused = fused_levels(inputs)
-        self.is_fused = fused > 0
+        fused, self._has_int_mm = fused_levels(inputs), has_int_mm(inputs)
+        self.way = FUSED if fused else INT_MM if self._has_int_mm else IN_FLOAT
         self._levels = fused or 127
-        self._whole = whole if not fused or has_tiles(inputs) else None
+        self._whole = whole if not fused or holds_both(inputs) else None
         each = max(1, _PACKED // inputs)  # a head's second copy, while it is packed, need not be as large
         self._few = [
             _packed(whole[begin : begin + each], self._scale[begin : begin + each])
@@ -107,9 +115,10 @@ class Int8Linear:
         if self._whole is None or (self._few and len(x) <= 16):
             parts = [_fused(whole, self._levels, few) for few in self._few]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        elif self._has_int_mm:
+            y = torch._int_mm(whole.to(torch.int8), self._whole.t()) * self._scale
         else:
-            sums = torch._int_mm(whole.to(torch.int8), self._whole.t()) if self._few else None
-            y = (exact_sums(whole, self._whole) if sums is None else sums) * self._scale
+            y = exact_sums(whole, self._whole) * self._scale
         y.mul_(scale)
         return (y if self._bias is None else y.add_(self._bias)).to(kind)
 

@@ -88,10 +88,11 @@ def ways(parts: object, head: Linear, quantize: str | None, dtype: torch.dtype) 
                 f"{len(whole)} of {len(inner)} layers' weights in int8: int4 takes outputs in 16s and inputs in "
                 f"{int4.GROUP}s, and a torch whose kernel is right"
             )
-    if any(isinstance(one, Int8Linear) and not one.is_fused for one in (*inner, head)):
-        lines.append(
-            "int8 by public operators, the same bits but slower: this torch's fbgemm kernel is gone or sums otherwise"
-        )
+    ways_of_int8 = {one.way for one in (*inner, head) if isinstance(one, Int8Linear)} - {int8.FUSED}
+    lines += [
+        f"int8 by {way}: the same bits; this torch's fbgemm kernel is gone or sums otherwise"
+        for way in sorted(ways_of_int8)
+    ]
     if quantize is None and not has_packed(dtype):
         lines.append(
             f"products by public operators, {PRODUCT_ROWS} rows each, slower: this torch packs no weights"

@@ -23,7 +23,6 @@ NAMES = {
     ],
 }
 MEMBERS = [
-    (torch.cpu, "_is_amx_tile_supported"),
     (torch.cpu, "_is_vnni_supported"),
     (torch._C, "_has_mkldnn"),
 ]
