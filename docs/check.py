@@ -8,6 +8,7 @@ In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when ther
 
 import argparse
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -146,6 +147,7 @@ def made_tables() -> dict[str, tuple[Path, str]]:
         "training_fields": (ROOT / "docs/finetune.md", training_fields.markdown()),
         "floors": (ROOT / "docs/architecture.md", floors_table()),
         "modules": (ROOT / "docs/architecture.md", modules_table()),
+        "quantize": (ROOT / "docs/inference.md", quantize_table()),
     }
 
 
@@ -166,6 +168,22 @@ def modules_table() -> str:
         rows = "".join(f"| `{file.name}` | {first_sentence(file)} |\n" for file in files)
         parts.append(f"### {title}\n\n| module | holds |\n| --- | --- |\n{rows}")
     return "\n".join(parts)
+
+
+def quantize_table() -> str:
+    """What benchmarks/bench_quantize.py recorded."""
+    record = json.loads((ROOT / "benchmarks/results/quantize.json").read_text(encoding="utf-8"))
+    tokens = record["rows"][0]["tokens"]
+    lines = [
+        f"| demo model | type | loss ({tokens:,} tokens) | agreement | size |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['weights']} | {row['type']} | {row['loss']:.3f} | {row['agreement']:.1%} "
+        f"| {row['bytes'] / 1e6:.0f} MB |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def first_sentence(file: Path) -> str:
