@@ -42,6 +42,17 @@ from qwen_chat.threads import in_own_thread
 
 RESULT = ROOT / "benchmarks" / "results" / "quantize.json"
 DATA = ROOT / "finetune" / "io_file" / "input_data"
+GROUP, FITS = int4.GROUP, int4.FITS
+# name: the way, int4's group size and fits
+CHOSEN: dict[str, tuple[str | None, int, int]] = {
+    "float32": (None, GROUP, FITS),
+    "int8": ("int8", GROUP, FITS),
+    "int4": ("int4", GROUP, FITS),
+}
+ALTERNATIVES: dict[str, tuple[str | None, int, int]] = {
+    "int4, not fitted": ("int4", GROUP, 0),
+    "int4, groups of 64": ("int4", 64, FITS),
+}
 
 
 def sequences(fmt: ChatFormat, rows: int) -> list[Encoded]:
@@ -114,25 +125,20 @@ def measure(model_path: str | None, rows: int) -> list[dict[str, Any]]:
         models.resolve(model_path), dtype="float32", device=Device("cpu", "the benchmark measures it")
     )
     asked = sequences(ChatFormat(loaded.tokenizer), rows)
-    measured = types(loaded.model, asked, "as published")
+    measured = types(loaded.model, asked, "as published", CHOSEN)
     if model_path is None:
         reorder(loaded.model)
-        measured += types(loaded.model, asked, "channels in another order")
+        measured += types(loaded.model, asked, "channels in another order", CHOSEN | ALTERNATIVES)
     return measured
 
 
-def types(model: Any, asked: Sequence[Encoded], weights: str) -> list[dict[str, Any]]:
-    """A row for each number type; int4 also in larger groups, and with the scales of their ranges alone."""
+def types(
+    model: Any, asked: Sequence[Encoded], weights: str, settings: dict[str, tuple[str | None, int, int]]
+) -> list[dict[str, Any]]:
+    """A row for each of the settings, the first of which is the reference."""
     measured: list[dict[str, Any]] = []
     reference: list[int] = []
-    chosen = int4.GROUP, int4.FITS
-    for name, quantize, group, fits in (
-        ("float32", None, *chosen),
-        ("int8", "int8", *chosen),
-        ("int4", "int4", *chosen),
-        ("int4, scales of the range", "int4", int4.GROUP, 0),
-        ("int4, groups of 64", "int4", 64, int4.FITS),
-    ):
+    for name, (quantize, group, fits) in settings.items():
         int4.GROUP, int4.FITS = group, fits
         decoder = Decoder(model, quantize=quantize)
         loss, likeliest = replies(decoder, asked)
@@ -146,7 +152,7 @@ def types(model: Any, asked: Sequence[Encoded], weights: str) -> list[dict[str, 
             "bytes": size(decoder, quantize),
             "tokens": len(likeliest),
         }
-        int4.GROUP, int4.FITS = chosen
+        int4.GROUP, int4.FITS = GROUP, FITS
         print(row, file=sys.stderr, flush=True)
         measured.append(row)
     return measured

@@ -32,7 +32,7 @@ def _has_kernel() -> bool:
     drawn = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 3 * GROUP, generator=drawn) for rows in (80, 6))
     x[1, 7] = 1000.0
-    exact = x.bfloat16().float() @ read(*rounded(weight)).t()
+    exact = x.bfloat16().float() @ dequantised(*rounded(weight)).t()
     return gives(lambda: Int4Linear(weight)(x), exact, torch.finfo(torch.bfloat16).eps)
 
 
@@ -71,7 +71,7 @@ def _nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> t
     return groups.sub(zero).div_(scale).round_().clamp_(-8, 7)
 
 
-def read(whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantised(whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What `rounded` made of a weight, as the weight (out, in), float32."""
     scale, zero = (part.float().t().repeat_interleave(GROUP, 1) for part in scales.unbind(-1))
     return (whole - 8) * scale + zero
