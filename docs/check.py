@@ -155,6 +155,7 @@ def made_tables() -> dict[str, tuple[Path, str]]:
         "large_loading": (ROOT / "docs/inference.md", large_loading_table()),
         "large_serving": (ROOT / "docs/inference.md", large_serving_table()),
         "large_training": (ROOT / "docs/scale.md", large_training_table()),
+        "quantize": (ROOT / "docs/inference.md", quantize_table()),
     }
 
 
@@ -217,6 +218,22 @@ def large_rows(part: str) -> dict[str, dict[str, Any]]:
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def quantize_table() -> str:
+    """What benchmarks/bench_quantize.py recorded."""
+    record = json.loads((ROOT / "benchmarks/results/quantize.json").read_text(encoding="utf-8"))
+    tokens = record["rows"][0]["tokens"]
+    lines = [
+        f"| demo model | type | loss ({tokens:,} tokens) | agreement | size |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['weights']} | {row['type']} | {row['loss']:.3f} | {row['agreement']:.1%} "
+        f"| {row['bytes'] / 1e6:.0f} MB |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def first_sentence(file: Path) -> str:

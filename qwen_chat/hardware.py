@@ -43,6 +43,17 @@ def cpu_has_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def cpu_sums_bytes() -> bool:
+    """Whether this CPU sums products of bytes in 32 bits (VNNI or AMX)."""
+    flags = _text("proc/cpuinfo") or ""
+    return any(name in flags for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def cpu_has_tiles() -> bool:
+    """Whether this CPU multiplies whole tiles of bytes (AMX)."""
+    return "amx_int8" in (_text("proc/cpuinfo") or "")
+
+
 def _text(path: str) -> str | None:
     try:
         return (ROOT / path).read_text(encoding="utf-8")

@@ -93,7 +93,7 @@ class Decoder:
             self._program = None
             if library is not None:
                 self._program = Program(library, self._layers, self._norm, self._head, self._rotary)
-            self.ways = (*ways(self._layers, quantize, self.dtype, library), decision)
+            self.ways = (*ways(self._layers, self._head, quantize, self.dtype, library), decision)
         attentions = [layer.mixer for layer in self._layers if isinstance(layer.mixer, Attention)]
         deltas = [layer.mixer for layer in self._layers if isinstance(layer.mixer, DeltaNet)]
         self._windows = {attention.window for attention in attentions}

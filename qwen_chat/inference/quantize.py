@@ -10,8 +10,7 @@ behind these layers is found out by a probe, once a process; public ones then do
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 
 import torch
@@ -23,6 +22,7 @@ from qwen_chat.inference.int4 import Int4Linear
 from qwen_chat.inference.int8 import Int8Linear
 from qwen_chat.inference.native.library import Library
 from qwen_chat.inference.native.linear import NativeLinear
+from qwen_chat.inference.probe import gives
 
 # x (rows, in) -> (rows, out)
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -75,10 +75,11 @@ def linear_bytes(
 
 
 def ways(
-    parts: object, quantize: str | None, dtype: torch.dtype, library: Library | None = None
+    parts: object, head: Linear, quantize: str | None, dtype: torch.dtype, library: Library | None = None
 ) -> tuple[str, ...]:
     """What a run should know of how it multiplies: decision lines. parts: a decoder's layers."""
-    found = _kinds(parts)
+    inner = tuple(_linears(parts))
+    whole = [linear for linear in inner if isinstance(linear, Int8Linear)]
     lines = []
     if quantize == "int8":
         lines.append("weights in int8, a scale for each output; activations in int8, a scale for each row")
@@ -87,15 +88,18 @@ def ways(
         lines.append(
             f"weights in int4, groups of {int4.GROUP}; activations in {activations}; the head in int8"
         )
-        if found[Int8Linear]:
+        if whole:
             lines.append(
-                f"{found[Int8Linear]} of {found[Int8Linear] + found[Int4Linear]} layers' weights in int8: "
-                f"int4 takes outputs in 16s and inputs in {int4.GROUP}s, and a torch with its kernel"
+                f"{len(whole)} of {len(inner)} layers' weights in int8: int4 takes outputs in 16s and inputs in "
+                f"{int4.GROUP}s, and a torch whose kernel is right"
             )
     if library is not None:
         return tuple(lines)
-    if quantize is not None and not int8.fused_levels():
-        lines.append("int8 by public operators, the same bits but slower: this torch has no fbgemm kernel")
+    ways_of_int8 = {one.way for one in (*inner, head) if isinstance(one, Int8Linear)} - {int8.FUSED}
+    lines += [
+        f"int8 by {way}: the same bits; this torch's fbgemm kernel is gone or sums otherwise"
+        for way in sorted(ways_of_int8)
+    ]
     if quantize is None and not has_packed(dtype):
         lines.append(
             f"products by public operators, {PRODUCT_ROWS} rows each, slower: this torch packs no weights"
@@ -103,26 +107,31 @@ def ways(
     return tuple(lines)
 
 
-def _kinds(part: object) -> Counter[type]:
-    """How many linear layers of each kind a part has."""
+def _linears(part: object) -> Iterator[Int4Linear | Int8Linear]:
+    """The linear layers of a part whose weights torch multiplies as whole numbers."""
     if isinstance(part, tuple | list):
-        return sum((_kinds(one) for one in part), Counter())
-    if is_dataclass(part):
-        return sum((_kinds(getattr(part, field.name)) for field in fields(part)), Counter())
-    return Counter([type(part)] if isinstance(part, Int8Linear | Int4Linear) else [])
+        for one in part:
+            yield from _linears(one)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _linears(getattr(part, field.name))
+    elif isinstance(part, Int8Linear | Int4Linear):
+        yield part
 
 
 @functools.cache
 def has_packed(dtype: torch.dtype) -> bool:
-    """Whether this torch packs weights for oneDNN: tried on a small one."""
-    weight = torch.linspace(-1, 1, 64 * 32).view(32, 64).to(dtype)
-    x = torch.linspace(-2, 3, 4 * 64).view(4, 64).to(dtype)
-    try:
+    """Whether this torch packs weights for oneDNN and multiplies them rightly: tried on a small one."""
+    drawn = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 96, generator=drawn).to(dtype) for rows in (64, 4))
+    x[1, 7] = 1000.0
+
+    def product() -> torch.Tensor:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        found = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return torch.allclose(found.float(), x.float() @ weight.float().t(), rtol=2e-2, atol=0.5)
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return found
+
+    return gives(product, x.double() @ weight.double().t(), 4 * torch.finfo(dtype).eps)
 
 
 class FloatLinear:

@@ -18,6 +18,7 @@ from qwen_chat import hardware, models
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.dialects.hermes import Hermes
 from qwen_chat.errors import FormatError, ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.inference import int4
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.engine import Engine, EngineStopped, PromptTooLong
 from qwen_chat.inference.events import Generation
@@ -42,7 +43,6 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **more: Any) -> Any:
         family,
         vocab_size=VOCABULARY,
         hidden_size=64,
-        intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -52,7 +52,7 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **more: Any) -> Any:
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=None,
-        **{"tie_word_embeddings": True, **more},
+        **{"tie_word_embeddings": True, "intermediate_size": 96, **more},
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -122,6 +122,13 @@ def test_generate_gives_what_transformers_gives(
             with torch.no_grad():
                 out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
             assert tuple(out[0, len(ids) :].tolist()) == found
+
+
+@pytest.mark.skipif(not int4.takes(64, 64), reason="this torch has no int4 kernel")
+def test_int4_says_which_layers_it_leaves_in_int8() -> None:
+    told = Decoder(tiny_model(intermediate_size=40), quantize="int4").ways
+    assert told[1].startswith("3 of 12 layers' weights in int8: int4 takes outputs in 16s and inputs in 32s")
+    assert not any("layers' weights in int8" in line for line in Decoder(tiny_model(), quantize="int4").ways)
 
 
 def test_a_model_of_another_kind_is_refused() -> None:
@@ -838,7 +845,7 @@ def test_a_number_type_that_the_cpu_lacks_is_refused_in_one_line(
     dtype: str, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("fp16", "bf16"):
-        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False, raising=False)
     with pytest.raises(OptionError, match=f"--dtype {dtype}: this CPU does not multiply in it; give float32"):
         load_engine(tiny_model_path, dtype=dtype)
 

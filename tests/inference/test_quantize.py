@@ -1,19 +1,17 @@
 """Linear layers of the engine: each row for itself, in float32, in int8 and in int4."""
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn import functional
 
+from qwen_chat import hardware
 from qwen_chat.errors import OptionError
 from qwen_chat.inference import int4, int8
 from qwen_chat.inference.int4 import Int4Linear
 from qwen_chat.inference.int8 import Int8Linear
 from qwen_chat.inference.quantize import FloatLinear, linear_bytes, make_linear, ways
-
-ROOT = Path(__file__).parents[2]
 
 SHAPES = [(576, 960), (1536, 576), (896, 1152), (4864, 896), (64, 17)]
 
@@ -111,8 +109,10 @@ def test_an_unknown_way_is_refused() -> None:
 
 
 INT4_SHAPES = [(576, 960), (1536, 576), (896, 1152), (4864, 896), (64, 48)]
+with_int4 = pytest.mark.skipif(not int4.takes(64, 64), reason="this torch has no int4 kernel")
 
 
+@with_int4
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("inputs", "outputs"), INT4_SHAPES)
 def test_int4_rows_are_bit_for_bit_the_same_alone_and_among_loud_neighbours(
@@ -132,20 +132,27 @@ def test_int4_rows_are_bit_for_bit_the_same_alone_and_among_loud_neighbours(
         torch.set_num_threads(threads)
 
 
+@with_int4
 @pytest.mark.parametrize(("inputs", "outputs"), INT4_SHAPES)
 def test_int4_computes_what_its_whole_numbers_say(inputs: int, outputs: int) -> None:
     weight, bias = layer(inputs, outputs)
     whole, scales = int4.rounded(weight)
     scale, zero = (part.float().t().repeat_interleave(int4.GROUP, 1) for part in scales.unbind(-1))
     read = (whole - 8) * scale + zero
-    # Half a step, and what bfloat16 rounds of the zero and of the ends of a group.
-    assert ((read - weight).abs() <= scale * 0.75).all()
+    groups = weight.view(outputs, -1, int4.GROUP)
+    low = groups.amin(-1, keepdim=True)
+    step = (groups.amax(-1, keepdim=True) - low) / 15
+    plain = ((groups - low) / step).round() * step + low
+    # Fitted, they lie nearer than what goes from the smallest number to the largest in 15 steps.
+    assert (read - weight).norm() < 0.97 * (plain - groups).norm()
+    assert ((read - weight).abs() <= scale * 2).all()
     x = rows(9, inputs).bfloat16().float()
     exact = x @ read.t() + bias
     error = (Int4Linear(weight, bias)(x) - exact).norm() / (exact - bias).norm()
     assert error < 0.004  # the result is in bfloat16
 
 
+@with_int4
 def test_a_shape_that_int4_does_not_take_is_in_int8() -> None:
     for outputs, inputs in ((17, 64), (48, 40)):
         weight = layer(inputs, outputs)[0]
@@ -155,6 +162,7 @@ def test_a_shape_that_int4_does_not_take_is_in_int8() -> None:
     assert isinstance(make_linear(torch.ones(48, 64), None, "int4"), Int4Linear)
 
 
+@with_int4
 def test_bytes_of_a_layer() -> None:
     weight, _ = layer(4864, 896)
     linear = Int4Linear(weight)
@@ -165,6 +173,7 @@ def test_bytes_of_a_layer() -> None:
     assert linear_bytes(896, 4864, "int8") in (896 * 4864 + 16 * 896, 2 * 896 * 4864 + 16 * 896)
 
 
+@with_int4
 def test_a_weight_packed_in_pieces_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias = layer(576, 960)
     x = rows(20, 576)
@@ -182,13 +191,120 @@ def test_a_weight_packed_in_pieces_gives_the_same_bits(monkeypatch: pytest.Monke
 def test_int8_in_public_operators_gives_the_same_bits(
     inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if int8.fused_levels() == 63:
+    if int8.fused_levels(inputs) == 63:
         pytest.skip("without VNNI the public operators have more steps than fbgemm's")
     weight, bias = layer(inputs, outputs)
     x = rows(40, inputs)
+    x[:20] = next_to_halves(20, inputs)
     expected = Int8Linear(weight, bias)(x)
-    monkeypatch.setattr(int8, "fused_levels", lambda: 0)
-    assert torch.equal(Int8Linear(weight, bias)(x), expected)
+    monkeypatch.setattr(int8, "fused_levels", lambda inputs: 0)
+    for has_int_mm in {False, int8.has_int_mm(inputs)}:
+        monkeypatch.setattr(int8, "has_int_mm", lambda inputs, found=has_int_mm: found)
+        assert torch.equal(Int8Linear(weight, bias)(x), expected)
+
+
+def next_to_halves(count: int, inputs: int) -> torch.Tensor:
+    """Rows whose largest number is 127, the others an ulp beside a half: one rounding of them is not another."""
+    whole = torch.randint(-125, 125, (count, inputs), generator=torch.Generator().manual_seed(count))
+    x = torch.nextafter(whole + 0.5, torch.tensor([-200.0, 200.0]).repeat(count // 2)[:, None])
+    x[:, 0] = 127.0
+    return x
+
+
+@pytest.mark.skipif(not int8.fused_levels(64), reason="this torch has no fbgemm kernel")
+def test_how_the_kernel_rounds_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fbgemm rounds before it adds the zero point, or after: releases of torch differ."""
+    linear, x, fused = Int8Linear(layer(576, 96)[0]), next_to_halves(8, 576), int8._fused
+    expected = linear(x)
+    for early in (
+        lambda steps, levels, packed: fused(steps.round(), levels, packed),
+        lambda steps, levels, packed: fused(steps.add(levels + 1).round().sub(levels + 1), levels, packed),
+    ):
+        monkeypatch.setattr(int8, "_fused", early)
+        assert torch.equal(linear(x), expected)
+
+
+def saturating(steps: torch.Tensor, zero: int, weight: torch.Tensor) -> torch.Tensor:
+    """Pairs of products summed in 16 bits, as AVX2 does."""
+    products = (steps.long() + zero)[:, None] * weight.long()
+    pairs = functional.pad(products, (0, products.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - zero * weight.long().sum(1)
+
+
+def exact(steps: torch.Tensor, zero: int, weight: torch.Tensor) -> torch.Tensor:
+    return steps.long() @ weight.long().t()
+
+
+FAULTS: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
+    "none": (exact, 127),
+    "16-bit sums": (saturating, 63),
+    "no zero point": (lambda steps, zero, weight: exact(steps + zero, 0, weight), 0),
+    "small numbers": (lambda steps, zero, weight: exact(steps * (steps.abs() > 2), zero, weight), 0),
+    "a lone row": (lambda steps, zero, weight: exact(steps, zero, weight) + (len(steps) == 1), 0),
+    "the last inputs": (lambda steps, zero, weight: exact(steps[:, :1024], zero, weight[:, :1024]), 0),
+    "7 bits": (lambda steps, zero, weight: exact(steps.clamp(-64, 63), zero, weight), 63),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_sums_otherwise_is_not_chosen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, levels = FAULTS[fault]
+    monkeypatch.setattr(int8, "_packed", lambda whole, scale: (whole, scale))
+    monkeypatch.setattr(
+        int8, "_fused", lambda steps, levels, packed: sums(steps, levels + 1, packed[0]) * packed[1]
+    )
+    assert int8.fused_levels.__wrapped__(1540) == levels
+
+
+def on_processor(monkeypatch: pytest.MonkeyPatch, *, sums_bytes: bool, has_tiles: bool) -> None:
+    """As on another one; nothing is known of it yet."""
+    monkeypatch.setattr(hardware, "cpu_sums_bytes", lambda: sums_bytes)
+    monkeypatch.setattr(hardware, "cpu_has_tiles", lambda: has_tiles)
+    for name in ("has_int_mm", "holds_both"):
+        monkeypatch.setattr(int8, name, getattr(int8, name).__wrapped__)
+
+
+def test_int_mm_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = layer(576, 96)
+    x, rows_of, product = rows(40, 576), [], torch._int_mm
+    expected = Int8Linear(weight, bias)(x)
+    on_processor(monkeypatch, sums_bytes=True, has_tiles=True)
+    if not int8.has_int_mm(576) or int8.fused_levels(576) == 63:
+        pytest.skip("its sums are not exact on this processor, or fbgemm's have fewer steps")
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: rows_of.append(len(a)) or product(a, b))
+    beside = Int8Linear(weight, bias)
+    monkeypatch.setattr(int8, "fused_levels", lambda inputs: 0)
+    alone = Int8Linear(weight, bias)
+    rows_of.clear()
+    for linear in (beside, alone):
+        assert torch.equal(linear(x), expected)
+        assert torch.equal(linear(x[:16]), expected[:16])
+    assert rows_of == ([40] if beside.way == int8.FUSED else [40, 16]) + [40, 16]
+    assert alone.way == int8.INT_MM
+
+
+def test_an_int_mm_that_is_slow_gone_or_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_processor(monkeypatch, sums_bytes=True, has_tiles=True)
+    with monkeypatch.context() as slow:
+        slow.setattr(hardware, "cpu_sums_bytes", lambda: False)
+        assert not int8.has_int_mm(576)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp(-(2**15), 2**15))
+    assert not int8.has_int_mm(576)
+    monkeypatch.delattr(torch, "_int_mm")
+    assert not int8.has_int_mm(576) and not int8.holds_both(576)
+    monkeypatch.setattr(int8, "fused_levels", lambda inputs: 0)
+    assert Int8Linear(layer(576, 96)[0]).way == int8.IN_FLOAT
+
+
+def test_an_int4_kernel_that_is_gone_or_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Int4Linear.__call__
+
+    def gone(self: Int4Linear, x: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such operator")
+
+    for other in (gone, lambda self, x: call(self, x).mul(1.1), lambda self, x: call(self, x.clamp(-8, 8))):
+        monkeypatch.setattr(Int4Linear, "__call__", other)
+        assert not int4._has_kernel.__wrapped__()
 
 
 def test_the_public_sums_are_exact_for_the_largest_numbers() -> None:
@@ -196,22 +312,16 @@ def test_the_public_sums_are_exact_for_the_largest_numbers() -> None:
     assert int8.exact_sums(x, weight).tolist() == [[127 * 127 * 19_000] * 3] * 2
 
 
-def test_a_torch_without_the_private_operators_passes_these_tests_too() -> None:
-    if not int8.fused_levels():
-        pytest.skip("this is that torch")
-    files = ["tests/inference/test_quantize.py"]
-    words = ["-p", "tests.support.hidden_operators", "-p", "no:cacheprovider", "-q", "-x", *files]
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert " passed" in found.stdout
-
-
+@with_int4
 def test_ways_are_said_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_linear(layer(64, 32)[0], None, "int8")
     parts = tuple(make_linear(layer(inputs, 48)[0], None, "int4") for inputs in (40, 64, 96))
-    first, second, *_ = ways(parts, "int4", torch.float32)
+    first, second, *_ = ways(parts, head, "int4", torch.float32)
     assert first == "weights in int4, groups of 32; activations in bfloat16; the head in int8"
     assert second.startswith("1 of 3 layers' weights in int8: int4 takes outputs in 16s and inputs in 32s")
-    monkeypatch.setattr(int8, "fused_levels", lambda: 0)
-    assert "int8 by public operators" in ways((), "int8", torch.float32)[1]
+    monkeypatch.setattr(int8, "fused_levels", lambda inputs: 0)
+    slow = make_linear(layer(64, 32)[0], None, "int8")
+    for inner, last in (((slow,), head), ((), slow)):
+        assert ways(inner, last, "int8", torch.float32)[1].startswith(
+            f"int8 by {slow.way}: the same bits; this"
+        )
