@@ -1,0 +1,133 @@
+"""Drafts: tokens that a row will probably say next, computed in the same step as its last one.
+
+In: a row's tokens, prompt and reply, as they come. Out: what followed the same tokens before, as far as it pays.
+
+A draft changes no reply: the sampler chooses at each place as ever, and the draft counts only where it is what was
+chosen (engine.py). It can cost time alone. So a `Drafter` checks its guess at every token, tried or not, and knows how
+often a guess comes true after how long a repetition; and a `StepCost` measures what one more token costs a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+MOST = 16  # drafts of one row in a step
+JUMP = 64  # tokens of one row that its grammar forces, between two steps
+_LONGEST = 8  # repeated tokens that are told apart
+# How often a guess is expected to come true after 2, 3, ... repeated tokens, until the row has shown its own.
+_EXPECTED = (0.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_LEARNING = 0.1  # the newest guess's part in its rate
+# A draft is tried where it is expected to bring this much more than it costs.
+_MARGIN = 1.5
+
+
+class Drafter:
+    """Guesses of one row; the newest place wins among those where the last two tokens stood before."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        """tokens: the row's own list, which grows; `see` is called after each token."""
+        self._tokens = tokens
+        # Where what followed a pair lies. The last pair is not there yet: nothing followed it.
+        self._places = dict(zip(itertools.pairwise(tokens), range(2, len(tokens)), strict=False))
+        self._rates = list(_EXPECTED)
+        self._source = self._repeated = (
+            0  # where the guess lies (0: nowhere), and how many tokens before repeat
+        )
+        self._find()
+
+    def see(self) -> None:
+        """A token was added: was it what would have been guessed?"""
+        if self._source:
+            hit = self._tokens[self._source] == self._tokens[-1]
+            self._rates[self._repeated] += _LEARNING * (hit - self._rates[self._repeated])
+            self._source = self._source + 1 if hit else 0
+            self._repeated = min(self._repeated + 1, _LONGEST)
+        if not self._source:
+            self._find()
+        elif len(self._tokens) > 1:
+            self._places[self._tokens[-2], self._tokens[-1]] = len(self._tokens)
+
+    def guess(self, room: int, pays: Callable[[float], bool]) -> list[int]:
+        """The next tokens, at most `room`; each is asked for with the probability that it and all before come true."""
+        drafts: list[int] = []
+        if self._source:
+            distance = len(self._tokens) - self._source
+            chance, repeated = 1.0, self._repeated
+            while len(drafts) < min(room, MOST):
+                chance *= self._rates[repeated]
+                if not pays(chance):
+                    break
+                place = len(drafts)
+                drafts.append(
+                    drafts[place - distance] if place >= distance else self._tokens[place - distance]
+                )
+                repeated = min(repeated + 1, _LONGEST)
+        return drafts
+
+    def _find(self) -> None:
+        """Where the row's last two tokens stood before, and how many before them are the same."""
+        tokens, end = self._tokens, len(self._tokens)
+        if end < 2:
+            return
+        pair = tokens[-2], tokens[-1]
+        self._source, self._repeated = self._places.get(pair, 0), 2
+        self._places[pair] = end
+        if self._source:
+            most = min(_LONGEST, self._source)
+            while (
+                self._repeated < most
+                and tokens[self._source - self._repeated - 1] == tokens[-self._repeated - 1]
+            ):
+                self._repeated += 1
+
+
+class StepCost:
+    """Seconds of a step as a + b x its tokens, fitted to the newest steps.
+
+    Until steps of different size were seen, and a little afterwards, b is taken to be an eighth of a.
+    """
+
+    def __init__(self) -> None:
+        self._weight = self._tokens = self._squares = self._seconds = self._products = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A step was made. Large ones (prompts) say nothing of small ones."""
+        if tokens > 64:
+            return
+        for name, value in (
+            ("_weight", 1.0),
+            ("_tokens", tokens),
+            ("_squares", tokens * tokens),
+            ("_seconds", seconds),
+            ("_products", tokens * seconds),
+        ):
+            setattr(self, name, 0.98 * getattr(self, name) + value)
+
+    def bet(self, rows: int) -> Callable[[float], bool]:
+        """For a step of one token each of `rows`: whether one more pays that comes true with a given probability.
+
+        It pays where it raises the tokens expected in a second; those that pay are counted in.
+        """
+        a, b = self._line()
+        expected, seconds = float(rows), a + b * rows
+
+        def pays(chance: float) -> bool:
+            nonlocal expected, seconds
+            if chance * seconds <= _MARGIN * b * expected:
+                return False
+            expected, seconds = expected + chance, seconds + b
+            return True
+
+        return pays
+
+    def _line(self) -> tuple[float, float]:
+        if not self._weight:
+            return 8.0, 1.0
+        tokens, seconds = self._tokens / self._weight, self._seconds / self._weight
+        assumed = seconds / (tokens + 8)
+        variance = self._squares / self._weight - tokens * tokens
+        covariance = self._products / self._weight - tokens * seconds
+        b = (covariance + 4 * assumed) / (variance + 4)
+        b = min(max(b, assumed / 8), seconds / tokens)
+        return seconds - b * tokens, b
