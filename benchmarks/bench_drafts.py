@@ -129,9 +129,16 @@ def main() -> int:
     options.add_argument("--out", type=Path, default=RESULT)
     chosen = options.parse_args()
     loaded = load_engine(chosen.model, quantize=chosen.quantize, device="cpu")
-    both = {"fmt": loaded.fmt, "stop_token_ids": sorted(loaded.stop_token_ids)}
-    plain = Engine(loaded.decoder, loaded.tokenizer, drafts=False, **both)
-    drafting = Engine(loaded.decoder, loaded.tokenizer, **both)
+    plain, drafting = (
+        Engine(
+            loaded.decoder,
+            loaded.tokenizer,
+            fmt=loaded.fmt,
+            stop_token_ids=sorted(loaded.stop_token_ids),
+            drafts=drafts,
+        )
+        for drafts in (False, True)
+    )
     rows = []
     with plain, drafting:
         for kind, at_once in LOADS:
