@@ -9,12 +9,12 @@ often a guess comes true after how long a repetition; and a `StepCost` measures 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 MOST = 16  # drafts of one row in a step
 JUMP = 64  # tokens of one row that its grammar forces, between two steps
 _LONGEST = 8  # repeated tokens that are told apart
+_TRIED = 8  # places that a repetition is sought at
 # How often a guess is expected to come true after 2, 3, ... repeated tokens, until the row has shown its own.
 _EXPECTED = (0.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _LEARNING = 0.1  # the newest guess's part in its rate
@@ -23,17 +23,19 @@ _MARGIN = 1.5
 
 
 class Drafter:
-    """Guesses of one row; the newest place wins among those where the last two tokens stood before."""
+    """Guesses of one row: what followed where most of its last tokens stood before, the newest of such places."""
 
     def __init__(self, tokens: list[int]) -> None:
         """tokens: the row's own list, which grows; `see` is called after each token."""
         self._tokens = tokens
-        # Where what followed a pair lies. The last pair is not there yet: nothing followed it.
-        self._places = dict(zip(itertools.pairwise(tokens), range(2, len(tokens)), strict=False))
+        self._newest: dict[tuple[int, int], int] = {}  # where what followed two tokens lies
+        self._older = [0, 0]  # for each place, the one before it that followed the same two
         self._rates = list(_EXPECTED)
         self._source = self._repeated = (
             0  # where the guess lies (0: nowhere), and how many tokens before repeat
         )
+        for end in range(2, len(tokens)):
+            self._note(end)
         self._find()
 
     def see(self) -> None:
@@ -43,10 +45,10 @@ class Drafter:
             self._rates[self._repeated] += _LEARNING * (hit - self._rates[self._repeated])
             self._source = self._source + 1 if hit else 0
             self._repeated = min(self._repeated + 1, _LONGEST)
-        if not self._source:
+        if self._source:
+            self._note(len(self._tokens))
+        else:
             self._find()
-        elif len(self._tokens) > 1:
-            self._places[self._tokens[-2], self._tokens[-1]] = len(self._tokens)
 
     def guess(self, room: int, pays: Callable[[float], bool]) -> list[int]:
         """The next tokens, at most `room`; each is asked for with the probability that it and all before come true."""
@@ -65,21 +67,28 @@ class Drafter:
                 repeated = min(repeated + 1, _LONGEST)
         return drafts
 
+    def _note(self, end: int) -> None:
+        """What follows the first `end` tokens follows the last two of them."""
+        pair = self._tokens[end - 2], self._tokens[end - 1]
+        self._older.append(self._newest.get(pair, 0))
+        self._newest[pair] = end
+
     def _find(self) -> None:
-        """Where the row's last two tokens stood before, and how many before them are the same."""
+        """Where the most of the row's last tokens stood before."""
         tokens, end = self._tokens, len(self._tokens)
         if end < 2:
             return
-        pair = tokens[-2], tokens[-1]
-        self._source, self._repeated = self._places.get(pair, 0), 2
-        self._places[pair] = end
-        if self._source:
-            most = min(_LONGEST, self._source)
-            while (
-                self._repeated < most
-                and tokens[self._source - self._repeated - 1] == tokens[-self._repeated - 1]
-            ):
-                self._repeated += 1
+        self._note(end)
+        place, self._repeated = self._older[end], 1
+        for _ in range(_TRIED):
+            if not place or self._repeated == _LONGEST:
+                return
+            same, most = 2, min(_LONGEST, place)
+            while same < most and tokens[place - same - 1] == tokens[end - same - 1]:
+                same += 1
+            if same > self._repeated:
+                self._source, self._repeated = place, same
+            place = self._older[place]
 
 
 class StepCost:
@@ -128,6 +137,6 @@ class StepCost:
         assumed = seconds / (tokens + 8)
         variance = self._squares / self._weight - tokens * tokens
         covariance = self._products / self._weight - tokens * seconds
-        b = (covariance + 4 * assumed) / (variance + 4)
+        b = (covariance + assumed) / (variance + 1)
         b = min(max(b, assumed / 8), seconds / tokens)
         return seconds - b * tokens, b
