@@ -20,6 +20,8 @@ _EXPECTED = (0.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _LEARNING = 0.1  # the newest guess's part in its rate
 # A draft is tried where it is expected to bring this much more than it costs.
 _MARGIN = 1.5
+_SMALL = 64  # tokens of a step that is small
+_KEPT = 0.98  # a step's part in the fit after another
 
 
 class Drafter:
@@ -98,20 +100,13 @@ class StepCost:
     """
 
     def __init__(self) -> None:
-        self._weight = self._tokens = self._squares = self._seconds = self._products = 0.0
+        self._sums = [0.0] * 5  # weight, tokens, tokens squared, seconds, tokens x seconds
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step was made. Large ones (prompts) say nothing of small ones."""
-        if tokens > 64:
-            return
-        for name, value in (
-            ("_weight", 1.0),
-            ("_tokens", tokens),
-            ("_squares", tokens * tokens),
-            ("_seconds", seconds),
-            ("_products", tokens * seconds),
-        ):
-            setattr(self, name, 0.98 * getattr(self, name) + value)
+        if tokens <= _SMALL:
+            new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
+            self._sums = [_KEPT * old + one for old, one in zip(self._sums, new, strict=True)]
 
     def bet(self, rows: int) -> Callable[[float], bool]:
         """For a step of one token each of `rows`: whether one more pays that comes true with a given probability.
@@ -131,12 +126,11 @@ class StepCost:
         return pays
 
     def _line(self) -> tuple[float, float]:
-        if not self._weight:
+        weight, tokens, squares, seconds, products = self._sums
+        if not weight:
             return 8.0, 1.0
-        tokens, seconds = self._tokens / self._weight, self._seconds / self._weight
+        tokens, seconds = tokens / weight, seconds / weight
         assumed = seconds / (tokens + 8)
-        variance = self._squares / self._weight - tokens * tokens
-        covariance = self._products / self._weight - tokens * seconds
-        b = (covariance + assumed) / (variance + 1)
-        b = min(max(b, assumed / 8), seconds / tokens)
+        covariance, variance = products / weight - tokens * seconds, squares / weight - tokens * tokens
+        b = min(max((covariance + assumed) / (variance + 1), assumed / 8), seconds / tokens)
         return seconds - b * tokens, b
