@@ -43,6 +43,21 @@ GRAMMARS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def steady() -> Iterator[None]:
+    """One thread, as other processes compute beside; no bit depends on their number (test_native.py)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token more costs an eighth of a step, whatever the clock says."""
+    monkeypatch.setattr(StepCost, "_line", lambda self: (8.0, 1.0))
+
+
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is tried, the wrong ones too."""
@@ -100,7 +115,7 @@ def held(name: str, quantize: str | None, requests: list[GenerationRequest]) -> 
 @pytest.mark.parametrize("name", ["qwen2_slide", "qwen3_5_text"])
 def test_no_reply_changes(name: str, always: None) -> None:
     chance = random.Random(name)
-    held(name, None, [random_request(chance) for _ in range(24)])
+    held(name, None, [random_request(chance) for _ in range(16)])
 
 
 @pytest.mark.slow
@@ -131,7 +146,7 @@ TEXT = "The tide is the slow rise and fall of the sea, twice a day, on every coa
 
 
 @pytest.fixture
-def scripted() -> Iterator[Engine]:
+def scripted(an_eighth: None) -> Iterator[Engine]:
     with make_engine(cache_tokens=100_000) as engine:
         yield engine
 
