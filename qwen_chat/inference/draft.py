@@ -16,12 +16,12 @@ JUMP = 64  # tokens of one row that its grammar forces, between two steps
 _LONGEST = 8  # repeated tokens that are told apart
 _TRIED = 8  # places that a repetition is sought at
 # How often a guess is expected to come true after 2, 3, ... repeated tokens, until the row has shown its own.
-_EXPECTED = (0.0, 0.0, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
+_FIRST_RATES = (0.0, 0.0, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 _LEARNING = 0.1  # the newest guess's part in its rate
 # A draft is tried where it is expected to bring this much more than it costs.
 _MARGIN = 1.25
-_SMALL = 64  # tokens of a step that is small
-_KEPT = 0.98  # a step's part in the fit after another
+_SMALL_STEP = 64  # tokens
+_FADING = 0.98  # a step's part in the fit after another
 
 
 class Drafter:
@@ -32,7 +32,7 @@ class Drafter:
         self._tokens = tokens
         self._newest: dict[tuple[int, int], int] = {}  # where what followed two tokens lies
         self._older = [0, 0]  # for each place, the one before it that followed the same two
-        self._rates = list(_EXPECTED)
+        self._rates = list(_FIRST_RATES)
         self._source = 0  # where the guess lies; 0: nowhere
         self._repeated = 0  # how many tokens before it are the row's last
         for end in range(2, len(tokens)):
@@ -103,9 +103,9 @@ class StepCost:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step was made. Large ones (prompts) say nothing of small ones."""
-        if tokens <= _SMALL:
+        if tokens <= _SMALL_STEP:
             new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
-            self._sums = [_KEPT * old + one for old, one in zip(self._sums, new, strict=True)]
+            self._sums = [_FADING * old + one for old, one in zip(self._sums, new, strict=True)]
 
     def bet(self, rows: int) -> Callable[[float], bool]:
         """For a step of one token each of `rows`: whether one more pays that comes true with a given probability.

@@ -51,6 +51,16 @@ if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
 LOGGER = logging.getLogger(__name__)
+_COUNTED = (
+    "steps",
+    "requests",
+    "prompt_tokens",
+    "cached_tokens",
+    "generated_tokens",
+    "forced_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+)
 _SNAPSHOT_EVERY = 128  # tokens: how often one is expected in the prefix cache, for which it gets room
 
 
@@ -203,19 +213,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._batch = 0
-        self._counts = dict.fromkeys(
-            (
-                "steps",
-                "requests",
-                "prompt_tokens",
-                "cached_tokens",
-                "generated_tokens",
-                "forced_tokens",
-                "drafted_tokens",
-                "accepted_tokens",
-            ),
-            0,
-        )
+        self._counts = dict.fromkeys(_COUNTED, 0)
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
 
