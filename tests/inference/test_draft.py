@@ -39,7 +39,9 @@ TOOLS: list[dict[str, Any]] = [
 ]
 GRAMMARS = [
     Hermes().call_grammar(TOOLS),
-    Grammar.json_schema({"type": "array", "items": {"enum": ["a fine day", "a fine night"]}, "maxItems": 6}),
+    Grammar.json_schema(
+        {"type": "array", "items": {"enum": ["a fine day", "a fine night"]}, "minItems": 3, "maxItems": 6}
+    ),
 ]
 
 
@@ -80,7 +82,7 @@ def random_request(chance: random.Random) -> GenerationRequest:
         top_k=sometimes(1, 3, 40, otherwise=0),
         min_p=sometimes(0.05, otherwise=0.0),
         seed=chance.randrange(1000),
-        stop=sometimes(("abca",), ("c", "night"), otherwise=()),
+        stop=sometimes(("abca",), ("ments", "night"), otherwise=()),
         stop_token_ids=sometimes((98,), (32, 111), otherwise=()),
         presence_penalty=sometimes(0.5, 1.5, otherwise=0.0),
         frequency_penalty=sometimes(0.3, otherwise=0.0),
