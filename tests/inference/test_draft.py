@@ -171,10 +171,12 @@ def test_a_stream_is_the_same_events(scripted: Engine) -> None:
     assert list(scripted.submit(say(scripted, TEXT))) == expected
 
 
-@pytest.mark.parametrize("most", range(1, 40))
-def test_no_token_past_the_limit(scripted: Engine, most: int) -> None:
-    done = scripted.generate([say(scripted, TEXT, max_tokens=most)])[0]
-    assert (done.text, done.finish_reason, len(done.token_ids)) == (TEXT[:most], "length", most)
+def test_no_token_past_the_limit(scripted: Engine) -> None:
+    limits = range(1, 40)
+    for most, done in zip(
+        limits, scripted.generate([say(scripted, TEXT, max_tokens=most) for most in limits]), strict=True
+    ):
+        assert (done.text, done.finish_reason, len(done.token_ids)) == (TEXT[:most], "length", most)
 
 
 def test_no_token_past_the_context(scripted: Engine) -> None:
@@ -282,4 +284,4 @@ def test_what_pays_follows_the_cost_of_a_token() -> None:
     pays, taken = StepCost().bet(1), 0
     while pays(0.5):
         taken += 1
-    assert 0 < taken < 20
+    assert 0 < taken < 30
