@@ -2,7 +2,7 @@
 
 In: a transformers model; each step, `Segment`s: the next tokens of some rows, prompts' pieces and single
 tokens side by side.
-Out: the logits of the rows that asked for them, (rows, vocabulary) float32.
+Out: the logits of the rows that asked for them, (rows, vocabulary) float32; of a row with drafts, one more for each.
 
 The step's tokens lie one after the other, (tokens, hidden), with no padding. Linear layers see them all at
 once; attention and delta nets go row by row over what that row holds. What a position computes does not depend
@@ -121,17 +121,17 @@ class Decoder:
         for segment in laid:
             if segment.keep and segment.row.state is not None:
                 segment.row.state.kept.clear()
-        last = {
-            place: own.stop - 1
+        wanted = {
+            place: range(own.stop - 1 - segments[place].drafts, own.stop)
             for place, own in zip(order, tokens, strict=True)
             if segments[place].wants_logits
         }
-        places = sorted(last)
+        places = sorted(wanted)
         ids, positions, rows = to_device(
             (
                 [token for segment in laid for token in segment.ids],
                 [place for s in laid for place in range(s.start, s.start + len(s.ids))],
-                [last[place] for place in places],
+                [token for place in places for token in wanted[place]],
             ),
             self.device,
         )
@@ -143,11 +143,13 @@ class Decoder:
             x, logits = self._program.step(laid, groups, x, rows)
         else:
             x = self._norm(self._hidden(laid, tokens, x, positions, groups)[rows])
-            logits = self._head(x).float() if last else x.new_empty(0, self.vocabulary)
-        for row, place in enumerate(places):
-            lora = segments[place].lora
+            logits = self._head(x).float() if wanted else x.new_empty(0, self.vocabulary)
+        begin = 0
+        for place in places:
+            lora, end = segments[place].lora, begin + len(wanted[place])
             if lora is not None:
-                lora.correct(logits[row : row + 1], x[row : row + 1])
+                lora.correct(logits[begin:end], x[begin:end])
+            begin = end
         return logits
 
     def compile(self) -> str:

@@ -124,6 +124,8 @@ class DeltaNet:
             state, count = _state(segment), len(segment.ids)
             inputs.append(torch.cat((state.history[self.slot], mixed[tokens])))
             state.history[self.slot] = inputs[-1][count:]
+            if segment.drafts:
+                state.inputs[self.slot] = inputs[-1]
             places.append(torch.arange(begin, begin + count, device=mixed.device))
             begin += history + count
         whole, place = torch.cat(inputs), torch.cat(places)

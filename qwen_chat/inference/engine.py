@@ -5,27 +5,31 @@ In: `GenerationRequest`s from any thread. Out: for each a `Generation`: events a
     with load_engine(path) as engine:
         done = engine.generate([GenerationRequest(engine.fmt.prompt_ids(messages), max_tokens=64)])
 
-Every step computes one token of every running request and, within a budget, pieces of the prompts that wait;
-requests join and leave between any two steps. A request's result does not depend on who else is served
-(decoder.py, sampling.py). A step that raises fails the requests in flight, and nothing else: `on_failure` is
-called and `start()` works again.
+Every step computes the last token of every running request, what it will probably say next (draft.py) and, within a
+budget, pieces of the prompts that wait; requests join and leave between any two steps. A request's result depends
+neither on who else is served (decoder.py, sampling.py) nor on drafts. A step that raises fails the requests in flight,
+and nothing else: `on_failure` is called and `start()` works again.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qwen_chat import hardware
 from qwen_chat.dialects.grammar import Grammar
 from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
 from qwen_chat.inference.decoder import Decoder
+from qwen_chat.inference.draft import JUMP, MOST, Drafter, StepCost
 from qwen_chat.inference.events import (
     Completion,
     Fault,
@@ -47,6 +51,16 @@ if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
 LOGGER = logging.getLogger(__name__)
+_COUNTED = (
+    "steps",
+    "requests",
+    "prompt_tokens",
+    "cached_tokens",
+    "generated_tokens",
+    "forced_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+)
 _SNAPSHOT_EVERY = 128  # tokens: how often one is expected in the prefix cache, for which it gets room
 
 
@@ -75,6 +89,9 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    forced_tokens: int = 0  # of these, appended without a step as the grammar allowed nothing else
+    drafted_tokens: int = 0  # computed as drafts
+    accepted_tokens: int = 0  # of these, said
     kv_tokens: int = 0  # tokens held by running requests
     batch: int = 0  # requests that the last forward pass advanced; 0 where none runs
 
@@ -92,6 +109,7 @@ class _Row:
     stop_ids: frozenset[int]
     lora: Lora | None
     kv: KVRow
+    drafter: Drafter
     computed: int = 0
     started: bool = False  # the prefix cache was asked
     generated: int = 0
@@ -140,6 +158,7 @@ class Engine:
         serves_base: False: only adapters may be asked for (the base has no chat format of its own).
         fmt: the base's chat format; None = made of `tokenizer` when it is asked for.
         stop_token_ids, stop_strings: end every reply, beside a request's own and its format's; None = the model's.
+        drafts: False: every token costs a step of its own (benchmarks).
         on_failure: called in the engine's thread, after a step raised; it may call `start()`.
     """
 
@@ -158,6 +177,7 @@ class Engine:
         serves_base: bool = True,
         stop_token_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
+        drafts: bool = True,
         on_failure: Callable[[BaseException], None] | None = None,
         decisions: Sequence[str] = (),
     ) -> None:
@@ -167,6 +187,8 @@ class Engine:
         self.max_batch = max_batch
         self.prefill_tokens = prefill_tokens
         self.on_failure = on_failure
+        self._saves_steps = drafts
+        self._step_cost = StepCost()
         self.failure: BaseException | None = None
         self.stop_token_ids = frozenset(
             end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids
@@ -191,9 +213,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._batch = 0
-        self._counts = dict.fromkeys(
-            ("steps", "requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
-        )
+        self._counts = dict.fromkeys(_COUNTED, 0)
         for name, folder in (adapters or {}).items():
             self.load_adapter(name, folder)
 
@@ -358,16 +378,18 @@ class Engine:
         own = () if adapter.fmt is None else adapter.fmt.stop_token_ids
         ends = frozenset() if request.ignore_eos else self.stop_token_ids.union(own)
         stops = self._base_stops if adapter.fmt is None else adapter.fmt.stop_strings
+        tokens = list(request.prompt_ids)
         return _Row(
             generation=generation,
             sampler=Sampler(request, matcher),
             text=StopText((*request.stop, *stops, *self.stop_strings)),
             token_text=adapter.token_text or self._token_text,
-            tokens=list(request.prompt_ids),
+            tokens=tokens,
             end=min(room, count + request.max_tokens) if request.max_tokens else room,
             stop_ids=ends | frozenset(request.stop_token_ids),
             lora=adapter.lora,
             kv=self._kv.row(),
+            drafter=Drafter(tokens),
         )
 
     def _matcher(self, grammar: Grammar) -> Matcher:
@@ -415,23 +437,30 @@ class Engine:
         segments, rows = self._plan()
         if not segments:
             return
+        begin = time.perf_counter()
         logits = self.decoder.step(segments)
+        self._step_cost.observe(sum(len(segment.ids) for segment in segments), time.perf_counter() - begin)
         self._counts["steps"] += 1
         self._batch = len(segments)
         ready = []
         for row, segment in zip(rows, segments, strict=True):
-            row.computed += len(segment.ids)
+            row.computed += len(segment.ids) - segment.drafts
             if segment.wants_logits:
-                ready.append(row)
+                ready.append((row, segment.ids[len(segment.ids) - segment.drafts :]))
             if not row.generated and (segment.wants_logits or len(segment.ids) > 1):
                 self._cache.store(row.kv, row.number, row.tokens[: row.computed])
-        choices = choose([row.sampler for row in ready], logits) if ready else []
+        if not ready:
+            return
+        lines = torch.split(logits, [1 + len(drafts) for _, drafts in ready])
+        first = logits if len(logits) == len(ready) else torch.stack([own[0] for own in lines])
         events = []
-        for row, choice in zip(ready, choices, strict=True):
-            event = _failed_choice(choice) if isinstance(choice, Exception) else self._advance(row, choice)
-            if event.finish_reason is not None:
-                self._end(row, event)
-            events.append((row.generation, event))
+        for (row, drafts), own, choice in zip(
+            ready, lines, choose([row.sampler for row, _ in ready], first), strict=True
+        ):
+            for event in self._said(row, choice, drafts, own):
+                if event.finish_reason is not None:
+                    self._end(row, event)
+                events.append((row.generation, event))
         put_all(events)
 
     def _leave(self) -> None:
@@ -465,15 +494,17 @@ class Engine:
                 self._running.append(self._waiting.popleft())
 
     def _plan(self) -> tuple[list[Segment], list[_Row]]:
-        """This step's tokens: one of every row that decodes, then pieces of prompts within the budget: those
-        with the least left first, so that a long prompt holds nobody up, but a quarter for the oldest."""
+        """This step's tokens: one of every row that decodes, then pieces of prompts (or of what a grammar forced)
+        within the budget: those with the least left first, so that a long prompt holds nobody up, but a quarter for
+        the oldest. Behind a row's newest token, its drafts."""
         decoding = [row for row in self._running if len(row.tokens) - row.computed == 1]
         filling = [row for row in self._running if len(row.tokens) - row.computed > 1]
         budget = self.prefill_tokens if decoding else 4 * self.prefill_tokens
         rows, segments = [], []
+        pays = self._step_cost.bet(len(decoding) or 1)
         for row in decoding:
             rows.append(row)
-            segments.append(self._segment(row, 1))
+            segments.append(self._segment(row, 1, pays))
         beginnings = set()
         kept = budget // 4  # for the oldest
         for row in sorted(filling, key=lambda row: len(row.tokens) - row.computed):
@@ -484,12 +515,13 @@ class Engine:
                 continue  # no room; or another computes the same beginning now: in the next step it is cached
             if not row.started:
                 self._start(row)
-            beginnings.add(beginning)
+            if not row.generated:
+                beginnings.add(beginning)
             count = min(len(row.tokens) - row.computed, room)
             budget -= count
             kept = 0 if is_oldest else kept
             rows.append(row)
-            segments.append(self._segment(row, count))
+            segments.append(self._segment(row, count, pays))
         return segments, rows
 
     def _start(self, row: _Row) -> None:
@@ -500,7 +532,7 @@ class Engine:
             self._counts["cached_tokens"] += row.computed
             self._counts["prompt_tokens"] += row.generation.prompt_tokens
 
-    def _segment(self, row: _Row, count: int) -> Segment:
+    def _segment(self, row: _Row, count: int, pays: Callable[[float], bool]) -> Segment:
         stop = row.computed + count
         row.kv.reserve(stop)
         keep: tuple[int, ...] = ()
@@ -509,9 +541,54 @@ class Engine:
             last = stop - (stop == len(row.tokens) and not row.generated)
             ends = {last // BLOCK * BLOCK, row.kv.state.branch}
             keep = tuple(sorted(end for end in ends if row.computed < end <= stop))
-        return Segment(
-            row.tokens[row.computed : stop], row.computed, row.kv, row.lora, stop == len(row.tokens), keep
-        )
+        is_last = stop == len(row.tokens)
+        drafts = self._drafts(row, pays) if is_last and self._saves_steps else []
+        ids = row.tokens[row.computed : stop] + drafts
+        return Segment(ids, row.computed, row.kv, row.lora, is_last, keep, len(drafts))
+
+    def _drafts(self, row: _Row, pays: Callable[[float], bool]) -> list[int]:
+        """What the row will probably say next; nothing where bits depend on how many tokens a step has."""
+        count = len(row.tokens)
+        room = min(row.kv.draft_room(count), row.end - count - 1)
+        if room <= 0 or self.decoder.device.type != "cpu":
+            return []
+        matcher = row.sampler.matcher
+        drafts = [] if matcher is None else matcher.forced()[: min(room, MOST)]
+        if not drafts:
+            drafts = row.drafter.guess(room, pays)
+            if matcher is not None and drafts:
+                drafts = matcher.allowed(drafts)
+        drafts = list(itertools.takewhile(lambda token: token not in row.stop_ids, drafts))
+        self._counts["drafted_tokens"] += len(drafts)
+        return drafts
+
+    def _said(
+        self, row: _Row, choice: Choice | Exception, drafts: Sequence[int], logits: torch.Tensor
+    ) -> Iterator[TokenEvent]:
+        """What a step adds to a row: the token chosen after its last one, then after each draft that was chosen itself,
+        then what the grammar forces. logits (1 + drafts, vocabulary)."""
+        taken = 0
+        while True:
+            if isinstance(choice, Exception):
+                yield _failed_choice(choice)
+                return
+            event = self._advance(row, choice)
+            yield event
+            if event.finish_reason is not None:
+                return
+            if taken == len(drafts) or choice.token_id != drafts[taken] or row.generation.is_cancelled:
+                break
+            taken += 1
+            row.computed += 1
+            self._counts["accepted_tokens"] += 1
+            (choice,) = choose([row.sampler], logits[taken : taken + 1])
+        row.kv.take_back(len(drafts) - taken)
+        for forced in itertools.islice(row.sampler.forced(), JUMP if self._saves_steps else 0):
+            self._counts["forced_tokens"] += 1
+            event = self._advance(row, forced)
+            yield event
+            if event.finish_reason is not None:
+                return
 
     def _advance(self, row: _Row, choice: Choice) -> TokenEvent:
         """Add a token to a row: what it shows, and whether it is the last."""
@@ -528,6 +605,7 @@ class Engine:
         else:
             text, stopped = row.text.feed(row.token_text.bytes_of(token))
             row.tokens.append(token)
+            row.drafter.see()
             matcher = row.sampler.matcher
             if stopped or (matcher is not None and matcher.is_complete):
                 reason = "stop"

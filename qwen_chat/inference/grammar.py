@@ -120,6 +120,19 @@ class Matcher:
         np.copyto(masked, scores, where=bits.view(np.bool_))
         return masked
 
+    def forced(self) -> list[int]:
+        """The next tokens as far as the grammar leaves no choice; none where it does."""
+        return list(self._matcher.compute_ff_tokens())
+
+    def allows_only(self, token: int) -> bool:
+        """Whether the mask has a token alone."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        return int.from_bytes(self._bits.tobytes(), "little") == 1 << token
+
+    def allowed(self, tokens: list[int]) -> list[int]:
+        """As many of them as may come next, one after the other."""
+        return tokens[: self._matcher.validate_tokens(tokens)]
+
     def consume(self, token: int) -> None:
         """Move on by one token."""
         self._matcher.consume_token(token)

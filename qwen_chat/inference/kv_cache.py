@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen_chat.inference.row_state import RowState, StateShape
+from qwen_chat.inference.row_state import CHUNK, RowState, StateShape
 
 TILE = 64  # attention covers key-value lengths that are multiples of this: a function of the position alone
 _SMALLEST_BANK = 256  # tokens a row
@@ -91,6 +91,17 @@ class KVRow:
         """Make room for `tokens`; what was there moves along."""
         if tokens > self.capacity:
             self._store.move(self, tokens)
+
+    def draft_room(self, tokens: int) -> int:
+        """How many drafts may follow the first `tokens`: as many as fit without a move; with states, as many as leave
+        their chunk open."""
+        room = self.capacity - tokens
+        return room if self.state is None else min(room, CHUNK - 1 - tokens % CHUNK)
+
+    def take_back(self, drafts: int) -> None:
+        """The last tokens of the newest step were drafts that nobody said."""
+        if self.state is not None and drafts:
+            self.state.take_back(drafts)
 
     def release(self) -> None:
         """Give the slot back and drop the states."""

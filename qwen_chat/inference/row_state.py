@@ -56,13 +56,14 @@ class Snapshot:
 class RowState(Snapshot):
     """The states after the last whole chunk, and of the open chunk: keys, then queries (layers, heads, 2 CHUNK,
     key_dim), values (layers, heads, CHUNK, value_dim), decay and strength (layers, 2, heads, CHUNK). The history is
-    that of the newest token.
+    that of the newest token. `inputs`: of the convolutions in the newest step with drafts, for each layer (history +
+    tokens, channels).
 
     `kept`: snapshots by position, until the next ones are taken. `branch`: where another prompt went on otherwise;
     a snapshot there will be of use (0: nowhere).
     """
 
-    __slots__ = ("_shape", "branch", "gates", "kept", "keys_queries", "values")
+    __slots__ = ("_shape", "branch", "gates", "inputs", "kept", "keys_queries", "values")
 
     def __init__(self, shape: StateShape) -> None:
         super().__init__(shape)
@@ -71,6 +72,7 @@ class RowState(Snapshot):
         self.keys_queries = torch.zeros(layers, heads, 2 * CHUNK, shape.key_dim, device=device)
         self.values = torch.zeros(layers, heads, CHUNK, shape.value_dim, device=device)
         self.gates = torch.zeros(layers, 2, heads, CHUNK, device=device)
+        self.inputs: dict[int, torch.Tensor] = {}
         self.kept: dict[int, Snapshot] = {}
         self.branch = 0
 
@@ -81,6 +83,12 @@ class RowState(Snapshot):
         snapshot = self.kept[position]
         snapshot.recurrent[layer] = self.recurrent[layer]
         snapshot.history[layer] = history
+
+    def take_back(self, drafts: int) -> None:
+        """Forget the newest tokens, drafts of the newest step, none of which ended its chunk."""
+        for layer, inputs in self.inputs.items():
+            end = len(inputs) - drafts
+            self.history[layer] = inputs[end - self.history.shape[1] : end]
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot, which stays as it is."""

@@ -12,7 +12,7 @@ before all of that.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,19 @@ class Sampler:
         return Choice(
             token, float(logprobs[token]), tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
         )
+
+    def forced(self) -> Iterator[Choice]:
+        """The choices that no logits can change, as the grammar allows one token alone; none where log probabilities
+        are asked for. Each is noted, and takes its random number, when it is asked for."""
+        if self.matcher is None or self.request.logprobs is not None:
+            return
+        for token in self.matcher.forced():
+            if not self.matcher.allows_only(token):
+                return
+            if self.request.temperature >= _COLDEST:
+                self.uniform()
+            self.note(token)
+            yield Choice(token)
 
     def uniform(self) -> float:
         """The next random number, from 0 up to 1. A draw takes one."""

@@ -26,6 +26,8 @@ QUERIES = 8
 class Segment:
     """The next `ids` of one row, at positions `start`, `start + 1`, ...; `row` has room for them.
 
+    `drafts`: how many of the last ids may be taken back. Where logits are wanted, they are those of the last id that
+    stays, then of each draft.
     `keep`: positions after which a snapshot of the row's states is taken, block ends within the segment; those that
     the row has kept so far are forgotten.
     """
@@ -36,6 +38,7 @@ class Segment:
     lora: Lora | None = None
     wants_logits: bool = True
     keep: tuple[int, ...] = ()
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

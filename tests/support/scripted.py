@@ -73,9 +73,10 @@ class ScriptedDecoder(Decoder):
             del tokens[segment.start :]
             tokens += segment.ids
             if segment.wants_logits:
-                following, wait = self._next(tokens)
-                wanted.append(following)
-                pause = max(pause, wait)
+                for end in range(len(tokens) - segment.drafts, len(tokens) + 1):
+                    following, wait = self._next(tokens[:end])
+                    wanted.append(following)
+                    pause = max(pause, wait)
         if pause:
             time.sleep(pause)
         logits = torch.zeros(len(wanted), VOCABULARY)
