@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("conversation", "console", "families", "hardware", "threads"),
     ("files", "weights"),
+    ("gguf_model", "packed_weights"),
     ("cli", "tools"),
     ("dialects",),
     ("chat",),

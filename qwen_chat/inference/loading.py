@@ -68,6 +68,7 @@ def load_engine(
         if lone is None or reason is None:
             model, decoder, decisions = _by_layers(path, dtype, place, quantize, trust_remote_code)
         else:
+            _check_merge(path, lone, reason, kind.itemsize, quantize)
             model, decisions = _with_adapter(path, lone, reason, tokenizer, trust_remote_code)
             decoder = Decoder(model.to(place.kind, kind), quantize=quantize)
     try:
@@ -83,6 +84,9 @@ def load_engine(
         most = hardware.peak_memory() / 2**30
         decisions += (f"loaded in {seconds:.0f} s, {most:.1f} GiB of memory at most",)
     engine = Engine(decoder, tokenizer, fmt=fmt, decisions=(str(place), *decisions), **options)
+    if (held := engine.kv_tokens) < engine.context_length:
+        told = f"context {held:,} of {engine.context_length:,} tokens (what the free memory holds, of all requests)"
+        engine.decisions += (told,)
     for name, folder in folders.items():
         if reason is not None:
             engine.name_merged(name, folder)
@@ -113,16 +117,10 @@ def _by_layers(
     from qwen_chat import models
 
     config = models.read_config(path)
-    if "quantization_config" in config:
-        kind = config["quantization_config"].get("quant_method", "some way")
-        raise ModelError(
-            f"{path / 'config.json'}: weights quantised by {kind}; the engine serves float weights and makes int8 or "
-            "int4 of them itself: give the model as it was before, with --quantize int8, or --engine vllm"
-        )
-    tensors = stored_tensors(path)
+    tensors = models.float_tensors(path)
     kind, why = models.choose_dtype(dtype, place)
-    if tensors and place.kind == "cpu":
-        check_fits(path, tensors, kind.itemsize, quantize)
+    if tensors:
+        check_fits(path, tensors, kind.itemsize, quantize, device=place.kind)
     try:
         if trust_remote_code and "auto_map" in config:
             raise NotByParts("it brings its own code")
@@ -133,6 +131,19 @@ def _by_layers(
         whole = f"loaded whole, not layer by layer: {reason}"
     loaded = models.load_model(path, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     return loaded.model, Decoder(loaded.model, quantize=quantize), (*loaded.decisions, whole)
+
+
+def _check_merge(path: Path, adapter: Path, reason: str, width: int, quantize: str | None) -> None:
+    """ModelError where a base cannot be merged into, or there is no memory for it. width: bytes a number, served."""
+    from qwen_chat import models
+
+    if "quantization_config" in models.read_config(path) or models.is_gguf(path):
+        raise ModelError(
+            f"{adapter}: has to be merged into its base ({reason.partition('; ')[0]}), and {path} is quantised: give"
+            " the base as it was before with -m"
+        )
+    if tensors := stored_tensors(path):
+        check_fits(path, tensors, width, quantize, merged=True)
 
 
 def _with_adapter(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from qwen_chat.errors import ModelError, first_line
-from qwen_chat.models import parameter_names, read_config, sees
-from qwen_chat.weights import StoredTensor, stored_tensors
+from qwen_chat.models import float_tensors, parameter_names, read_config, sees
+from qwen_chat.weights import StoredTensor
 
 
 class NotByParts(Exception):
@@ -45,7 +45,7 @@ class Skeleton:
 
         self._folder, self._dtype, self.device = folder, dtype, torch.device(device)
         disable_progress_bar()  # it would draw one for each part
-        tensors = self.tensors = stored_tensors(folder)
+        tensors = self.tensors = float_tensors(folder)
         if not tensors:
             raise NotByParts("its weights are in no safetensors file")
         try:
