@@ -282,8 +282,9 @@ def _config(fields: Mapping[str, Any], pieces: Mapping[str, _Piece], file: Path)
 
 
 def _built(file: Path, cut: str | None) -> Any:
-    """The tokenizer that a file describes. transformers knows all cuts that are known here but SmolLM's."""
-    from tokenizers import pre_tokenizers
+    """The tokenizer that a file describes. transformers knows all cuts that are known here but SmolLM's; and a file does
+    not say that Qwen's tokenizers compose characters (NFC) first."""
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -291,6 +292,8 @@ def _built(file: Path, cut: str | None) -> Any:
     if cut == "smollm":
         digits, bytes_ = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if cut in ("qwen2", "qwen35"):
+        backend.normalizer = normalizers.NFC()
     special = {name: str(token) for name, token in read.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

