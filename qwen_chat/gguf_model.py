@@ -48,7 +48,7 @@ _IN_LAYER = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")},
 }
-_PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's numbers of types -> a header's words
+_FLOATS = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's numbers of types -> a header's words
 _UNUSED = 5  # gguf.TokenType: a place without a token
 _VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Where a tokenizer cuts text, by the pattern in its tokenizer.json: llama.cpp's name of the same.
@@ -100,8 +100,8 @@ def described(file: Path) -> Path:
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
     def build(folder: Path) -> None:
-        fields, shapes = _header(file)
-        config = _config(fields, shapes, file)
+        fields, shapes = read_header(file)
+        config = model_config(fields, shapes, file)
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         ends = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
         (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
@@ -123,7 +123,7 @@ def gguf_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     joined: dict[str, dict[str, _Piece]] = {}
     for name, (ggml, whole, rows, begin) in places.items():
-        stored = StoredTensor(file, name, _PLAIN.get(ggml, "U8"), tuple(rows), begin)
+        stored = StoredTensor(file, name, _FLOATS.get(ggml, "U8"), tuple(rows), begin)
         piece = _Piece(stored, ggml, tuple(whole))
         wanted, part = _name(name, file)
         if part in ("gate", "up"):
@@ -152,14 +152,14 @@ class _Piece:
 
     @property
     def kind(self) -> str:
-        return _PLAIN.get(self.ggml, "F32")
+        return _FLOATS.get(self.ggml, "F32")
 
     def read(self) -> torch.Tensor:
         import gguf
         import torch
 
         raw = self.stored.read()
-        if self.ggml not in _PLAIN:
+        if self.ggml not in _FLOATS:
             raw = torch.from_numpy(gguf.dequantize(raw.numpy(), gguf.GGMLQuantizationType(self.ggml)))
         return raw.reshape(self.shape)
 
@@ -188,7 +188,7 @@ class _Unpacked(StoredTensor):
             piece.stored.announce()
 
 
-def _header(file: Path) -> tuple[dict[str, Any], dict[str, _Piece]]:
+def read_header(file: Path) -> tuple[dict[str, Any], dict[str, _Piece]]:
     """The file's fields by name and its tensors by ggml's names."""
     try:
         import gguf
@@ -200,12 +200,16 @@ def _header(file: Path) -> tuple[dict[str, Any], dict[str, _Piece]]:
         pieces = {}
         for tensor in reader.tensors:
             kind, shape = int(tensor.tensor_type), tuple(int(n) for n in reversed(tensor.shape))
-            plain = _PLAIN.get(kind)
-            rows = shape if plain else (*shape[:-1], int(tensor.n_bytes) * shape[-1] // int(tensor.n_elements))
+            plain = _FLOATS.get(kind)
+            rows = (
+                shape if plain else (*shape[:-1], int(tensor.n_bytes) * shape[-1] // int(tensor.n_elements))
+            )
             stored = StoredTensor(file, tensor.name, plain or "U8", rows, int(tensor.data_offset))
             pieces[str(tensor.name)] = _Piece(stored, kind, shape)
         if fields.get("split.count", 0) > 1:
-            raise ValueError("it is one of several parts; join them with llama.cpp's llama-gguf-split --merge")
+            raise ValueError(
+                "it is one of several parts; join them with llama.cpp's llama-gguf-split --merge"
+            )
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ModelError(f"{file}: not a whole GGUF file ({first_line(error)}); fetch it again") from None
     return fields, pieces
@@ -231,7 +235,7 @@ def _name(name: str, file: Path) -> tuple[str, str]:
     )
 
 
-def _config(fields: Mapping[str, Any], pieces: Mapping[str, _Piece], file: Path) -> dict[str, Any]:
+def model_config(fields: Mapping[str, Any], pieces: Mapping[str, _Piece], file: Path) -> dict[str, Any]:
     """config.json of the model in the file. Raises ModelError for what is not computed here."""
     arch = str(fields.get("general.architecture"))
     kind = _MODEL_TYPES.get(arch)
@@ -282,8 +286,8 @@ def _config(fields: Mapping[str, Any], pieces: Mapping[str, _Piece], file: Path)
 
 
 def _built(file: Path, cut: str | None) -> Any:
-    """The tokenizer that a file describes. transformers knows all cuts that are known here but SmolLM's; and a file does
-    not say that Qwen's tokenizers compose characters (NFC) first."""
+    """The tokenizer that a file describes. transformers knows all cuts that are known here but SmolLM's; and a file
+    does not say that Qwen's tokenizers compose characters (NFC) first."""
     from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

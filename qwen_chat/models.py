@@ -63,7 +63,9 @@ def resolve(name: str | None, *, for_training: bool = False) -> Path:
     local = Path(name).expanduser()
     if (file := gguf_model.file_of(local)) is not None:
         if for_training:
-            raise ModelError(f"{file}: a GGUF file is served, not trained; tune the model that it was made of")
+            raise ModelError(
+                f"{file}: a GGUF file is served, not trained; tune the model that it was made of"
+            )
         return gguf_model.described(file)
     if local.is_dir():
         check_folder(local, for_training=for_training)
@@ -232,9 +234,11 @@ def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
-def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A folder's model without its weights: they are on torch's meta device; what is computed from config.json alone
-    is there."""
+def on_meta(
+    path: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A folder's model without its weights: they are on torch's meta device, as `dtype` (None: float32); what its
+    decoder computes from config.json alone is there."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
@@ -244,16 +248,14 @@ def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     loader = AutoModelForImageTextToText if sees(read_config(path)) else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            raise ValueError("its weights are quantised")
         with torch.device("meta"):
             model = loader.from_config(
                 config,
-                dtype=torch.float32,
+                dtype=dtype or torch.float32,
                 attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
     for module in model.get_decoder().modules():
         empty = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]

@@ -19,7 +19,7 @@ from qwen_chat.weights import NUMBER_KINDS, StoredTensor
 if TYPE_CHECKING:
     import torch
 
-_STATE = ".quant_state.bitsandbytes__"  # what the file says of a weight in 4 bits, as JSON in bytes
+_QUANT_STATE = ".quant_state.bitsandbytes__"  # what the file says of a weight in 4 bits, as JSON in bytes
 _GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -86,54 +86,43 @@ def unpacked(
         return dict(tensors)
     kind = str(way.get("quant_method", "some way"))
     if kind == "bitsandbytes" and way.get("load_in_4bit"):
-        return _four_bits(tensors)
+        return _by_bitsandbytes(tensors)
     if kind == "gptq" and way.get("bits") in (2, 4, 8):
-        return _groups(tensors, int(way["bits"]), above=0 if way.get("checkpoint_format") == "gptq_v2" else 1)
+        return _by_gptq(
+            tensors, int(way["bits"]), above=0 if way.get("checkpoint_format") == "gptq_v2" else 1
+        )
     raise ModelError(
-        f"{where}: weights quantised by {kind}, which are not unpacked here (bitsandbytes in 4 bits and GPTQ in 2, 4 or "
-        "8 are); give the model as it was before, with --quantize int8 or int4, or --engine vllm"
+        f"{where}: weights quantised by {kind}, which are not unpacked here (bitsandbytes in 4 bits and GPTQ in 2, 4"
+        " or 8 are); give the model as it was before, with --quantize int8 or int4, or --engine vllm"
     )
 
 
-def _four_bits(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _by_bitsandbytes(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     try:
         import bitsandbytes  # noqa: F401  only to tell a missing package from a damaged file
     except ImportError:
         raise MissingDependency("bitsandbytes", "a folder in 4 bits") from None
+    kinds = {long: short for short, (long, _) in NUMBER_KINDS.items()}
     found, taken = dict[str, StoredTensor](), set[str]()
     for name, state in tensors.items():
-        owner, mark, _ = name.partition(_STATE)
+        owner, mark, _ = name.partition(_QUANT_STATE)
         if not mark:
             continue
-        said = _json(state)
+        try:
+            said: dict[str, Any] = json.loads(bytes(state.read().tolist()))
+            dtype, shape = kinds[said["dtype"]], tuple(said["shape"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelError(
+                f"{state.file}: {state.name} cannot be read ({error}); fetch the model again"
+            ) from None
         names = [other for other in tensors if other.startswith(f"{owner}.")]
         parts = {other.removeprefix(f"{owner}."): tensors[other] for other in names}
-        kinds = {long: short for short, (long, _) in NUMBER_KINDS.items()}
-        found[owner] = _FourBits(
-            state.file,
-            owner,
-            kinds[said["dtype"]],
-            tuple(said["shape"]),
-            0,
-            {"packed": tensors[owner], **parts},
-        )
+        found[owner] = _FourBits(state.file, owner, dtype, shape, 0, {"packed": tensors[owner], **parts})
         taken |= {owner, *names}
     return {name: tensor for name, tensor in tensors.items() if name not in taken} | found
 
 
-def _json(state: StoredTensor) -> dict[str, Any]:
-    try:
-        said: dict[str, Any] = json.loads(bytes(state.read().tolist()))
-        if not {"dtype", "shape"} <= said.keys():
-            raise ValueError("no dtype or shape")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{state.file}: {state.name} cannot be read ({error}); fetch the model again"
-        ) from None
-    return said
-
-
-def _groups(tensors: Mapping[str, StoredTensor], bits: int, above: int) -> dict[str, StoredTensor]:
+def _by_gptq(tensors: Mapping[str, StoredTensor], bits: int, above: int) -> dict[str, StoredTensor]:
     found, taken = dict[str, StoredTensor](), set[str]()
     for name, packed in tensors.items():
         owner, _, last = name.rpartition(".")
@@ -147,4 +136,3 @@ def _groups(tensors: Mapping[str, StoredTensor], bits: int, above: int) -> dict[
         found[weight] = _Groups(packed.file, weight, "F32", shape, 0, parts, bits, above)
         taken |= {f"{owner}.{part}" for part in parts}
     return {name: tensor for name, tensor in tensors.items() if name not in taken} | found
-

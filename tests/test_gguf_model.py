@@ -101,7 +101,9 @@ def test_smaller_types_are_unpacked(kind: str, family: Callable[..., Path], tmp_
 def test_the_tokenizer_out_of_a_file_is_the_one_that_went_in(demo_model_path: Path, tmp_path: Path) -> None:
     """Of the demo model, whose cut transformers does not build."""
     _written_tokenizer(demo_model_path, tmp_path / "m.gguf")
-    ours, theirs = (models.load_tokenizer(p) for p in (demo_model_path, gguf_model.described(tmp_path / "m.gguf")))
+    ours, theirs = (
+        models.load_tokenizer(p) for p in (demo_model_path, gguf_model.described(tmp_path / "m.gguf"))
+    )
     assert theirs.encode(TEXT) == ours.encode(TEXT)
     assert theirs.chat_template == ours.chat_template
     assert theirs.special_tokens_map == ours.special_tokens_map
@@ -163,7 +165,9 @@ def test_what_is_another_model_is_refused(family: Callable[..., Path], tmp_path:
     (there / "tokenizer.json").touch()
     assert "its chat template is not the one beside it" in refused()
     text = (folder / "tokenizer.json").read_text()
-    (there / "tokenizer.json").write_text(text.replace('"individual_digits": true', '"individual_digits": false'))
+    (there / "tokenizer.json").write_text(
+        text.replace('"individual_digits": true', '"individual_digits": false')
+    )
     assert "text is cut as 'smollm', which the tokenizer beside it does not" in refused()
     described = json.loads(text)
     vocab = described["model"]["vocab"]
@@ -195,5 +199,5 @@ def test_a_file_that_is_gone_is_said(family: Callable[..., Path], tmp_path: Path
     write_gguf(family("qwen3"), tmp_path / "m.gguf", "f32")
     folder = models.resolve(str(tmp_path / "m.gguf"))
     (tmp_path / "m.gguf").unlink()
-    with pytest.raises(ModelError, match="m.gguf: missing; fetch the model again"):
+    with pytest.raises(ModelError, match=r"m\.gguf: missing; fetch the model again"):
         models.float_tensors(folder)

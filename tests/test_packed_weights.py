@@ -39,7 +39,10 @@ def test_four_bits_are_what_transformers_computes_with(
     for name, tensor in found.items():
         assert tensor.shape == wanted[name].shape
         assert torch.equal(tensor.read().to(dtype), wanted[name]), name
-    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"].read(2, 5), wanted["model.layers.1.mlp.up_proj.weight"][2:5])
+    assert torch.equal(
+        found["model.layers.1.mlp.up_proj.weight"].read(2, 5),
+        wanted["model.layers.1.mlp.up_proj.weight"][2:5],
+    )
     for quantize in (None, "int8"):
         skeleton = Skeleton(tmp_path / "packed", torch.float32, narrow=quantize is not None)
         got = logits(Decoder(skeleton, quantize=quantize))
@@ -82,22 +85,33 @@ def test_groups_are_what_they_stand_for(bits: int, order: str, tmp_path: Path) -
     del tensors[f"{name}.weight"]
     parts = {"qweight": qweight, "qzeros": qzeros, "g_idx": group}
     signed = {f"{name}.{part}": (t - (t >= 2**31).long() * 2**32).int() for part, t in parts.items()}
-    save_file({**tensors, **signed, f"{name}.scales": scales}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, **signed, f"{name}.scales": scales}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     found = models.float_tensors(tmp_path)[f"{name}.weight"]
     assert found.shape == (rows, columns)
     assert torch.equal(found.read(), wanted)
     del signed[f"{name}.g_idx"]
-    save_file({**tensors, **signed, f"{name}.scales": scales}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, **signed, f"{name}.scales": scales}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ModelError, match=r"gate_proj\.g_idx is missing; fetch the model again"):
         models.float_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "way", [{"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 3}, {"quant_method": "bitsandbytes"}]
+    "way",
+    [
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "bitsandbytes"},
+    ],
 )
 def test_other_ways_are_named(way: dict[str, object], tmp_path: Path) -> None:
     tiny_family("mistral").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": way}))
-    with pytest.raises(ModelError, match=f"weights quantised by {way['quant_method']}, which are not unpacked here"):
+    with pytest.raises(
+        ModelError, match=f"weights quantised by {way['quant_method']}, which are not unpacked here"
+    ):
         models.float_tensors(tmp_path)

@@ -54,8 +54,7 @@ def load_engine(
     from qwen_chat.chat.format import ChatFormat
 
     begin, place = time.monotonic(), hardware.choose_device(device)
-    kind = models.choose_dtype(dtype, place)[0]
-    _check_numbers(kind, quantize, place)
+    kind = _number_kind(dtype, quantize, place)
     folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
     (lone,) = folders.values() if len(folders) == 1 else (None,)
     if model_path is None and lone is not None:
@@ -84,9 +83,6 @@ def load_engine(
         most = hardware.peak_memory() / 2**30
         decisions += (f"loaded in {seconds:.0f} s, {most:.1f} GiB of memory at most",)
     engine = Engine(decoder, tokenizer, fmt=fmt, decisions=(str(place), *decisions), **options)
-    if (held := engine.kv_tokens) < engine.context_length:
-        told = f"context {held:,} of {engine.context_length:,} tokens (what the free memory holds, of all requests)"
-        engine.decisions += (told,)
     for name, folder in folders.items():
         if reason is not None:
             engine.name_merged(name, folder)
@@ -94,8 +90,11 @@ def load_engine(
     return engine
 
 
-def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> None:
-    """OptionError for a number type that is not computed at that place."""
+def _number_kind(dtype: str, quantize: str | None, place: hardware.Device) -> Any:
+    """The number type, as torch has it; OptionError for one that is not computed at that place."""
+    from qwen_chat import models
+
+    kind = models.choose_dtype(dtype, place)[0]
     if place.kind == "cpu":
         check_dtype(kind)
         compile_ahead()
@@ -104,6 +103,7 @@ def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> N
             f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"
             " --engine vllm or --device cpu"
         )
+    return kind
 
 
 def _by_layers(

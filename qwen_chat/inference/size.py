@@ -68,13 +68,14 @@ def check_fits(
         return
     card = serving_bytes(tensors, 2, None) * 1.2 / 2**30  # in bfloat16, with room for keys and values
     where = "of memory" if device == "cpu" else f"on the {device} device"
+    cure = fitting_instead(tensors, width, need, device, merged)
     raise ModelError(
         f"{folder}: {'merged and ' if merged else ''}served it takes about {need / 2**30:.1f} GiB {where} and"
-        f" {free / 2**30:.1f} can be had; {_cure(tensors, width, need, device, merged)}, or a GPU of {card:.0f} GiB"
+        f" {free / 2**30:.1f} can be had; {cure}, or a GPU of {card:.0f} GiB"
     )
 
 
-def _cure(
+def fitting_instead(
     tensors: Mapping[str, StoredTensor], width: int, need: int, device: str, merged: bool
 ) -> str:
     """What fits main memory."""

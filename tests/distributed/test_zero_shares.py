@@ -29,7 +29,9 @@ def test_the_simulated_peak_is_that_of_two_real_ranks(stage: int, method: str, t
     started = []
     for rank in range(2):
         own = os.environ | joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (tmp_path / str(rank)).open("w") as out:  # torch warns at every reduction: more than a pipe holds
+        with (tmp_path / str(rank)).open(
+            "w"
+        ) as out:  # torch warns at every reduction: more than a pipe holds
             started.append(subprocess.Popen(words, cwd=ROOT, env=own, stdout=out, stderr=subprocess.STDOUT))
     ended = [process.wait(timeout=300) for process in started]
     said = (tmp_path / "0").read_text()

@@ -48,7 +48,9 @@ def test_what_does_not_fit_is_told_with_what_would(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hardware, "free_memory", lambda: enough)
     check_fits(Path("there"), TENSORS, 4, "int8")
     told = refusal(monkeypatch, enough)
-    assert told.startswith("there: served it takes about 0.7 GiB of memory and 0.7 can be had; give --quantize int8 (")
+    assert told.startswith(
+        "there: served it takes about 0.7 GiB of memory and 0.7 can be had; give --quantize int8 ("
+    )
     assert "or --quantize int4 (" in told and told.endswith("or a GPU of 1 GiB")
     assert "nothing here makes it fit" in refusal(monkeypatch, 1)
 

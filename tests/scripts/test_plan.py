@@ -158,9 +158,7 @@ Simulate = Callable[..., Ran]
 
 
 @pytest.fixture
-def simulate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Simulate:
+def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Simulate:
     """plan.py --simulate True in this process, for a config.json with other fields than a small Qwen2's."""
     run = runner("finetune/plan.py", monkeypatch, capsys)
 
@@ -203,7 +201,11 @@ def test_a_step_is_simulated(simulate: Simulate, words: list[str], again: bool) 
     ("words", "fields", "said"),
     [
         (["--device", "cpu"], {}, "it stands in for a GPU; name one: --gpu_gib 24"),
-        (["--q_lora", "True", "--gpu_gib", "24"], {}, "4-bit weights are multiplied by kernels of bitsandbytes"),
+        (
+            ["--q_lora", "True", "--gpu_gib", "24"],
+            {},
+            "4-bit weights are multiplied by kernels of bitsandbytes",
+        ),
         (["--gpu_gib", "24", "--optim", "adafactor"], {}, "--optim adafactor has none"),
         (["--gpu_gib", "24", "--deepspeed"], {}, "what is offloaded moves between a GPU and main memory"),
         (
