@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("conversation", "console", "families", "hardware", "threads"),
     ("files", "weights"),
+    ("gguf_model", "packed_weights"),
     ("flags", "tools"),
     ("dialects",),
     ("chat",),

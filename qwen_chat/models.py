@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen_chat import demo_model, hardware
+from qwen_chat import demo_model, gguf_model, hardware
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.families import check_trainable
 from qwen_chat.hardware import Device
+from qwen_chat.packed_weights import unpacked
+from qwen_chat.weights import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -49,21 +51,28 @@ class Loaded:
 
 
 def resolve(name: str | None, *, for_training: bool = False) -> Path:
-    """The folder of a model: local, from the hub (`USE_MODELSCOPE=1`: ModelScope), or the demo model.
+    """The folder of a model: local, from the hub (`USE_MODELSCOPE=1`: ModelScope), or the demo model; of a GGUF file
+    the one that describes it.
 
-    for_training: a model whose config.json tells that it cannot be trained here is a ModelError.
+    for_training: a model that cannot be trained here is a ModelError.
     """
     if name is None:
         folder = demo_model.ensure()
         rank_zero(f"model {folder.name} (the demo model: -m was not given)")
         return folder
     local = Path(name).expanduser()
+    if (file := gguf_model.file_of(local)) is not None:
+        if for_training:
+            raise ModelError(
+                f"{file}: a GGUF file is served, not trained; tune the model that it was made of"
+            )
+        return gguf_model.described(file)
     if local.is_dir():
         check_folder(local, for_training=for_training)
         return local
     if local.exists():
         raise ModelError(
-            f"{name}: a file; expected a model's folder or a hub name such as Qwen/Qwen2-7B-Instruct"
+            f"{name}: a file; expected a model's folder, a GGUF file or a hub name such as Qwen/Qwen2-7B-Instruct"
         )
     if not HUB_NAME.fullmatch(name) or name.startswith("."):
         raise ModelError(
@@ -102,8 +111,22 @@ def check_folder(folder: Path, *, for_training: bool = False) -> None:
         raise ModelError(
             f"{folder}: {', '.join(missing)} missing ({len(wanted)} weight files expected); fetch it again"
         )
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+    if not any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin", gguf_model.LINK)):
         raise ModelError(f"{folder}: no weights in it; expected model.safetensors")
+
+
+def is_gguf(folder: Path) -> bool:
+    """Whether a folder only describes a GGUF file."""
+    return (folder / gguf_model.LINK).is_symlink()
+
+
+def float_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """A folder's tensors by transformers' names, as floats: stored so, in few bits, or in the GGUF file that it
+    describes; none where transformers alone can read them. Raises ModelError for damaged files and other ways of
+    quantising."""
+    if is_gguf(folder):
+        return gguf_model.gguf_tensors(folder)
+    return unpacked(stored_tensors(folder), read_config(folder), folder / "config.json")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -211,9 +234,11 @@ def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
-def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A folder's model without its weights: they are on torch's meta device; what is computed from config.json alone
-    is there."""
+def on_meta(
+    path: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A folder's model without its weights: they are on torch's meta device, as `dtype` (None: float32); what its
+    decoder computes from config.json alone is there."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
@@ -223,16 +248,14 @@ def on_meta(path: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     loader = AutoModelForImageTextToText if sees(read_config(path)) else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            raise ValueError("its weights are quantised")
         with torch.device("meta"):
             model = loader.from_config(
                 config,
-                dtype=torch.float32,
+                dtype=dtype or torch.float32,
                 attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
     for module in model.get_decoder().modules():
         empty = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]

@@ -19,6 +19,7 @@ import torch
 
 from qwen_chat import models
 from qwen_chat.errors import MissingDependency, ModelError, first_line
+from qwen_chat.gguf_model import pre_tokenizer
 from qwen_chat.weights import model_tensors
 
 # model_type -> llama.cpp's architecture.
@@ -40,9 +41,6 @@ FILE_TYPES = {
 }
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)\.weight$")
 _SMALL = ("ffn_gate_inp", "ssm_conv1d")  # always in float32
-# Where a tokenizer cuts text, by the pattern in its tokenizer.json: llama.cpp's name of the same.
-_LETTERS, _MARKS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
-_THREES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
 
 
 def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def _write_shape(writer: Any, config: Mapping[str, Any], arch: str) -> None:
     if arch == "LLAMA":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head)
-    if experts := config.get("num_experts"):
+    if experts := config.get("num_experts", config.get("num_local_experts")):
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
@@ -262,19 +260,3 @@ def _vocabulary(writer: Any, model: Path, config: Mapping[str, Any], arch: str) 
     gguf.SpecialVocab(model, load_merges=True).add_to_gguf(writer, quiet=True)
     if arch == "LLAMA" and config["vocab_size"] == 49152:
         writer.add_add_bos_token(False)
-
-
-def pre_tokenizer(described: Mapping[str, Any], where: Path) -> str:
-    """llama.cpp's name for how a tokenizer.json cuts text; ModelError for one that it would cut otherwise."""
-    if (described.get("model") or {}).get("type") == "BPE":
-        text = json.dumps(described.get("pre_tokenizer"))
-        patterns = {"qwen2": _LETTERS, "qwen35": _MARKS, "llama-bpe": _THREES}
-        for name, pattern in patterns.items():
-            if json.dumps(pattern)[1:-1] in text:
-                return name
-        if '"individual_digits": true' in text and '"ByteLevel"' in text:
-            return "smollm"
-    raise ModelError(
-        f"{where}: its tokenizer.json cuts text in a way that is not known here by llama.cpp's name, so prompts would"
-        " become other tokens; expected the tokenizer of a Qwen, Llama 3 or SmolLM2 model"
-    )

@@ -41,6 +41,8 @@ class LayerwiseModel:
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
+        if "quantization_config" in models.read_config(base):
+            raise ModelError(f"{base}: its weights are quantised; give the base as it was before")
         self.base, self.stored = base, model_tensors(base)
         self._plain = models.on_meta(base, trust_remote_code=trust_remote_code)
         inner = models.on_meta(base, trust_remote_code=trust_remote_code)

@@ -199,6 +199,8 @@ class Engine:
         shape = self.decoder.kv_shape
         fits, cache_tokens = _memory_tokens(shape, cache_tokens)
         self.kv_tokens = kv_tokens or fits
+        if (held := self.kv_tokens) < (whole := self.context_length):
+            self.decisions += (f"context {held:,} of {whole:,} tokens, as many as memory holds at once",)
         self._token_text = TokenText(tokenizer)
         self._cache = PrefixCache(cache_tokens, shape.snapshot_tokens)
         self._kv = KVStore(shape)

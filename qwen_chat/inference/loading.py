@@ -54,8 +54,7 @@ def load_engine(
     from qwen_chat.chat.format import ChatFormat
 
     begin, place = time.monotonic(), hardware.choose_device(device)
-    kind = models.choose_dtype(dtype, place)[0]
-    _check_numbers(kind, quantize, place)
+    kind = _number_kind(dtype, quantize, place)
     folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
     (lone,) = folders.values() if len(folders) == 1 else (None,)
     if model_path is None and lone is not None:
@@ -68,6 +67,7 @@ def load_engine(
         if lone is None or reason is None:
             model, decoder, decisions = _by_layers(path, dtype, place, quantize, trust_remote_code)
         else:
+            _check_merge(path, lone, reason, kind.itemsize, quantize)
             model, decisions = _with_adapter(path, lone, reason, tokenizer, trust_remote_code)
             decoder = Decoder(model.to(place.kind, kind), quantize=quantize)
     try:
@@ -90,8 +90,11 @@ def load_engine(
     return engine
 
 
-def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> None:
-    """OptionError for a number type that is not computed at that place."""
+def _number_kind(dtype: str, quantize: str | None, place: hardware.Device) -> Any:
+    """The number type, as torch has it; OptionError for one that is not computed at that place."""
+    from qwen_chat import models
+
+    kind = models.choose_dtype(dtype, place)[0]
     if place.kind == "cpu":
         check_dtype(kind)
         compile_ahead()
@@ -100,6 +103,7 @@ def _check_numbers(kind: Any, quantize: str | None, place: hardware.Device) -> N
             f"--quantize {quantize}: its kernels are the CPU's, and this is {place}; give --dtype bfloat16,"
             " --engine vllm or --device cpu"
         )
+    return kind
 
 
 def _by_layers(
@@ -113,16 +117,10 @@ def _by_layers(
     from qwen_chat import models
 
     config = models.read_config(path)
-    if "quantization_config" in config:
-        kind = config["quantization_config"].get("quant_method", "some way")
-        raise ModelError(
-            f"{path / 'config.json'}: weights quantised by {kind}; the engine serves float weights and makes int8 or "
-            "int4 of them itself: give the model as it was before, with --quantize int8, or --engine vllm"
-        )
-    tensors = stored_tensors(path)
+    tensors = models.float_tensors(path)
     kind, why = models.choose_dtype(dtype, place)
-    if tensors and place.kind == "cpu":
-        check_fits(path, tensors, kind.itemsize, quantize)
+    if tensors:
+        check_fits(path, tensors, kind.itemsize, quantize, device=place.kind)
     try:
         if trust_remote_code and "auto_map" in config:
             raise NotByParts("it brings its own code")
@@ -133,6 +131,19 @@ def _by_layers(
         whole = f"loaded whole, not layer by layer: {reason}"
     loaded = models.load_model(path, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     return loaded.model, Decoder(loaded.model, quantize=quantize), (*loaded.decisions, whole)
+
+
+def _check_merge(path: Path, adapter: Path, reason: str, width: int, quantize: str | None) -> None:
+    """ModelError where a base cannot be merged into, or there is no memory for it. width: bytes a number, served."""
+    from qwen_chat import models
+
+    if "quantization_config" in models.read_config(path) or models.is_gguf(path):
+        raise ModelError(
+            f"{adapter}: has to be merged into its base ({reason.partition('; ')[0]}), and {path} is quantised: give"
+            " the base as it was before with -m"
+        )
+    if tensors := stored_tensors(path):
+        check_fits(path, tensors, width, quantize, merged=True)
 
 
 def _with_adapter(

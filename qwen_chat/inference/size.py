@@ -47,21 +47,46 @@ def serving_bytes(tensors: Mapping[str, StoredTensor], width: int, quantize: str
     return int(total) + largest * (width + width // 2)
 
 
-def check_fits(folder: Path, tensors: Mapping[str, StoredTensor], width: int, quantize: str | None) -> None:
-    """ModelError where a model would not fit the memory that can be had, with what would."""
-    need, free = serving_bytes(tensors, width, quantize), hardware.free_memory()
+def check_fits(
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    width: int,
+    quantize: str | None,
+    *,
+    device: str = "cpu",
+    merged: bool = False,
+) -> None:
+    """ModelError where a model would not fit the memory that can be had, with what would.
+
+    device: where it computes, as torch names the kind. merged: an adapter goes into it first, which takes the whole
+    model in float32 beside what is served. Fewer tokens of context would not help: the engine takes as many as fit.
+    """
+    need, free = serving_bytes(tensors, width, quantize), hardware.device_free(device)
+    if merged:
+        need += 4 * sum(tensor.numbers for tensor in tensors.values())
     if need <= free:
         return
-    smaller = [
-        f"--quantize {kind} ({size / 2**30:.1f} GiB)"
-        for kind in QUANTIZED
-        if (size := serving_bytes(tensors, width, kind)) <= free and size < need
-    ]
-    if not smaller and width > 2 and serving_bytes(tensors, 2, None) <= free:
-        smaller = [f"--dtype bfloat16 ({serving_bytes(tensors, 2, None) / 2**30:.1f} GiB)"]
     card = serving_bytes(tensors, 2, None) * 1.2 / 2**30  # in bfloat16, with room for keys and values
-    cure = f"give {' or '.join(smaller)}" if smaller else "nothing here makes it fit: a smaller model would"
+    where = "of memory" if device == "cpu" else f"on the {device} device"
+    cure = fitting_instead(tensors, width, need, device, merged)
     raise ModelError(
-        f"{folder}: served it takes about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} can be had; "
-        f"{cure}, or a GPU of {card:.0f} GiB"
+        f"{folder}: {'merged and ' if merged else ''}served it takes about {need / 2**30:.1f} GiB {where} and"
+        f" {free / 2**30:.1f} can be had; {cure}, or a GPU of {card:.0f} GiB"
     )
+
+
+def fitting_instead(
+    tensors: Mapping[str, StoredTensor], width: int, need: int, device: str, merged: bool
+) -> str:
+    """What fits main memory."""
+    if merged:
+        return "merge it with finetune/merge_adapter.py, a layer at a time, and serve what that writes"
+    ways = {f"--quantize {kind}": (width, kind) for kind in QUANTIZED} | {"--dtype bfloat16": (2, None)}
+    flags = "" if device == "cpu" else "--device cpu "
+    fitting = {
+        f"{flags}{way}": size
+        for way, (wide, kind) in ways.items()
+        if (size := serving_bytes(tensors, wide, kind)) <= hardware.free_memory() and (size < need or flags)
+    }
+    told = [f"{way} ({size / 2**30:.1f} GiB)" for way, size in list(fitting.items())[:2]]
+    return f"give {' or '.join(told)}" if told else "nothing here makes it fit: a smaller model would"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from qwen_chat.errors import ModelError, first_line
-from qwen_chat.models import parameter_names, read_config, sees
-from qwen_chat.weights import StoredTensor, stored_tensors
+from qwen_chat.errors import ModelError
+from qwen_chat.models import float_tensors, on_meta, parameter_names
+from qwen_chat.weights import StoredTensor
 
 
 class NotByParts(Exception):
@@ -34,33 +34,18 @@ class Skeleton:
 
         Raises NotByParts; ModelError for a file that is damaged.
         """
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            GenerationConfig,
-        )
+        from transformers import GenerationConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.utils.logging import disable_progress_bar
 
         self._folder, self._dtype, self.device = folder, dtype, torch.device(device)
-        disable_progress_bar()  # it would draw one for each part
-        tensors = self.tensors = stored_tensors(folder)
+        tensors = self.tensors = float_tensors(folder)
         if not tensors:
             raise NotByParts("its weights are in no safetensors file")
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            with torch.device("meta"):
-                seeing = sees(read_config(folder))
-                loader = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
-                self.model: Any = loader.from_config(config, dtype=dtype).eval()
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ModelError(f"{folder}: cannot be loaded ({first_line(error)})") from None
+        self.model: Any = on_meta(folder, dtype=dtype)
         if (folder / "generation_config.json").is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.body = getattr(self.model.model, "language_model", self.model.model)
-        with torch.device(device):
-            self.body.rotary_emb = type(self.body.rotary_emb)(config=self.body.config)
+        self.body.rotary_emb.to(device)
         if narrow and all(tensor.kind == "BF16" for tensor in tensors.values()):
             for module in self.body.layers.modules():
                 if isinstance(module, torch.nn.Linear):
@@ -75,7 +60,8 @@ class Skeleton:
         if odd := [name for name in self._tied if name in self._stored]:
             raise NotByParts(f"{odd[0]} is tied to another weight and stored all the same")
         parts = (self.body, self.model.lm_head)
-        if odd := [n for part in parts for n, b in part.named_buffers() if b.is_meta]:
+        names = [name for part in parts for name, _ in part.named_buffers()]
+        if odd := [name for name in names if not name.startswith("rotary_emb.")]:
             raise NotByParts(f"{odd[0]} is computed, not stored")
 
     def embedding(self) -> torch.Tensor:

@@ -1043,7 +1043,25 @@ def _cure(run: Run, shape: Shape, setup: Setup, free: int, longest: int) -> str:
     for method, flag in (("lora", "--use_lora True"), ("qlora", "--q_lora True")):
         if method != setup.method and need(shape, replace(again_setup, method=method)).total <= free:  # type: ignore[arg-type]
             return f"an adapter fits: {flag} --per_device_train_batch_size 1"
+    if setup.method != "full" and (found := _smaller_adapter(run, shape, again_setup, free)):
+        return f"it fits with {found}{' --gradient_checkpointing True' if can_checkpoint else ''}"
+    if setup.method == "qlora":  # nothing holds a base in less, and 4-bit weights cannot be shared out
+        return "use a smaller model"
     return "use a smaller model, a lower --model_max_length, or more processes with ZeRO-3"
+
+
+def _smaller_adapter(run: Run, shape: Shape, setup: Setup, free: int) -> str | None:
+    """Flags under which an adapter fits, one conversation a row: of a lower rank, then of shorter conversations too."""
+    ranks = [setup.lora_r] + [r for r in (32, 16, 8) if r < setup.lora_r and not run.lora.lora_weight_path]
+    for length in (setup.row, *(n for n in (2048, 1024, 512, 256) if n < setup.row)):
+        for rank in ranks:
+            row = replace(setup, row=length, supervised=min(setup.supervised, length), lora_r=rank)
+            if need(shape, row).total <= free:
+                flags = ["--per_device_train_batch_size 1"]
+                flags += [f"--lora_r {rank}"] if rank != setup.lora_r else []
+                flags += [f"--model_max_length {length}"] if length != setup.row else []
+                return " ".join(flags)
+    return None
 
 
 def gib(size: float) -> str:

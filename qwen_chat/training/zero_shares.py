@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,28 @@ class Buckets:
         self._large.clear()
 
 
+class _Gather:
+    """One all-gather: a single weight comes into a tensor of its own; several come into one, from which each is copied
+    when the first of them is used, and which stays until all were."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.sizes = {id(weight): weight.numel() for weight in weights}
+        self._dtype, self._split = weights[0].dtype, False
+        self._joined = self._tensor(sum(self.sizes.values()))
+
+    def _tensor(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=self._dtype, device="meta")
+
+    def split(self) -> dict[int, torch.Tensor]:
+        """The weights, the first time that it is asked for."""
+        first, self._split = not self._split, True
+        if not first:
+            return {}
+        if len(self.sizes) == 1:
+            return dict.fromkeys(self.sizes, self._joined)
+        return {key: self._tensor(size) for key, size in self.sizes.items()}
+
+
 class Gathered:
     """Whole weights that ZeRO-3 holds: tensors of their own on the stand-in, made and dropped by its own rule.
 
@@ -122,6 +144,7 @@ class Gathered:
         self._uses: list[int] = []  # the places in the order of modules that have weights
         self._following = False
         self._step = self._ahead = 0  # the module that runs; the next whose weights are not fetched early yet
+        self._coming: dict[int, _Gather] = {}  # gathered, not used yet
         self._held: dict[int, torch.Tensor] = {}
         self._count = 0
         self._wanted: dict[int, int] = {}  # the step for which a weight was fetched last
@@ -141,31 +164,37 @@ class Gathered:
         self._following = True
         self._uses = [step for step, own in enumerate(self._order) if own]
         self._step = self._ahead = self._count = 0
+        self._coming.clear()
         self._held.clear()
         self._wanted.clear()
 
-    def _gather(self, parameter: torch.Tensor) -> None:
-        self._held[id(parameter)] = torch.empty(parameter.numel(), dtype=parameter.dtype, device="meta")
-        self._count += parameter.numel()
+    def _absent(self, parameter: torch.Tensor) -> bool:
+        return id(parameter) not in self._held and id(parameter) not in self._coming
+
+    def _gather(self, weights: Sequence[torch.Tensor]) -> None:
+        if weights:
+            self._coming |= dict.fromkeys(map(id, weights), _Gather(weights))
+            self._count += sum(weight.numel() for weight in weights)
 
     def _fetch(self, own: tuple[torch.Tensor, ...]) -> None:
         if not self._following:
             self._order.append(own)
             return
+        self._gather([parameter for parameter in own if self._absent(parameter)])
         for parameter in own:
-            if id(parameter) not in self._held:
-                self._gather(parameter)
+            if (gather := self._coming.pop(id(parameter), None)) is not None:
+                self._held |= gather.split()
         self._step += 1
         self._ahead = max(self._ahead, self._step)
         room = min(self._sizes.live - self._count, self._sizes.prefetch)
-        early = 0
-        while self._ahead < len(self._order) and early < room:
+        early: dict[int, torch.Tensor] = {}
+        while self._ahead < len(self._order) and sum(weight.numel() for weight in early.values()) < room:
             for parameter in self._order[self._ahead]:
                 self._wanted[id(parameter)] = self._ahead
-                if id(parameter) not in self._held:
-                    self._gather(parameter)
-                    early += parameter.numel()
+                if self._absent(parameter):
+                    early[id(parameter)] = parameter
             self._ahead += 1
+        self._gather(list(early.values()))
 
     def _release(self, own: tuple[torch.Tensor, ...]) -> None:
         if not self._following or not own:

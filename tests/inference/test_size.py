@@ -1,6 +1,7 @@
 """What a model takes while it is served, counted from its files' headers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,11 +35,36 @@ def test_each_part_counts_in_its_final_form(width: int, quantize: str | None, la
     assert serving_bytes(TENSORS, width, quantize) == PROGRAM + ready + beside
 
 
+def refusal(monkeypatch: pytest.MonkeyPatch, free: int, card: int | None = None, **more: Any) -> str:
+    monkeypatch.setattr(hardware, "free_memory", lambda: free)
+    monkeypatch.setattr(hardware, "device_free", lambda kind: free if kind == "cpu" else card)
+    with pytest.raises(ModelError) as error:
+        check_fits(Path("there"), TENSORS, **{"width": 4, "quantize": None} | more)
+    return str(error.value)
+
+
 def test_what_does_not_fit_is_told_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "free_memory", lambda: serving_bytes(TENSORS, 4, "int8"))
+    enough = serving_bytes(TENSORS, 4, "int8")
+    monkeypatch.setattr(hardware, "free_memory", lambda: enough)
     check_fits(Path("there"), TENSORS, 4, "int8")
-    with pytest.raises(ModelError, match=r"there: served it takes about .* give --quantize int8 .*a GPU of"):
-        check_fits(Path("there"), TENSORS, 4, None)
-    monkeypatch.setattr(hardware, "free_memory", lambda: 1)
-    with pytest.raises(ModelError, match="nothing here makes it fit"):
-        check_fits(Path("there"), TENSORS, 4, None)
+    told = refusal(monkeypatch, enough)
+    assert told.startswith(
+        "there: served it takes about 0.7 GiB of memory and 0.7 can be had; give --quantize int8 ("
+    )
+    assert "or --quantize int4 (" in told and told.endswith("or a GPU of 1 GiB")
+    assert "nothing here makes it fit" in refusal(monkeypatch, 1)
+
+
+def test_a_card_that_is_too_small_is_told_what_main_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refusal(monkeypatch, 2**40, card=1, width=2, device="cuda")
+    assert "GiB on the cuda device and 0.0 can be had; give --device cpu --quantize int8 (0.7 GiB) or" in told
+    assert "nothing here makes it fit" in refusal(monkeypatch, 1, card=1, width=2, device="cuda")
+
+
+def test_a_merge_counts_the_whole_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, whole = serving_bytes(TENSORS, 4, "int8"), 4 * sum(tensor.numbers for tensor in TENSORS.values())
+    told = refusal(monkeypatch, served + whole - 1, quantize="int8", merged=True)
+    assert "merged and served it takes about" in told and "merge it with finetune/merge_adapter.py" in told
+    monkeypatch.setattr(hardware, "free_memory", lambda: served + whole)
+    monkeypatch.setattr(hardware, "device_free", lambda kind: served + whole)
+    check_fits(Path("there"), TENSORS, 4, "int8", merged=True)

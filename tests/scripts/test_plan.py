@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_chat import families
+from tests.support.scripts import Ran, runner
 from tests.support.shapes import PUBLISHED, QWEN2_5_SEVEN_BILLION
+from tests.training.test_memory_plan import small
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "finetune" / "plan.py"
@@ -149,6 +152,80 @@ def test_weights_and_positions_count(
         tokens.append(json.loads(out)["tokens"])
     assert tokens[0] > 3000
     assert 3 * 10 < tokens[1] < 3 * 100 and tokens[1] % 3 == 0
+
+
+Simulate = Callable[..., Ran]
+
+
+@pytest.fixture
+def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Simulate:
+    """plan.py --simulate True in this process, for a config.json with other fields than a small Qwen2's."""
+    run = runner("finetune/plan.py", monkeypatch, capsys)
+
+    def simulated(*words: str, **fields: object) -> Ran:
+        (tmp_path / "config.json").write_text(json.dumps(small("qwen2") | {"vocab_size": 1000} | fields))
+        return run("-m", str(tmp_path), "--simulate", "True", *words)
+
+    return simulated
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["--use_lora", "True", "--row_tokens", "256"], False),
+        (["--row_tokens", "65536", "--gpu_gib", "1.75"], True),  # only computed again it fits: auto
+        (["--row_tokens", "256", "--gradient_checkpointing", "True"], True),
+        (
+            [
+                *("--row_tokens", "256", "--gradient_checkpointing", "False", "--ranks", "8"),
+                *("--deepspeed", str(ROOT / "finetune" / "ds_config_zero2.json")),
+            ],
+            False,
+        ),
+    ],
+)
+def test_a_step_is_simulated(simulate: Simulate, words: list[str], again: bool) -> None:
+    words = ["--gpu_gib", "24", "--json", *words]
+    status, said, printed = simulate(*words)
+    assert status == 0, said
+    found = json.loads(printed)
+    counted = found["simulated"]
+    assert set(counted) == {"peak_bytes", "transfers", "seconds", "checkpointing", "planned_bytes"}
+    assert counted["checkpointing"] is again
+    assert counted["planned_bytes"] == pytest.approx(counted["peak_bytes"], rel=0.08)
+    assert counted["transfers"] == 2 and 0 < counted["seconds"] < 60
+    assert f"gradient checkpointing {'on' if again else 'off'}; the host waits for the GPU 2 times" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "said"),
+    [
+        (["--device", "cpu"], {}, "it stands in for a GPU; name one: --gpu_gib 24"),
+        (
+            ["--q_lora", "True", "--gpu_gib", "24"],
+            {},
+            "4-bit weights are multiplied by kernels of bitsandbytes",
+        ),
+        (["--gpu_gib", "24", "--optim", "adafactor"], {}, "--optim adafactor has none"),
+        (["--gpu_gib", "24", "--deepspeed"], {}, "what is offloaded moves between a GPU and main memory"),
+        (
+            ["--gpu_gib", "24"],
+            small("qwen3_moe"),
+            "a model of type 'qwen3_moe' cannot be simulated so (",
+        ),
+    ],
+)
+def test_what_has_no_stand_in_is_one_line(
+    simulate: Simulate, tmp_path: Path, words: list[str], fields: dict[str, object], said: str
+) -> None:
+    if words[-1] == "--deepspeed":
+        file = tmp_path / "offload.json"
+        block = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+        file.write_text(json.dumps({"zero_optimization": block}))
+        words = [*words, str(file)]
+    status, told, printed = simulate(*words, "--row_tokens", "64", **fields)
+    assert (status, printed) == (2, "")
+    assert told.splitlines()[-1].startswith("error: --simulate True: ") and said in told
 
 
 @pytest.mark.parametrize(

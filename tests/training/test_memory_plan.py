@@ -586,6 +586,25 @@ def test_a_run_chooses_passes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("gib", "row", "cure"),
+    [
+        (7.4, 512, "it fits with --per_device_train_batch_size 1 --lora_r 32, or --plan_anyway"),
+        (6.0, 8192, "it fits with --per_device_train_batch_size 1 --lora_r 8 --model_max_length 1024, or"),
+        (4.0, 512, "; use a smaller model, or --plan_anyway"),
+    ],
+)
+def test_q_lora_of_a_7b_that_does_not_fit_is_told_what_would(
+    gib: float, row: int, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A laptop of 8 GiB: an adapter of a lower rank, shorter conversations; never ZeRO-3, which 4 bits cannot have."""
+    monkeypatch.setattr(memory_plan, "room", lambda here=1: memory_plan.Room(int(gib * GIB), "a test"))
+    run = run_of("--q_lora", "--per_device_train_batch_size", "1")
+    verdict = memory_plan.decide(run, replace(SEVEN_BILLION, stored=2), row=row, supervised=row, longest=row)
+    assert verdict.refusal is not None and cure in verdict.refusal
+    assert "ZeRO-3" not in verdict.refusal
+
+
 def test_true_and_false_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "room", lambda here=1: memory_plan.Room(int(200 * GIB), "a test"))
     for word in (True, False):

@@ -1,6 +1,7 @@
 """What a person sees of a run, and when it says that the run will end."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,3 +43,30 @@ def test_a_row_is_told_forward_and_back(checkpointing):
     ]
     assert [round(p.share, 3) for p in places] == [0.083, 0.167, 0.333, 0.5, 0.583, 0.667, 0.833, 1.0]
     assert str(places[-2]) == "row 2 of 2, backward, layer 2 of 2"
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["a file", "a terminal"])
+def test_a_step_that_takes_hours_tells_where_it_is_and_when_the_run_ends(
+    terminal, tmp_path, monkeypatch, capsys
+):
+    """16 rows of 10 minutes a step, 3 steps: the first lines tell the place alone, later ones the end too."""
+    now = [1000.0]
+    noon = time.mktime((2026, 5, 6, 12, 0, 0, 0, 0, -1))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_log.time, "time", lambda: noon + now[0] - 1000)
+    monkeypatch.setattr(step_log.sys.stderr, "isatty", lambda: terminal)
+    log = step_log.StepLog(tmp_path)
+    log.on_train_begin(
+        SimpleNamespace(disable_tqdm=False), SimpleNamespace(global_step=0, max_steps=3), SimpleNamespace()
+    )
+    told = []
+    for row in (1, 9):
+        for layer in (1, 14, 28):
+            now[0] = 1000 + 600 * (row - 1) + 600 * layer / 28 / 3
+            log.place(StepPlace(row, 16, layer, 28, back=False))
+            log.place(StepPlace(row, 16, layer, 28, back=False))  # at once: not told twice
+            told.append(log.bar.postfix if terminal else capsys.readouterr().err)
+    log.__exit__()
+    where = "" if terminal else "step 1 of 3: "
+    assert told[2].strip() == f"{where}row 1 of 16, forward, layer 28 of 28"
+    assert told[5].strip() == f"{where}row 9 of 16, forward, layer 28 of 28, ends about 20:00, in 6 h 37 min"
