@@ -159,9 +159,9 @@ def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
 
 
 def asked(fmt: ChatFormat) -> list[Example]:
-    """Conversations without typed control tokens, which every other server reads as such; their tools with the keys
-    and in the order that llama-server gives them, whatever a request has."""
-    found = [case for case in cases(fmt) if case.kind != "typed"]
+    """Conversations without typed control tokens, which every other server reads as such, and in NFC, which
+    llama.cpp does not make; their tools with the keys that llama-server gives them, whatever a request has."""
+    found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case)]
     return [replace(case, tools=tuple(map(_in_order, case.tools))) for case in found][:CONVERSATIONS]
 
 
@@ -225,11 +225,13 @@ def gguf_row(name: str, folder: Path) -> dict[str, Any]:
     with llama_server(folder / "model.gguf") as server:
         same = same_prompts(server, fmt, given)
         equal, gap = same_greedy(server, model, prompts[:PROMPTS])
-    other = [case for case in given if case not in same]
+        loose = [case for case in cases(fmt) if case.kind in ("text", "system") and not is_composed(case)]
+        decomposed = len(same_prompts(server, fmt, loose))
     return {
         "conversations": len(given),
         "same_prompts": len(same),
-        "other_composed": sum(is_composed(case) for case in other),
+        "decomposed": len(loose),
+        "same_decomposed": decomposed,
         "prompts": PROMPTS,
         "same_greedy": equal,
         "largest_gap": float(f"{gap:.1e}"),
