@@ -32,7 +32,7 @@ _GROUP = 128  # columns that share a scale where there are as many
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What the worker is told. held_out: {"ids": [...], "labels": [...]} each."""
 
     to: str
@@ -98,7 +98,7 @@ def write_elsewhere(
     half = max(1, len(data) // 2)
 
     def build(aside: Path) -> None:
-        job = Job(
+        job = WorkerJob(
             to=to,
             model=str(model.resolve()),
             folder=str(aside),

@@ -89,13 +89,13 @@ def _factors(adapter: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, to
         pairs.setdefault(part[1].replace("model.language_model.", "model."), {})[part[2]] = tensor.float()
     for name, pair in pairs.items():
         rank = pair["A"].shape[0]
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         theirs = config["lora_alpha"] / rank
         yield name, pair["A"], pair["B"] if scaling == theirs else pair["B"] * (scaling / theirs)
 
 
-def _pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:
+def _by_pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:
     """peft's rule: the first pattern that the name is, or ends with after a dot."""
     found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
     return float(next(found, usual))

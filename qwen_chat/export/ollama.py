@@ -21,24 +21,24 @@ from qwen_chat.dialects.xml import CLOSE_FUNCTION, CLOSE_PARAMETER, OPEN_FUNCTIO
 from qwen_chat.errors import FormatError, ModelError
 from qwen_chat.service.prepare import SamplingDefaults
 
-# When a think block stands before a reply: never, where there is a thought, an empty one too.
-When = Literal["never", "given", "always"]
-_SYSTEM, _USER, _REPLY, _THOUGHT, _NAME = (
+# ThinkRule a think block stands before a reply: never, where there is a thought, an empty one too.
+ThinkRule = Literal["never", "given", "always"]
+_SYSTEM_HERE, _ASKED, _SAID, _THINKING, _TOOLS_HERE = (
     "probe system",
     "probe user",
     "probe reply",
     "probe thought",
     "probe",
 )
-_TOOL: Json = {
+_OFFERED: Json = {
     "type": "function",
-    "function": {"name": _NAME, "parameters": {"type": "object", "properties": {}}},
+    "function": {"name": _TOOLS_HERE, "parameters": {"type": "object", "properties": {}}},
 }
-_CALL: Json = {
+_SHOWN_CALL: Json = {
     "type": "function",
-    "function": {"name": _NAME, "arguments": '{"a": "值", "b": [1, null], "c": true}'},
+    "function": {"name": _TOOLS_HERE, "arguments": '{"a": "值", "b": [1, null], "c": true}'},
 }
-_ASK: Json = {"role": "user", "content": _USER}
+_ASK: Json = {"role": "user", "content": _ASKED}
 _RESULT: Json = {"role": "tool", "content": "probe result", "tool_call_id": "1"}
 _CONTEXT = 8192  # tokens of a conversation, where the model allows as many
 
@@ -47,14 +47,14 @@ _CONTEXT = 8192  # tokens of a conversation, where the model allows as many
 class Wording:
     """What a chat template writes around texts.
 
-    openings: by (a system text, tools), literals with `_SYSTEM` and `_NAME` where system text and tools stand. thinks:
-    before replies up to the last question, and after it. unled: a newline that begins a reply is left out there.
-    between: after a reply's text, before its calls. begins: with what a reply begins by default, thinking off, on.
+    openings: by (a system text, tools), literals, `_SYSTEM_HERE` and `_TOOLS_HERE` where those two stand. thinks: before
+    replies up to the last question, and after it. unled: a newline that begins a reply is left out there. between:
+    after a reply's text, before its calls. begins: with what a reply begins by default, thinking off, on.
     """
 
     openings: Mapping[tuple[bool, bool], tuple[str, ...]]
     dialect: Dialect
-    thinks: tuple[When, When]
+    thinks: tuple[ThinkRule, ThinkRule]
     unled: tuple[bool, bool]
     between: str
     begins: Mapping[bool | None, str]
@@ -63,7 +63,7 @@ class Wording:
         """What the Go template writes for OpenAI-shaped messages."""
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        holes = {_SYSTEM: system or "", _NAME: listed}
+        holes = {_SYSTEM_HERE: system or "", _TOOLS_HERE: listed}
         found = "".join(holes.get(part, part) for part in self.openings[system is not None, bool(tools)])
         question = max((k for k, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
         last = ""
@@ -101,17 +101,19 @@ def find_wording(fmt: ChatFormat) -> tuple[Wording, list[str]]:
 
     def reply(text: str, late: bool, **fields: object) -> str:
         """As it is written before the last question; or after it, where its call waits for an answer."""
-        message = {"role": "assistant", "content": text, **fields} | ({"tool_calls": [_CALL]} if late else {})
+        message = {"role": "assistant", "content": text, **fields} | (
+            {"tool_calls": [_SHOWN_CALL]} if late else {}
+        )
         rest = [_RESULT] if late else [_ASK]
         return fmt.prompt([_ASK, message, *rest]).split(f"{START}assistant\n")[1].partition(END)[0]
 
-    def when(late: bool) -> When:
-        if THINK in reply(_REPLY, late):
+    def when(late: bool) -> ThinkRule:
+        if THINK in reply(_SAID, late):
             return "always"
-        return "given" if _THOUGHT in reply(_REPLY, late, reasoning_content=_THOUGHT) else "never"
+        return "given" if _THINKING in reply(_SAID, late, reasoning_content=_THINKING) else "never"
 
     def unled(late: bool) -> bool:
-        return reply(f"\n{_REPLY}", late) == reply(_REPLY, late)
+        return reply(f"\n{_SAID}", late) == reply(_SAID, late)
 
     places = (False, calls)  # of a reply: without calls there is none after the last question
     wording = Wording(
@@ -121,7 +123,7 @@ def find_wording(fmt: ChatFormat) -> tuple[Wording, list[str]]:
         dialect=fmt.dialect,
         thinks=(when(False), when(calls)),
         unled=(unled(False), unled(calls)),
-        between=reply(_REPLY, calls).partition(_REPLY)[2].partition(OPEN)[0],
+        between=reply(_SAID, calls).partition(_SAID)[2].partition(OPEN)[0],
         begins={think: begun(think) for think in (None, False, True)},
     )
     return wording, _lost(fmt, wording, calls)
@@ -132,11 +134,11 @@ def _switched(switch: Switch | None, think: bool | None) -> dict[str, Any]:
 
 
 def _opening(fmt: ChatFormat, system: bool, tools: bool) -> tuple[str, ...]:
-    """All before the first question, in parts: literals, `_SYSTEM` for the system text, `_NAME` for the tools."""
-    messages = [{"role": "system", "content": _SYSTEM}, _ASK] if system else [_ASK]
-    text = fmt.prompt(messages, [_TOOL] if tools else None).partition(f"{START}user\n{_USER}")[0]
-    text = text.replace(json.dumps(_TOOL, ensure_ascii=False), "\0t\0").replace(_SYSTEM, "\0s\0")
-    return tuple({"s": _SYSTEM, "t": _NAME}.get(part, part) for part in text.split("\0") if part)
+    """All before the first question, in parts: see `Wording.openings`."""
+    messages = [{"role": "system", "content": _SYSTEM_HERE}, _ASK] if system else [_ASK]
+    text = fmt.prompt(messages, [_OFFERED] if tools else None).partition(f"{START}user\n{_ASKED}")[0]
+    text = text.replace(json.dumps(_OFFERED, ensure_ascii=False), "\0t\0").replace(_SYSTEM_HERE, "\0s\0")
+    return tuple({"s": _SYSTEM_HERE, "t": _TOOLS_HERE}.get(part, part) for part in text.split("\0") if part)
 
 
 # ------------------------------------------------------------------------------------------------ what is lost
@@ -146,7 +148,7 @@ def _shapes(calls: bool) -> Iterator[tuple[str, list[Json], list[Json]]]:
     """Constructs of conversations by name, each with messages and tools that have it."""
     system, later = {"role": "system", "content": "S 系统"}, {"role": "system", "content": "later"}
     answer, thought = {"role": "assistant", "content": "答"}, {"reasoning_content": "why"}
-    call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    call = {"role": "assistant", "content": "", "tool_calls": [_SHOWN_CALL]}
     yield "a question", [_ASK], []
     yield "a system text", [system, _ASK], []
     yield "an empty system text", [{"role": "system", "content": ""}, _ASK], []
@@ -155,25 +157,25 @@ def _shapes(calls: bool) -> Iterator[tuple[str, list[Json], list[Json]]]:
     yield "a thought in an earlier turn", [_ASK, answer | thought, _ASK], []
     yield "a later system message", [_ASK, answer, later, _ASK], []
     if calls:
-        yield "tools", [_ASK], [_TOOL]
-        yield "tools beside a system text", [system, _ASK], [_TOOL, _TOOL]
-        yield "a call", [_ASK, call, _RESULT], [_TOOL]
-        yield "several calls", [_ASK, call | {"tool_calls": [_CALL] * 2}, _RESULT, _RESULT], [_TOOL]
-        yield "text before a call", [_ASK, call | {"content": "x"}, _RESULT, answer, _ASK], [_TOOL]
-        yield "calls one after the other", [_ASK, call, _RESULT, call, _RESULT], [_TOOL]
-        yield "a thought before a call", [_ASK, call | thought, _RESULT], [_TOOL]
+        yield "tools", [_ASK], [_OFFERED]
+        yield "tools beside a system text", [system, _ASK], [_OFFERED, _OFFERED]
+        yield "a call", [_ASK, call, _RESULT], [_OFFERED]
+        yield "several calls", [_ASK, call | {"tool_calls": [_SHOWN_CALL] * 2}, _RESULT, _RESULT], [_OFFERED]
+        yield "text before a call", [_ASK, call | {"content": "x"}, _RESULT, answer, _ASK], [_OFFERED]
+        yield "calls one after the other", [_ASK, call, _RESULT, call, _RESULT], [_OFFERED]
+        yield "a thought before a call", [_ASK, call | thought, _RESULT], [_OFFERED]
         yield (
             "a thought before a call of an earlier turn",
             [_ASK, call | thought, _RESULT, answer, _ASK],
-            [_TOOL],
+            [_OFFERED],
         )
-    yield _SPACE, [{"role": "system", "content": " s\n"}, _ASK | {"content": "\n u "}, answer, _ASK], []
-    yield _SPACE, [_ASK, answer | {"content": "\n\n a \n"}, _ASK], []
+    yield _WHITE_SPACE, [{"role": "system", "content": " s\n"}, _ASK | {"content": "\n u "}, answer, _ASK], []
+    yield _WHITE_SPACE, [_ASK, answer | {"content": "\n\n a \n"}, _ASK], []
     yield _INLINE, [_ASK, answer | {"content": f"{THINK}\nwhy\n{END_THINK}\n\nso"}, _ASK], []
 
 
 # What a Go template cannot do to a text, so that it stays as the client gives it.
-_SPACE = "white space at the ends of a text, which the chat template takes off"
+_WHITE_SPACE = "white space at the ends of a text, which the chat template takes off"
 _INLINE = f"a thought that stands in a reply's text ({THINK}), which the chat template takes out"
 
 
@@ -190,7 +192,7 @@ def _lost(fmt: ChatFormat, wording: Wording, calls: bool) -> list[str]:
                 continue
             if wording.prompt(messages, tools, think) == wanted:
                 continue
-            if name not in (_SPACE, _INLINE):
+            if name not in (_WHITE_SPACE, _INLINE):
                 raise ModelError(
                     f"--to ollama: the chat template writes {name}{_THINKS[think]} as no Go template made here does;"
                     " serve it with llama-server (--to gguf), which runs the chat template itself"
@@ -262,7 +264,7 @@ def go_template(wording: Wording) -> str:
 
 def _go_opening(wording: Wording, system: bool, tools: bool) -> str:
     several = '{{ range $i, $t := .Tools }}{{ if $i }}{{ "\\n" }}{{ end }}{{ template "tool" . }}{{ end }}'
-    holes = {_SYSTEM: "{{ $system }}", _NAME: several}
+    holes = {_SYSTEM_HERE: "{{ $system }}", _TOOLS_HERE: several}
     with_tools, without = (
         "".join(holes.get(part) or _go(part) for part in wording.openings[system, offered])
         for offered in (tools, False)

@@ -47,7 +47,7 @@ def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> Writ
         _carry_lock(model, aside)
 
     build_new(folder, build)
-    lines = [f"written: {file}", *_left_out(facts)]
+    lines = [f"written: {file}", *_placeless(facts)]
     return WrittenExport((*lines, "serve it:", f"  llama-server -m {shlex.quote(str(file))} --jinja"), facts)
 
 
@@ -86,7 +86,7 @@ def to_ollama(model: Path, folder: Path, kind: str, quantizer: str | None) -> Wr
         _carry_lock(model, aside)
 
     build_new(folder, build)
-    lines = [f"written: {folder / file}, {folder / 'Modelfile'}", *_left_out(facts)]
+    lines = [f"written: {folder / file}, {folder / 'Modelfile'}", *_placeless(facts)]
     lines += [f"not carried by Ollama's template: {what}" for what in lost]
     made = shlex.join(["ollama", "create", model.resolve().name.lower(), "-f", str(folder / "Modelfile")])
     return WrittenExport((*lines, "serve it:", f"  {made}"), {**facts, "not_carried": lost})
@@ -130,7 +130,7 @@ def _write_model(model: Path, file: Path, kind: str, quantizer: str | None) -> d
     return {**facts, "type": kind}
 
 
-def _left_out(facts: Mapping[str, Any]) -> list[str]:
+def _placeless(facts: Mapping[str, Any]) -> list[str]:
     lost = facts["left_out"]
     if not lost:
         return []

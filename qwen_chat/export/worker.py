@@ -2,9 +2,9 @@
 
     PYTHON_OF_THAT_ENVIRONMENT qwen_chat/export/worker.py JOB.json
 
-In: a JSON file (see `qwen_chat.export.elsewhere.Job`): the library, its settings, the model's folder, the new one,
-token ids to calibrate on, token ids with labels to measure the loss on. Out: the folder; as the last line on standard
-output {"before": loss, "after": loss, "tokens": number of supervised tokens}.
+In: a JSON file (`WorkerJob` in elsewhere.py): the library, its settings, the model's folder, the new one, token ids to
+calibrate on, token ids with labels to measure the loss on. Out: the folder; as the last line on standard output
+{"before": loss, "after": loss, "tokens": number of supervised tokens}.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def main() -> None:
+def run_job() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
     import torch
@@ -89,4 +89,4 @@ def compressed(job: dict[str, Any], model: Any) -> Callable[[Any], Any]:
 MAKERS = {"openvino": openvino, "gptq": gptq, "compressed": compressed}
 
 if __name__ == "__main__":
-    main()
+    run_job()
