@@ -1,4 +1,5 @@
-"""Write a model as other programs serve it: one GGUF file, a command for vLLM, a folder for a hub.
+"""Write a model as other programs serve it: a GGUF file, Ollama's Modelfile, OpenVINO's, GPTQ's or
+compressed weights, a command for vLLM, a folder for a hub.
 
     python finetune/export.py --adapter finetune/io_file/output_data/demo --to gguf --type q8_0 -o exported
 

@@ -71,7 +71,8 @@ class _Groups(_Packed):
         zeros = (parts["qzeros"][:, :, None] >> shifts) & most
         zeros = zeros.reshape(-1, rows) + self.above
         group = parts["g_idx"].long()
-        return ((whole.reshape(columns, rows) - zeros[group]) * parts["scales"][group].float()).T.contiguous()
+        apart: torch.Tensor = (whole.reshape(columns, rows) - zeros[group]) * parts["scales"][group].float()
+        return apart.T.contiguous()
 
 
 def unpacked(

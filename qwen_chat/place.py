@@ -25,6 +25,7 @@ SCRIPTS = {
     "evaluate": "finetune/evaluate.py",
     "merge": "finetune/merge_adapter.py",
     "export": "finetune/export.py",
+    "report": "finetune/report.py",
     "verify": "fast_start/verify_service.py",
 }
 

@@ -1,4 +1,5 @@
-"""Write a model as other programs serve it: one GGUF file, a command for vLLM, a folder for a hub.
+"""Write a model as other programs serve it: a GGUF file, Ollama's Modelfile, OpenVINO's, GPTQ's or compressed weights,
+a command for vLLM, a folder for a hub.
 
     qwen-chat export --adapter output_data/RUN --to gguf --type q8_0 -o exported
 
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwen_chat import place
 from qwen_chat.console import rank_zero
@@ -21,15 +22,29 @@ from qwen_chat.flags import parser
 from qwen_chat.flags.parser import option
 from qwen_chat.flags.run_options import ModelArguments
 
+if TYPE_CHECKING:
+    from qwen_chat.export.source import Exported
+    from qwen_chat.export.targets import WrittenExport
+
+_ELSEWHERE = ("gptq", "compressed", "openvino")  # in an environment of their own
+
 
 @dataclass(frozen=True)
 class ExportArguments:
     """Exporting"""
 
-    to: Literal["gguf", "vllm", "hub"] | None = option(None, "what for")
+    to: Literal["gguf", "ollama", "gptq", "compressed", "openvino", "vllm", "hub"] | None = option(
+        None, "what for"
+    )
     adapter: str | None = option(None, "an adapter's folder; it is merged into its base first")
     output: str | None = option(None, "the new folder", "-o", "--output_dir")
-    type: str = option("q8_0", "numbers of a GGUF: f32, f16, bf16, q8_0, q4_0; others with --llama_quantize")
+    adapter_only: bool = option(False, "--to gguf: the adapter alone, to be loaded over its base's file")
+    type: str | None = option(
+        None,
+        "numbers of a GGUF: f32, f16, bf16, q8_0 (unless said), q4_0, others with --llama_quantize; of openvino: int8"
+        " (unless said), int4; gptq: int4, int8; compressed: w4a16, int8",
+    )
+    python: str | None = option(None, "gptq, compressed, openvino: the interpreter of their own environment")
     llama_quantize: str | None = option(None, "path of llama.cpp's llama-quantize")
     data_path: tuple[str, ...] = option(
         (), "conversations to compare the merged model on; the run's own without it", "-d", appends=True
@@ -42,48 +57,72 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     values = parser.read(argv, [ModelArguments, ExportArguments], about=about)
     chosen, options = values[ModelArguments], values[ExportArguments]
     if options.to is None:
-        raise OptionError("--to: not given; expected gguf, vllm or hub")
+        raise OptionError("--to: not given; expected gguf, ollama, gptq, compressed, openvino, vllm or hub")
     if options.output is None:
         raise OptionError("-o: no folder; name a new one for what is exported")
     if chosen.model is None and options.adapter is None:
         raise OptionError("-m: no model; give a model's folder, or an adapter's with --adapter")
 
-    from qwen_chat.export import targets
     from qwen_chat.export.source import check_new, find_exported
 
     folder = Path(options.output).expanduser()
     check_new(folder)
     adapters = [] if options.adapter is None else [options.adapter]
     source = find_exported(chosen.model, adapters, any_base=options.any_base)
-    model = source.base
-    if adapters and options.to == "vllm":
-        raise OptionError(
-            f"--to vllm --adapter: the command names a folder that stays; merge first ({place.invocation('merge')}),"
-            " then give the merged folder with -m"
-        )
+    kind = _checked_type(options)
+    paths = source.data(options.data_path) if adapters or options.to in _ELSEWHERE else ()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent) as room:
-        if adapters:
+        model = source.base
+        if adapters and not options.adapter_only:
             from qwen_chat.export.merged_model import merged_folder
 
             model = Path(room) / Path(adapters[0]).resolve().name
             comparison = merged_folder(
-                source,
-                (1.0,),
-                source.data(options.data_path),
-                model,
-                trust_remote_code=chosen.trust_remote_code,
+                source, (1.0,), paths, model, trust_remote_code=chosen.trust_remote_code
             )
             for line in comparison.lines():
                 rank_zero(line)
-        if options.to == "gguf":
-            written = targets.to_gguf(model, folder, options.type, options.llama_quantize)
-        elif options.to == "vllm":
-            written = targets.to_vllm(model, folder)
-        else:
-            written = targets.to_hub(model, source, folder)
+        written = _write(options, source, model, folder, kind, paths)
     for line in written.lines:
         rank_zero(line)
     if options.json:
         print(json.dumps({"output": str(folder), **written.facts}))
     return 0
+
+
+def _checked_type(options: ExportArguments) -> str:
+    """The numbers' type, once everything that the flags rule out has been refused."""
+    from qwen_chat.export import elsewhere, targets
+
+    if options.adapter_only:
+        if options.to != "gguf" or options.adapter is None:
+            raise OptionError("--adapter_only: expected beside --to gguf and --adapter")
+        return targets.check_adapter_type(options.type or "f32")
+    if options.adapter and options.to == "vllm":
+        raise OptionError(
+            "--to vllm --adapter: the command names a folder that stays; merge first"
+            f" ({place.invocation('merge')}), then give the merged folder with -m"
+        )
+    if options.to in _ELSEWHERE:
+        elsewhere.settings(options.to, options.type)
+        elsewhere.check_environment(options.to, options.python)
+    elif options.to in ("gguf", "ollama"):
+        return targets.check_type(options.type or "q8_0", options.llama_quantize)
+    return options.type or ""
+
+
+def _write(
+    options: ExportArguments, source: Exported, model: Path, folder: Path, kind: str, paths: Sequence[str]
+) -> WrittenExport:
+    from qwen_chat.export import targets
+
+    if options.adapter_only:
+        return targets.to_gguf_adapter(source, folder, kind)
+    if options.to == "gguf":
+        return targets.to_gguf(model, folder, kind, options.llama_quantize)
+    if options.to == "ollama":
+        return targets.to_ollama(model, folder, kind, options.llama_quantize)
+    if options.to in _ELSEWHERE:
+        return targets.to_elsewhere(options.to, source, model, folder, kind, str(options.python), paths)
+    return targets.to_vllm(model, folder) if options.to == "vllm" else targets.to_hub(model, source, folder)

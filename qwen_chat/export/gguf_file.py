@@ -8,6 +8,7 @@ tensors and fields by the `gguf` package.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from qwen_chat import models
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.gguf_model import pre_tokenizer
 from qwen_chat.weights import model_tensors
@@ -49,14 +51,7 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
         import gguf
     except ImportError:
         raise MissingDependency("gguf", "--to gguf") from None
-    config = models.read_config(model)
-    text: dict[str, Any] = {**config, **(config.get("text_config") or {})}
-    arch = ARCHITECTURES.get(str(config["model_type"]))
-    if arch is None:
-        raise ModelError(
-            f"{model}: model_type {config['model_type']!r} is not written as GGUF here; expected one of"
-            f" {', '.join(ARCHITECTURES)}"
-        )
+    text, arch = read_shape(model)
     architecture = gguf.MODEL_ARCH[arch]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     tensors = _Tensors(model, text, arch)
@@ -76,16 +71,7 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
             continue
         small = len(shape) <= 1 or any(word in place for word in _SMALL) or not place.endswith(".weight")
         stored = gguf.GGMLQuantizationType.F32 if small or place.endswith("_norm.weight") else wanted
-        block, size = gguf.GGML_QUANT_SIZES[stored]
-        if shape[-1] % block:
-            stored = gguf.GGMLQuantizationType.F16  # a row is no multiple of a block
-            block, size = gguf.GGML_QUANT_SIZES[stored]
-        places[name] = stored
-        plain = stored in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
-        bytes_ = int(np.prod(shape)) // block * size
-        dtype: Any = np.dtype({0: np.float32, 1: np.float16}[int(stored)]) if plain else np.dtype(np.uint8)
-        stored_shape = shape if plain else (*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor_info(place, stored_shape, dtype, bytes_, None if plain else stored)
+        places[name] = announce(writer, place, shape, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -94,6 +80,35 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
         writer.write_tensor_data(gguf.quants.quantize(data, stored))
     writer.close()
     return {"type": kind, "tensors": len(places), "left_out": lost}
+
+
+def read_shape(model: Path) -> tuple[dict[str, Any], str]:
+    """The text model's settings, and llama.cpp's architecture. ModelError where it has none."""
+    config = models.read_config(model)
+    arch = ARCHITECTURES.get(str(config["model_type"]))
+    if arch is None:
+        raise ModelError(
+            f"{model}: model_type {config['model_type']!r} is not written as GGUF here; expected one of"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    return {**config, **(config.get("text_config") or {})}, arch
+
+
+def announce(writer: Any, place: str, shape: tuple[int, ...], kind: Any) -> Any:
+    """Tell the writer of a tensor that follows; returns the type in which it must be written."""
+    import gguf
+
+    if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = gguf.GGMLQuantizationType.F16  # a row is no multiple of a block
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+    bytes_ = math.prod(shape) // block * size
+    if kind in plain:
+        writer.add_tensor_info(place, shape, np.dtype(plain[kind]), bytes_)
+    else:
+        rows = (*shape[:-1], shape[-1] // block * size)
+        writer.add_tensor_info(place, rows, np.dtype(np.uint8), bytes_, kind)
+    return kind
 
 
 class _Tensors:
@@ -140,35 +155,41 @@ class _Tensors:
         if sources[0].endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
             return gate if "gate_proj" in name else up
-        heads = self.config.get("num_attention_heads", 1)
-        if self.arch == "LLAMA" and name.endswith("q_proj.weight"):
-            return _interleaved(tensor, heads)
-        if self.arch == "LLAMA" and name.endswith("k_proj.weight"):
-            return _interleaved(tensor, self.config.get("num_key_value_heads", heads))
-        return self._delta_net(name, tensor) if self.arch == "QWEN35" else tensor
+        return arranged(name, tensor, self.config, self.arch)
 
-    def _delta_net(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Value heads lie by key head there, and one of each key head after the other here; norms hold 1 + weight."""
-        keys, values = self.config["linear_num_key_heads"], self.config["linear_num_value_heads"]
-        wide, many = self.config["linear_value_head_dim"], values // keys
-        before = 2 * keys * self.config["linear_key_head_dim"]  # queries and keys
 
-        def by_copy(part: torch.Tensor, width: int) -> torch.Tensor:
-            rest = part.shape[1:]
-            return part.reshape(keys, many, width, *rest).transpose(0, 1).reshape(-1, *rest)
+def arranged(name: str, tensor: torch.Tensor, config: Mapping[str, Any], arch: str) -> torch.Tensor:
+    """A weight with its rows (of a delta net's last projection: its columns) in llama.cpp's order."""
+    heads = config.get("num_attention_heads", 1)
+    if arch == "LLAMA" and name.endswith("q_proj.weight"):
+        return _interleaved(tensor, heads)
+    if arch == "LLAMA" and name.endswith("k_proj.weight"):
+        return _interleaved(tensor, config.get("num_key_value_heads", heads))
+    return _delta_net(name, tensor, config) if arch == "QWEN35" else tensor
 
-        if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
-            return tensor + 1
-        if ".in_proj_qkv." in name or "conv1d" in name:
-            tensor = tensor.squeeze() if "conv1d" in name else tensor
-            return torch.cat([tensor[:before], by_copy(tensor[before:], wide)])
-        if ".in_proj_z." in name:
-            return by_copy(tensor, wide)
-        if ".in_proj_a." in name or ".in_proj_b." in name or ".dt_proj" in name:
-            return by_copy(tensor, 1)
-        if name.endswith(".A_log"):
-            return by_copy(-torch.exp(tensor), 1)
-        return by_copy(tensor.T, wide).T if "linear_attn.out_proj." in name else tensor
+
+def _delta_net(name: str, tensor: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Value heads lie by key head there, and one of each key head after the other here; norms hold 1 + weight."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    wide, many = config["linear_value_head_dim"], values // keys
+    before = 2 * keys * config["linear_key_head_dim"]  # queries and keys
+
+    def by_copy(part: torch.Tensor, width: int) -> torch.Tensor:
+        rest = part.shape[1:]
+        return part.reshape(keys, many, width, *rest).transpose(0, 1).reshape(-1, *rest)
+
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        return tensor + 1
+    if ".in_proj_qkv." in name or "conv1d" in name:
+        tensor = tensor.squeeze() if "conv1d" in name else tensor
+        return torch.cat([tensor[:before], by_copy(tensor[before:], wide)])
+    if ".in_proj_z." in name:
+        return by_copy(tensor, wide)
+    if ".in_proj_a." in name or ".in_proj_b." in name or ".dt_proj" in name:
+        return by_copy(tensor, 1)
+    if name.endswith(".A_log"):
+        return by_copy(-torch.exp(tensor), 1)
+    return by_copy(tensor.T, wide).T if "linear_attn.out_proj." in name else tensor
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -257,6 +278,8 @@ def _vocabulary(writer: Any, model: Path, config: Mapping[str, Any], arch: str) 
     writer.add_tokenizer_pre(pre_tokenizer(described, model))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(model, load_merges=True).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(model, load_merges=True)
+    special.chat_template = ChatFormat(tokenizer).template  # as it is served here: with tools
+    special.add_to_gguf(writer, quiet=True)
     if arch == "LLAMA" and config["vocab_size"] == 49152:
         writer.add_add_bos_token(False)

@@ -8,19 +8,26 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_chat import models
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.errors import OptionError, first_line
+from qwen_chat.export import elsewhere, ollama
+from qwen_chat.export.gguf_adapter import write_adapter
 from qwen_chat.export.gguf_file import FILE_TYPES, write_gguf
 from qwen_chat.export.source import Exported, build_new
 from qwen_chat.service import vllm
+from qwen_chat.service.prepare import recommended_sampling
 
 # Flags of vLLM's command that depend on the model, and not on the machine.
 _SPOKEN = ("--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser")
+
+_MEASURED = 16_384  # tokens of a batch: what calibrates, and what measures, is cut out of it
+ADAPTER_TYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,67 @@ class WrittenExport:
 
 def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> WrittenExport:
     """`model-TYPE.gguf`. K-quants are made by llama.cpp's own llama-quantize from a BF16 file."""
+    file, facts = folder / f"model-{kind}.gguf", {}
+
+    def build(aside: Path) -> None:
+        facts.update(_write_model(model, aside / file.name, kind, quantizer))
+        _carry_lock(model, aside)
+
+    build_new(folder, build)
+    lines = [f"written: {file}", *_placeless(facts)]
+    return WrittenExport((*lines, "serve it:", f"  llama-server -m {shlex.quote(str(file))} --jinja"), facts)
+
+
+def to_gguf_adapter(source: Exported, folder: Path, kind: str) -> WrittenExport:
+    """`adapter-TYPE.gguf`, and the template that the run was trained under, which the base's file need not have."""
+    file, facts = folder / f"adapter-{kind}.gguf", {}
+
+    def build(aside: Path) -> None:
+        facts.update(write_adapter(source.adapters[0], source.base, aside / file.name, kind))
+        source.copy_speech(aside, ("chat_template.jinja", "format.lock"))
+
+    build_new(folder, build)
+    command = f"llama-server -m BASE.gguf --lora {shlex.quote(str(file))} --jinja"
+    if (folder / "chat_template.jinja").is_file():
+        command += f" --chat-template-file {shlex.quote(str(folder / 'chat_template.jinja'))}"
+    return WrittenExport((f"written: {file}", "serve it over its base's GGUF:", f"  {command}"), facts)
+
+
+def to_ollama(model: Path, folder: Path, kind: str, quantizer: str | None) -> WrittenExport:
+    """The same file, and a Modelfile."""
+    fmt = ChatFormat(models.load_tokenizer(model))
+    wording, lost = ollama.find_wording(fmt)
+    config = models.read_config(model)
+    file, facts = f"model-{kind}.gguf", {}
+    text = ollama.modelfile(
+        wording,
+        file,
+        recommended_sampling(model),
+        [fmt.tokenizer.decode([token]) for token in fmt.stop_token_ids],
+        (config.get("text_config") or config)["max_position_embeddings"],
+    )
+
+    def build(aside: Path) -> None:
+        facts.update(_write_model(model, aside / file, kind, quantizer))
+        (aside / "Modelfile").write_text(text, encoding="utf-8")
+        _carry_lock(model, aside)
+
+    build_new(folder, build)
+    lines = [f"written: {folder / file}, {folder / 'Modelfile'}", *_placeless(facts)]
+    lines += [f"not carried by Ollama's template: {what}" for what in lost]
+    made = shlex.join(["ollama", "create", model.resolve().name.lower(), "-f", str(folder / "Modelfile")])
+    return WrittenExport((*lines, "serve it:", f"  {made}"), {**facts, "not_carried": lost})
+
+
+def check_adapter_type(kind: str) -> str:
+    """As `check_type`, of an adapter."""
+    if kind.lower() not in ADAPTER_TYPES:
+        raise OptionError(f"--type {kind}: expected {', '.join(ADAPTER_TYPES)} with --adapter_only")
+    return kind.lower()
+
+
+def check_type(kind: str, quantizer: str | None) -> str:
+    """The type in small letters. OptionError for one that cannot be made."""
     kind = kind.lower()
     if kind not in FILE_TYPES and quantizer is None:
         raise OptionError(
@@ -43,31 +111,46 @@ def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> Writ
         raise OptionError(
             f"--llama_quantize {quantizer}: no program there; give the path of llama.cpp's llama-quantize"
         )
-    name, facts = f"model-{kind}.gguf", {}
+    return kind
 
-    def build(aside: Path) -> None:
-        first = aside / (name if kind in FILE_TYPES else "unquantised.gguf")
-        facts.update(write_gguf(model, first, kind if kind in FILE_TYPES else "bf16"))
-        if kind not in FILE_TYPES:
-            words = [str(quantizer), str(first), str(aside / name), kind.upper()]
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                raise OptionError(
-                    f"--type {kind}: llama-quantize refuses ({_closing_line(done.stdout + done.stderr)})"
-                )
-            first.unlink()
-            facts["type"] = kind
-        _carry_lock(model, aside)
 
-    build_new(folder, build)
-    lines = [f"written: {folder / name}"]
-    if facts["left_out"]:
-        lines.append(
-            f"left out, as llama.cpp's text model has no place for it: {len(facts['left_out'])} tensors,"
-            f" {facts['left_out'][0]} first"
+def _write_model(model: Path, file: Path, kind: str, quantizer: str | None) -> dict[str, Any]:
+    """The file, by way of BF16 where llama-quantize makes its type; what `write_gguf` says of it."""
+    if kind in FILE_TYPES:
+        return write_gguf(model, file, kind)
+    first = file.with_name("unquantised.gguf")
+    facts = write_gguf(model, first, "bf16")
+    words = [str(quantizer), str(first), str(file), kind.upper()]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise OptionError(
+            f"--type {kind}: llama-quantize refuses ({_closing_line(done.stdout + done.stderr)})"
         )
-    lines += ["serve it:", f"  llama-server -m {shlex.quote(str(folder / name))} --jinja"]
-    return WrittenExport(tuple(lines), facts)
+    first.unlink()
+    return {**facts, "type": kind}
+
+
+def _placeless(facts: Mapping[str, Any]) -> list[str]:
+    lost = facts["left_out"]
+    if not lost:
+        return []
+    return [f"left out, as llama.cpp's text model has no place for it: {len(lost)} tensors, {lost[0]} first"]
+
+
+def to_elsewhere(
+    to: str, source: Exported, model: Path, folder: Path, kind: str, python: str, paths: Sequence[str]
+) -> WrittenExport:
+    """OpenVINO, GPTQ or compressed tensors, by their own libraries; perplexity before and after on the run's data."""
+    data = source.sequences(source.chat_format(models.load_tokenizer(model)), paths, _MEASURED)
+    facts = elsewhere.write_elsewhere(to, model, folder, kind, python, data)
+    return WrittenExport(
+        (
+            f"written: {folder}",
+            f"perplexity on {facts['held_out_tokens']:,} tokens of the run's data: {facts['perplexity_before']} before,"
+            f" {facts['perplexity_after']} after",
+        ),
+        facts,
+    )
 
 
 def to_vllm(model: Path, folder: Path) -> WrittenExport:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from qwen_chat import place
 from qwen_chat.files import write_whole
 from qwen_chat.report.chart import Series, bars, curves
 from qwen_chat.report.past_run import PastRun
@@ -204,7 +205,7 @@ def _memory(facts: dict[str, Any]) -> str:
 def _samples(run: PastRun) -> str:
     if not run.samples:
         folder = escape(str(run.folder))
-        ask = f"<pre>python finetune/report.py {folder} --samples 10</pre>"
+        ask = f"<pre>{place.invocation('report')} {folder} --samples 10</pre>"
         return both("None were asked for. They take a model's time:", "尚未生成；生成需要模型运行：") + ask
     head = (both("question", "问题"), both("before", "训练前"), both("after", "训练后"))
     cells = [

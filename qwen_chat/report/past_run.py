@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_chat import place
 from qwen_chat.conversation import Json
 from qwen_chat.errors import OptionError
 
@@ -73,7 +74,7 @@ class PastRun:
     @property
     def command(self) -> str:
         """The command that repeats it: the flags that were given."""
-        words = ["bash finetune/finetune.sh"]
+        words = ["bash finetune/finetune.sh" if place.IS_CHECKOUT else place.LAUNCHER]
         for name in self.facts.get("given", ()):
             value = self.facts["options"].get(name)
             values = value if isinstance(value, list) else [value]

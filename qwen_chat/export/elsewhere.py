@@ -1,0 +1,131 @@
+"""Numbers of a few bits by other projects' libraries, each in an environment of its own: they want an older
+transformers than the rest of this project.
+
+In: a model's folder, the run's data, that environment's interpreter. Out: a new folder with the library's own files,
+our tokenizer and template, and `export.json`: perplexity before and after. `worker.py` is what runs there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_chat.chat.encoded import Encoded
+from qwen_chat.errors import OptionError, OutputError
+from qwen_chat.export.source import Exported, build_new, write_json
+
+WORKER = Path(__file__).with_name("worker.py")
+# What each way out needs in its environment: modules to look for, and what pip installs.
+NEEDS = {
+    "openvino": (("optimum.intel", "openvino", "nncf"), "optimum-intel[openvino,nncf]"),
+    "gptq": (("optimum.gptq", "gptqmodel"), "optimum gptqmodel"),
+    "compressed": (("llmcompressor",), "llmcompressor"),
+}
+_GROUP = 128  # columns that share a scale where there are as many
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What the worker is told. held_out: {"ids": [...], "labels": [...]} each."""
+
+    to: str
+    model: str
+    folder: str
+    settings: Mapping[str, Any]
+    calibration: Sequence[Sequence[int]]
+    held_out: Sequence[Mapping[str, Sequence[int]]]
+
+
+def settings(to: str, kind: str | None) -> dict[str, Any]:
+    """The library's own arguments for a type; the first of a library where none is given. OptionError where it has
+    none of that name."""
+    known: dict[str, dict[str, dict[str, Any]]] = {
+        "openvino": {
+            "int8": {"bits": 8, "sym": False},
+            "int4": {
+                "bits": 4,
+                "sym": False,
+                "group_size": _GROUP,
+                "ratio": 1.0,
+                "group_size_fallback": "adjust",
+            },
+        },
+        "gptq": {
+            "int4": {"bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True},
+            "int8": {"bits": 8, "group_size": _GROUP, "desc_act": False, "sym": True},
+        },
+        "compressed": {
+            "w4a16": {"targets": "Linear", "scheme": "W4A16", "ignore": ["lm_head"]},
+            "int8": {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]},
+        },
+    }
+    kind = kind or next(iter(known[to]))
+    if kind not in known[to]:
+        raise OptionError(f"--type {kind}: expected {' or '.join(known[to])} with --to {to}")
+    return known[to][kind]
+
+
+def check_environment(to: str, python: str | None) -> None:
+    """OptionError where none is given, or where it cannot import what is needed."""
+    modules, packages = NEEDS[to]
+    cure = f"make one: python3 -m venv ENV && ENV/bin/pip install '{packages}', then --python ENV/bin/python"
+    if python is None:
+        raise OptionError(f"--to {to}: runs in an environment of its own; {cure}")
+    if shutil.which(python) is None:
+        raise OptionError(f"--python {python}: no program there; {cure}")
+    program = "import importlib.util as u, sys\nprint(*(n for n in sys.argv[1:] if not u.find_spec(n)))"
+    done = subprocess.run([python, "-c", program, *modules], capture_output=True, text=True)
+    missing = done.stdout.split() if done.returncode == 0 else [modules[0]]
+    if missing:
+        raise OptionError(f"--python {python}: has no {missing[0]}; {cure}")
+
+
+def write_elsewhere(
+    to: str, model: Path, folder: Path, kind: str | None, python: str, data: Sequence[Encoded]
+) -> dict[str, Any]:
+    """Make the folder; returns what export.json holds. `data`: one half calibrates, the other measures.
+
+    Raises OutputError with the library's last words where it fails; nothing is left then.
+    """
+    facts: dict[str, Any] = {}
+    half = max(1, len(data) // 2)
+
+    def build(aside: Path) -> None:
+        job = WorkerJob(
+            to=to,
+            model=str(model.resolve()),
+            folder=str(aside),
+            settings=settings(to, kind),
+            calibration=[one.input_ids for one in data[half:] or data],
+            held_out=[{"ids": one.input_ids, "labels": one.labels} for one in data[:half]],
+        )
+        with tempfile.TemporaryDirectory() as room:
+            file = Path(room) / "job.json"
+            file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+            done = subprocess.run(
+                [python, str(WORKER), str(file)], capture_output=True, text=True, errors="replace"
+            )
+        if done.returncode:
+            words = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise OutputError(
+                f"--to {to}: {Path(python).name} ended with status {done.returncode} ({words[:300]})"
+            )
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        facts.update(
+            settings=dict(job.settings),
+            held_out_tokens=found["tokens"],
+            perplexity_before=round(math.exp(found["before"]), 4),
+            perplexity_after=round(math.exp(found["after"]), 4),
+        )
+        Exported(model, (), {}).copy_speech(aside)
+        write_json(aside / "export.json", facts)
+
+    build_new(folder, build)
+    return facts

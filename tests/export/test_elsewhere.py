@@ -1,0 +1,67 @@
+"""Other projects' libraries: their settings, what is refused before anything runs, and what comes back."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_chat.chat.encoded import Encoded
+from qwen_chat.errors import OptionError, OutputError
+from qwen_chat.export import elsewhere
+from qwen_chat.export.elsewhere import check_environment, settings, write_elsewhere
+
+DATA = [Encoded([k, 5, 6, 7], [(2, 4)]) for k in range(4)]
+
+
+def test_settings() -> None:
+    assert settings("gptq", None) == {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    assert settings("gptq", "int8")["bits"] == 8
+    assert settings("compressed", None) == {"targets": "Linear", "scheme": "W4A16", "ignore": ["lm_head"]}
+    assert settings("compressed", "int8")["scheme"] == "W8A8"
+    assert settings("openvino", None) == {"bits": 8, "sym": False}
+    assert settings("openvino", "int4")["bits"] == 4
+    with pytest.raises(OptionError, match=r"--type q8_0: expected int8 or int4 with --to openvino"):
+        settings("openvino", "q8_0")
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed", "openvino"])
+def test_an_environment_that_has_not_what_is_needed(to: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=f"--to {to}: runs in an environment of its own; make one: python3 -m venv"
+    ):
+        check_environment(to, None)
+    with pytest.raises(OptionError, match="no program there"):
+        check_environment(to, str(tmp_path / "python"))
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(OptionError, match=f"has no {elsewhere.NEEDS[to][0][0]}; make one"):
+        check_environment(to, str(bare))
+
+
+def test_what_the_worker_says_is_told(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    monkeypatch.setattr(elsewhere, "WORKER", worker)
+    worker.write_text(
+        "import json, sys\njob = json.load(open(sys.argv[1]))\nopen(job['folder'] + '/made', 'w')"
+        '.write(json.dumps(job))\nprint(\'words\')\nprint(\'{"before": 1.0, "after": 1.5, "tokens": 4}\')\n'
+    )
+    facts = write_elsewhere("openvino", tiny_model_path, tmp_path / "out", None, sys.executable, DATA)
+    assert (facts["perplexity_before"], facts["perplexity_after"]) == (
+        round(math.e, 4),
+        round(math.e**1.5, 4),
+    )
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == facts
+    job: dict[str, Any] = json.loads((tmp_path / "out" / "made").read_text())
+    assert job["calibration"] == [[2, 5, 6, 7], [3, 5, 6, 7]], "what measures is not what calibrates"
+    assert job["held_out"][0] == {"ids": [0, 5, 6, 7], "labels": [-100, -100, 6, 7]}
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    worker.write_text("raise SystemExit('this CPU has no kernels')")
+    with pytest.raises(OutputError, match=r"--to gptq: .* ended with status 1 \(this CPU has no kernels\)"):
+        write_elsewhere("gptq", tiny_model_path, tmp_path / "other", None, sys.executable, DATA)
+    assert not (tmp_path / "other").exists()
