@@ -118,7 +118,9 @@ def find_wording(fmt: ChatFormat) -> tuple[Wording, list[str]]:
     places = (False, calls)  # of a reply: without calls there is none after the last question
     wording = Wording(
         openings={
-            (system, tools): _opening(fmt, system, tools) for system in (False, True) for tools in places
+            (system, tools): _reply_opening(fmt, system, tools)
+            for system in (False, True)
+            for tools in places
         },
         dialect=fmt.dialect,
         thinks=(when(False), when(calls)),
@@ -133,7 +135,7 @@ def _switched(switch: Switch | None, think: bool | None) -> dict[str, Any]:
     return {} if think is None or switch is None else {switch.name: think == switch.on}
 
 
-def _opening(fmt: ChatFormat, system: bool, tools: bool) -> tuple[str, ...]:
+def _reply_opening(fmt: ChatFormat, system: bool, tools: bool) -> tuple[str, ...]:
     """All before the first question, in parts: see `Wording.openings`."""
     messages = [{"role": "system", "content": _SYSTEM_HERE}, _ASK] if system else [_ASK]
     text = fmt.prompt(messages, [_OFFERED] if tools else None).partition(f"{START}user\n{_ASKED}")[0]

@@ -29,7 +29,7 @@ NATIVE_SWITCH = "QWEN_CHAT_NATIVE"
 _SOURCE = Path(__file__).with_name("step.cpp")
 _OPTIONS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _SECONDS = 300  # that a compiler may take
-_PIECE = 32 << 20  # bytes of memory from which several weights are cut
+_SHARED_BYTES = 32 << 20  # bytes of memory from which several weights are cut
 
 
 class LinearPart(ctypes.Structure):
@@ -152,11 +152,11 @@ class Library:
         """Memory for a weight, in large pages where the system has them: a step looks up each page of all weights.
         A small weight is cut from a piece that it shares with others, and keeps it."""
         size = rows * columns * dtype.itemsize
-        if size > _PIECE // 4:
+        if size > _SHARED_BYTES // 4:
             found = self._memory(size)
         else:
             left = self._pieces.pop() if self._pieces else torch.empty(0, dtype=torch.uint8)
-            left = left if size <= len(left) else self._memory(_PIECE)
+            left = left if size <= len(left) else self._memory(_SHARED_BYTES)
             found, rest = left[:size], left[-(-size // 64) * 64 :]
             self._pieces.append(rest)
         return found.view(dtype).view(rows, columns)
