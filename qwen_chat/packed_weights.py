@@ -71,8 +71,8 @@ class _Groups(_Packed):
         zeros = (parts["qzeros"][:, :, None] >> shifts) & most
         zeros = zeros.reshape(-1, rows) + self.above
         group = parts["g_idx"].long()
-        apart: torch.Tensor = (whole.reshape(columns, rows) - zeros[group]) * parts["scales"][group].float()
-        return apart.T.contiguous()
+        found: torch.Tensor = (whole.reshape(columns, rows) - zeros[group]) * parts["scales"][group].float()
+        return found.T.contiguous()
 
 
 def unpacked(

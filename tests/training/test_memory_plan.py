@@ -590,7 +590,7 @@ def test_a_run_chooses_passes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
     ("gib", "row", "cure"),
     [
         (7.4, 512, "it fits with --per_device_train_batch_size 1 --lora_r 32, or --plan_anyway"),
-        (6.0, 8192, "it fits with --per_device_train_batch_size 1 --lora_r 8 --model_max_length 1024, or"),
+        (6.0, 8192, "it fits with --per_device_train_batch_size 1 --lora_r 8 --model_max_length 256, or"),
         (4.0, 512, "; use a smaller model, or --plan_anyway"),
     ],
 )
