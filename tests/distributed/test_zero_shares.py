@@ -16,11 +16,12 @@ from qwen_chat.training.ranks import free_port
 from tests.support.runs import ROOT
 
 LAYERS, ROW = 6, 128
-# What the rule leaves out: the copy that an all-gather makes of what it joins, which weighs most where little learns.
-TOLERANCE = {(1, "full"): 0.03, (2, "full"): 0.03, (3, "full"): 0.07, (3, "lora"): 0.16}
+# What the rules leave out: the second of a moment's two tensors where the largest is let go while the next comes.
+TOLERANCE = {(1, "full"): 0.03, (2, "full"): 0.03, (3, "full"): 0.07, (3, "lora"): 0.02}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("stage", "method"), TOLERANCE)
 def test_the_simulated_peak_is_that_of_two_real_ranks(stage: int, method: str, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tests.support.zero_rank", str(stage), method, str(ROW), str(LAYERS)]
@@ -33,7 +34,7 @@ def test_the_simulated_peak_is_that_of_two_real_ranks(stage: int, method: str, t
             "w"
         ) as out:  # torch warns at every reduction: more than a pipe holds
             started.append(subprocess.Popen(words, cwd=ROOT, env=own, stdout=out, stderr=subprocess.STDOUT))
-    ended = [process.wait(timeout=300) for process in started]
+    ended = [process.wait(timeout=1200) for process in started]
     said = (tmp_path / "0").read_text()
     assert ended == [0, 0], said[-2000:]
     real = json.loads(said.splitlines()[-1])["peak"]
