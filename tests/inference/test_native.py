@@ -70,6 +70,20 @@ def test_float32_is_torchs_to_1e_4(name: str, native: Library, monkeypatch: pyte
         assert torch.allclose(found, expected, rtol=0, atol=1e-4), end
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_whole_numbers_stay_nearer_to_torchs_than_rounding_took_them(
+    quantize: str, native: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same products but for a number that falls to the other side of a half, or int4's rounded activations."""
+    decoder = Decoder(tiny_family("mistral_full"), quantize=quantize)
+    monkeypatch.setenv(NATIVE_SWITCH, "0")
+    reference = Decoder(tiny_family("mistral_full"), quantize=quantize)
+    exact = Decoder(tiny_family("mistral_full"))
+    for end in (1, 64, 150):
+        found, expected, unrounded = (logits_of(one, tokens(end)) for one in (decoder, reference, exact))
+        assert (found - expected).abs().max() < 0.5 * (expected - unrounded).abs().max(), end
+
+
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("name", ["qwen2_slide", "mistral_full"])
 def test_bits_depend_on_neither_threads_nor_pieces(name: str, quantize: str | None, native: Library) -> None:
