@@ -76,9 +76,10 @@ class Decoder:
         with torch.inference_mode():
             # The head first: nothing needs more room while it is made, and now there is most.
             with filled(model.lm_head, body.layers[0]):
-                weight, bias = model.lm_head.weight, model.lm_head.bias
-                # It stays in int8 where the layers are in int4.
-                self._head = make_linear(weight, bias, quantize and "int8", library)
+                # It stays in int8 where the layers are in int4. No name for its weight, which would keep it.
+                self._head = make_linear(
+                    model.lm_head.weight, model.lm_head.bias, quantize and "int8", library
+                )
             embedding = body.embed_tokens.weight if skeleton is None else skeleton.embedding()
             self._embedding = embedding.detach()
             slots: Counter[str] = Counter()

@@ -1,12 +1,15 @@
 """A model read a part at a time: the bits of one that was loaded whole."""
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qwen_chat.errors import ModelError
+from qwen_chat.inference import decoder
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.kv_cache import KVStore
 from qwen_chat.inference.skeleton import NotByParts, Skeleton
@@ -47,6 +50,22 @@ def test_other_types_and_a_head_of_its_own(dtype: str, more: dict[str, bool], tm
     by_parts = Decoder(Skeleton(tmp_path, kind))
     assert torch.equal(logits(by_parts), logits(Decoder(whole)))
     assert by_parts.places.tied is not bool(more)
+
+
+def test_the_head_is_gone_before_the_layers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 it is the largest matrix there is."""
+    tiny_family("qwen2_slide", tie_word_embeddings=False).bfloat16().save_pretrained(tmp_path)
+    skeleton, make, alive = Skeleton(tmp_path, torch.float32, narrow=True), decoder._layer, []
+    shape = skeleton.model.lm_head.weight.shape
+
+    def layer(*arguments: Any) -> Any:
+        tensors = (one for one in gc.get_objects() if type(one) is torch.nn.Parameter)
+        alive.extend(one for one in tensors if one.shape == shape and not one.is_meta)
+        return make(*arguments)
+
+    monkeypatch.setattr(decoder, "_layer", layer)
+    Decoder(skeleton, quantize="int8")
+    assert alive == []
 
 
 def test_a_multimodal_folder_gives_its_text_part(tmp_path: Path) -> None:
