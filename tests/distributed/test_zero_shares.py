@@ -16,7 +16,7 @@ from qwen_chat.training.ranks import free_port
 from tests.support.runs import ROOT
 
 LAYERS, ROW = 6, 128
-# What the rules leave out: the second of a moment's two tensors where the largest is let go while the next comes.
+# By how much of the real peak the rules may miss it.
 TOLERANCE = {(1, "full"): 0.03, (2, "full"): 0.03, (3, "full"): 0.07, (3, "lora"): 0.02}
 
 
