@@ -2,17 +2,21 @@
 
     python benchmarks/bench_export.py                     # all; about half an hour on two cores
     python benchmarks/bench_export.py --only gguf-demo    # one row
+    python benchmarks/bench_export.py --only merge --large FOLDER    # a random adapter over a large model in bfloat16
+    python benchmarks/bench_export.py --only openvino --python ENV/bin/python
 
 In: the demo model as it is published, and tiny random models with Qwen's vocabulary and templates. Out: rows of
 benchmarks/results/export.json. `gguf-MODEL`: of 200 conversations those whose tokens are ours in `llama-server`, of 50
 prompts those whose 16 greedy tokens are transformers', the largest gap between two logits where they part.
-`types-demo`: the loss of each number type of a GGUF, its weights taken back to float32.
+`types-demo`: the loss of each number type of a GGUF, its weights taken back to float32. `merge-large`: peak memory of
+the whole merge, comparison included. `openvino-TYPE`: perplexity of the demo model before and after.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -268,15 +272,90 @@ def types_row(folder: Path) -> dict[str, Any]:
     }
 
 
+def merge_row(base: Path, folder: Path) -> dict[str, Any]:
+    """A LoRA adapter of rank 16 over all linear layers of a Qwen2, merged by the script in a process of its own."""
+    from safetensors.torch import save_file
+
+    config = models.read_config(base)
+    wide, inner = config["hidden_size"], config["intermediate_size"]
+    narrow = config["num_key_value_heads"] * wide // config["num_attention_heads"]
+    shapes = {
+        "q_proj": (wide, wide),
+        "k_proj": (wide, narrow),
+        "v_proj": (wide, narrow),
+        "o_proj": (wide, wide),
+    }
+    shapes |= {"gate_proj": (wide, inner), "up_proj": (wide, inner), "down_proj": (inner, wide)}
+    source = torch.Generator().manual_seed(0)
+    factors = {}
+    for k in range(config["num_hidden_layers"]):
+        for name, (inputs, outputs) in shapes.items():
+            block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            layer = f"base_model.model.model.layers.{k}.{block}.{name}"
+            factors[f"{layer}.lora_A.weight"] = torch.randn(16, inputs, generator=source) * 0.02
+            factors[f"{layer}.lora_B.weight"] = torch.randn(outputs, 16, generator=source) * 0.01
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    described |= {"r": 16, "lora_alpha": 32, "target_modules": list(shapes)}
+    (adapter / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    data = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"
+    words = [
+        "finetune/merge_adapter.py",
+        "--adapter",
+        str(adapter),
+        "-o",
+        str(folder / "merged"),
+        "-d",
+        str(data),
+    ]
+    found = _script(*words, "--compare_tokens", "256")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    kept = (
+        "tokens",
+        "logit_difference",
+        "tolerance",
+        "top1_agreement",
+        "adapter_loss",
+        "merged_loss",
+        "dtype",
+    )
+    return {"peak_gib": round(peak, 2), **{name: found[name] for name in kept}}
+
+
+def openvino_row(kind: str, python: str, folder: Path) -> dict[str, Any]:
+    """The demo model through optimum-intel, on the example's held-out conversations."""
+    data = ROOT / "finetune" / "io_file" / "input_data" / "example_eval_data.jsonl"
+    words = ["finetune/export.py", "-m", str(demo_model.ensure()), "--to", "openvino", "--type", kind]
+    found = _script(*words, "--python", python, "-d", str(data), "-o", str(folder / "out"))
+    return {name: value for name, value in found.items() if name != "output"}
+
+
+def _script(*words: str) -> dict[str, Any]:
+    """What a script prints with --json."""
+    done = subprocess.run(
+        [sys.executable, *words, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--only", default="", help="the row whose name begins so")
+    options.add_argument("--large", type=Path, help="a Qwen2 in bfloat16 to merge into")
+    options.add_argument("--python", help="an interpreter that has optimum-intel")
     options.add_argument("--out", type=Path, default=RESULT)
     chosen = options.parse_args()
     runs: dict[str, Callable[[Path], dict[str, Any]]] = {
         f"gguf-{name}": partial(gguf_row, name) for name in ("demo", *TINY)
     }
     runs["types-demo"] = types_row
+    if chosen.large:
+        runs["merge-large"] = partial(merge_row, chosen.large)
+    if chosen.python:
+        runs |= {f"openvino-{kind}": partial(openvino_row, kind, chosen.python) for kind in ("int8", "int4")}
     for name, run in runs.items():
         if not name.startswith(chosen.only):
             continue
