@@ -155,8 +155,7 @@ def test_q_lora_implies_lora() -> None:
         ),
         (
             ["--early_stopping_patience", "3"],
-            "--early_stopping_patience: unknown flag; did you mean --keep_best True: the best checkpoint stays,"
-            " the run goes to its end?",
+            "--early_stopping_patience: unknown flag; did you mean --patience N?",
         ),
         (["--max_seq_length", "9"], "--max_seq_length: unknown flag; did you mean --model_max_length?"),
         (["--push_to_hubs", "9"], "--push_to_hubs: unknown flag; --help lists them"),
