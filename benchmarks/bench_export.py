@@ -297,7 +297,11 @@ def merge_row(base: Path, folder: Path) -> dict[str, Any]:
     adapter = folder / "adapter"
     adapter.mkdir()
     save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    described: dict[str, object] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+    }
     described |= {"r": 16, "lora_alpha": 32, "target_modules": list(shapes)}
     (adapter / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
     data = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"
