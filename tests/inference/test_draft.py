@@ -103,6 +103,7 @@ def held(name: str, quantize: str | None, requests: list[GenerationRequest]) -> 
     """The same completions alone without, alone with, and in company with drafts."""
     decoder = Decoder(tiny_family(name, vocab_size=257), quantize=quantize)
     options = {"stop_token_ids": [256], "prefill_tokens": 40}
+    requests = [*requests, GenerationRequest([1, 2], max_tokens=60, seed=1, grammar=GRAMMARS[0])]
     with Engine(decoder, byte_tokenizer(), drafts=False, cache_tokens=0, **options) as plain:
         expected = [told(plain.generate([request])[0]) for request in requests]
         assert plain.stats().drafted_tokens == plain.stats().forced_tokens == 0
