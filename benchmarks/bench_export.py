@@ -297,7 +297,7 @@ def merge_row(base: Path, folder: Path) -> dict[str, Any]:
     adapter = folder / "adapter"
     adapter.mkdir()
     save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    described: dict[str, object] = {
+    described: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),

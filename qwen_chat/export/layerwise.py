@@ -20,7 +20,7 @@ from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.export.tensor_writer import TensorWriter
 from qwen_chat.weights import model_tensors
 
-_AT_ONCE = 8192  # rows of a weight that are copied at a time
+_ROWS_AT_ONCE = 8192  # rows of a weight that are copied at a time
 # Where peft puts a layer's own weights below itself.
 _WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 # Initialisations that take their part out of the base's weights, the same part every time.
@@ -217,10 +217,10 @@ class LayerwiseModel:
             inside.append(name)
             self.core.set_submodule(name, new)
         for name, parameter in self.core.get_submodule(part).named_parameters():
-            if not all(bool(rows.isfinite().all()) for rows in parameter.data.split(_AT_ONCE)):
+            if not all(bool(rows.isfinite().all()) for rows in parameter.data.split(_ROWS_AT_ONCE)):
                 raise ModelError(f"{part}.{name}: not finite after merging; the adapter is damaged")
             stored = self._dtypes.get(f"{part}.{name}", torch.float32)
-            for rows in parameter.data.split(_AT_ONCE):  # in place: a large embedding is in memory once
+            for rows in parameter.data.split(_ROWS_AT_ONCE):  # in place: a large embedding is in memory once
                 rows.copy_(rows.to(stored))
 
     def write(self, part: str, writer: TensorWriter) -> None:
