@@ -24,7 +24,7 @@ from qwen_chat.export.tensor_writer import TensorWriter
 
 # The largest difference of a logit, divided by the largest logit, by the type in which the weights are stored.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_ROWS_AT_ONCE = 64  # positions whose logits are in memory
+_AT_ONCE = 64  # positions whose logits are in memory
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ class _SideBySide:
 
         def logits(states: torch.Tensor) -> Iterator[torch.Tensor]:
             head, flat = model.core.get_submodule(model.head), states.flatten(0, 1)[places]
-            return (head(some) for some in torch.split(flat, _ROWS_AT_ONCE))
+            return (head(some) for some in torch.split(flat, _AT_ONCE))
 
         def loss(some: torch.Tensor, k: int) -> float:
-            wanted = labels[k * _ROWS_AT_ONCE : (k + 1) * _ROWS_AT_ONCE]
+            wanted = labels[k * _AT_ONCE : (k + 1) * _AT_ONCE]
             return float(torch.nn.functional.cross_entropy(some, wanted, ignore_index=-100, reduction="sum"))
 
         model.fill(model.head)
