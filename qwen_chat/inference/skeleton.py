@@ -7,9 +7,10 @@ transformers' own affair: its conversion runs over the tensors of one part, as i
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class Skeleton:
             for owner, name, parameter in empty:
                 setattr(owner, name, parameter)
             gc.collect(0)
+            _give_back()
 
     def _of(self, module: torch.nn.Module) -> dict[str, dict[str, StoredTensor]]:
         begin = f"{self._names[module]}."
@@ -128,3 +130,9 @@ class Skeleton:
                 f"{self._folder}: {faults[0]} is missing or does not fit its config.json ({len(faults)} such); "
                 "fetch the model again"
             )
+
+
+def _give_back() -> None:
+    """Let the system have what was freed between blocks that stay: glibc keeps it, 17 MiB a layer of a 7B."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
