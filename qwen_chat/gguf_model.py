@@ -341,10 +341,11 @@ def _put_tokenizer(file: Path, fields: Mapping[str, Any], folder: Path) -> None:
                 f" other tokens; {cure}"
             )
     inside = fields.get("tokenizer.chat_template")
-    if inside and tokenizer.chat_template and inside != tokenizer.chat_template:
+    # An exported file has the template with what writes tools before it.
+    if inside and tokenizer.chat_template and tokenizer.chat_template not in inside:
         raise ModelError(
             f"{file}: its chat template is not the one beside it ({beside}), and only one can be the model's; take away"
             " the wrong one's folder or give the model as it was before"
         )
-    if inside and not tokenizer.chat_template:
+    if inside:
         (folder / "chat_template.jinja").write_text(inside, encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen_chat import gguf_model, models
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.errors import ModelError
 from qwen_chat.export.gguf_file import write_gguf
 from qwen_chat.inference.loading import load_engine
@@ -105,7 +106,7 @@ def test_the_tokenizer_out_of_a_file_is_the_one_that_went_in(demo_model_path: Pa
         models.load_tokenizer(p) for p in (demo_model_path, gguf_model.described(tmp_path / "m.gguf"))
     )
     assert theirs.encode(TEXT) == ours.encode(TEXT)
-    assert theirs.chat_template == ours.chat_template
+    assert ChatFormat(theirs).template == ChatFormat(ours).template
     assert theirs.special_tokens_map == ours.special_tokens_map
 
 
@@ -116,7 +117,7 @@ def test_so_is_that_of_qwen(qwen2_5_tokenizer: Any, tmp_path: Path) -> None:
     theirs = models.load_tokenizer(gguf_model.described(tmp_path / "m.gguf"))
     assert theirs.encode(TEXT) == qwen2_5_tokenizer.encode(TEXT)
     assert theirs.get_vocab() == qwen2_5_tokenizer.get_vocab()
-    assert theirs.chat_template == qwen2_5_tokenizer.chat_template
+    assert ChatFormat(theirs).template == ChatFormat(qwen2_5_tokenizer).template
 
 
 def _written_tokenizer(tokenizer: Path, file: Path) -> None:

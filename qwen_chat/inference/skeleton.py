@@ -107,7 +107,7 @@ class Skeleton:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        mine = self._of(module)
+        mine, empty = self._of(module), dict(module.named_parameters())
         begin = f"{self._names[module]}."
         borrowed = {name: source for name, source in self._tied.items() if name.startswith(begin)}
         options = LoadStateDictConfig(
@@ -124,7 +124,7 @@ class Skeleton:
             owner = self.model.get_submodule(name.rpartition(".")[0])
             weight = stored.read().to(self.device, self._dtype)
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(weight, requires_grad=False))
-        faults += [begin + name for name, parameter in module.named_parameters() if parameter.is_meta]
+        faults += [begin + name for name, now in module.named_parameters() if now is empty[name]]
         if faults:
             raise ModelError(
                 f"{self._folder}: {faults[0]} is missing or does not fit its config.json ({len(faults)} such); "

@@ -22,7 +22,8 @@ from qwen_chat.training import checkpoints, memory_plan
 from qwen_chat.training.checkpoints import RUN_FILE
 
 LOG_FILE = "train_log.jsonl"
-_OWN = frozenset({RUN_FILE, LOG_FILE, "runs", checkpoints.LOCK, checkpoints.ASIDE})  # runs: tensorboard's
+# runs: tensorboard's; the page of an earlier end
+_OWN = frozenset({RUN_FILE, LOG_FILE, "runs", "report.html", checkpoints.LOCK, checkpoints.ASIDE})
 # What a run that was killed while it saved its result may have left.
 _RESULT_FILES = re.compile(
     r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges|format)\S*"

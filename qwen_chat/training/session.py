@@ -59,7 +59,7 @@ class Session(Prepared):
             windows=training_windows(run, data.train, world_size),
             held_out=held_out,
             loraplus_ratio=run.lora.loraplus_lr_ratio,
-            in_passes=self.choices["in_passes"],
+            in_passes=self.choices.get("in_passes", False),
             patience=run.train.patience,
             run_record=record,
             on_step=log.step,

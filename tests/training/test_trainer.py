@@ -103,7 +103,7 @@ def test_every_rank_takes_part_in_the_choice_of_checkpointing(
 ) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(session, "any_rank", lambda value: asked.append(value) or True)
-    verdict: Any = SimpleNamespace(checkpointing=here, line="")
+    verdict: Any = SimpleNamespace(checkpointing=here, in_passes=False, line="")
     before: Any = SimpleNamespace(choices={})
     nothing: Any = None
     run = read_run(["-d", "x"])
