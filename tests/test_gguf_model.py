@@ -99,6 +99,7 @@ def test_smaller_types_are_unpacked(kind: str, family: Callable[..., Path], tmp_
         assert torch.equal(unpacked[name].read(1, 3), found[1:3])
 
 
+@pytest.mark.slow
 def test_the_tokenizer_out_of_a_file_is_the_one_that_went_in(demo_model_path: Path, tmp_path: Path) -> None:
     """Of the demo model, whose cut transformers does not build."""
     _written_tokenizer(demo_model_path, tmp_path / "m.gguf")

@@ -42,7 +42,15 @@ def test_a_file_holds_the_model(tiny_model_path: Path, tmp_path: Path) -> None:
     assert "output.weight" not in tensors, "a shared head is stored once"
 
 
-@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("bf16", 5e-3), ("q8_0", 5e-3), ("q4_0", 0.13)])
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        pytest.param("f16", 1e-3, marks=pytest.mark.slow),
+        pytest.param("bf16", 5e-3, marks=pytest.mark.slow),
+        ("q8_0", 5e-3),
+        ("q4_0", 0.13),
+    ],
+)
 def test_smaller_types_are_near(kind: str, most: float, tiny_model_path: Path, tmp_path: Path) -> None:
     """The largest error of an embedding, divided by its largest value."""
     write_gguf(tiny_model_path, tmp_path / "m.gguf", kind)

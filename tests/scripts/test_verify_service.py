@@ -39,13 +39,13 @@ def test_what_agrees_and_what_differs(trained: tuple[Path, ChatFormat], verify: 
         status, said, shown = verify("--url", server.url, "--lock", str(folder), "--most", "30")
         assert status == 0 and "prompts: 30 of 30" in shown and f"lock {folder}" in said
         assert "no greedy replies" in shown or "weights" in shown
-    without_tools = Fault(request=lambda request: {k: v for k, v in request.items() if k != "tools"})
-    with FaultyServer(fmt, lock, without_tools, key="secret") as server:
-        asked = ("--url", server.url, "--lock", str(folder), "--api_key", "secret")
+    other = Fault(template=lambda source: source.replace("You are Qwen", "You are a robot"))
+    with FaultyServer(fmt, lock, other, key="secret") as server:
+        asked = ("--url", server.url, "--lock", str(folder), "--api_key", "secret", "--most", "30")
         status, _, shown = verify(*asked)
-        assert status == 1 and "tools dropped" in shown
+        assert status == 1 and "another default system prompt" in shown
         status, _, shown = verify(*asked, "--json", "True")
-        assert status == 1 and "tools dropped" in json.dumps(json.loads(shown))
+        assert status == 1 and "another default system prompt" in json.dumps(json.loads(shown))
         status, said, _ = verify("--url", server.url, "--lock", str(folder))
         assert status == 2 and "--api_key" in said
 
