@@ -147,7 +147,7 @@ def figures(client: TestClient) -> dict[str, float]:
 
 
 def test_time_per_token_is_of_one_choice() -> None:
-    with TestClient(create_app(make_engine())) as client:
+    with TestClient(create_app(make_engine(drafts=False))) as client:
         client.post(CHAT, json=ask("slow 20 " + "x" * 20, n=8))
         found = figures(client)
     name = "qwen_chat_time_per_output_token_seconds"
