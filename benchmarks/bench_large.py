@@ -180,7 +180,9 @@ def serving(options: argparse.Namespace) -> Rows:
             clients = {}
             for name, command in commands.items():
                 port, _ = stack.enter_context(bench_serve.serving(f"large-{name}", command, options.timeout))
-                clients[name] = bench_serve.Client(port, options.model, tokenizer, options.max_tokens)
+                clients[name] = bench_serve.Client(
+                    port, options.model, tokenizer, options.max_tokens, sampled=True
+                )
                 clients[name].load(1, 1)  # a first request pays for what is loaded lazily
             for _ in range(options.rounds):
                 for name, client in clients.items():

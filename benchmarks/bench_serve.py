@@ -411,9 +411,13 @@ class InProcess:
 class Client:
     """Asks one server, streaming."""
 
-    def __init__(self, port: int, folder: Path, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(
+        self, port: int, folder: Path, tokenizer: Any, max_tokens: int, *, sampled: bool = False
+    ) -> None:
+        """`sampled`: replies of random weights, drawn at temperature 1. They never end by themselves, so they have
+        `max_tokens`; greedy ones would go round in circles, which drafts foresee."""
         # transformers' server lists no local folder; it is named by it.
-        self.port, self.folder = port, str(folder)
+        self.port, self.folder, self.sampled = port, str(folder), sampled
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.model = self._model()
         self._asked = 0
@@ -426,14 +430,14 @@ class Client:
         return str(listed[0]["id"]) if listed else self.folder
 
     def ask(self, question: str, system: str | None = None, max_tokens: int | None = None) -> Answer:
-        """One answer, greedy. Raises ServiceError where the server refuses."""
+        """One answer, greedy unless sampled. Raises ServiceError where the server refuses."""
         messages = [{"role": "system", "content": system}] if system else []
         most = max_tokens or self.max_tokens
         body = {
             "model": self.model,
             "messages": [*messages, {"role": "user", "content": question}],
             "max_tokens": most,
-            "temperature": 0,
+            "temperature": int(self.sampled),
             "stream": True,
         }
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
