@@ -97,7 +97,7 @@ class Skeleton:
             for owner, name, parameter in empty:
                 setattr(owner, name, parameter)
             gc.collect(0)
-            _give_back()
+            _trim()
 
     def _of(self, module: torch.nn.Module) -> dict[str, dict[str, StoredTensor]]:
         begin = f"{self._names[module]}."
@@ -132,7 +132,7 @@ class Skeleton:
             )
 
 
-def _give_back() -> None:
+def _trim() -> None:
     """Let the system have what was freed between blocks that stay: glibc keeps it, 17 MiB a layer of a 7B."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
