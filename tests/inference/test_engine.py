@@ -384,7 +384,7 @@ def test_a_waiting_request_can_be_cancelled(tiny_tokenizer: Any) -> None:
 
 def test_a_deadline_ends_a_request(engine: Engine) -> None:
     done = engine.submit(
-        greedy([1, 2], max_tokens=500, ignore_eos=True, deadline=time.monotonic() + 0.1)
+        greedy([1, 2], max_tokens=500, ignore_eos=True, deadline=time.monotonic() + 0.01)
     ).result()
     assert done.finish_reason == "deadline"
     assert len(done.token_ids) < 500
