@@ -22,9 +22,10 @@ def main() -> None:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = 2  # GiB of keys and values
     scheduler.enable_prefix_caching = True
-    pipeline = openvino_genai.ContinuousBatchingPipeline(
-        folder, scheduler, "CPU", {"INFERENCE_NUM_THREADS": int(threads)}
-    )
+    # Left alone it computes in bfloat16 where the processor has it, also over float32 weights.
+    exact = {"INFERENCE_PRECISION_HINT": "f32"} if folder.endswith("fp32") else {}
+    settings = {"INFERENCE_NUM_THREADS": int(threads), **exact}
+    pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", settings)
     print(json.dumps({"ready": True}), flush=True)
     number = 0
     for line in sys.stdin:
