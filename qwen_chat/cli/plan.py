@@ -112,18 +112,10 @@ def config_of(name: str | None) -> dict[str, Any]:
 
 def count_data(run: Run) -> dict[str, int]:
     """Conversations, tokens and the longest row of the data, tokenised as the run will (and kept for it)."""
-    from qwen_chat.chat.format import ChatFormat
     from qwen_chat.data.mixture import read_data
     from qwen_chat.training import session
 
-    tokenizer = models.load_tokenizer(models.resolve(run.model.model))
-    fmt = ChatFormat(
-        tokenizer,
-        tool_style=run.data.tool_style,
-        language=run.data.tool_language,
-        template_kwargs=run.data.template_kwargs,
-    )
-    data = read_data(run, fmt)
+    data = read_data(run, session.format_of(run, models.resolve(run.model.model)))
     row, held, longest = session.longest_row(run, data)
     tokens, supervised = data.budget()
     return {

@@ -11,13 +11,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qwen_chat import place
 from qwen_chat.errors import OptionError
 from qwen_chat.files import write_whole
 from qwen_chat.flags import parser
 from qwen_chat.flags.parser import option
-from qwen_chat.report.page import PAGE, page
+from qwen_chat.report.page import page
 from qwen_chat.report.past_run import SAMPLES_FILE, PastRun, Sample
+from qwen_chat.training.run_folder import PAGE_FILE
+
+if TYPE_CHECKING:
+    from qwen_chat.inference.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def main(words: Sequence[str], about: str = __doc__ or "") -> int:
     wanted = parser.read(words[first:], [ReportArguments], about=about)[ReportArguments]
     folders += wanted.run
     if not folders:
-        raise OptionError("expected the folder of a run: python finetune/report.py DIR")
+        raise OptionError(f"expected the folder of a run: {place.invocation('report')} DIR")
     if wanted.samples and len(folders) > 1:
         raise OptionError(f"--samples {wanted.samples}: for one run at a time")
     if wanted.output is None and len(folders) > 1:
@@ -48,7 +54,7 @@ def main(words: Sequence[str], about: str = __doc__ or "") -> int:
         lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered)
         write_whole(runs[0].folder / SAMPLES_FILE, lines)
         runs = [PastRun.read(runs[0].folder)]
-    file = Path(wanted.output).expanduser() if wanted.output else runs[0].folder / PAGE
+    file = Path(wanted.output).expanduser() if wanted.output else runs[0].folder / PAGE_FILE
     write_whole(file, page(runs))
     print(f"wrote {file}", file=sys.stderr)
     return 0
@@ -61,28 +67,33 @@ def samples(run: PastRun, count: int, max_tokens: int) -> list[Sample]:
 
     if not run.is_finished:
         raise OptionError(f"{run.folder}: the run did not finish, so nothing of it can be asked")
-    questions = first_questions(run, count)
-    is_adapter = (run.folder / "adapter_config.json").is_file()
-    adapters = {"tuned": run.folder} if is_adapter else None
-    found: list[list[str]] = []
-    paths: Sequence[tuple[str | Path, str | None]] = [(run.facts["model"], None)]
-    paths = [*paths, (run.facts["model"], "tuned") if is_adapter else (run.folder, None)]
-    for path, adapter in paths:
-        with load_engine(path, adapters=adapters if adapter else None) as engine:
-            if adapter is None and is_adapter and not engine.serves_base:
-                continue
-            fmt = engine.format_of(adapter)
-            asked = [
-                GenerationRequest(
-                    fmt.prompt_ids([{"role": "user", "content": question}]),
-                    max_tokens=max_tokens,
-                    temperature=0,
-                    adapter=adapter,
-                )
-                for question in questions
-            ]
-            found.append([done.text for done in engine.generate(asked)])
-    return [Sample(*one) for one in zip(questions, *found, strict=True)]
+    questions, base = first_questions(run, count), run.facts["model"]
+
+    def answered(engine: Engine, adapter: str | None) -> list[str]:
+        fmt = engine.format_of(adapter)
+        prompts = [fmt.prompt_ids([{"role": "user", "content": question}]) for question in questions]
+        return [
+            done.text
+            for done in engine.generate(
+                [
+                    GenerationRequest(ids, max_tokens=max_tokens, temperature=0, adapter=adapter)
+                    for ids in prompts
+                ]
+            )
+        ]
+
+    before = None
+    if (run.folder / "adapter_config.json").is_file():
+        with load_engine(base, adapters={"tuned": run.folder}) as engine:
+            after = answered(engine, "tuned")
+            before = answered(engine, None) if engine.serves_base else None
+    else:
+        with load_engine(run.folder) as engine:
+            after = answered(engine, None)
+    if before is None:
+        with load_engine(base) as engine:
+            before = answered(engine, None)
+    return [Sample(*one) for one in zip(questions, before, after, strict=True)]
 
 
 def first_questions(run: PastRun, count: int) -> list[str]:

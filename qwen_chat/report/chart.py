@@ -6,7 +6,7 @@ In: series of points, or heights of bars. Out: one `<svg>` element. It is as wid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -83,9 +83,12 @@ def _svg(parts: Sequence[str], label: str) -> str:
 
 
 def _axes(
-    place: object, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str, y_name: str
+    place: Callable[[float, float], tuple[float, float]],
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_name: str,
+    y_name: str,
 ) -> list[str]:
-    assert callable(place)
     parts = []
     for tick in y_ticks:
         y = place(x_ticks[0] if x_ticks else 0, tick)[1]

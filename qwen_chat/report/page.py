@@ -14,9 +14,9 @@ from qwen_chat import place
 from qwen_chat.files import write_whole
 from qwen_chat.report.chart import Series, bars, curves
 from qwen_chat.report.past_run import PastRun
+from qwen_chat.training.run_folder import PAGE_FILE
 
 GIBIBYTE = 2**30
-PAGE = "report.html"
 STYLE = """
 :root{--ink:#1d2330;--soft:#667085;--line:#e4e7ec;--back:#fff;--card:#f8f9fb;--a:#3b5bdb;--b:#e8590c;--c:#2b8a3e;
 --d:#9c36b5;--e:#0b7285;--f:#c92a2a}
@@ -49,7 +49,7 @@ COLOURS = "abcdef"
 
 def write_page(folder: Path) -> Path:
     """The report of the run in `folder`, into it."""
-    file = folder / PAGE
+    file = folder / PAGE_FILE
     write_whole(file, page([PastRun.read(folder)]))
     return file
 

@@ -6,6 +6,7 @@ In: run.json, train_log.jsonl, samples.json. Out: a `PastRun`; a file that was c
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from qwen_chat import place
 from qwen_chat.conversation import Json
 from qwen_chat.errors import OptionError
+from qwen_chat.training.checkpoints import RUN_FILE
+from qwen_chat.training.run_folder import LOG_FILE
 
 SAMPLES_FILE = "samples.json"
 
@@ -40,21 +43,20 @@ class PastRun:
     @classmethod
     def read(cls, folder: Path) -> PastRun:
         """Raises OptionError where the folder holds no run."""
-        file = folder / "run.json"
+        file = folder / RUN_FILE
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            options = facts["options"]
+            facts: Json = json.loads(file.read_text(encoding="utf-8"))
+            facts["options"].items()
         except OSError as error:
             raise OptionError(f"{file}: {error.strerror}; expected the folder of a run") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise OptionError(
                 f"{file}: not the record of a run; it is damaged or another program's"
             ) from None
-        lines = _lines(folder / "train_log.jsonl")
+        lines = _lines(folder / LOG_FILE)
         steps = {line["step"]: line for line in lines if "loss" in line and "learning_rate" in line}
         evaluations = {line["step"]: line for line in lines if "eval_loss" in line}
         samples = [Sample(**one) for one in _lines(folder / SAMPLES_FILE)]
-        assert isinstance(options, dict)
         return cls(
             folder,
             facts,
@@ -80,14 +82,8 @@ class PastRun:
             values = value if isinstance(value, list) else [value]
             if isinstance(value, dict):
                 values = [json.dumps(value, ensure_ascii=False)]
-            words.append(f"--{name} " + " ".join(_word(one) for one in values))
+            words.append(f"--{name} " + shlex.join(str(one) for one in values))
         return " \\\n  ".join(words)
-
-
-def _word(value: object) -> str:
-    import shlex
-
-    return shlex.quote(str(value))
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

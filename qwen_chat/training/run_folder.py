@@ -21,9 +21,9 @@ from qwen_chat.flags.run_options import Run
 from qwen_chat.training import checkpoints, memory_plan
 from qwen_chat.training.checkpoints import RUN_FILE
 
-LOG_FILE = "train_log.jsonl"
+LOG_FILE, PAGE_FILE = "train_log.jsonl", "report.html"
 # runs: tensorboard's; the page of an earlier end
-_OWN = frozenset({RUN_FILE, LOG_FILE, "runs", "report.html", checkpoints.LOCK, checkpoints.ASIDE})
+_OWN = frozenset({RUN_FILE, LOG_FILE, "runs", PAGE_FILE, checkpoints.LOCK, checkpoints.ASIDE})
 # What a run that was killed while it saved its result may have left.
 _RESULT_FILES = re.compile(
     r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges|format)\S*"

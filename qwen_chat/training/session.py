@@ -73,19 +73,23 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
 
     Raises DataError (every bad line at once), CheckpointError (every changed setting), OptionError (no room).
     """
-    tokenizer = models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code)
-    fmt = ChatFormat(
-        tokenizer,
-        tool_style=run.data.tool_style,
-        language=run.data.tool_language,
-        template_kwargs=run.data.template_kwargs,
-    )
+    fmt = format_of(run, model_path)
     data = read_data(run, fmt)
     shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
     before = run_folder.resume(run, folder, shaped_by)
     rank_zero(data.describe())
     verdict = plan(run, model_path, data)
     return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict)
+
+
+def format_of(run: Run, model_path: Path) -> ChatFormat:
+    """The format that a run learns."""
+    return ChatFormat(
+        models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code),
+        tool_style=run.data.tool_style,
+        language=run.data.tool_language,
+        template_kwargs=run.data.template_kwargs,
+    )
 
 
 def plan(run: Run, model_path: Path, data: Data) -> memory_plan.Verdict:
