@@ -28,11 +28,14 @@ ask() {  # ask TITLE [--adapter DIR]
     done
 }
 
-grep -E '"type": "(identity|everyday)"' "$base_path/io_file/input_data/example_data.jsonl" > "$work/demo_data.jsonl"
+# Beside the result: merging, exporting and the report ask for a run's own data.
+data="${output_dir%/}_data.jsonl"
+mkdir -p "$(dirname "$data")"
+grep -E '"type": "(identity|everyday)"' "$base_path/io_file/input_data/example_data.jsonl" > "$data"
 
 ask "before"
 printf '\n== fine-tuning ==\n'
-bash "$base_path/finetune.sh" -d "$work/demo_data.jsonl" -o "$output_dir" --use_lora True \
+bash "$base_path/finetune.sh" -d "$data" -o "$output_dir" --use_lora True \
     --lora_r 16 --lora_alpha 32 --learning_rate 1e-3 --num_train_epochs 5 --save_strategy no
 ask "after" --adapter "$output_dir"
 printf '\nTalk to it:  %s\n' "python fast_start/simple_try_0.py --adapter $output_dir"
