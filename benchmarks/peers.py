@@ -34,12 +34,13 @@ def python_of(packages: Sequence[str], *, remove: Sequence[str] = (), beside_our
         _run([sys.executable, "-m", "venv", str(folder)])
         if beside_ours:
             place = _run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
-            (Path(place) / "ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+            (Path(place) / "ours.pth").write_text(packages_here + "\n", encoding="utf-8")
         _run([python, "-m", "pip", "install", "--quiet", *packages])
         if remove:
             _run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *remove])
 
-    key = "\n".join([sys.version, str(beside_ours), *packages, *(f"-{name}" for name in remove)])
+    packages_here = sysconfig.get_paths()["purelib"]  # another checkout's environment may be gone tomorrow
+    key = "\n".join([sys.version, packages_here if beside_ours else "", *packages, *(f"-{name}" for name in remove)])
     name = f"{packages[0].partition('=')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     return files.build_once(files.cache_dir() / "peers" / name, build) / "bin" / "python"
 
