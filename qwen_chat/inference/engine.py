@@ -14,12 +14,11 @@ and nothing else: `on_failure` is called and `start()` works again.
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +26,20 @@ import torch
 
 from qwen_chat import hardware
 from qwen_chat.dialects.grammar import Grammar
-from qwen_chat.errors import ModelError, OptionError, ServiceError, ToolError
+from qwen_chat.errors import ModelError, OptionError, ServiceError
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.draft import JUMP, MOST, Drafter, StepCost
 from qwen_chat.inference.events import (
     Completion,
-    Fault,
-    FinishReason,
     Generation,
     TokenEvent,
-    TokenLogprob,
     put_all,
 )
 from qwen_chat.inference.grammar import GrammarTokenizer, Matcher
-from qwen_chat.inference.kv_cache import KVRow, KVShape, KVStore
+from qwen_chat.inference.kv_cache import KVShape, KVStore
 from qwen_chat.inference.lora import Lora
 from qwen_chat.inference.prefix_cache import BLOCK, PrefixCache
+from qwen_chat.inference.row import Row, failed_choice, failure
 from qwen_chat.inference.sampling import Choice, GenerationRequest, Sampler, choose
 from qwen_chat.inference.step import Segment
 from qwen_chat.inference.text import StopText, TokenText
@@ -50,7 +47,6 @@ from qwen_chat.inference.text import StopText, TokenText
 if TYPE_CHECKING:
     from qwen_chat.chat.format import ChatFormat
 
-LOGGER = logging.getLogger(__name__)
 _COUNTED = (
     "steps",
     "requests",
@@ -94,34 +90,6 @@ class EngineStats:
     accepted_tokens: int = 0  # of these, said
     kv_tokens: int = 0  # tokens held by running requests
     batch: int = 0  # requests that the last forward pass advanced; 0 where none runs
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A request that runs: its tokens, of which the first `computed` have keys and values."""
-
-    generation: Generation
-    sampler: Sampler
-    text: StopText
-    token_text: TokenText
-    tokens: list[int]
-    end: int  # length of `tokens` at which max_tokens or the context is reached
-    stop_ids: frozenset[int]
-    lora: Lora | None
-    kv: KVRow
-    drafter: Drafter
-    computed: int = 0
-    started: bool = False  # the prefix cache was asked
-    generated: int = 0
-    held: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # where its text begins, not shown yet
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.generation.request
-
-    @property
-    def number(self) -> int:
-        return self.lora.number if self.lora else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +156,8 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self.on_failure = on_failure
         self._saves_steps = drafts
+        # On an accelerator bits depend on how many tokens a step has.
+        self._drafts_tokens = drafts and self.decoder.device.type == "cpu"
         self._step_cost = StepCost()
         self.failure: BaseException | None = None
         self.stop_token_ids = frozenset(
@@ -209,8 +179,8 @@ class Engine:
         self._adapters: dict[str, _Adapter] = {}
         self._merged: str | None = None  # the adapter that is part of the model
         self._serves_base = serves_base
-        self._waiting: deque[_Row] = deque()
-        self._running: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
         self._wakeup = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -350,7 +320,7 @@ class Engine:
         """Raises ToolError where a grammar cannot be used with this vocabulary."""
         self._matcher(grammar)
 
-    def _row(self, generation: Generation) -> _Row:
+    def _row(self, generation: Generation) -> Row:
         request = generation.request
         count = len(request.prompt_ids)
         room = min(self.context_length, self.kv_tokens)
@@ -381,7 +351,7 @@ class Engine:
         ends = frozenset() if request.ignore_eos else self.stop_token_ids.union(own)
         stops = self._base_stops if adapter.fmt is None else adapter.fmt.stop_strings
         tokens = list(request.prompt_ids)
-        return _Row(
+        return Row(
             generation=generation,
             sampler=Sampler(request, matcher),
             text=StopText((*request.stop, *stops, *self.stop_strings)),
@@ -391,7 +361,7 @@ class Engine:
             stop_ids=ends | frozenset(request.stop_token_ids),
             lora=adapter.lora,
             kv=self._kv.row(),
-            drafter=Drafter(tokens),
+            drafter=Drafter(tokens) if self._drafts_tokens else None,
         )
 
     def _matcher(self, grammar: Grammar) -> Matcher:
@@ -429,7 +399,7 @@ class Engine:
             self._cache.clear()
             self._kv.clear()
         for row in rows:
-            row.generation.put(_failure(f"the engine failed: {type(error).__name__}"))
+            row.generation.put(failure(f"the engine failed: {type(error).__name__}"))
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -471,9 +441,9 @@ class Engine:
         for row in (*self._running, *self._waiting):
             deadline = row.request.deadline
             if row.generation.is_cancelled:
-                self._finish(row, _cut_off(row, "cancelled"))
+                self._finish(row, row.cut_off("cancelled"))
             elif deadline is not None and now >= deadline:
-                self._finish(row, _cut_off(row, "deadline"))
+                self._finish(row, row.cut_off("deadline"))
 
     def _join(self) -> None:
         """Waiting requests start while there is a place and memory for their prompt and a little more; when
@@ -495,7 +465,7 @@ class Engine:
                 held += need
                 self._running.append(self._waiting.popleft())
 
-    def _plan(self) -> tuple[list[Segment], list[_Row]]:
+    def _plan(self) -> tuple[list[Segment], list[Row]]:
         """This step's tokens: one of every row that decodes, then pieces of prompts (or of what a grammar forced)
         within the budget: those with the least left first, so that a long prompt holds nobody up, but a quarter for
         the oldest. Behind a row's newest token, its drafts."""
@@ -526,7 +496,7 @@ class Engine:
             segments.append(self._segment(row, count, pays))
         return segments, rows
 
-    def _start(self, row: _Row) -> None:
+    def _start(self, row: Row) -> None:
         row.started = True
         row.computed = self._cache.fill(row.kv, row.number, row.tokens)
         if not row.generated:
@@ -534,7 +504,7 @@ class Engine:
             self._counts["cached_tokens"] += row.computed
             self._counts["prompt_tokens"] += row.generation.prompt_tokens
 
-    def _segment(self, row: _Row, count: int, pays: Callable[[float], bool]) -> Segment:
+    def _segment(self, row: Row, count: int, pays: Callable[[float], bool]) -> Segment:
         stop = row.computed + count
         row.kv.reserve(stop)
         keep: tuple[int, ...] = ()
@@ -544,15 +514,15 @@ class Engine:
             ends = {last // BLOCK * BLOCK, row.kv.state.branch}
             keep = tuple(sorted(end for end in ends if row.computed < end <= stop))
         is_last = stop == len(row.tokens)
-        drafts = self._drafts(row, pays) if is_last and self._saves_steps else []
+        drafts = self._drafts(row, pays) if is_last else []
         ids = row.tokens[row.computed : stop] + drafts
         return Segment(ids, row.computed, row.kv, row.lora, is_last, keep, len(drafts))
 
-    def _drafts(self, row: _Row, pays: Callable[[float], bool]) -> list[int]:
-        """What the row will probably say next; nothing where bits depend on how many tokens a step has."""
+    def _drafts(self, row: Row, pays: Callable[[float], bool]) -> list[int]:
+        """What the row will probably say next."""
         count = len(row.tokens)
         room = min(row.kv.draft_room(count), row.end - count - 1)
-        if room <= 0 or self.decoder.device.type != "cpu":
+        if room <= 0 or row.drafter is None:
             return []
         matcher = row.sampler.matcher
         drafts = [] if matcher is None else matcher.forced()[: min(room, MOST)]
@@ -565,16 +535,17 @@ class Engine:
         return drafts
 
     def _said(
-        self, row: _Row, choice: Choice | Exception, drafts: Sequence[int], logits: torch.Tensor
+        self, row: Row, choice: Choice | Exception, drafts: Sequence[int], logits: torch.Tensor
     ) -> Iterator[TokenEvent]:
         """What a step adds to a row: the token chosen after its last one, then after each draft that was chosen itself,
         then what the grammar forces. logits (1 + drafts, vocabulary)."""
         taken = 0
         while True:
             if isinstance(choice, Exception):
-                yield _failed_choice(choice)
+                yield failed_choice(choice)
                 return
-            event = self._advance(row, choice)
+            event = row.advance(choice)
+            self._counts["generated_tokens"] += 1
             yield event
             if event.finish_reason is not None:
                 return
@@ -587,43 +558,17 @@ class Engine:
         row.kv.take_back(len(drafts) - taken)
         for forced in itertools.islice(row.sampler.forced(), JUMP if self._saves_steps else 0):
             self._counts["forced_tokens"] += 1
-            event = self._advance(row, forced)
+            event = row.advance(forced)
+            self._counts["generated_tokens"] += 1
             yield event
             if event.finish_reason is not None:
                 return
 
-    def _advance(self, row: _Row, choice: Choice) -> TokenEvent:
-        """Add a token to a row: what it shows, and whether it is the last."""
-        row.generated += 1
-        self._counts["generated_tokens"] += 1
-        if row.generation.first_token_at is None:
-            row.generation.first_token_at = time.monotonic()
-        reason: FinishReason | None = None
-        text, token, stopped = "", choice.token_id, False
-        if choice.logprob is not None:
-            row.held.append((row.text.length, _logprob(row, choice, choice.logprob)))
-        if token in row.stop_ids:
-            reason = "stop"
-        else:
-            text, stopped = row.text.feed(row.token_text.bytes_of(token))
-            row.tokens.append(token)
-            row.drafter.see()
-            matcher = row.sampler.matcher
-            if stopped or (matcher is not None and matcher.is_complete):
-                reason = "stop"
-            elif len(row.tokens) >= row.end:
-                reason = "length"
-            if reason is not None and not stopped:
-                text += row.text.finish()
-        if reason == "stop" and token in row.stop_ids:
-            text = row.text.finish()
-        return TokenEvent(text, (token,), _shown(row, reason is not None and not stopped), reason)
-
-    def _finish(self, row: _Row, event: TokenEvent) -> None:
+    def _finish(self, row: Row, event: TokenEvent) -> None:
         self._end(row, event)
         row.generation.put(event)
 
-    def _end(self, row: _Row, event: TokenEvent) -> None:
+    def _end(self, row: Row, event: TokenEvent) -> None:
         """Give back what a row holds."""
         if row.computed and event.finish_reason in ("stop", "length"):
             self._cache.store(row.kv, row.number, row.tokens[: row.computed])
@@ -633,36 +578,6 @@ class Engine:
                 self._running.remove(row)
             elif row in self._waiting:
                 self._waiting.remove(row)
-
-
-def _logprob(row: _Row, choice: Choice, logprob: float) -> TokenLogprob:
-    name = row.token_text.name_of
-    top = tuple(TokenLogprob(*name(token), value, token_id=token) for token, value in choice.top)
-    return TokenLogprob(*name(choice.token_id), logprob, top, choice.token_id)
-
-
-def _shown(row: _Row, everything: bool) -> tuple[TokenLogprob, ...]:
-    """The log probabilities held back of tokens whose text has begun to be shown; `everything`: of all."""
-    count = len(row.held) if everything else sum(begin < row.text.shown for begin, _ in row.held)
-    shown, row.held = row.held[:count], row.held[count:]
-    return tuple(item for _, item in shown)
-
-
-def _cut_off(row: _Row, reason: FinishReason) -> TokenEvent:
-    text = row.text.finish()
-    return TokenEvent(text, logprobs=_shown(row, everything=True), finish_reason=reason)
-
-
-def _failed_choice(error: Exception) -> TokenEvent:
-    """The end of a row whose next token could not be chosen; what was not foreseen goes to the log alone."""
-    if isinstance(error, ToolError):
-        return _failure(str(error), "request")
-    LOGGER.error("a row's next token could not be chosen", exc_info=error)
-    return _failure("the engine failed to choose the next token")
-
-
-def _failure(error: str, fault: Fault = "engine") -> TokenEvent:
-    return TokenEvent(finish_reason="error", error=error, fault=fault)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

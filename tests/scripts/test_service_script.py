@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from openai import AuthenticationError, OpenAI
@@ -466,3 +468,74 @@ def test_without_vllm(tmp_path: Path, demo_model_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --engine vllm (with ")
     assert "pip install vllm" in done.stderr
+
+
+WORDS = [
+    "sea",
+    "town",
+    "bread",
+    "clock",
+    "wind",
+    "market",
+    "winter",
+    "bridge",
+    "train",
+    "river",
+    "lamp",
+    "paper",
+]
+
+
+def visit(url: str, chance: random.Random) -> None:
+    """One request of a kind that chance picks: answered as that kind is, whole or left in the middle."""
+    words = " ".join(chance.choices(WORDS, k=chance.choice((5, 30, 300))))
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"Tell me about {words}"}],
+        "max_tokens": 32,
+    }
+    status, kind = 200, chance.choice(("greedy", "sampled", "called", "left", "wrong"))
+    if kind == "called":
+        choice = {"type": "function", "function": {"name": "get_weather"}}
+        body |= {"tools": [WEATHER], "tool_choice": choice, "temperature": 0}
+    elif kind == "left":
+        body |= {"stream": True, "max_tokens": 400}
+    elif kind == "wrong":
+        status, body["temperature"] = 400, "warm"
+    else:
+        body |= {"temperature": 0 if kind == "greedy" else 1, "logprobs": True, "n": chance.choice((1, 2))}
+    with requests.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=120) as answer:
+        assert answer.status_code == status, answer.text
+        if kind == "left":
+            next(answer.iter_content(64))
+        else:
+            assert answer.json()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_minutes_of_load_leave_its_memory_as_it_was(demo_model_path: Path, tmp_path: Path) -> None:
+    """Eight clients without a pause. Memory grows until the caches are full, in the first quarter; then no more."""
+    process = Process(tmp_path, "--quantize", "int8")
+    end, sizes = time.monotonic() + 1200, []
+
+    def client(number: int) -> int:
+        chance, done = random.Random(number), 0
+        while time.monotonic() < end:
+            visit(process.url, chance)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        while time.monotonic() < end and not any(one.done() for one in clients):
+            sizes.append(psutil.Process(process.process.pid).memory_info().rss)
+            time.sleep(1)
+        answered = sum(one.result() for one in clients)
+    assert process.stop() == 0
+    quarter = len(sizes) // 4
+    second, last = max(sizes[quarter : 2 * quarter]), max(sizes[-quarter:])
+    print(
+        f"{answered:,} requests; {second / 2**20:.0f} MiB in the second quarter, {last / 2**20:.0f} in the last"
+    )
+    assert answered > 1000
+    assert last < 1.03 * second
