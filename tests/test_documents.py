@@ -96,6 +96,13 @@ def test_a_table_that_the_code_has_left_behind_is_noticed(monkeypatch: pytest.Mo
     ]
 
 
+def test_the_pictures_are_of_the_records_and_the_readmes() -> None:
+    import docs.pictures
+
+    for name, text in docs.pictures.pictures():
+        assert (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8") == text, "python docs/pictures.py"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_can_be_given(command: str) -> None:
     words = shlex.split(command)
