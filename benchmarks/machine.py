@@ -1,5 +1,6 @@
 """Where and with what a result was measured: every file in `benchmarks/results/` says so in the same words."""
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -7,10 +8,13 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qwen_chat.console import rank_zero
+
+READ = 4 * 2**30  # bytes that are read to learn the memory's bandwidth
 
 
 def where(packages: Iterable[str], pinned: Iterable[str] = ()) -> dict[str, Any]:
@@ -72,3 +76,20 @@ def cpu() -> str:
 
 def memory_gib() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def bandwidth() -> float:
+    """GB/s that two threads read from memory: 4 GiB, the best of 5."""
+    import numpy as np
+
+    data = np.full(READ, 1, np.uint8)
+    search = ctypes.CDLL(None).memchr  # of a byte that is not there: it only reads, in vectors
+    search.argtypes, search.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
+    best = float("inf")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            begin = time.perf_counter()
+            parts = (data.ctypes.data + part * READ // 2 for part in range(2))
+            list(pool.map(lambda part: search(part, 2, READ // 2), parts))
+            best = min(best, time.perf_counter() - begin)
+    return READ / best / 1e9

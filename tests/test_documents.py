@@ -100,7 +100,9 @@ def test_the_pictures_are_of_the_records_and_the_readmes() -> None:
     import docs.pictures
 
     for name, text in docs.pictures.pictures():
-        assert (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8") == text, "python docs/pictures.py"
+        assert (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8") == text, (
+            "python docs/pictures.py"
+        )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
