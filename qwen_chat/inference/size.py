@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_chat import hardware
+from qwen_chat import hardware, place
 from qwen_chat.errors import ModelError
 from qwen_chat.inference.quantize import linear_bytes
 from qwen_chat.weights import NUMBER_KINDS, StoredTensor
@@ -80,7 +80,7 @@ def fitting_instead(
 ) -> str:
     """What fits main memory."""
     if merged:
-        return "merge it with finetune/merge_adapter.py, a layer at a time, and serve what that writes"
+        return f"merge it with `{place.invocation('merge')}`, a layer at a time, and serve what that writes"
     ways = {f"--quantize {kind}": (width, kind) for kind in QUANTIZED} | {"--dtype bfloat16": (2, None)}
     flags = "" if device == "cpu" else "--device cpu "
     fitting = {
