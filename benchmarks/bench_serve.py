@@ -24,9 +24,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ class Row:
     answers: int
 
 
+# (server, at once) -> each round's seconds and answers
+Runs = dict[tuple[str, int], list[tuple[float, list[Answer]]]]
+
+
 class Unavailable(Exception):
     """A peer that cannot be had here; the message says why."""
 
@@ -110,22 +115,24 @@ def main() -> int:
         machine.write(options.output, {**old, "bandwidth": {**old.get("bandwidth", {}), model_name: share}})
         return 0
     commands, left_out = prepare(options.servers, folder, model_name)
-    runs: dict[tuple[str, int], list[tuple[float, list[Answer]]]] = {}
+    runs: Runs = {}
     prefix: dict[str, list[tuple[float, float]]] = {}
-    for number in range(options.rounds):
-        for name, command in commands.items():
+    up: dict[str, Client | InProcess] = {}
+    with ExitStack() as whole:
+        for number, (name, command) in product(range(options.rounds), commands.items()):
+            if name in left_out:
+                continue
             try:
-                with opened(name, command, folder, tokenizer, options, model_name == RANDOM) as client:
-                    client.load(1, 1)  # a first request pays for what is loaded lazily
-                    for concurrency in options.concurrency:
-                        if concurrency > MOST_AT_ONCE.get(name, concurrency):
-                            continue
-                        rank_zero(f"round {number + 1}: {name}, {concurrency} at once")
-                        runs.setdefault((name, concurrency), []).append(
-                            client.load(concurrency, options.requests)
+                with ExitStack() as own:
+                    if name not in up:
+                        stack = whole if options.together else own
+                        up[name] = stack.enter_context(
+                            opened(name, command, folder, tokenizer, options, model_name == RANDOM)
                         )
-                    if isinstance(client, Client) and name.startswith(("ours", "llama-server")):
-                        prefix.setdefault(name, []).append(client.prefix_times())
+                        up[name].load(1, 1)  # a first request pays for what is loaded lazily
+                    rank_zero(f"round {number + 1}: {name}")
+                    client = up[name] if options.together else up.pop(name)
+                    ask_all(name, client, options, runs, prefix)
             except ServiceError as error:
                 left_out[name] = str(error)
                 rank_zero(f"left out: {name}: {error}")
@@ -150,6 +157,21 @@ def main() -> int:
     return 0
 
 
+def ask_all(
+    name: str,
+    client: Client | InProcess,
+    options: argparse.Namespace,
+    runs: Runs,
+    prefix: dict[str, list[tuple[float, float]]],
+) -> None:
+    """A round of one server, added to what is known of it."""
+    for concurrency in options.concurrency:
+        if concurrency <= MOST_AT_ONCE.get(name, concurrency):
+            runs.setdefault((name, concurrency), []).append(client.load(concurrency, options.requests))
+    if isinstance(client, Client) and name.startswith(("ours", "llama-server")) and not options.together:
+        prefix.setdefault(name, []).append(client.prefix_times())
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,6 +188,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", default=5, type=int, help="times through all servers [5]")
     parser.add_argument(
         "--timeout", default=300.0, type=float, help="seconds a server may take to start [300]"
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="all servers are up from the first round to the last: rounds take seconds, in which the machine's memory"
+        " does not change its speed",
     )
     parser.add_argument(
         "--bandwidth",

@@ -25,6 +25,9 @@ from docs.measure import FLOORS, PACKAGE
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|tests|docs)/[\w./*-]+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+# Those that compute in the same arithmetic stand together.
+SERVERS = ("ours", "llama-server-f32", "openvino-f32", "vllm", "transformers")
+SERVERS += ("ours-int8", "llama-server-q8", "openvino-int8")
 LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
 MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
 ROOMS = [room for floor in FLOORS for room in floor]
@@ -153,6 +156,7 @@ def made_tables() -> dict[str, tuple[Path, str]]:
         "floors": (ROOT / "docs/architecture.md", floors_table()),
         "modules": (ROOT / "docs/architecture.md", modules_table()),
         "large_loading": (ROOT / "docs/inference.md", large_loading_table()),
+        "serve": (ROOT / "docs/inference.md", serve_table()),
         "large_serving": (ROOT / "docs/inference.md", large_serving_table()),
         "large_training": (ROOT / "docs/scale.md", large_training_table()),
         "quantize": (ROOT / "docs/inference.md", quantize_table()),
@@ -185,6 +189,21 @@ def large_loading_table() -> str:
         for run, row in large_rows("loading").items()
     ]
     return table(("weights", "peak when ready, GiB", "and when it has answered", "ready after, s"), rows)
+
+
+def serve_table() -> str:
+    """What benchmarks/bench_serve.py recorded: tokens per second of each server, within a model and an arithmetic."""
+    record = json.loads((ROOT / "benchmarks/results/serve.json").read_text(encoding="utf-8"))
+    found = {(row["model"], row["server"], row["concurrency"]): row for row in record["rows"]}
+    rows = []
+    for model in ("demo", "0.5b"):
+        for server in SERVERS:
+            each = [found.get((model, server, count)) for count in (1, 8, 32)]
+            if each[0]:
+                rates = (row["tokens_per_s"] if row else "" for row in each)
+                rows.append((model, server, *rates, each[0]["ttft_ms_p50"]))
+    titles = ("model", "server", "tokens/s alone", "8 at once", "32 at once", "first token alone, ms")
+    return table(titles, rows)
 
 
 def large_serving_table() -> str:

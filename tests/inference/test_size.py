@@ -64,7 +64,10 @@ def test_a_card_that_is_too_small_is_told_what_main_memory_holds(monkeypatch: py
 def test_a_merge_counts_the_whole_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     served, whole = serving_bytes(TENSORS, 4, "int8"), 4 * sum(tensor.numbers for tensor in TENSORS.values())
     told = refusal(monkeypatch, served + whole - 1, quantize="int8", merged=True)
-    assert "merged and served it takes about" in told and "merge it with `python finetune/merge_adapter.py`" in told
+    assert (
+        "merged and served it takes about" in told
+        and "merge it with `python finetune/merge_adapter.py`" in told
+    )
     monkeypatch.setattr(hardware, "free_memory", lambda: served + whole)
     monkeypatch.setattr(hardware, "device_free", lambda kind: served + whole)
     check_fits(Path("there"), TENSORS, 4, "int8", merged=True)
