@@ -7,6 +7,7 @@ A slow reader slows nobody: events wait here, no more of them than the request's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -75,6 +76,7 @@ class Generation:
         self._events: deque[TokenEvent] = deque()
         self._ready = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._pausing = False  # the waiter wants to hear of the end alone
 
     def cancel(self) -> None:
         """Stop before the next token. The events end with finish reason "cancelled"."""
@@ -90,7 +92,7 @@ class Generation:
         with self._ready:
             self._events.append(event)
             self._ready.notify_all()
-            return self._waiter
+            return None if self._pausing and event.finish_reason is None else self._waiter
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:
@@ -103,18 +105,33 @@ class Generation:
                 return
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        async for event in self.paced(0):
+            yield event
+
+    async def paced(self, pause: float) -> AsyncIterator[TokenEvent]:
+        """Events; the next at least `pause` seconds after the last, with those that came meanwhile as one. The first
+        and the end come at once. Whoever reads many rows on few cores so holds up the engine less."""
         arrived = asyncio.Event()
         with self._ready:
             self._waiter = (asyncio.get_running_loop(), arrived)
         try:
             while True:
-                arrived.clear()
-                while self._events:
-                    event = self._events.popleft()
+                with self._ready:
+                    self._pausing = False
+                    arrived.clear()
+                    events = [*self._events] if pause else [*self._events][:1]
+                    for _ in events:
+                        self._events.popleft()
+                    self._pausing = bool(pause and events)
+                for event in _joined(events):
                     yield event
                     if event.finish_reason is not None:
                         return
-                await arrived.wait()
+                if events and pause:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(arrived.wait(), pause)
+                elif not events:
+                    await arrived.wait()
         finally:
             self._waiter = None
 
@@ -139,6 +156,20 @@ class Generation:
             error=last.error,
             fault=last.fault,
         )
+
+
+def _joined(events: Sequence[TokenEvent]) -> list[TokenEvent]:
+    """The same in as few as can be: one, and an end that is no part of the reply."""
+    kept = [event for event in events if event.finish_reason in (None, "stop", "length")]
+    if len(kept) > 1:
+        whole = TokenEvent(
+            text="".join(event.text for event in kept),
+            token_ids=tuple(token for event in kept for token in event.token_ids),
+            logprobs=tuple(item for event in kept for item in event.logprobs),
+            finish_reason=kept[-1].finish_reason,
+        )
+        return [whole, *events[len(kept) :]]
+    return list(events)
 
 
 def put_all(events: Sequence[tuple[Generation, TokenEvent]]) -> None:

@@ -59,6 +59,7 @@ class Answering:
             metrics=self._metrics,
             release=lambda: release(True),
             log_reply=self._settings.log_prompts,
+            pace_seconds=self._settings.pace_seconds,
         )
         return Delivery(work, self._settings)
 

@@ -13,12 +13,10 @@ import torch
 from qwen_chat.inference import int4
 from qwen_chat.inference.decoder import Decoder
 from qwen_chat.inference.kv_cache import KVStore
-from qwen_chat.inference.loading import load_engine
 from qwen_chat.inference.native import library
 from qwen_chat.inference.native.library import NATIVE_SWITCH, Library, native_library
 from qwen_chat.inference.native.linear import NativeLinear
 from qwen_chat.inference.quantize import Int8Linear
-from qwen_chat.inference.sampling import GenerationRequest
 from qwen_chat.inference.step import Segment
 from tests.support.tiny_families import tiny_family
 
@@ -84,37 +82,6 @@ def test_whole_numbers_stay_nearer_to_torchs_than_rounding_took_them(
     for end in (1, 64, 150):
         found, expected, unrounded = (logits_of(one, tokens(end)) for one in (decoder, reference, exact))
         assert (found - expected).abs().max() < 0.5 * (expected - unrounded).abs().max(), end
-
-
-QUESTIONS = [
-    "Who are you?",
-    "What is 2 + 2?",
-    "Name three colours.",
-    "Why is the sky blue?",
-    "Write a haiku.",
-    "Translate into French: good day.",
-    "Say no.",
-    *(
-        f"Tell me about {name}."
-        for name in ("the sea", "a town", "bread", "clocks", "wind", "winter", "trains")
-    ),
-    *(f"Explain {name}." for name in ("rain", "money", "a list in Python", "sleep", "gravity", "paper")),
-]
-
-
-@pytest.mark.alone
-def test_int8_says_torchs_tokens_to_twenty_prompts(
-    native: Library, demo_model_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = []
-    for switch in ("1", "0"):
-        monkeypatch.setenv(NATIVE_SWITCH, switch)
-        with load_engine(demo_model_path, quantize="int8") as engine:
-            prompts = [engine.fmt.prompt_ids([{"role": "user", "content": text}]) for text in QUESTIONS]
-            done = engine.generate([GenerationRequest(ids, max_tokens=12, temperature=0) for ids in prompts])
-        said.append([one.token_ids for one in done])
-    assert len(QUESTIONS) == 20
-    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])

@@ -15,13 +15,15 @@ from tests.support.scripted import LiveService, make_engine
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     """A service without keys; for everything that leaves no trace."""
-    app = create_app(make_engine(), settings=ServiceSettings(model_name="scripted", max_body_bytes=100_000))
+    app = create_app(
+        make_engine(), settings=ServiceSettings(model_name="scripted", max_body_bytes=100_000, pace_seconds=0)
+    )
     with TestClient(app) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[LiveService]:
-    app = create_app(make_engine(), settings=ServiceSettings(model_name="scripted"))
+    app = create_app(make_engine(), settings=ServiceSettings(model_name="scripted", pace_seconds=0))
     with LiveService(app) as service:
         yield service

@@ -127,7 +127,9 @@ CALL = Hermes().write([ToolCall("get_weather", json.dumps({"city": CITY}, ensure
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[LiveService]:
-    with LiveService(create_app(make_engine(), settings=ServiceSettings(model_name="scripted"))) as service:
+    with LiveService(
+        create_app(make_engine(), settings=ServiceSettings(model_name="scripted", pace_seconds=0))
+    ) as service:
         yield service
 
 
@@ -229,7 +231,9 @@ def test_the_tool_loop_reads_them(live: LiveService) -> None:
 @pytest.fixture(scope="module")
 def xml_client(chat_templates: dict[str, str]) -> Iterator[OpenAI]:
     engine = make_engine(template=chat_templates["qwen3_5_nothink"])
-    with LiveService(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as live:
+    with LiveService(
+        create_app(engine, settings=ServiceSettings(model_name="scripted", pace_seconds=0))
+    ) as live:
         yield OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 
@@ -285,7 +289,9 @@ def test_a_call_that_cannot_be_written_is_a_400(xml_client: OpenAI) -> None:
 @pytest.fixture(scope="module")
 def thinking_client(chat_templates: dict[str, str]) -> Iterator[OpenAI]:
     engine = make_engine(template=chat_templates["qwen3_5_think"])
-    with LiveService(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as live:
+    with LiveService(
+        create_app(engine, settings=ServiceSettings(model_name="scripted", pace_seconds=0))
+    ) as live:
         yield OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 

@@ -124,7 +124,9 @@ def thinker() -> Iterator[TestClient]:
     """A model whose template knows thinking, as Qwen3's does."""
     engine = make_engine()
     engine.tokenizer.chat_template = TEMPLATE + "{# <think> #}"
-    with TestClient(create_app(engine, settings=ServiceSettings(model_name="scripted"))) as client:
+    with TestClient(
+        create_app(engine, settings=ServiceSettings(model_name="scripted", pace_seconds=0))
+    ) as client:
         yield client
 
 

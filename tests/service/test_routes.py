@@ -49,7 +49,9 @@ def test_health_while_many_generate(live: LiveService) -> None:
 
 
 def test_metrics() -> None:
-    with TestClient(create_app(make_engine(), settings=ServiceSettings(model_name="m"))) as client:
+    with TestClient(
+        create_app(make_engine(), settings=ServiceSettings(model_name="m", pace_seconds=0))
+    ) as client:
         client.post(CHAT, json=ask("say abc"))
         client.post(CHAT, json=ask("say abc", n=99))
         client.get("/some/thing")

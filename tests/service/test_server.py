@@ -167,7 +167,8 @@ def worst_gap(live: LiveService) -> float:
 def test_tricklers_without_a_key_slow_nobody_and_end(tmp_path: Path, count: int) -> None:
     log = RequestLog(tmp_path / "log")
     rounds = 3
-    with LiveService(create_app(make_engine(), api_keys=["secret"], log=log)) as live:
+    settings = ServiceSettings(pace_seconds=0)
+    with LiveService(create_app(make_engine(), settings=settings, api_keys=["secret"], log=log)) as live:
         quiet = statistics.median(worst_gap(live) for _ in range(rounds))
         attacked = []
         for _ in range(rounds):

@@ -22,6 +22,27 @@ from qwen_chat.tools.loop import run_tools
 from tests.support.chats import CHAT, ask, wait_until
 from tests.support.scripted import LiveService, make_engine
 
+# --- pace ----------------------------------------------------------------------------------------
+
+
+def test_tokens_that_come_fast_go_together_the_first_and_the_end_at_once() -> None:
+    said = "x" * 100  # a token each, in a few milliseconds
+    settings = ServiceSettings(pace_seconds=0.5)
+    with LiveService(create_app(make_engine(), settings=settings)) as live:
+        began = time.monotonic()
+        body = ask(f"say {said}", stream=True, logprobs=True)
+        with requests.post(live.url + CHAT, json=body, stream=True, timeout=30) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith(b"data: {")]
+        assert time.monotonic() - began < 0.5
+    choices = [json.loads(line[6:])["choices"][0] for line in lines]
+    pieces = [choice["delta"].get("content") or "" for choice in choices]
+    assert "".join(pieces) == said
+    assert sum(map(bool, pieces)) <= 3
+    taken = [one["token"] for choice in choices for one in (choice["logprobs"] or {}).get("content", [])]
+    assert "".join(taken) == said
+    assert choices[-1]["finish_reason"] == "stop"
+
+
 # --- silence -------------------------------------------------------------------------------------
 
 
