@@ -37,7 +37,17 @@ PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|t
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 COMMENT = re.compile(r"(?:^|\s+)#.*")
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|bash|make|qwen-chat) [^`\n]+)`")
-OTHERS = ("llama-server", "ray", "serve", "kubectl", "python3")  # programs whose flags are theirs
+OTHERS = (
+    "llama-server",
+    "ray",
+    "serve",
+    "kubectl",
+    "python3",
+    "git",
+    "cd",
+    "source",
+    "curl",
+)  # others'
 CHINESE = ".zh-CN.md"
 FOR_CONTRIBUTORS = ("architecture.md", "decisions.md")  # in English alone
 LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
@@ -104,7 +114,7 @@ def refused_commands(page: Path) -> Iterator[Fault]:
 @cache
 def refusal(command: str) -> str | None:
     """Why a command cannot be given: the program, script or target, or what its own parser says; None where it can."""
-    words = shlex.split(command)
+    words = shlex.split(command.removesuffix("&"))
     settings = {}
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, _, settings[name] = words.pop(0).partition("=")
