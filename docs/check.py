@@ -37,17 +37,7 @@ PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|t
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 COMMENT = re.compile(r"(?:^|\s+)#.*")
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|bash|make|qwen-chat) [^`\n]+)`")
-OTHERS = (
-    "llama-server",
-    "ray",
-    "serve",
-    "kubectl",
-    "python3",
-    "git",
-    "cd",
-    "source",
-    "curl",
-)  # others'
+OTHERS = {"llama-server", "ray", "serve", "kubectl", "python3", "git", "cd", "source", "curl"}  # not ours
 CHINESE = ".zh-CN.md"
 FOR_CONTRIBUTORS = ("architecture.md", "decisions.md")  # in English alone
 LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
@@ -134,7 +124,7 @@ def refusal(command: str) -> str | None:
         case ["sbatch", *rest]:  # its own flags come before the script, the run's behind it
             given = rest[rest.index("finetune/cluster/slurm.sh") + 1 :]
             return from_shell("finetune/finetune.sh", given, settings)
-        case [program, *_] if Path(program).name not in {*OTHERS, "make", "pip"}:
+        case [program, *_] if Path(program).name not in OTHERS | {"make", "pip"}:
             return f"no check knows {program}"
     return None
 
