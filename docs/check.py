@@ -35,15 +35,15 @@ from qwen_chat.place import SCRIPTS
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|tests|docs)/[\w./*-]+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
+MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
+ROOMS = [room for floor in FLOORS for room in floor]
+HOP = re.compile(r"`([a-z_]+(?:\.\w+)+)(?<!\.py)`")
 COMMENT = re.compile(r"(?:^|\s+)#.*")
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|bash|make|qwen-chat) [^`\n]+)`")
 OTHERS = {"llama-server", "ray", "serve", "kubectl", "python3", "git", "cd", "source", "curl"}  # not ours
 CHINESE = ".zh-CN.md"
 FOR_CONTRIBUTORS = ("architecture.md", "decisions.md")  # in English alone
-LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
-MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
-ROOMS = [room for floor in FLOORS for room in floor]
-HOP = re.compile(r"`([a-z_]+(?:\.\w+)+)(?<!\.py)`")
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Fault = str
 
