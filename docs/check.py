@@ -6,21 +6,31 @@ In: README*.md, CHANGELOG.md, docs/*.md. Out: one line a fault; exit 0 when ther
     python docs/check.py --write     # the tables that are made from the code, made anew
 """
 
-import argparse
 import ast
+import importlib
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import tomllib
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
 from docs.measure import FLOORS, PACKAGE
+from qwen_chat import families
+from qwen_chat.errors import OptionError
+from qwen_chat.flags import config_file, parser, run_problems, training_fields
+from qwen_chat.place import SCRIPTS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.~{}-])(?:qwen_chat|finetune|fast_start|benchmarks|tests|docs)/[\w./*-]+")
@@ -32,6 +42,11 @@ LONGEST_LINE = 120  # characters; tables, whose rows cannot be wrapped, excepted
 MADE_BY_A_RUN = ("finetune/io_file/output_data/", "fast_start/fast_api_svc.log")
 ROOMS = [room for floor in FLOORS for room in floor]
 HOP = re.compile(r"`([a-z_]+(?:\.\w+)+)(?<!\.py)`")
+COMMENT = re.compile(r"(?:^|\s+)#.*")
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|bash|make|qwen-chat) [^`\n]+)`")
+OTHERS = {"llama-server", "ray", "serve", "kubectl", "python3", "git", "cd", "source", "curl"}  # not ours
+CHINESE = ".zh-CN.md"
+FOR_CONTRIBUTORS = ("architecture.md", "decisions.md")  # in English alone
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Fault = str
 
@@ -47,7 +62,7 @@ def commands(page: Path) -> list[str]:
     for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
         if language in {"bash", "sh"}:
             joined = block.replace("\\\n", " ")
-            stripped = (re.sub(r"(^|\s)#.*", "", line).strip() for line in joined.splitlines())
+            stripped = (COMMENT.sub("", line).strip() for line in joined.splitlines())
             found += [" ".join(line.split()) for line in stripped if line]
     return found
 
@@ -80,47 +95,108 @@ def missing_paths(page: Path) -> Iterator[Fault]:
             yield f"names {name}, which does not exist"
 
 
-def unknown_flags(page: Path) -> Iterator[Fault]:
-    """Flags in a page's commands that the script's own --help does not know."""
-    from qwen_chat.place import SCRIPTS
-
-    for command in commands(page):
-        installed = re.match(r"qwen-chat (\w+)", command)
-        script = installed or re.search(
-            r"(?:python|bash) ((?:finetune|fast_start|benchmarks|docs)/\w+\.(?:py|sh))", command
-        )
-        if not script:
-            continue
-        name = SCRIPTS.get(script.group(1), "") if installed else script.group(1)
-        known = known_flags(name) if name else frozenset()
-        for flag in re.findall(r"(?<=\s)(--?[A-Za-z][\w-]*)", command[script.end() :]):
-            if flag not in known:
-                yield f"`{command}`: {name or 'qwen-chat'} --help does not know {flag}"
+def refused_commands(page: Path) -> Iterator[Fault]:
+    """Commands of a page, in its blocks and between backticks, that cannot be given as they stand there."""
+    between = INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+    for command in dict.fromkeys([*commands(page), *(found for found in between if "..." not in found)]):
+        for part in command.split(" && "):
+            if reason := refusal(part):
+                yield f"`{part}`: {reason}"
 
 
 @cache
-def known_flags(script: str) -> frozenset[str]:
-    """Every flag that a script takes: what its --help prints, and TrainingArguments' fields for finetune."""
-    runner = "bash" if script.endswith(".sh") else sys.executable
-    shown = subprocess.run([runner, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
-    flags = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
-    if script.startswith("finetune/finetune"):
-        from qwen_chat.flags.training_fields import FIELDS
+def refusal(command: str) -> str | None:
+    """Why a command cannot be given: the program, script or target, or what its own parser says; None where it can."""
+    words = shlex.split(command.removesuffix("&"))
+    settings = {}
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        name, _, settings[name] = words.pop(0).partition("=")
+    match words:
+        case ["make", target] if not re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.M):
+            return f"the Makefile has no {target}"
+        case ["pip", "install", *wanted] if unknown := unknown_extras(wanted):
+            return f"pyproject.toml has no extra {unknown[0]}"
+        case ["qwen-chat", name, *rest]:
+            return (
+                from_parser(SCRIPTS[name], *rest) if name in SCRIPTS else f"qwen-chat has no command {name}"
+            )
+        case ["python", script, *rest] if script.endswith(".py"):
+            return from_parser(script, *rest)
+        case ["bash", script, *rest]:
+            return from_shell(script, rest, settings)
+        case ["sbatch", *rest]:  # its own flags come before the script, the run's behind it
+            given = rest[rest.index("finetune/cluster/slurm.sh") + 1 :]
+            return from_shell("finetune/finetune.sh", given, settings)
+        case [program, *_] if Path(program).name not in OTHERS | {"make", "pip"}:
+            return f"no check knows {program}"
+    return None
 
-        flags |= {f"--{name}" for name, entry in FIELDS.items() if entry.state == "works"}
-        flags |= known_flags_of_finetune()
-    return frozenset(flags)
+
+def unknown_extras(wanted: Sequence[str]) -> list[str]:
+    """The extras of `.[a,b]` that the wheel does not have."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    named = [name for word in wanted if word.startswith(".[") for name in word[2:-1].split(",")]
+    return [name for name in named if name not in project["optional-dependencies"]]
 
 
-def known_flags_of_finetune() -> frozenset[str]:
-    """finetune.sh passes on whatever finetune.py takes."""
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / "finetune/finetune.py"), "--help"],
+def from_shell(script: str, words: Sequence[str], settings: Mapping[str, str]) -> str | None:
+    """What finetune.sh, or finetune.py behind it, says against a command line."""
+    done = subprocess.run(
+        ["bash", str(ROOT / script), *words, "--dry_run"],
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
-        check=True,
     )
-    return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", shown.stdout))
+    if done.returncode:
+        return done.stderr.strip()
+    launched = shlex.split(done.stdout)
+    return from_parser(SCRIPTS["tune"], *launched[launched.index(str(ROOT / SCRIPTS["tune"])) + 1 :])
+
+
+class TakenError(Exception):
+    """A script's parser has taken its words; nothing of it is run."""
+
+
+def from_parser(script: str, *words: str) -> str | None:
+    """What a script's own parser says against the words of its command line; None where it takes them."""
+    if not (ROOT / script).is_file():
+        return f"there is no {script}"
+    if not words or "--help" in words:
+        return None
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with ExitStack() as patched:
+        for owner, name in ((parser, "read"), (run_problems, "read_run_and"), (ArgumentParser, "parse_args")):
+            patched.enter_context(patch.object(owner, name, stopping_behind(getattr(owner, name))))
+        patched.enter_context(patch.object(ArgumentParser, "error", refuse))
+        # The run.json that a command names is made by one before it.
+        patched.enter_context(patch.object(config_file, "named", return_value=None))
+        patched.enter_context(patch.object(sys, "argv", [script, *words]))
+        try:
+            if (
+                script == SCRIPTS["tune"]
+            ):  # what is installed here does not matter, nor the data that --config names
+                run_problems.read_run_and(words, needs_data=False)
+            module.main()
+        except TakenError:
+            return None
+        except OptionError as error:
+            return str(error)
+    return f"{script} never read its words"
+
+
+def stopping_behind(read: Callable[..., Any]) -> Callable[..., Any]:
+    """A parser that ends its script where it would go on."""
+
+    def read_and_stop(*words: Any, **options: Any) -> None:
+        read(*words, **options)
+        raise TakenError
+
+    return read_and_stop
+
+
+def refuse(parser: ArgumentParser, message: str) -> None:
+    """argparse's error, without its usage."""
+    raise OptionError(message)
 
 
 def long_lines(page: Path) -> Iterator[Fault]:
@@ -131,25 +207,71 @@ def long_lines(page: Path) -> Iterator[Fault]:
 
 
 def unequal_languages() -> Iterator[Fault]:
-    """The Chinese page must show the same commands as the English one, in the same order."""
-    for chinese in sorted([*ROOT.glob("*.zh-CN.md"), *ROOT.glob("docs/*.zh-CN.md")]):
-        english = chinese.with_name(chinese.name.replace(".zh-CN", ""))
-        ours, theirs = commands(english), commands(chinese)
-        for a, b in zip(ours, theirs, strict=False):
-            # A question may be in either language.
-            if re.sub(r'"[^"]*"', '""', a) != re.sub(r'"[^"]*"', '""', b):
-                yield f"{chinese.relative_to(ROOT)}: `{b}` where {english.name} has `{a}`"
+    """Each page but the contributors' is there in English and in Chinese, with the same things in the same order."""
+    for english in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        if english.name.endswith(CHINESE) or english.name in FOR_CONTRIBUTORS:
+            continue
+        chinese = chinese_of(english)
+        if not chinese.exists():
+            yield f"{english.relative_to(ROOT)}: {chinese.name} is missing"
+            continue
+        place = chinese.relative_to(ROOT)
+        yield from (f"{place}: {fault}" for fault in unequal(english, chinese))
+        for page, sister in ((english, chinese), (chinese, english)):
+            if f"]({sister.name})" not in page.read_text(encoding="utf-8").split("\n")[2]:
+                yield f"{page.relative_to(ROOT)}: its third line does not link to {sister.name}"
+
+
+def unequal(english: Path, chinese: Path) -> Iterator[Fault]:
+    """What a Chinese page has otherwise than the English one; a link to an English page is one of these things."""
+    for what, read in (("heading", levels), ("table", tables), ("block", blocks)):
+        ours, theirs = read(english), read(chinese)
+        if len(ours) != len(theirs):
+            yield f"{what}s: {len(theirs)}, {english.name} has {len(ours)}"
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=False), 1):
+            if a != b:
+                yield f"{what} {number}: `{b}` where {english.name} has `{a}`"
                 break
-        else:
-            if len(ours) != len(theirs):
-                yield f"{chinese.relative_to(ROOT)}: {len(theirs)} commands, {english.name} has {len(ours)}"
+    for target in LINK.findall(chinese.read_text(encoding="utf-8")):
+        page = chinese.parent / target.partition("#")[0]
+        if page.suffix == ".md" and page.name != english.name and chinese_of(page).exists():
+            yield f"link to {target}, which is there in Chinese"
+
+
+def levels(page: Path) -> list[str]:
+    """The depth of each heading."""
+    return re.findall(r"^#+(?= )", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+
+
+def tables(page: Path) -> list[str]:
+    """The size of each table."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    found = (table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.M))
+    return [f"{len(rows)} rows of {rows[1].count('---')}" for rows in found]
+
+
+def blocks(page: Path) -> list[str]:
+    """The code blocks, without comments; of Python without texts too; of what is said or answered the kind alone."""
+    found = []
+    for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            tree = ast.parse(code)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    node.value = ""
+            code = ast.unparse(tree)
+        elif language in {"json", ""}:
+            code = ""
+        found.append(f"{language}\n{COMMENT.sub('', code)}")
+    return found
+
+
+def chinese_of(page: Path) -> Path:
+    return page.with_name(page.name.removesuffix(".md") + CHINESE)
 
 
 def made_tables() -> dict[str, tuple[Path, str]]:
     """What is made from the code and from benchmarks/results: the table's name, its page, its text."""
-    from qwen_chat import families
-    from qwen_chat.flags import training_fields
-
     return {
         "models": (ROOT / "docs/models.md", families.families_table()),
         "training_fields": (ROOT / "docs/finetune.md", training_fields.markdown()),
@@ -276,17 +398,25 @@ def with_table(name: str, page: str, table: str) -> str | None:
 
 def stale_tables() -> Iterator[Fault]:
     """Tables that say something else than the code."""
-    for name, (file, table) in made_tables().items():
+    for name, file, table in places_of_tables():
         page = file.read_text(encoding="utf-8")
         if with_table(name, page, table) != page:
             yield f"{file.relative_to(ROOT)}: the table {name} is not the code's; python docs/check.py --write"
 
 
 def write_tables() -> None:
-    for name, (file, table) in made_tables().items():
+    for name, file, table in places_of_tables():
         page = with_table(name, file.read_text(encoding="utf-8"), table)
         if page is not None:
             file.write_text(page, encoding="utf-8")
+
+
+def places_of_tables() -> Iterator[tuple[str, Path, str]]:
+    """The tables with each page that holds them; a Chinese page holds its sister's as they are."""
+    for name, (english, table) in made_tables().items():
+        for page in (english, chinese_of(english)):
+            if page.exists():
+                yield name, page, table
 
 
 def homeless_modules() -> Iterator[Fault]:
@@ -325,18 +455,18 @@ def faults() -> list[Fault]:
     found = [
         f"{page.relative_to(ROOT)}: {fault}"
         for page in documents()
-        for check in (broken_links, missing_paths, unknown_flags, long_lines)
+        for check in (broken_links, missing_paths, refused_commands, long_lines)
         for fault in check(page)
     ]
     return [*found, *unequal_languages(), *homeless_modules(), *unknown_hops(), *stale_tables()]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Hold the documents against the checkout.")
-    parser.add_argument(
+    flags = ArgumentParser(description="Hold the documents against the checkout.")
+    flags.add_argument(
         "--write", action="store_true", help="first make the tables anew that come from the code"
     )
-    if parser.parse_args().write:
+    if flags.parse_args().write:
         write_tables()
     found = faults()
     for fault in found:

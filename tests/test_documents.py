@@ -1,10 +1,6 @@
-"""The documents against the checkout: links, paths, flags, and every command of the README."""
+"""The documents against the checkout: links, paths, every command and its flags, one language against the other."""
 
 import importlib.util
-import re
-import shlex
-import subprocess
-import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +9,6 @@ from typing import Any
 import pytest
 
 from qwen_chat import demo_model
-from qwen_chat.cli.main import COMMANDS as COMMANDS_OF_THE_WHEEL
 from tests.support.scripted import LiveService
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +35,6 @@ def load_check() -> ModuleType:
 
 
 check = load_check()
-COMMANDS = list(dict.fromkeys(check.commands(ROOT / "README.md") + check.commands(ROOT / "README.zh-CN.md")))
 
 
 def test_the_documents_tell_the_truth() -> None:
@@ -57,9 +51,8 @@ def test_a_false_link_path_and_flag_are_noticed(tmp_path: Path) -> None:
     )
     assert list(check.broken_links(false)) == ["link to nowhere.md: no such file"]
     assert list(check.missing_paths(false)) == ["names finetune/nothing.py, which does not exist"]
-    assert list(check.unknown_flags(false)) == [
-        "`python finetune/inspect_data.py --no_such_flag 1`: finetune/inspect_data.py --help does not know "
-        "--no_such_flag"
+    assert list(check.refused_commands(false)) == [
+        "`python finetune/inspect_data.py --no_such_flag 1`: --no_such_flag: unknown flag; --help lists them"
     ]
 
 
@@ -105,28 +98,50 @@ def test_the_pictures_are_of_the_records_and_the_readmes() -> None:
         )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_can_be_given(command: str) -> None:
-    words = shlex.split(command)
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    elif words[0] == "bash":
-        done = subprocess.run([*words, "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "finetune.py" in done.stdout + done.stderr
-    elif words[0] == "pip":
-        named = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[2])
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
-            "optional-dependencies"
-        ]
-        assert named and set((named[1] or "all").split(",")) <= set(extras)
-    elif words[0] == "qwen-chat":
-        assert words[1] in COMMANDS_OF_THE_WHEEL
-    elif words[0] == "llama-server":  # another project's: what it is given comes from a command above
-        assert any(f"{Path(words[2]).parent}" in other for other in COMMANDS if other != command)
-    else:
-        assert words[0] == "python"
-        assert (ROOT / words[1]).exists()  # its flags are held against --help by faults()
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("make nothing", "the Makefile has no nothing"),
+        ('pip install ".[qlora,none]"', "pyproject.toml has no extra none"),
+        ("qwen-chat tuna", "qwen-chat has no command tuna"),
+        ("qwen-chat chat --prompt", "--prompt: no value; expected text or None"),
+        ("python finetune/tune.py", "there is no finetune/tune.py"),
+        ("python finetune/plan.py --ranks two", "--ranks: 'two'; expected a whole number or None"),
+        ("python finetune/finetune.py -d x --lora_r 0", "--lora_r 0: expected a number above 0"),
+        ("bash finetune/finetune.sh --use_loro True", "--use_loro: unknown flag; did you mean --use_lora?"),
+        ("NNODES=2 NODE_RANK=2 bash finetune/finetune.sh", "error: NODE_RANK=2: expected 0 to 1"),
+        ("sbatch -N 2 finetune/cluster/slurm.sh --deepspeed", "error: --deepspeed: 0 values; expected one"),
+        ("python fast_start/try_function_calling.py --first no", "argument --first: invalid choice: 'no'"),
+        ("python benchmarks/bench_serve.py --requests x", "argument --requests: invalid int value: 'x'"),
+        ("curl -s x && launch it", "no check knows launch"),
+    ],
+)
+def test_a_command_that_cannot_be_given_is_noticed(command: str, reason: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"`{command}`\n```bash\n{command}  # told once\n```\n", encoding="utf-8")
+    (fault,) = check.refused_commands(page)
+    assert fault.partition("`: ")[2].startswith(reason)
+
+
+def test_what_a_chinese_page_has_otherwise_is_noticed(tmp_path: Path) -> None:
+    english, chinese, other = (tmp_path / name for name in ("a.md", "a.zh-CN.md", "b.zh-CN.md"))
+    other.touch()
+    table = "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    block = '```python\ndef f():\n    """%s"""  # %s\n    return \'x\'\n```\n'
+    same = "## A\n" + table + block + "```bash\nmake %s  # %s\n```\n"
+    english.write_text(same % ("What it is", "one", "demo", "two"), encoding="utf-8")
+    chinese.write_text(same % ("是什么", "一", "demo", "二"), encoding="utf-8")
+    assert list(check.unequal(english, chinese)) == []
+    text = same.replace("## A", "# A [b](b.md)").replace("| 1 | 2 |\n", "").replace("return 'x'", "return 2")
+    chinese.write_text(text % ("是什么", "一", "test", "二") + "# B\n", encoding="utf-8")
+    assert list(check.unequal(english, chinese)) == [
+        "headings: 2, a.md has 1",
+        "heading 1: `#` where a.md has `##`",
+        "table 1: `2 rows of 2` where a.md has `3 rows of 2`",
+        'block 1: `python\ndef f():\n    """"""\n    return 2` where a.md has '
+        '`python\ndef f():\n    """"""\n    return \'\'`',
+        "link to b.md, which is there in Chinese",
+    ]
 
 
 def test_the_lines_of_api_md_run_one_after_the_other(
