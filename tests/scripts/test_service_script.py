@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -78,6 +79,10 @@ class Process:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(40)
+
+    def close(self) -> None:
+        self.process.kill()  # where a test failed before it stopped
+        self.process.wait()
 
 
 def run(script: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -489,10 +494,8 @@ WORDS = [
 def visit(url: str, chance: random.Random) -> None:
     """One request of a kind that chance picks: answered as that kind is, whole or left in the middle."""
     words = " ".join(chance.choices(WORDS, k=chance.choice((5, 30, 300))))
-    body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": f"Tell me about {words}"}],
-        "max_tokens": 32,
-    }
+    said = [{"role": "user", "content": f"Tell me about {words}"}]
+    body: dict[str, Any] = {"model": "default", "messages": said, "max_tokens": 32}
     status, kind = 200, chance.choice(("greedy", "sampled", "called", "left", "wrong"))
     if kind == "called":
         choice = {"type": "function", "function": {"name": "get_weather"}}
@@ -525,13 +528,13 @@ def test_twenty_minutes_of_load_leave_its_memory_as_it_was(demo_model_path: Path
             done += 1
         return done
 
-    with ThreadPoolExecutor(8) as pool:
+    with contextlib.closing(process), ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, number) for number in range(8)]
         while time.monotonic() < end and not any(one.done() for one in clients):
             sizes.append(psutil.Process(process.process.pid).memory_info().rss)
             time.sleep(1)
         answered = sum(one.result() for one in clients)
-    assert process.stop() == 0
+        assert process.stop() == 0
     quarter = len(sizes) // 4
     second, last = max(sizes[quarter : 2 * quarter]), max(sizes[-quarter:])
     print(
