@@ -81,7 +81,7 @@ while (($#)); do
         __use_lora) USE_LORA="${values[0]:-True}" && chosen+=(--use_lora "$USE_LORA") ;;
         __q_lora) Q_LORA="${values[0]:-True}" && chosen+=(--q_lora "$Q_LORA") ;;
         __dry_run) DRY_RUN=1 ;;
-        __eval_data_path | __lora_weight_path)
+        __eval_data_path | __general_data | __lora_weight_path)
             passed+=("$flag")
             for value in ${values[@]+"${values[@]}"}; do passed+=("$(locate "$value")"); done
             ;;

@@ -2,10 +2,11 @@
 
     python finetune/report.py finetune/io_file/output_data/demo
     python finetune/report.py finetune/io_file/output_data/demo --samples 10     # asked before and after tuning
-    python finetune/report.py RUN_A RUN_B -o compared.html
+    python finetune/report.py RUN_A RUN_B                                       # compared.html
 
-In: folders of runs, finished or not. Out: one HTML file that needs no network: `report.html` in the run's folder, or
-where -o says. Training writes it by itself, without samples: they take a model's time.
+In: folders of runs, finished or not. Out: one HTML file that needs no network: `report.html` in the run's folder with
+the loss as `loss.png` beside it, `compared.html` here for several, or where -o says. Training writes it by itself,
+without samples: they take a model's time.
 """
 
 import sys

@@ -15,8 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -32,8 +31,6 @@ from qwen_chat.flags.run_options import DataArguments, ModelArguments
 
 if TYPE_CHECKING:
     from qwen_chat.data.tokenised import TokenisedData
-
-BARS = 12  # of the histogram in the terminal
 
 
 @dataclass(frozen=True)
@@ -138,18 +135,20 @@ def inspect(
     tokens = tokenised(conversations)
     found["tokens"] = tokens.summary.to_json()
     learnt, held_out, leaks = mixture.hold_out(tokens, data, read)
-    parts = mixture.Data(learnt, held_out, tokens.fingerprint, tokens.summary, tuple(leaks.describe()))
+    general = None if data.general_data is None else read([data.general_data])
+    notes = tuple(leaks.describe())
+    parts = mixture.Data(learnt, held_out, tokens.fingerprint, tokens.summary, notes, general)
     found["held_out"] = parts.held_out_json() | leaks.to_json()
+    found["general"] = {} if general is None else general.summary.to_json()
     print(parts.describe(), file=out)
-    print(*text_histogram(tokens.full_lengths.tolist()), sep="\n", file=out)
+    print(*text_histogram(tokens.summary.histogram), sep="\n", file=out)
     if options.histogram is not None:
         draw_histogram(tokens, Path(options.histogram))
         print(f"wrote the histogram to {options.histogram}", file=out)
     for k in range(min(options.show, len(tokens))):
         for sequence in tokens[k]:
             encoded = Encoded(sequence.input_ids.tolist(), sequence.spans.tolist())
-            print(f"\n{tokens.where(k)}:", file=out)
-            print(show(tokenizer, encoded, colour=wants_colour(out)), file=out)
+            print(f"\n{tokens.where(k)}:\n{show(tokenizer, encoded, colour=wants_colour(out))}", file=out)
 
 
 def progress(done: int, total: int) -> None:
@@ -176,16 +175,13 @@ def write_canonical(conversations: Iterable[Conversation], path: Path) -> None:
         raise OutputError(f"--write: {path} cannot be written ({error}); choose another place") from None
 
 
-def text_histogram(lengths: Sequence[int]) -> Iterator[str]:
-    """Bars of how many conversations have how many tokens."""
-    longest = max(lengths)
-    width = -(-longest // BARS) or 1
-    counts = Counter((max(length, 1) - 1) // width for length in lengths)
+def text_histogram(counts: Mapping[str, int]) -> Iterator[str]:
+    """Bars of how many conversations have how many tokens (TokenSummary.histogram)."""
     room = max(10, min(60, shutil.get_terminal_size().columns - 30))
-    most = max(counts.values())
-    for k in range(-(-longest // width)):
-        span = f"{k * width + 1:>7,} to {min((k + 1) * width, longest):>7,} tokens"
-        yield f"{span} {counts[k]:>9,} {'#' * -(-counts[k] * room // most)}".rstrip()
+    most, first = max(counts.values()), 1
+    for end, count in counts.items():
+        yield f"{first:>7,} to {int(end):>7,} tokens {count:>9,} {'#' * -(-count * room // most)}".rstrip()
+        first = int(end) + 1
 
 
 def draw_histogram(tokens: TokenisedData, path: Path) -> None:

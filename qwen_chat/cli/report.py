@@ -1,7 +1,8 @@
 """A run as a page: what it learnt from, how it went, what came of it; several runs beside each other.
 
-In: folders of runs, finished or not. Out: one HTML file that needs no network: `report.html` in the run's folder, or
-where -o says. Training writes it by itself, without samples: they take a model's time.
+In: folders of runs, finished or not. Out: one HTML file that needs no network: `report.html` in the run's folder with
+the loss as `loss.png` beside it, `compared.html` here for several, or where -o says. Training writes it by itself,
+without samples: they take a model's time.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_chat import place
+from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import OptionError
 from qwen_chat.files import write_whole
 from qwen_chat.flags import parser
 from qwen_chat.flags.parser import option
-from qwen_chat.report.page import page
+from qwen_chat.report.page import page, write_page
 from qwen_chat.report.past_run import SAMPLES_FILE, PastRun, Sample
-from qwen_chat.training.run_folder import PAGE_FILE
 
 if TYPE_CHECKING:
     from qwen_chat.inference.engine import Engine
+
+
+COMPARED_FILE = "compared.html"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,11 @@ class ReportArguments:
     """Report"""
 
     run: tuple[str, ...] = option((), "folders of runs; also without the flag", appends=True)
-    output: str | None = option(None, "the page's file; report.html in the run's folder without it", "-o")
+    output: str | None = option(
+        None,
+        "the page's file; report.html in the run's folder without it, compared.html here for several",
+        "-o",
+    )
     samples: int = option(0, "questions of its data that base and result answer, for one run")
     max_new_tokens: int = option(96, "longest answer of a sample in tokens")
 
@@ -46,32 +54,36 @@ def main(words: Sequence[str], about: str = __doc__ or "") -> int:
         raise OptionError(f"expected the folder of a run: {place.invocation('report')} DIR")
     if wanted.samples and len(folders) > 1:
         raise OptionError(f"--samples {wanted.samples}: for one run at a time")
-    if wanted.output is None and len(folders) > 1:
-        raise OptionError("several runs: give the page's file with -o")
     runs = [PastRun.read(Path(folder).expanduser()) for folder in folders]
     if wanted.samples:
         answered = samples(runs[0], wanted.samples, wanted.max_new_tokens)
         lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered)
         write_whole(runs[0].folder / SAMPLES_FILE, lines)
         runs = [PastRun.read(runs[0].folder)]
-    file = Path(wanted.output).expanduser() if wanted.output else runs[0].folder / PAGE_FILE
-    write_whole(file, page(runs))
+    if wanted.output is None and len(runs) == 1:
+        file = write_page(runs[0].folder)
+    else:
+        file = Path(wanted.output or COMPARED_FILE).expanduser()
+        write_whole(file, page(runs))
     print(f"wrote {file}", file=sys.stderr)
     return 0
 
 
 def samples(run: PastRun, count: int, max_tokens: int) -> list[Sample]:
-    """The first questions of the held-out data, or of the training data, answered greedily by base and result."""
+    """Questions of the held-out data, or of the training data, answered greedily by base and result."""
     from qwen_chat.inference.loading import load_engine
     from qwen_chat.inference.sampling import GenerationRequest
 
     if not run.is_finished:
         raise OptionError(f"{run.folder}: the run did not finish, so nothing of it can be asked")
-    questions, base = first_questions(run, count), run.facts["model"]
+    asked, base = sample_prompts(run, count), run.facts["model"]
 
     def answered(engine: Engine, adapter: str | None) -> list[str]:
         fmt = engine.format_of(adapter)
-        prompts = [fmt.prompt_ids([{"role": "user", "content": question}]) for question in questions]
+        prompts = [
+            fmt.prompt_ids(one["messages"], one.get("tools"), **one.get("chat_template_kwargs", {}))
+            for one in asked.values()
+        ]
         return [
             done.text
             for done in engine.generate(
@@ -93,29 +105,31 @@ def samples(run: PastRun, count: int, max_tokens: int) -> list[Sample]:
     if before is None:
         with load_engine(base) as engine:
             before = answered(engine, None)
-    return [Sample(*one) for one in zip(questions, before, after, strict=True)]
+    return [Sample(*one) for one in zip(asked, before, after, strict=True)]
 
 
-def first_questions(run: PastRun, count: int) -> list[str]:
-    """What a user says first, each once."""
-    from qwen_chat.data.formats import read_record
-    from qwen_chat.errors import DataError
+def sample_prompts(run: PastRun, count: int) -> dict[str, Json]:
+    """What a user says first and the whole prompt behind it, each once, from all over the held-out data; where there
+    are too few, from the training data too."""
+    from qwen_chat.data.held_out import parted
+    from qwen_chat.data.records import open_records
 
     options = run.facts["options"]
-    found: dict[str, None] = {}
-    for name in (*options["eval_data_path"], *options["data_path"]):
-        try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise OptionError(
-                f"{name}: {error.strerror}; the samples are questions of the run's data"
-            ) from None
-        for line in lines:
-            try:
-                conversation = read_record(json.loads(line))[1]
-            except (DataError, ValueError):
-                continue
-            first = next((m.content for m in conversation.messages if m.role == "user"), "")
-            if first and len(found) < count:
-                found[str(first)] = None
-    return list(found)
+    found: dict[str, Json] = {}
+    learnt = open_records(options["data_path"], on_error="skip")
+    sources: list[Sequence[Conversation]] = [learnt]
+    if options["eval_data_path"]:
+        sources.insert(0, open_records(options["eval_data_path"], on_error="skip"))
+    elif share := options.get("eval_share"):
+        sources.insert(0, [learnt[int(i)] for i in parted(learnt, share)[1]])
+    for source in sources:
+        stride = max(1, len(source) // max(1, count - len(found)))
+        for number in (i for first in range(stride) for i in range(first, len(source), stride)):
+            if len(found) == count:
+                return found
+            asked = source[number].to_openai()
+            replies = (k for k, message in enumerate(asked["messages"]) if message["role"] == "assistant")
+            asked["messages"] = asked["messages"][: next(replies, 0)]
+            if asked["messages"]:
+                found.setdefault(str(asked["messages"][-1]["content"]), asked)
+    return found

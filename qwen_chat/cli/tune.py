@@ -29,7 +29,8 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
 
     # torch comes in here: --help, a wrong flag and a model that cannot be trained are answered at once
     from qwen_chat.data.mixture import first_example
-    from qwen_chat.training import ranks, rehearsal, result, session, tuned_model
+    from qwen_chat.evaluation.scores import loss_changes
+    from qwen_chat.training import before_after, ranks, rehearsal, result, session, tuned_model
     from qwen_chat.training.step_log import StepLog
 
     rehearsal.rehearse(run)
@@ -54,23 +55,22 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     if is_rank_zero():
         run_folder.write_run_json(folder, record)
 
+    unlearnt = before_after.BeforeAfter(joined)
     with StepLog(folder) as log:
-        trainer = joined.trainer(tuned.model, record, log)
+        trainer = joined.trainer(tuned.model, record, log, unlearnt.ready)
         rank_zero(
             f"training into {folder}; stopped with Ctrl-C, the same command with -o goes on from its checkpoint"
         )
         finished = trainer.run(checkpoint)
     if not finished:
-        rank_zero(
-            f"stopped after step {trainer.state.global_step}; the same command with -o {folder} goes on"
-        )
+        step = trainer.state.global_step
+        rank_zero(f"stopped after step {step}; the same command with -o {folder} goes on")
         ranks.leave()
         return stop_signal.STOPPED
-    evaluation = {} if joined.data.held_out is None else trainer.evaluate()
+    evaluation = unlearnt.end(trainer)
     result.save(joined, trainer, tuned.initial)
-
     if is_rank_zero():
-        outcome = result.outcome(trainer, log, evaluation)
+        outcome = result.outcome(trainer, log, evaluation) | {"changes": loss_changes(unlearnt.losses)}
         run_folder.write_run_json(folder, record | outcome)
         write_page(folder)
         rank_zero(result.report(run, folder, outcome))

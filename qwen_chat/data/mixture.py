@@ -46,9 +46,10 @@ class Data:
     fingerprint: str
     summary: TokenSummary  # of the training files, those that --eval_share holds out of them too
     notes: tuple[str, ...] = ()  # on thinking, and on lines that give held-out ones away
+    general: TokenisedData | None = None  # of everyday use: what should not be forgotten
 
     def describe(self) -> str:
-        """Both budgets for a person, with what was left out, counted and named."""
+        """The budgets for a person, with what was left out, counted and named."""
         lines = [self.summary.describe(), *self.notes]
         if isinstance(self.held_out, Selection):
             tokens, learnt = self.held_out.budget()
@@ -58,6 +59,8 @@ class Data:
             )
         elif self.held_out is not None:
             lines.append(f"held out: {self.held_out.summary.describe()}")
+        if self.general is not None:
+            lines.append(f"general: {self.general.summary.describe()}")
         return "\n".join(lines)
 
     def held_out_json(self) -> dict[str, Any]:
@@ -155,7 +158,8 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
         train = Mixture(train, run.data.data_weights, seed=seed_of(run))
         if len(train) == 0:
             raise DataError("--data_weights leave no conversation; give at least one file more weight")
-    return Data(train, held_out, whole.fingerprint, whole.summary, (*told, *given_away.describe()))
+    general = None if run.data.general_data is None else read([run.data.general_data])
+    return Data(train, held_out, whole.fingerprint, whole.summary, (*told, *given_away.describe()), general)
 
 
 Parts = tuple[TokenisedData | Selection, TokenisedData | Selection | None, Leaks]

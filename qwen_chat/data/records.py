@@ -59,6 +59,7 @@ class DataReport:
     contradictions: int  # same prompt as an earlier one, another last reply
     control_tokens: int  # conversations with <|im_start|>, <|im_end|> or <|endoftext|> typed in their text
     reasoning: int = 0  # conversations with a thought in some reply
+    calls: Mapping[str, int] = field(default_factory=dict)  # of each function, commonest first
     notes: tuple[Problem, ...] = ()  # examples of the last three
 
     def describe(self) -> str:
@@ -86,7 +87,7 @@ class DataReport:
     def to_json(self) -> Json:
         """Plain values for `--json`."""
         plain: Json = {name: getattr(self, name) for name in self.__slots__}
-        plain["files"], plain["kinds"] = list(self.files), dict(self.kinds)
+        plain["files"] = list(self.files)
         plain["problems"] = [str(problem) for problem in self.problems]
         plain["notes"] = [str(note) for note in self.notes]
         return plain
@@ -200,6 +201,7 @@ class _Scan:
         self._limit = limit
         self._prompts, self._wholes = array("Q"), array("Q")
         self._kinds: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
         self._problems: list[Problem] = []
         self._notes: list[Problem] = []
         self._names: list[str] = []
@@ -240,6 +242,7 @@ class _Scan:
         prompt = hash((tools, roles, texts[:-1]))
         self._prompts.append(prompt & _MASK)
         self._wholes.append(hash((prompt, texts[-1])) & _MASK)
+        self._calls.update(name for text in texts if isinstance(text, tuple) for name, _ in text[2])
         if END_THINK in text or "reasoning" in text or "\\u00" in text:
             replies = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
             self._reasoning += any(
@@ -268,6 +271,7 @@ class _Scan:
             contradictions=prompts - same,
             control_tokens=self._control,
             reasoning=self._reasoning,
+            calls=dict(self._calls.most_common()),
             notes=(*notes, *self._notes),
         )
 

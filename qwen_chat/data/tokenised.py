@@ -17,6 +17,7 @@ from qwen_chat.data.records import Records
 from qwen_chat.errors import DataError, Problem
 
 LISTED = 20  # problems that an error lists
+BARS = 12  # of a histogram, at most
 NAMED = 5  # conversations of each sort left out that a summary names
 
 
@@ -43,6 +44,11 @@ class TokenSummary:
     skipped_at: tuple[str, ...] = ()  # file:line of the first NAMED of them
     dropped_at: tuple[str, ...] = ()
     failed_at: tuple[str, ...] = ()
+    # How many conversations have at most so many tokens, and more than the bar before.
+    histogram: Mapping[str, int] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(
+        default_factory=dict
+    )  # how often each function is called, commonest first
 
     def describe(self) -> str:
         """A few lines for a person."""
@@ -71,6 +77,15 @@ class TokenSummary:
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json` and `meta.json`; `TokenSummary(**values)` reads them back."""
         return {**asdict(self), "quantiles": dict(self.quantiles)}
+
+
+def histogram(lengths: Ints) -> dict[str, int]:
+    """Conversations by their tokens in at most BARS bars of one width, each named by its upper end; 0: not known."""
+    longest = int(lengths.max(initial=0))
+    width = -(-longest // BARS)
+    ends = range(width, longest + width, width) if longest else range(0)
+    counts = np.bincount((lengths[lengths > 0] - 1) // max(1, width), minlength=len(ends))
+    return {str(min(end, longest)): int(count) for end, count in zip(ends, counts, strict=True)}
 
 
 class TokenisedData(ABC):
@@ -114,6 +129,8 @@ class TokenisedData(ABC):
             skipped_at=tuple(dict.fromkeys(problem.where for problem in report.problems))[:NAMED],
             dropped_at=named(gone & (lengths > 0)),
             failed_at=named(gone & (lengths == 0)),
+            histogram=histogram(lengths),
+            calls=dict(report.calls),
         )
 
     def __iter__(self) -> Iterator[tuple[Sequence32, ...]]:

@@ -233,6 +233,30 @@ def worst(judged: Sequence[Judged], count: int = 10) -> list[Json]:
     ]
 
 
+def loss_changes(losses: Mapping[str, Mapping[str, Any]]) -> Json:
+    """Of each kind of conversations `loss_change` of its `before` (it may be missing) and `after` (losses.json)."""
+    return {name: loss_change(found.get("before", ()), found["after"]) for name, found in losses.items()}
+
+
+def loss_change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Json:
+    """Loss a token on the same conversations, each given as (summed loss, tokens), and how far it has moved.
+
+    The interval of the difference is a bootstrap's over conversations, each held against itself; without `before`
+    there is no difference.
+    """
+    tokens = [count for _, count in after]
+    earlier, later = (sum(loss for loss, _ in some) / max(1, sum(tokens)) for some in (before, after))
+    moved = [b[0] - a[0] for a, b in zip(before, after, strict=True)] if before else []
+    difference = estimate(moved, tokens[: len(moved)])
+    return {
+        "conversations": len(after),
+        "tokens": sum(tokens),
+        "before": earlier if before else None,
+        "after": later,
+        "difference": None if difference is None else asdict(difference),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceLoss:
     """Teacher-forced, over a conversation's supervised tokens: summed loss (nats), tokens, right first guesses."""

@@ -63,6 +63,9 @@ class DataArguments:
     eval_share: float | None = option(
         None, "hold out this share of the conversations (0.05), chosen by the hash of their prompts"
     )
+    general_data: str | None = option(
+        None, "conversations of everyday use: their loss before and after tells what the run makes it forget"
+    )
     model_max_length: int = option(
         2048, "longest sequence in tokens", elsewhere="max_seq_length max_seq_len max_length cutoff_len"
     )

@@ -1,18 +1,23 @@
 """Curves and bars as SVG, without a library: a page needs no network and no script for them.
 
-In: series of points, or heights of bars. Out: one `<svg>` element. It is as wide as its place; colours are CSS classes.
+In: series of points, or heights of bars; what lies across, in English and Chinese. Out: one `<svg>` element; what it is
+stands in its caption. It is as wide as its place; colours and the language that is shown are CSS classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 240
-INDENT, RIGHT, TOP, BOTTOM = 62, 12, 12, 34  # room for the figures beside the axes
+INDENT, RIGHT, TOP, BOTTOM = 62, 22, 14, 44  # room for the figures beside the axes
 MOST_POINTS = 2000  # of a curve; a longer one is thinned out, its extremes stay
+MOST_TOGETHER = 12_000  # of all curves of one picture
+
+Name = tuple[str, str]  # in English, in Chinese
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -20,90 +25,99 @@ class Series:
     """A curve. `points`: (x, y) with x ascending; what is not a number is left out. `marked`: points, not a line."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
+    colour: int = 0
     marked: bool = False
 
 
-def curves(series: Sequence[Series], *, x_name: str, y_name: str) -> str:
-    """All series over one pair of axes; nothing to draw gives an empty text."""
-    kept = [(one, [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)]) for one in series]
-    points = [point for _, found in kept for point in found]
-    if not points:
-        return ""
-    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+@dataclass(frozen=True)
+class Frame:
+    """A pair of axes with round numbers, which ends at the last point across; from 0 where nothing is below."""
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+    x_ticks: Sequence[float]
+    y_ticks: Sequence[float]
+    last: float
+
+    @classmethod
+    def around(cls, points: Sequence[Point]) -> Frame:
+        x, y = [x for x, _ in points], [y for _, y in points]
+        across = _ticks(min(x), max(x))
+        last = max(x) if max(x) > min(x) else across[-1]
+        return cls([tick for tick in across if tick <= last], _ticks(min(0.0, *y), max(y)), last)
+
+    def place(self, x: float, y: float) -> Point:
+        """Where a point lies in the picture, in units of WIDTH and HEIGHT, from its upper left corner."""
+        across = (x - self.x_ticks[0]) / (self.last - self.x_ticks[0])
+        up = (y - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
         return INDENT + across * (WIDTH - INDENT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = _axes(place, x_ticks, y_ticks, x_name, y_name)
-    for number, (one, found) in enumerate(kept):
-        drawn = [place(*point) for point in _thinned(found)]
+
+def drawn(series: Sequence[Series]) -> tuple[list[list[Point]], Frame | None]:
+    """Of each series the points that are drawn, and the frame around all of them; None where there is nothing."""
+    most = min(MOST_POINTS, MOST_TOGETHER // max(1, len(series)))
+    kept = [
+        _thinned([(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)], most)
+        for one in series
+    ]
+    every = [point for points in kept for point in points]
+    return kept, Frame.around(every) if every else None
+
+
+def curves(series: Sequence[Series], *, x_name: Name, label: str) -> str:
+    """All series over one pair of axes; nothing to draw gives an empty text."""
+    kept, frame = drawn(series)
+    if frame is None:
+        return ""
+    parts = _axes(frame, x_name)
+    for one, points in zip(series, kept, strict=True):
+        places = [frame.place(*point) for point in points]
         title = f"<title>{escape(one.name)}</title>"
-        if one.marked or len(drawn) == 1:
-            dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in drawn)
-            parts.append(f'<g class="dots c{number % 6}">{title}{dots}</g>')
-        elif drawn:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
-            parts.append(f'<polyline class="line c{number % 6}" points="{path}">{title}</polyline>')
-    return _svg(parts, f"{y_name} / {x_name}")
+        if one.marked or len(places) == 1:
+            dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in places)
+            parts.append(f'<g class="dots c{one.colour % 6}">{title}{dots}</g>')
+        elif places:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline class="line c{one.colour % 6}" points="{path}">{title}</polyline>')
+    return _svg(parts, label)
 
 
-def bars(heights: Sequence[tuple[str, float]], *, x_name: str, y_name: str) -> str:
-    """One bar for each (name, height)."""
+def bars(heights: Sequence[tuple[str, float]], *, x_name: Name, label: str) -> str:
+    """One bar for each (name, height); the name stands at its right edge, as the upper end of what it counts."""
     if not heights:
         return ""
-    y_ticks = _ticks(0.0, max(height for _, height in heights))
-    wide = (WIDTH - INDENT - RIGHT) / len(heights)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return INDENT + x * wide, HEIGHT - BOTTOM - y / y_ticks[-1] * (HEIGHT - TOP - BOTTOM)
-
-    parts = _axes(place, [], y_ticks, x_name, y_name)
+    frame = Frame([0], _ticks(0.0, max(height for _, height in heights)), len(heights))
+    parts = _axes(frame, x_name, counted=False)
     for number, (name, height) in enumerate(heights):
-        x, y = place(number + 0.1, height)
-        tall = HEIGHT - BOTTOM - y
+        (left, y), (right, bottom) = frame.place(number + 0.1, height), frame.place(number + 0.9, 0)
         parts.append(
-            f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{0.8 * wide:.1f}" height="{tall:.1f}">'
-            f"<title>{escape(name)}: {height:g}</title></rect>"
+            f'<rect class="bar" x="{left:.1f}" y="{y:.1f}" width="{right - left:.1f}"'
+            f' height="{bottom - y:.1f}"><title>{escape(name)}: {height:g}</title></rect>'
         )
-        if number % max(1, len(heights) // 8) == 0:
-            middle = place(number + 0.5, 0)[0]
-            parts.append(
-                f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 14}">{escape(name)}</text>'
-            )
-    return _svg(parts, f"{y_name} / {x_name}")
+        if (len(heights) - 1 - number) % max(1, len(heights) // 6) == 0:
+            parts.append(_tick(escape(name), right, HEIGHT - BOTTOM + 18, "end"))
+    return _svg(parts, label)
 
 
-def _svg(parts: Sequence[str], label: str) -> str:
+def _svg(parts: Iterable[str], label: str) -> str:
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
     return f"{head}{''.join(parts)}</svg>"
 
 
-def _axes(
-    place: Callable[[float, float], tuple[float, float]],
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_name: str,
-    y_name: str,
-) -> list[str]:
+def _tick(text: str, x: float, y: float, more: str = "") -> str:
+    return f'<text class="{f"tick {more}".strip()}" x="{x:.1f}" y="{y:.1f}">{text}</text>'
+
+
+def _axes(frame: Frame, x_name: Name, *, counted: bool = True) -> list[str]:
+    """The ticks of a frame; counted: across too."""
     parts = []
-    for tick in y_ticks:
-        y = place(x_ticks[0] if x_ticks else 0, tick)[1]
+    for tick in frame.y_ticks:
+        y = frame.place(0, tick)[1]
         parts.append(f'<line class="grid" x1="{INDENT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick end" x="{INDENT - 6}" y="{y + 4:.1f}">{tick:g}</text>')
-    for tick in x_ticks:
-        x = place(tick, y_ticks[0])[0]
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}">{tick:g}</text>')
-    parts.append(
-        f'<text class="tick" x="{(INDENT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}">{escape(x_name)}</text>'
-    )
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    parts.append(
-        f'<text class="tick" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(y_name)}</text>'
-    )
+        parts.append(_tick(f"{tick:g}", INDENT - 6, y + 4, "end"))
+    ticks = frame.x_ticks if counted else ()
+    parts += [_tick(f"{tick:g}", frame.place(tick, 0)[0], HEIGHT - BOTTOM + 18) for tick in ticks]
+    for language, name in zip(("en", "zh"), x_name, strict=True):
+        parts.append(_tick(escape(name), (INDENT + WIDTH) / 2, HEIGHT - 6, language))
     return parts
 
 
@@ -118,11 +132,11 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.ceil(high / step) + 1)]
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """At most MOST_POINTS: of each stretch its lowest and its highest."""
-    if len(points) <= MOST_POINTS:
+def _thinned(points: list[Point], most: int) -> list[Point]:
+    """At most `most`: of each stretch its lowest and its highest."""
+    if len(points) <= most:
         return points
-    stretch = math.ceil(2 * len(points) / MOST_POINTS)
+    stretch = math.ceil(2 * len(points) / most)
     kept = []
     for begin in range(0, len(points), stretch):
         part = points[begin : begin + stretch]

@@ -1,6 +1,7 @@
 """A run as its folder tells it, finished or not.
 
-In: run.json, train_log.jsonl, samples.json. Out: a `PastRun`; a file that was cut by a kill loses its last line alone.
+In: run.json, train_log.jsonl, losses.json, samples.json, evaluation.json. Out: a `PastRun`; a file that was cut by a
+kill loses its last line alone.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from qwen_chat import place
 from qwen_chat.conversation import Json
 from qwen_chat.errors import OptionError
 from qwen_chat.training.checkpoints import RUN_FILE
-from qwen_chat.training.run_folder import LOG_FILE
+from qwen_chat.training.run_folder import LOG_FILE, LOSSES_FILE
 
 SAMPLES_FILE = "samples.json"
+EVALUATION_FILE = "evaluation.json"  # what evaluate.py writes with -o
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Sample:
 @dataclass(frozen=True)
 class PastRun:
     """`facts`: run.json. `steps`, `evaluations`: lines of the log, oldest first; a step that was done again after a
-    kill counts once."""
+    kill counts once. `changes`: see evaluation.scores.loss_change. `evaluation`: evaluate.py's report, or empty."""
 
     folder: Path
     facts: Json
     steps: tuple[Json, ...]
     evaluations: tuple[Json, ...]
     samples: tuple[Sample, ...]
+    changes: Json
+    evaluation: Json
 
     @classmethod
     def read(cls, folder: Path) -> PastRun:
@@ -63,6 +67,8 @@ class PastRun:
             tuple(steps[number] for number in sorted(steps)),
             tuple(evaluations[number] for number in sorted(evaluations)),
             tuple(samples),
+            facts.get("changes") or _begun(folder),
+            _object(folder / EVALUATION_FILE),
         )
 
     @property
@@ -84,6 +90,26 @@ class PastRun:
                 values = [json.dumps(value, ensure_ascii=False)]
             words.append(f"--{name} " + shlex.join(str(one) for one in values))
         return " \\\n  ".join(words)
+
+
+def _begun(folder: Path) -> Json:
+    """Of a run that has not ended: what was measured before its first step."""
+    found = {}
+    for name, kind in _object(folder / LOSSES_FILE).items():
+        if before := kind.get("before"):
+            tokens = sum(count for _, count in before)
+            mean = sum(loss for loss, _ in before) / max(1, tokens)
+            found[name] = {"conversations": len(before), "tokens": tokens, "before": mean}
+    return found
+
+
+def _object(file: Path) -> Json:
+    """A file's JSON object; an empty one where there is none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -210,7 +210,7 @@ class Collator:
     input_ids, position_ids [1, T] · segments [S, 3] the attention layout (packing.py), a keyword of
     model.forward · logits_to_keep [K] the positions whose logits are needed (one that several sequences
     continue from may repeat) · shift_labels [1, K] what each of them should predict · labels: the same tensor
-    (the Trainer wants to see the name).
+    (the Trainer wants to see the name) · owners [K] the conversation whose token that is.
 
     For a router's loss (`balanced`) also: last_tokens [S] where in the row each sequence ends · step_sequences [1]
     how many sequences the optimizer step has.
@@ -232,9 +232,12 @@ class Collator:
         # Where the last sequence's tokens lie in the row.
         path = np.zeros(max(row.lengths, default=0), dtype=np.int64)
         keep, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        owners: list[int] = []
         last: list[int] = []
         at = 0
-        for encoded, length, shared in zip(sequences, row.lengths, row.shared, strict=True):
+        for named, encoded, length, shared in zip(
+            row.sequences, sequences, row.lengths, row.shared, strict=True
+        ):
             own = length - shared
             ids[at : at + own] = encoded.input_ids[shared:]
             path[shared:length] = np.arange(at, at + own)
@@ -244,6 +247,7 @@ class Collator:
                 first = max(start, 1)  # the first token is predicted by none
                 keep.append(path[first - 1 : end - 1].copy())
                 targets.append(np.asarray(encoded.input_ids[first:end], dtype=np.int64))
+                owners += [named[0]] * max(0, end - first)
             at += stored
             last.append(int(path[length - 1]))
         labels_kept = torch.from_numpy(np.concatenate(targets))[None]
@@ -254,6 +258,7 @@ class Collator:
             "logits_to_keep": torch.from_numpy(np.concatenate(keep)),
             "labels": labels_kept,
             "shift_labels": labels_kept,
+            "owners": torch.tensor(owners, dtype=torch.int64),
         }
         if self.balanced:
             tensors["last_tokens"] = torch.tensor(last, dtype=torch.int64)

@@ -26,7 +26,7 @@ from qwen_chat.training.passes import formed
 from qwen_chat.training.router_loss import RouterLoss
 
 # What a collated row holds beside the model's inputs.
-NOT_INPUTS = ("labels", "shift_labels", "last_tokens", "step_sequences")
+NOT_INPUTS = ("labels", "shift_labels", "owners", "last_tokens", "step_sequences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,13 @@ class LossResult:
     loss_sum: torch.Tensor  # scalar with gradient: sum of -log p over the supervised tokens
     correct: torch.Tensor  # scalar: supervised tokens that were the likeliest word
     tokens: int  # supervised tokens
+    losses: torch.Tensor | None = None  # [tokens]: of each; None where the row went in passes
     # Scalar with gradient: the router's losses of its sequences; None where none is learnt.
     router_sum: torch.Tensor | None = None
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(hidden [K, H], trainable tensors of the head) -> (sum of cross-entropies, number of hits)."""
+    """(hidden [K, H], trainable tensors of the head) -> (sum of cross-entropies, number of hits, each one [K])."""
 
     @staticmethod
     def forward(
@@ -51,12 +52,13 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk: int,
         hidden: torch.Tensor,
         *trainable: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         learning = any(ctx.needs_input_grad)
         wanted = [hidden, *trainable]
         summed_in = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=summed_in, device=hidden.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        losses = torch.zeros(len(targets), dtype=summed_in, device=hidden.device)
         grads = [torch.zeros_like(tensor) for tensor in wanted] if learning else []
         for start in range(0, len(targets), chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(learning)
@@ -71,7 +73,9 @@ class _ChunkedLoss(torch.autograd.Function):
             # The logits are not needed again: their memory becomes the gradient's.
             scores = scores.sub_(top).exp_()
             total = scores.sum(-1, keepdim=True)
-            loss += (total.log() - picked).sum()
+            each = total.log() - picked
+            loss += each.sum()
+            losses[start : start + chunk] = each.squeeze(-1)
             if not learning:
                 continue
             scores.div_(total)
@@ -83,12 +87,12 @@ class _ChunkedLoss(torch.autograd.Function):
             # The next chunk begins without this one's: two of them, and of the head's gradients, would be the peak.
             del logits, scores, found
         ctx.grads = grads
-        ctx.mark_non_differentiable(hits)
-        return loss, hits
+        ctx.mark_non_differentiable(hits, losses)
+        return loss, hits, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, []
         return None, None, None, *(grad.mul_(gradient.to(grad.dtype)) for grad in grads)
 
@@ -101,14 +105,14 @@ def chunked_loss(
     trainable: Sequence[torch.Tensor] = (),
     vocabulary: int,
     chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of cross-entropies of `targets` [K] under `head(hidden [K, H])`, and how many were hit.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of cross-entropies of `targets` [K] under `head(hidden [K, H])`, how many were hit, and each one [K].
 
     trainable: the head's tensors that want a gradient; vocabulary: width of the logits.
     """
     chunk = max(1, chunk_bytes // (4 * vocabulary))
     applied = _ChunkedLoss.apply(head, targets, chunk, hidden, *trainable)  # type: ignore[no-untyped-call]
-    return cast(tuple[torch.Tensor, torch.Tensor], applied)
+    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor], applied)
 
 
 class ModelLoss:
@@ -137,6 +141,7 @@ class ModelLoss:
             raise ModelError(f"{type(model).__name__} has no output head; expected a causal language model")
         self._targets: torch.Tensor | None = None
         self._hits: torch.Tensor | None = None
+        self._losses: torch.Tensor | None = None
         self._router = router
         self._chunk_bytes = chunk_bytes
         config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -161,7 +166,7 @@ class ModelLoss:
             return self._own_forward(hidden, *args, **kwargs)
         learning = torch.is_grad_enabled()  # evaluation under no_grad must not form a gradient
         trainable = [p for p in self._head.parameters() if p.requires_grad and learning]
-        loss, self._hits = chunked_loss(
+        loss, self._hits, self._losses = chunked_loss(
             self._own_forward,
             hidden.flatten(0, -2),
             self._targets,
@@ -177,7 +182,7 @@ class ModelLoss:
         if parts := self._parts(batch):
             learnt = [p for p in model.parameters() if p.requires_grad]
             loss, hits = formed(lambda part: self._run(model, part)[:2], batch, parts, learnt, self._on_pass)
-            return LossResult(loss_sum=loss, correct=hits, tokens=tokens)
+            return LossResult(loss, hits, tokens)
         balanced = self._router if torch.is_grad_enabled() else None
         asked = {} if self._router is None else {"output_router_logits": balanced is not None}
         loss, hits, output = self._run(model, batch, **asked)
@@ -186,7 +191,7 @@ class ModelLoss:
             output.aux_loss = None  # transformers', of the row as one text: its memory is free again
             # Layers that are computed again in backward give their logits once, on the way forward.
             router_sum = balanced(output.router_logits, batch)
-        return LossResult(loss_sum=loss, correct=hits, tokens=tokens, router_sum=router_sum)
+        return LossResult(loss, hits, tokens, losses=self._losses, router_sum=router_sum)
 
     def _parts(self, batch: dict[str, torch.Tensor]) -> list[Pass]:
         """The row's passes; none where it is computed whole."""

@@ -24,11 +24,13 @@ from qwen_chat.chat.format import ChatFormat
 from qwen_chat.console import is_rank_zero, rank_zero
 from qwen_chat.flags.run_options import Run
 from qwen_chat.training import adapters, checkpoints, fused, memory_plan
+from qwen_chat.training.before_after import GENERAL, HELD_OUT
 from qwen_chat.training.greedy import replies
 from qwen_chat.training.session import Session
 from qwen_chat.training.step_log import StepLog
 from qwen_chat.training.trainer import ChatTrainer
 
+UNLEARNT = "nothing was learnt: every step ran at a rate of 0 (warming up); give --warmup_steps 0"
 VERSIONS = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "tokenizers")
 
 
@@ -106,7 +108,9 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    held_out = data.held_out_json()
+    apart = {"held_out": data.held_out_json()}
+    if data.general is not None:
+        apart["general"] = data.general.summary.to_json()
     return {
         "state": "running",
         "shaped_by": dict(session.shaped_by),
@@ -117,8 +121,9 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "options": run.as_dict(),
         "given": sorted(run.given),
         "decisions": list(decisions),
+        "warnings": list(session.warnings),
         "data": {**budget, **data.summary.to_json()},
-        **({"held_out": held_out} if held_out else {}),
+        **{name: budget for name, budget in apart.items() if budget},
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -127,9 +132,11 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
 
 def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, float]) -> dict[str, Any]:
     """What run.json gets at the end: losses, token counts, times (of this start, where it was resumed)."""
-    seconds = time.perf_counter() - log.started
     args, state = trainer.args, trainer.state
     whole = len(log.losses) == state.global_step  # else this start saw the end of it alone
+    warnings = [*trainer.run_record.get("warnings", ()), *trainer.told]
+    if whole and state.global_step and log.highest_rate == 0:
+        warnings.append(UNLEARNT)
     best: dict[str, Any] = {"best_checkpoint": state.best_model_checkpoint}
     if state.best_model_checkpoint is not None:
         best["best"] = {
@@ -144,12 +151,13 @@ def outcome(trainer: ChatTrainer, log: StepLog, evaluation: Mapping[str, float])
         "losses": {"first": log.losses[0], "last": log.losses[-1]} if log.losses else {},
         "tokens": log.tokens,
         "supervised_tokens": log.supervised,
-        "seconds": round(seconds, 2),
-        "tokens_per_s": round(log.tokens / max(seconds, 1e-9), 1),
+        "seconds": round(log.seconds, 2),
+        "tokens_per_s": round(log.tokens / max(log.seconds, 1e-9), 1),
         "peak_memory_gib": round(hardware.peak_memory() / memory_plan.GIB, 3),
         "highest_learning_rate": log.highest_rate if whole else None,
         "evaluation": dict(evaluation),
         **best,
+        "warnings": warnings,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -167,8 +175,11 @@ def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
             f"held out: loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['eval_perplexity']:.2f}, "
             f"token accuracy {evaluation['eval_token_accuracy']:.1%}"
         )
+    lines += [
+        said for name, change in outcome.get("changes", {}).items() if (said := _what_moved(name, change))
+    ]
     if outcome["steps"] and outcome.get("highest_learning_rate") == 0:
-        lines.append("nothing was learnt: every step ran at a rate of 0 (warming up); give --warmup_steps 0")
+        lines.append(UNLEARNT)
     best = outcome.get("best")
     if best is not None:
         name, metric = Path(outcome["best_checkpoint"]).name, str(best["metric"]).removeprefix("eval_")
@@ -183,3 +194,30 @@ def report(run: Run, folder: Path, outcome: Mapping[str, Any]) -> str:
         f"  {place.invocation('chat')} {flag} {shlex.quote(str(folder))}",
     ]
     return "\n".join(lines)
+
+
+def _what_moved(name: str, change: Mapping[str, Any]) -> str:
+    """What the run did to conversations that it did not learn, as one sentence; none of held-out ones whose loss
+    before the first step is not known."""
+    kind = {GENERAL: "general data", HELD_OUT: "held out"}[name]
+    moved = change["difference"]
+    if moved is None and name == HELD_OUT:
+        return ""
+    if moved is None:
+        return (
+            f"{kind}: loss {change['after']:.4f} after the last step; before the first it was not measured, as the"
+            " run began without these conversations"
+        )
+    said = (
+        f"{kind}: loss {change['before']:.4f} before the first step, {change['after']:.4f} after the last:"
+        f" {moved['value']:+.4f} [{moved['low']:+.4f}, {moved['high']:+.4f}] (95 %, bootstrap over"
+        f" {change['conversations']:,} conversations)"
+    )
+    if name == HELD_OUT:
+        return said
+    lost = (
+        "some of what it knew is forgotten"
+        if moved["low"] > 0
+        else "nothing is forgotten that this could tell"
+    )
+    return f"{said}; {lost}"

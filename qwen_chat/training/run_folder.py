@@ -21,9 +21,12 @@ from qwen_chat.flags.run_options import Run
 from qwen_chat.training import checkpoints, memory_plan
 from qwen_chat.training.checkpoints import RUN_FILE
 
-LOG_FILE, PAGE_FILE = "train_log.jsonl", "report.html"
-# runs: tensorboard's; the page of an earlier end
-_OWN = frozenset({RUN_FILE, LOG_FILE, "runs", PAGE_FILE, checkpoints.LOCK, checkpoints.ASIDE})
+LOG_FILE, LOSSES_FILE = "train_log.jsonl", "losses.json"
+PAGE_FILE, PICTURE_FILE = "report.html", "loss.png"
+# runs: tensorboard's; page and picture of an earlier end
+_OWN = frozenset(
+    {RUN_FILE, LOG_FILE, LOSSES_FILE, "runs", PAGE_FILE, PICTURE_FILE, checkpoints.LOCK, checkpoints.ASIDE}
+)
 # What a run that was killed while it saved its result may have left.
 _RESULT_FILES = re.compile(
     r"(adapter_|model|tokenizer|config|generation_config|chat_template|added_tokens|special_|vocab|merges|format)\S*"
@@ -40,6 +43,7 @@ _FREE = frozenset(
         "resume_anyway",
         "model",
         "data_path",
+        "general_data",
         "lazy_preprocess",
     }
     | {"keep_best", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"}

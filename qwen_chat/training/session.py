@@ -4,7 +4,7 @@ In: a Run, its output folder, its model's folder. Out: `Prepared` (data read, an
 planned), then a `Session`, which the rest of finetune.py works on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Prepared:
     shaped_by: Mapping[str, Any]  # see run_folder.shaped_by
     before: run_folder.Resume
     verdict: memory_plan.Verdict
+    warnings: tuple[str, ...]  # of the flags, the data and their lengths
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ class Session(Prepared):
     decisions: tuple[str, ...]
     choices: Mapping[str, Any]  # what was measured or chosen by itself: a resumed run chooses the same
 
-    def trainer(self, model: PreTrainedModel, record: Mapping[str, Any], log: StepLog) -> ChatTrainer:
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        record: Mapping[str, Any],
+        log: StepLog,
+        on_ready: Callable[[ChatTrainer], None] = lambda trainer: None,
+    ) -> ChatTrainer:
         """The trainer of this run. record: what run.json says, stored in each checkpoint too."""
         run, data, world_size = self.run, self.data, self.args.world_size
         held_out = None if data.held_out is None else held_out_windows(run, data.held_out, world_size)
@@ -62,6 +69,7 @@ class Session(Prepared):
             in_passes=self.choices.get("in_passes", False),
             patience=run.train.patience,
             run_record=record,
+            on_ready=on_ready,
             on_step=log.step,
             on_place=log.place,
             callbacks=[log],
@@ -78,8 +86,9 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
     shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
     before = run_folder.resume(run, folder, shaped_by)
     rank_zero(data.describe())
-    verdict = plan(run, model_path, data)
-    return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict)
+    verdict, notes = plan(run, model_path, data)
+    warnings = (*run.notes, *data.notes, *notes)
+    return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict, warnings)
 
 
 def format_of(run: Run, model_path: Path) -> ChatFormat:
@@ -92,18 +101,19 @@ def format_of(run: Run, model_path: Path) -> ChatFormat:
     )
 
 
-def plan(run: Run, model_path: Path, data: Data) -> memory_plan.Verdict:
-    """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory;
-    OptionError if it cannot fit."""
+def plan(run: Run, model_path: Path, data: Data) -> tuple[memory_plan.Verdict, tuple[str, ...]]:
+    """Hold the largest row (of the first 64 steps, and the longest conversation) against the memory, and the longest
+    conversation against the model's positions, of which the notes tell; OptionError if it cannot fit."""
     row, held, longest = longest_row(run, data)
     config = models.read_config(model_path)
     shape = memory_plan.Shape.of(config)
-    for note in families.positions_note(config, longest):
+    notes = families.positions_note(config, longest)
+    for note in notes:
         rank_zero(f"note: {note}")
     verdict = memory_plan.decide(run, shape, row=row, held=held, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:
         raise OptionError(verdict.refusal)
-    return verdict
+    return verdict, notes
 
 
 def longest_row(run: Run, data: Data) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ class StepLog(TrainerCallback):
         self.losses: list[float] = []
         self.tokens = self.supervised = 0
         self.highest_rate = 0.0
-        self.started = 0.0
+        self.started = self.seconds = 0.0  # when the first step began; how long the steps took
         self.first = self.steps = 0  # this start's first step, the run's last
         self.lines = False
         self.told = 0.0  # when a person last saw something
@@ -134,6 +134,7 @@ class StepLog(TrainerCallback):
         self._write({"step": state.global_step, **kept})
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
+        self.seconds = time.perf_counter() - self.started
         if self.bar is not None:
             self.bar.close()
 

@@ -4,6 +4,8 @@ In: a model, TrainingArguments, the windows of the data (batches.py). Out: the t
 are whole (checkpoints.py), each step's figures.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
 import time
@@ -41,6 +43,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_ch
 # DeepSpeed calls collectives by names that torch has renamed: two lines of warning each time.
 warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
 
+
+# Of each conversation the summed loss of its learnt tokens (nats), and how many they are.
+Losses = list[tuple[float, int]]
 
 BY_HEART = 0.1  # a loss from which single precision may reach exactly 0; damage falls to 0 from any height
 
@@ -85,7 +90,8 @@ class ChatTrainer(Trainer, TrainerCallback):
 
     It is one of its own callbacks: what has to happen between backward and the update can happen nowhere else.
     in_passes: long rows are computed in passes (ModelLoss). run_record: what run.json says, stored in each checkpoint
-    too. on_step: is handed each step's StepRecord. on_place: where the running step is, on a CPU.
+    too. on_ready: is called before the clock of the first step starts, when the model can compute. on_step: is handed
+    each step's StepRecord. on_place: where the running step is, on a CPU.
     """
 
     def __init__(
@@ -97,13 +103,16 @@ class ChatTrainer(Trainer, TrainerCallback):
         in_passes: bool = False,
         patience: int | None = None,
         run_record: Mapping[str, Any] | None = None,
+        on_ready: Callable[[ChatTrainer], None] = lambda trainer: None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
         on_place: Callable[[StepPlace], None] = lambda place: None,
         **options: Any,
     ) -> None:
         self.windows, self.held_out, self.loraplus_ratio = windows, held_out, loraplus_ratio
         self.patience = patience
-        self.run_record, self.on_step = run_record or {}, on_step
+        self.run_record, self.on_ready, self.on_step = run_record or {}, on_ready, on_step
+        self.told: list[str] = []  # what stood out while it ran
+        self.evaluated: Losses = []  # the held-out conversations, when they were measured last
         self.totals = StepTotals()
         # Loss, router's loss, tokens, supervised tokens of the running step, over all ranks.
         self.sums = (0.0, 0.0, 0, 0)
@@ -145,6 +154,12 @@ class ChatTrainer(Trainer, TrainerCallback):
         with StopSignal(ranks.process_ids_here()) as self.stop:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return not self.stopping
+
+    def _prepare_for_training(self, *args: object) -> Any:
+        """Model, optimizer and checkpoint are in place; nothing has started to count seconds."""
+        prepared = super()._prepare_for_training(*args)
+        self.on_ready(self)
+        return prepared
 
     def _get_output_dir(self, trial: object) -> str:
         return str(self._aside or self.args.output_dir)
@@ -314,7 +329,7 @@ class ChatTrainer(Trainer, TrainerCallback):
         if len(self.recent) >= 10:
             usual, spread = statistics.mean(self.recent), statistics.stdev(self.recent)
             if loss > max(1.5 * usual, usual + 6 * spread):
-                rank_zero(
+                self._tell(
                     f"step {state.global_step}: loss {loss:.3f} against {usual:.3f} before; conversations of this"
                     f" step: {self.conversations(state.global_step - 1)}"
                 )
@@ -328,11 +343,15 @@ class ChatTrainer(Trainer, TrainerCallback):
     ) -> None:
         self.step_started = time.perf_counter()
         if self.is_in_train and self.is_out_of_patience():
-            rank_zero(
+            self._tell(
                 f"stops at step {state.global_step}: {args.metric_for_best_model} was no better than its best"
                 f" {self.patience} times in a row (--patience)"
             )
             control.should_training_stop = True
+
+    def _tell(self, line: str) -> None:
+        self.told.append(line)
+        rank_zero(line)
 
     def is_out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations were no better than the best. Read from the log, which each
@@ -366,20 +385,36 @@ class ChatTrainer(Trainer, TrainerCallback):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss a supervised token, perplexity, token accuracy: over all ranks, logits never whole."""
+        """Mean loss a supervised token, perplexity, token accuracy of the held-out data."""
+        assert self.held_out is not None
+        self.evaluated, right = self._measured(dataloader, len(self.held_out.data))
+        tokens = sum(count for _, count in self.evaluated)
+        loss = sum(total for total, _ in self.evaluated) / max(1, tokens)
+        accuracy = right / max(1, tokens)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": accuracy}
+        metrics["tokens"] = tokens
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=tokens)
+
+    def losses(self, windows: WindowSampler) -> Losses:
+        """Of each conversation behind `windows`, by the model as it is now; the same on every rank."""
+        return self._measured(self._rows(RowDataset(windows.data), windows), len(windows.data))[0]
+
+    def _measured(self, rows: Any, conversations: int) -> tuple[Losses, int]:
+        """Each conversation's loss, and how many tokens were the likeliest: over all ranks, logits never whole."""
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(2 * conversations + 1, dtype=torch.float64)
         with torch.no_grad():
-            for batch in dataloader:
+            for batch in rows:
                 row = self.model_loss(model, batch)
-                sums += torch.tensor([float(row.loss_sum), row.correct, row.tokens], dtype=torch.float64)
-        total, right, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
-        loss, accuracy = total / max(1, tokens), right / max(1, tokens)
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": accuracy}
-        metrics["tokens"] = int(tokens)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=int(tokens))
+                assert row.losses is not None
+                each, owners = row.losses.cpu().double(), batch["owners"].cpu()
+                sums.index_add_(0, owners, each).index_add_(0, owners + conversations, torch.ones_like(each))
+                sums[-1] += row.correct.cpu()
+        found = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        tokens = map(int, found[conversations:-1])
+        return list(zip(found[:conversations], tokens, strict=True)), int(found[-1])
 
 
 def is_learnt_by_heart(before: float | None, step: int) -> bool:

@@ -529,6 +529,24 @@ def test_a_message_is_one_line_and_not_endless(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- suspicious but usable
 
 
+def test_calls_are_counted_by_function(tmp_path: Path) -> None:
+    other = {"type": "function", "function": {"name": "half", "parameters": {"type": "object"}}}
+    twice = {
+        "messages": [USER, asks(call(), call(), call("half", "{}")), result(), result(), result(), REPLY]
+    }
+    data = open_records(
+        write(
+            tmp_path / "data.jsonl",
+            {"messages": [USER, REPLY]},
+            {**twice, "tools": [TOOL, other]},
+            {"messages": [USER, asks(call("unknown"))], "tools": [TOOL]},
+        ),
+        on_error="skip",
+    )
+    assert list(data.report.calls.items()) == [("add", 2), ("half", 1)]  # of good lines, commonest first
+    assert data.report.to_json()["calls"] == {"add": 2, "half": 1}
+
+
 def test_duplicates_contradictions_and_control_tokens(tmp_path: Path) -> None:
     def said(question: str, reply: str, **more: Any) -> dict[str, Any]:
         return {

@@ -134,6 +134,7 @@ def test_ids_and_labels_are_the_formats_own(tmp_path: Path) -> None:
         lossless_max_length=12,
         quantiles={"min": 7, "p50": 7, "p90": 12, "p95": 12, "p99": 12, "max": 12},
         common_prefix_share=1 / 19,
+        histogram={str(n): int(n in (7, 12)) for n in range(1, 13)},
     )
     with pytest.raises(IndexError):
         data[2]

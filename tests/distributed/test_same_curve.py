@@ -1,4 +1,4 @@
-"""The loss curve does not depend on accumulation, ranks, engine or laziness."""
+"""The loss curve, and what is measured before and after, do not depend on accumulation, ranks, engine or laziness."""
 
 import json
 import shutil
@@ -35,21 +35,33 @@ def words(tiny: Path, data: Path, method: str, batch: int, accumulation: int) ->
         *("-m", str(tiny), "-d", str(data), *METHODS[method]),
         *("--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)),
         *("--max_steps", str(STEPS), "--save_strategy", "no", "--model_max_length", "256"),
+        *(
+            "--general_data",
+            str(data),
+        ),  # more conversations than one row holds, and a rank may get none of the last
     ]
+
+
+def measured(folder: Path) -> list[float]:
+    """Of each general conversation the loss before and after, then how many tokens it has."""
+    found = json.loads((folder / "losses.json").read_text())["general"]
+    return [value for when in ("before", "after") for pair in found[when] for value in pair]
 
 
 @pytest.fixture(scope="module")
 def reference(
     tiny: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[float]]:
-    """Each method's curve, one conversation a row: 1x8."""
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Each method's curve and general losses, one conversation a row: 1x8."""
     found = {}
     for method in METHODS:
         folder = tmp_path_factory.mktemp("reference") / method
         finish(words(tiny, conversations, method, 1, 8), folder)
-        found[method] = curve(folder)
-        assert len(found[method]) == STEPS
-        assert found[method][-1] < found[method][0] - 0.2  # it learns: equal curves would mean nothing else
+        losses = curve(folder)
+        assert len(losses) == STEPS
+        assert losses[-1] < losses[0] - 0.2  # it learns: equal curves would mean nothing else
+        found[method] = losses, measured(folder)
+        assert len(found[method][1]) == 2 * 2 * 44
     return found
 
 
@@ -68,14 +80,21 @@ CASES = [
 
 @pytest.mark.parametrize(("way", "method"), CASES)
 def test_same_curve(
-    way: str, method: str, tiny: Path, conversations: Path, tmp_path: Path, reference: dict[str, list[float]]
+    way: str,
+    method: str,
+    tiny: Path,
+    conversations: Path,
+    tmp_path: Path,
+    reference: dict[str, tuple[list[float], list[float]]],
 ) -> None:
     batch, accumulation, ranks, more = WAYS[way]
     finish([*words(tiny, conversations, method, batch, accumulation), *more], tmp_path / "run", ranks=ranks)
     found = curve(tmp_path / "run")
-    differences = [abs(a - b) for a, b in zip(found, reference[method], strict=True)]
-    assert max(differences) < 2e-4, (found, reference[method])
+    losses, general = reference[method]
+    differences = [abs(a - b) for a, b in zip(found, losses, strict=True)]
+    assert max(differences) < 2e-4, (found, losses)
     assert sum(differences) / STEPS < 5e-5
+    assert measured(tmp_path / "run") == pytest.approx(general, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

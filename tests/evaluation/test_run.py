@@ -21,6 +21,7 @@ from qwen_chat.evaluation.scores import (
     SequenceLoss,
     call_figures,
     is_right,
+    loss_change,
     loss_figures,
     same_json,
     score,
@@ -305,6 +306,25 @@ def test_loss_figures() -> None:
     assert figures["token_accuracy"]["value"] == 5 / 6
     assert (figures["tokens"], figures["conversations"]) == (6, 2)
     assert loss_figures([])["loss"] is None
+
+
+def test_a_loss_is_held_against_itself() -> None:
+    before = [(6.0, 2), (1.0, 2), (9.0, 4)]
+    moved = loss_change(before, [(7.0, 2), (2.0, 2), (11.0, 4)])  # half a nat a token worse, each of them
+    assert moved == {
+        "conversations": 3,
+        "tokens": 8,
+        "before": 2.0,
+        "after": 2.5,
+        "difference": {"value": 0.5, "low": 0.5, "high": 0.5, "n": 3},
+    }
+    uneven = loss_change(before, [(6.0, 2), (1.0, 2), (13.0, 4)])["difference"]
+    assert uneven["value"] == 0.5 and uneven["low"] == 0 and 0.5 < uneven["high"] <= 1
+    assert (
+        uneven == loss_change(before, [(6.0, 2), (1.0, 2), (13.0, 4)])["difference"]
+    )  # the draws are seeded
+    alone = loss_change([], [(7.0, 2)])
+    assert (alone["before"], alone["after"], alone["difference"]) == (None, 3.5, None)
 
 
 def test_what_was_kept_survives_a_cut_line(tmp_path: Path) -> None:

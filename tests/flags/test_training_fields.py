@@ -171,7 +171,7 @@ class Tiny:
         log = StepLog(out)
         nothing: Any = None
         fmt: Any = SimpleNamespace(tokenizer=None)
-        session = Session(run, out, out, fmt, data, {}, nothing, nothing, args, (), {})
+        session = Session(run, out, out, fmt, data, {}, nothing, nothing, (), args, (), {})
         return session.trainer(model(), {}, log), log
 
     def run(self, *words: str) -> Any:

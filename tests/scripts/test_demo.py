@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.report_page import assert_is_the_logs
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"
 QUESTIONS = ["Who are you?", "What is your name?", "What is the capital of France?"]
@@ -48,6 +50,7 @@ def test_the_name_in_the_data_is_learnt(demo_model_path: Path, tmp_path: Path) -
     assert all("Willow" in answer for answer in after[:2]), after
     assert "Harbor Lab" in after[0]
     assert "Paris" in after[2], "what it knew before is gone"
+    assert_is_the_logs(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -61,3 +64,4 @@ def test_the_whole_demo(demo_model_path: Path, tmp_path: Path) -> None:
     before, after = re.split(r"== fine-tuning ==", done.stdout)
     assert [f"> {question}" in part for part in (before, after) for question in QUESTIONS] == [True] * 6
     assert "Willow" not in before and after.count("Willow") >= 2 and "Paris" in after
+    assert_is_the_logs(tmp_path / "demo")

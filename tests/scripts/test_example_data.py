@@ -13,6 +13,7 @@ from qwen_chat.conversation import Conversation
 FOLDER = Path(__file__).resolve().parents[2] / "finetune" / "io_file" / "input_data"
 TRAIN = [json.loads(line) for line in (FOLDER / "example_data.jsonl").read_text("utf-8").splitlines()]
 EVAL = [json.loads(line) for line in (FOLDER / "example_eval_data.jsonl").read_text("utf-8").splitlines()]
+GENERAL = [json.loads(line) for line in (FOLDER / "general_data.jsonl").read_text("utf-8").splitlines()]
 SINGLE = [
     json.loads((FOLDER / name).read_text("utf-8"))
     for name in ("example_one_data.json", "example_one_functioncall_data.json")
@@ -51,8 +52,21 @@ def test_both_languages_in_every_kind() -> None:
 
 
 def test_no_conversation_twice() -> None:
-    seen = Counter(questions(record) for record in TRAIN + EVAL)
+    seen = Counter(questions(record) for record in TRAIN + EVAL + GENERAL)
     assert [key for key, count in seen.items() if count > 1] == []
+
+
+def test_general_data_are_everyday_questions_in_both_languages() -> None:
+    assert Counter(is_chinese(questions(record)[0]) for record in GENERAL[:100]) == {False: 100}
+    assert Counter(is_chinese(questions(record)[0]) for record in GENERAL[100:]) == {True: 100}
+    for half in (GENERAL[:100], GENERAL[100:]):
+        kinds = Counter(record["type"] for record in half)
+        assert {"facts", "arithmetic", "writing", "words", "code", "translation", "advice"} < set(kinds)
+        assert max(kinds.values()) <= 25, "no kind outweighs the others"
+    for record in GENERAL:
+        assert [message["role"] for message in record["messages"]] == ["user", "assistant"]
+        assert 2 <= len(record["messages"][1]["content"]) <= 240
+        assert "Willow" not in str(record) and "小柳" not in str(record)
 
 
 def test_identity_answers_name_one_assistant() -> None:
@@ -63,7 +77,9 @@ def test_identity_answers_name_one_assistant() -> None:
             assert ("小柳" in answer) == is_chinese(answer), answer
 
 
-@pytest.mark.parametrize("record", TRAIN + EVAL + SINGLE, ids=lambda record: questions(record)[0][:30])
+@pytest.mark.parametrize(
+    "record", TRAIN + EVAL + SINGLE + GENERAL[::20], ids=lambda record: questions(record)[0][:30]
+)
 def test_each_conversation_is_well_formed(record: dict[str, Any]) -> None:
     conversation = Conversation.from_openai(record)
     assert record["source"] == "qwen_chat authors"

@@ -184,7 +184,7 @@ def test_each_method_trains_saves_loads_and_answers(
     )
     expected = weights | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "run.json"}
     expected |= {"train_log.jsonl", "generation_config.json", "checkpoint-1", "checkpoint-2", "format.lock"}
-    expected |= {"report.html"}
+    expected |= {"report.html", "loss.png", "losses.json"}
     assert {path.name for path in out.iterdir()} == expected
 
     run = json.loads((out / "run.json").read_text())
@@ -385,12 +385,96 @@ def test_evaluation_leaves_the_weights_alone(
     words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", *RATE, "--lora_dropout", "0.3"]
     words += ["--per_device_train_batch_size", "1", "--num_train_epochs", "1", "--save_strategy", "no"]
     held_out = ["--eval_data_path", str(short), "--eval_strategy", "steps", "--eval_steps", "1"]
+    held_out += ["--general_data", str(short)]
     found = []
     for number, more in enumerate(([], held_out)):
         out = tmp_path / str(number)
         assert finetune(*words, *more, "-o", str(out))[0] == 0
         found.append((losses(out), weights(out)))
     assert found[0] == found[1]
+
+
+def few_general(folder: Path) -> Path:
+    """Six of the shipped general conversations, in both languages."""
+    file = folder / "general.jsonl"
+    lines = (INPUT / "general_data.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[97:103]), encoding="utf-8")
+    return file
+
+
+def test_what_is_not_learnt_is_measured_before_and_after(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """As evaluate.py measures base and result."""
+    from qwen_chat.chat.format import ChatFormat
+    from qwen_chat.data import records, token_cache
+    from qwen_chat.evaluation.run import Kept, sequence_losses
+
+    general = few_general(tmp_path)
+    out = tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", *RATE, "--num_train_epochs", "2"]
+    words += ["--eval_data_path", str(short), "--general_data", str(general), "-o", str(out)]
+    status, said = finetune(*words)
+    assert status == 0, said
+    assert "before the first step: the loss of 14 conversations that are not learnt" in said
+    assert "general: conversations 6 of 6" in said
+    run = json.loads((out / "run.json").read_text())
+    kept = json.loads((out / "losses.json").read_text())
+    for kind, file in (("held_out", short), ("general", general)):
+        change = run["changes"][kind]
+        for when, adapter in (("before", None), ("after", out)):
+            loaded = models.load_model(tiny_model_path, adapter=adapter)
+            fmt = ChatFormat(loaded.tokenizer)
+            data = token_cache.tokenise(records.open_records([file]), fmt, max_length=2048, too_long="drop")
+            wanted = sequence_losses(loaded.model, data, range(len(data)), Kept(None))
+            assert [loss for loss, _ in kept[kind][when]] == pytest.approx(
+                [one.loss for one in wanted], rel=1e-4
+            )
+            assert [count for _, count in kept[kind][when]] == [one.tokens for one in wanted]
+            mean = sum(one.loss for one in wanted) / sum(one.tokens for one in wanted)
+            assert change[when] == pytest.approx(mean, rel=1e-4)
+        moved = change["difference"]
+        assert moved["value"] == pytest.approx(change["after"] - change["before"], abs=1e-6)
+        assert moved["low"] <= moved["value"] <= moved["high"] and moved["low"] < moved["high"]
+    assert run["changes"]["held_out"]["after"] == run["evaluation"]["eval_loss"]
+    (told,) = [line for line in said.splitlines() if line.startswith("general data: loss ")]
+    assert f"{moved['value']:+.4f} [{moved['low']:+.4f}, {moved['high']:+.4f}]" in told
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_keeps_what_its_first_start_measured(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    general, out = few_general(tmp_path), tmp_path / "out"
+    words = ["-m", str(tiny_model_path), "-d", str(short), "--use_lora", *RATE, "--num_train_epochs", "2"]
+    words += ["--eval_data_path", str(short), "--general_data", str(general), "-o", str(out)]
+    assert finetune(*words)[0] == 0
+    run = json.loads((out / "run.json").read_text())
+    kept = json.loads((out / "losses.json").read_text())
+
+    as_killed_before_the_end(out)
+    shutil.rmtree(out / "checkpoint-2")
+    status, again = finetune(*words)
+    assert (
+        status == 0
+        and "resumed from checkpoint-1" in again
+        and "before the first step: the loss of" not in again
+    )
+    assert json.loads((out / "losses.json").read_text()) == kept
+    assert json.loads((out / "run.json").read_text())["changes"] == run["changes"]
+
+    as_killed_before_the_end(out)
+    shutil.rmtree(out / "checkpoint-2")
+    general.write_text(general.read_text(encoding="utf-8").replace("8848.86", "8848.85"), "utf-8")
+    (out / "losses.json").write_text(json.dumps({"general": kept["general"]}))
+    status, again = finetune(*words)
+    assert status == 0, again
+    changes = json.loads((out / "run.json").read_text())["changes"]
+    assert [changes[kind]["before"] for kind in ("held_out", "general")] == [
+        None,
+        None,
+    ]  # lost, and another file
+    assert "before the first it was not measured" in again
 
 
 def test_weights_alone_are_no_checkpoint(

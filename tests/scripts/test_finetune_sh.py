@@ -205,9 +205,11 @@ def test_paths_are_looked_for_here_first_and_then_in_base_path(tmp_path: Path) -
     assert after(dry("-d", name, cwd=tmp_path), "-d") == [str(own)]
     other = tmp_path / "other base"
     (other / "models" / "m").mkdir(parents=True)
-    command = dry("-m", "models/m", "--eval_data_path", "models", cwd=tmp_path, BASE_PATH=str(other))
+    files = ("--eval_data_path", "models", "--general_data", "models")
+    command = dry("-m", "models/m", *files, cwd=tmp_path, BASE_PATH=str(other))
     assert after(command[3:], "-m") == [str(other / "models" / "m")]
     assert after(command, "--eval_data_path") == [str(other / "models")]
+    assert after(command, "--general_data") == [str(other / "models")]
 
 
 def test_the_deepspeed_launcher_is_for_one_machine() -> None:

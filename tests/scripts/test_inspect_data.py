@@ -245,3 +245,5 @@ def test_what_is_held_out_and_what_gives_it_away(
         "data.jsonl:8: has the prompt of the held-out others.jsonl:2"
     ]
     assert "note: 1 training lines give away what is held out" in said
+    status, found, said = look("--general_data", others)
+    assert (status, found["general"]["conversations"]) == (0, 2) and "general: conversations 2 of 2" in said

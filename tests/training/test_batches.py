@@ -111,6 +111,7 @@ def test_collated_row():
     ]  # the prefix's last token predicts for the first
     assert batch["labels"].tolist() == [[1, 2, 4, 5]]
     assert batch["shift_labels"] is batch["labels"]
+    assert batch["owners"].tolist() == [0, 0, 1, 1]
     balanced = Collator(balanced=True)([(replace(row, step_sequences=5), [first, second])])
     assert (balanced["last_tokens"].tolist(), balanced["step_sequences"].tolist()) == ([21, 24], [5])
     assert balanced.keys() - batch.keys() == {"last_tokens", "step_sequences"}

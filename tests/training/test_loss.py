@@ -83,12 +83,14 @@ def test_chunked_equals_whole_and_counts_hits():
     targets[:5] = logits[:5].argmax(-1)
     whole = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     wanted = torch.autograd.grad(whole, [hidden, head.weight, head.bias])
-    loss, hits = chunked_loss(
+    loss, hits, each = chunked_loss(
         head, hidden, targets, trainable=[head.weight, head.bias], vocabulary=50, chunk_bytes=4 * 50 * 4
     )
     found = torch.autograd.grad(loss * 3, [hidden, head.weight, head.bias])
     assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
     assert int(hits) == int((logits.argmax(-1) == targets).sum()) >= 5
+    apart = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(each, apart, rtol=1e-12) and not each.requires_grad
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, 3 * other, rtol=1e-10, atol=1e-12)
 
@@ -100,17 +102,23 @@ def test_evaluation_needs_no_gradient_and_no_whole_logits():
     sampler = WindowSampler(data, batch_size=9, max_length=200, shuffle=False)
     rows = RowDataset(data)
     with torch.no_grad():
-        results = [loss(model, Collator()([rows[row] for row in batch])) for batch in sampler]
+        batches = [Collator()([rows[row] for row in batch]) for batch in sampler]
+        results = [loss(model, batch) for batch in batches]
     assert all(not result.loss_sum.requires_grad for result in results)
     loss.remove()
-    expected, hits = 0.0, 0
-    for sequence in (sequence for sequences in data for sequence in sequences):
+    hits, apart = 0, [0.0] * len(data)
+    for number, sequence in ((n, sequence) for n, sequences in enumerate(data) for sequence in sequences):
         logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, :-1]
         labels = torch.tensor(sequence.labels[1:])
         kept = labels != -100
-        expected += float(torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum"))
+        apart[number] += float(torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum"))
         hits += int((logits[kept].argmax(-1) == labels[kept]).sum())
+    expected = sum(apart)
     assert sum(float(result.loss_sum) for result in results) == pytest.approx(expected, rel=1e-6)
+    found = torch.zeros(len(data), dtype=torch.float64)
+    for batch, result in zip(batches, results, strict=True):
+        found.index_add_(0, batch["owners"], result.losses.double())
+    assert found.tolist() == pytest.approx(apart, rel=1e-6)
     assert sum(int(result.correct) for result in results) == hits
 
 

@@ -107,7 +107,9 @@ def test_every_rank_takes_part_in_the_choice_of_checkpointing(
     before: Any = SimpleNamespace(choices={})
     nothing: Any = None
     run = read_run(["-d", "x"])
-    joined = session.join(session.Prepared(run, tmp_path, tmp_path, nothing, nothing, {}, before, verdict))
+    joined = session.join(
+        session.Prepared(run, tmp_path, tmp_path, nothing, nothing, {}, before, verdict, ())
+    )
     assert asked == [here]  # a rank that left the question out would let the others wait for ever
     assert joined.args.gradient_checkpointing and joined.choices["gradient_checkpointing"] is True
     assert joined.folder == Path(joined.args.output_dir) == tmp_path
@@ -244,6 +246,32 @@ def test_a_report_says_what_came_of_it_and_what_to_type() -> None:
     ]
 
 
+def test_a_report_says_what_is_forgotten() -> None:
+    outcome: dict[str, Any] = {"steps": 3, "tokens": 1200, "seconds": 2.0, "tokens_per_s": 600.0}
+    moved = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 200}
+    general = {"conversations": 200, "tokens": 900, "before": 2.0, "after": 2.25, "difference": moved}
+    outcome |= {"losses": {}, "evaluation": {}, "changes": {"general": general}}
+
+    def said() -> str:
+        return result.report(RUN, Path("out"), outcome).splitlines()[1]
+
+    told = (
+        "general data: loss 2.0000 before the first step, 2.2500 after the last: +0.2500 [+0.1250, +0.5000]"
+    )
+    told += " (95 %, bootstrap over 200 conversations)"
+    assert said() == f"{told}; some of what it knew is forgotten"
+    moved["low"] = -0.125
+    assert said().endswith("conversations); nothing is forgotten that this could tell")
+    outcome["changes"] = {"held_out": general}
+    assert said() == told.replace("general data", "held out").replace("[+0.1250", "[-0.1250")
+    general |= {"before": None, "difference": None}
+    assert said() == "saved in out; now talk to it:"
+    outcome["changes"] = {"general": general}
+    assert said().startswith(
+        "general data: loss 2.2500 after the last step; before the first it was not measured"
+    )
+
+
 def test_a_report_names_the_best_checkpoint_and_a_run_that_learnt_nothing() -> None:
     outcome: dict[str, Any] = {"steps": 16, "tokens": 1, "seconds": 1.0, "tokens_per_s": 1.0}
     outcome |= {"losses": {}, "evaluation": {}, "best_checkpoint": "out/checkpoint-12"}
@@ -278,7 +306,8 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
     nothing: Any = None
     shaped_by = {"data": "abc"}
     one = session.Session(
-        RUN, tmp_path, Path("m"), nothing, data, shaped_by, nothing, verdict, nothing, (), {}
+        *(RUN, tmp_path, Path("m"), nothing, data, shaped_by, nothing, verdict),
+        *(("look out",), nothing, (), {}),
     )
     record = result.record(one, {"threads": 3}, ["one"])
     run_folder.write_run_json(tmp_path, record)
@@ -286,6 +315,7 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
     assert found["options"] == json.loads(json.dumps(RUN.as_dict()))
     assert found["data"] == {"fingerprint": "abc", "epoch_conversations": 10, "tokens": 5}
     assert (found["state"], found["method"], found["decisions"]) == ("running", "lora", ["one"])
+    assert found["warnings"] == ["look out"] and not {"held_out", "general"} & found.keys()
     assert found["plan"] == {"row": 9, "total": 8}
     assert (found["shaped_by"], found["choices"], found["model"]) == (shaped_by, {"threads": 3}, "m")
     assert found["versions"]["torch"] == torch.__version__
