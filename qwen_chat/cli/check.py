@@ -116,9 +116,7 @@ def inspect(
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
     fmt = ChatFormat(tokenizer, data.tool_style, data.tool_language, template_kwargs=data.template_kwargs)
     report = conversations.report
-    told = empty_think.notes(
-        fmt, data.empty_think, thoughts=report.reasoning, conversations=report.conversations
-    )
+    told = empty_think.notes(fmt, data.empty_think, thoughts=report.reasoning, conversations=report.chats)
     found["thinking"] = {"empty_think": empty_think.chosen(fmt, data.empty_think), "notes": list(told)}
     print(*told, sep="\n", end="\n" * bool(told), file=out)
 

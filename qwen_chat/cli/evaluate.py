@@ -147,7 +147,7 @@ def other(name: str) -> Side:
 
 def read_cases(data: records.Records, options: EvaluateArguments) -> list[Case]:
     """The turns to be written, with the answers that the file accepts besides its own."""
-    accepted = [accepted_answers(Path(path)) for path in options.data_path]
+    accepted = [accepted_answers(path) for path in data.paths]
     cases = []
     for i in range(count(data, options)):
         where = data.where(i)
@@ -285,9 +285,9 @@ def load_and_score(
     fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style, template_kwargs=options.template_kwargs)
     learnt = taught(fmt, options.empty_think)
     tokens = token_cache.tokenise(data, learnt, max_length=options.model_max_length, too_long="drop")
-    wanted = {data.where(i) for i in range(count(data, options))}
-    chosen_ones = [i for i in range(len(tokens)) if tokens.where(i) in wanted]
-    side.dropped = len(wanted) - len(chosen_ones)
+    wanted = count(data, options)
+    chosen_ones = [i for i in range(len(tokens)) if tokens.record_of(i) < wanted]
+    side.dropped = wanted - len(set(map(tokens.record_of, chosen_ones)))
     with tqdm(total=len(chosen_ones), desc=f"{side.name}: loss", file=sys.stderr) as bar:
         side.losses = evaluation_run.sequence_losses(
             model, tokens, chosen_ones, kept, lambda done: move(bar, done)

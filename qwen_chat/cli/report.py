@@ -98,24 +98,14 @@ def samples(run: PastRun, count: int, max_tokens: int) -> list[Sample]:
 
 def first_questions(run: PastRun, count: int) -> list[str]:
     """What a user says first, each once."""
-    from qwen_chat.data.formats import read_record
-    from qwen_chat.errors import DataError
+    from qwen_chat.data.records import open_records
 
     options = run.facts["options"]
     found: dict[str, None] = {}
-    for name in (*options["eval_data_path"], *options["data_path"]):
-        try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise OptionError(
-                f"{name}: {error.strerror}; the samples are questions of the run's data"
-            ) from None
-        for line in lines:
-            try:
-                conversation = read_record(json.loads(line))[1]
-            except (DataError, ValueError):
-                continue
-            first = next((m.content for m in conversation.messages if m.role == "user"), "")
-            if first and len(found) < count:
-                found[str(first)] = None
+    for conversation in open_records([*options["eval_data_path"], *options["data_path"]], on_error="skip"):
+        first = next((m.content for m in conversation.messages if m.role == "user"), "")
+        if first:
+            found[first] = None
+        if len(found) == count:
+            break
     return list(found)

@@ -4,6 +4,7 @@ In: `Records`, an Encoder, `TokenOptions`. Out: a `Block` for each run of record
 """
 
 import gc
+import itertools
 import multiprocessing
 import os
 import threading
@@ -74,6 +75,8 @@ class Block:
     kept: npt.NDArray[np.uint64]
     full_lengths: Ints  # of each record
     truncated: int
+    cut: int  # documents that are longer than max_length, and the `pieces` that they are kept in
+    pieces: int
     too_long: list[int]
     failures: list[tuple[int, str]]
 
@@ -85,23 +88,34 @@ class Block:
         each: npt.NDArray[np.int64] = np.diff(learnt[spans[ends]])
         return each
 
-    def sequences(self) -> tuple[Sequence32, ...]:
+    def conversations(self) -> list[tuple[Sequence32, ...]]:
+        """The sequences of each kept conversation."""
         ids = np.split(self.ids, np.cumsum(self.sequence_lengths)[:-1])
         spans = np.split(self.spans, np.cumsum(self.span_counts)[:-1])
-        return tuple(map(Sequence32, ids, spans))
+        sequences = iter(map(Sequence32, ids, spans))
+        return [tuple(itertools.islice(sequences, int(count))) for count in self.sequence_counts]
 
 
 def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices: Sequence[int]) -> Block:
     """These records, tokenised here."""
     encoded: list[Encoded] = []
     counts, kept, full = array("i"), array("Q"), array("i")
-    truncated, too_long, failures = 0, [], []
+    truncated, cut, in_pieces, too_long, failures = 0, 0, 0, [], []
     conversations = [records[i] for i in indices]
     outcomes = _encode(fmt, conversations, options.train_on)
     for i, conversation, whole in zip(indices, conversations, outcomes, strict=True):
         if isinstance(whole, FormatError):
             failures.append((i, str(whole)))
             full.append(0)
+            continue
+        if conversation.document is not None:
+            pieces = _pieces(whole[0], options.max_length)
+            full.append(longest(pieces))
+            cut += len(pieces) > 1
+            in_pieces += len(pieces) * (len(pieces) > 1)
+            encoded.extend(pieces)
+            counts.extend([1] * len(pieces))
+            kept.extend([i] * len(pieces))
             continue
         full.append(longest(whole))
         fitted: Sequence[Encoded] | None = whole
@@ -126,9 +140,18 @@ def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices:
         kept=np.array(kept, dtype=np.uint64),
         full_lengths=np.array(full, dtype=np.int32),
         truncated=truncated,
+        cut=cut,
+        pieces=in_pieces,
         too_long=too_long,
         failures=failures,
     )
+
+
+def _pieces(document: Encoded, most: int) -> list[Encoded]:
+    """A document in the fewest sequences of at most `most` tokens, all about as long."""
+    count = len(document.input_ids)
+    size = -(-count // -(-count // most))
+    return [document.part(start, start + size) for start in range(0, count, size)]
 
 
 def longest(sequences: Sequence[Encoded]) -> int:

@@ -88,8 +88,8 @@ class Selection:
     def where(self, i: int) -> str:
         return self.data.where(int(self.index[i]))
 
-    def file_of(self, i: int) -> int:
-        return self.data.file_of(int(self.index[i]))
+    def given_of(self, i: int) -> int:
+        return self.data.given_of(int(self.index[i]))
 
     def budget(self) -> tuple[int, int]:
         """(tokens, supervised tokens) of an epoch; each conversation is looked at once."""
@@ -103,14 +103,14 @@ class Selection:
 
 
 class Mixture(Selection):
-    """Tokenised data in which an epoch sees each file's conversations `weight` times.
+    """Tokenised data in which an epoch sees the conversations of each file or folder given `weight` times.
 
     The whole part of a weight repeats them; the rest is a share of them, drawn once by the seed.
     """
 
     def __init__(self, data: TokenisedData | Selection, weights: Sequence[float], *, seed: int) -> None:
         random = np.random.default_rng((seed, 7))  # not the stream that orders the windows
-        owners = np.array([data.file_of(i) for i in range(len(data))], dtype=np.int64)
+        owners = np.array([data.given_of(i) for i in range(len(data))], dtype=np.int64)
         parts = []
         for number, weight in enumerate(weights):
             own = np.flatnonzero(owners == number)
@@ -150,7 +150,7 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
     whole = read(run.data.data_path)
     train, held_out, given_away = hold_out(whole, run.data, read)
     report = whole.records.report
-    told = notes(fmt, run.data.empty_think, thoughts=report.reasoning, conversations=report.conversations)
+    told = notes(fmt, run.data.empty_think, thoughts=report.reasoning, conversations=report.chats)
     if run.data.data_weights:
         train = Mixture(train, run.data.data_weights, seed=seed_of(run))
         if len(train) == 0:

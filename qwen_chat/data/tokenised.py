@@ -38,6 +38,10 @@ class TokenSummary:
     lossless_max_length: int  # the model_max_length that would lose nothing
     quantiles: Mapping[str, int]  # lengths before the policy: min, p50, p90, p95, p99, max
     common_prefix_share: float  # share of all tokens that lie in a prefix some other sequence has too
+    cut: int = (
+        0  # documents longer than max_length, which are kept in `pieces`, each counted as a conversation
+    )
+    pieces: int = 0
     complete: bool = True  # False under lazy: counted so far
     skipped: int = 0  # lines left out by on_error="skip", beside the records
     skipped_at: tuple[str, ...] = ()  # file:line of the first NAMED of them
@@ -48,8 +52,9 @@ class TokenSummary:
         """A few lines for a person."""
         share = self.supervised / self.tokens if self.tokens else 0.0
         so_far = "" if self.complete else " (tokenised so far)"
+        whole = self.conversations - self.pieces + self.cut
         lines = [
-            f"conversations {self.conversations:,} of {self.records:,}, sequences {self.sequences:,}, "
+            f"conversations {whole:,} of {self.records:,}, sequences {self.sequences:,}, "
             f"tokens {self.tokens:,}, learnt {self.supervised:,} ({share:.1%}){so_far}",
             "tokens a conversation: " + ", ".join(f"{name} {n:,}" for name, n in self.quantiles.items()),
             f"tokens in a prefix that others have too: {self.common_prefix_share:.1%}",
@@ -58,6 +63,11 @@ class TokenSummary:
             (self.skipped, f"bad lines left out, of {self.records + self.skipped:,}", self.skipped_at),
             (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}", self.dropped_at),
             (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out", ()),
+            (
+                self.cut,
+                f"documents longer than {self.max_length:,} tokens, cut into {self.pieces:,} pieces",
+                (),
+            ),
             (self.failed, "left out, the chat template cannot write them", self.failed_at),
             (self.unsupervised, "kept, with nothing in them to learn", ()),
         ):
@@ -123,13 +133,18 @@ class TokenisedData(ABC):
         """Which record kept conversation `i` is."""
         return int(self.kept[i])
 
+    def piece_of(self, i: int) -> int:
+        """Which part of a document that was cut kept conversation `i` is; 0 for one that was not."""
+        return i - int(np.searchsorted(self.kept, self.kept[i]))
+
     def where(self, i: int) -> str:
         """`file:line` of kept conversation `i`."""
-        return self.records.where(self.record_of(i))
+        piece, place = self.piece_of(i), self.records.where(self.record_of(i))
+        return f"{place} (part {piece + 1})" if piece else place
 
-    def file_of(self, i: int) -> int:
-        """Which of the data files, in the order they were given, kept conversation `i` comes from."""
-        return self.records.file_of(self.record_of(i))
+    def given_of(self, i: int) -> int:
+        """Which of the files and folders, in the order they were given, kept conversation `i` comes from."""
+        return self.records.given_of(self.record_of(i))
 
 
 @dataclass(slots=True)
@@ -142,6 +157,8 @@ class Counts:
     supervised: int = 0
     kept: int = 0
     truncated: int = 0
+    cut: int = 0
+    pieces: int = 0
     unsupervised: int = 0
     too_long: int = 0
     failed: int = 0
@@ -156,6 +173,8 @@ class Counts:
         self.supervised += int(learnt.sum())
         self.kept += len(block.kept)
         self.truncated += block.truncated
+        self.cut += block.cut
+        self.pieces += block.pieces
         self.unsupervised += int((learnt == 0).sum())
         self.too_long += len(block.too_long)
         self.failed += len(block.failures)
@@ -200,6 +219,8 @@ class Counts:
             supervised=self.supervised,
             dropped=self.too_long - self.truncated,
             truncated=self.truncated,
+            cut=self.cut,
+            pieces=self.pieces,
             failed=self.failed,
             unsupervised=self.unsupervised,
             max_length=options.max_length,

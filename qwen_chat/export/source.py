@@ -68,7 +68,7 @@ class Exported:
             return tuple(given)
         options = self.options
         named = options.get("eval_data_path") or options.get("data_path") or ()
-        gone = [name for name in named if not Path(name).is_file()]
+        gone = [name for name in named if not Path(name).exists()]
         if not named or gone:
             what = (
                 f"{gone[0]} is not there any more"
