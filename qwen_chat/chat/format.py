@@ -58,10 +58,10 @@ class ChatFormat:
     one of the first two cannot be asked for the other. `language` and `parallel`: the wording of qwen_agent;
     "auto" is Chinese where the system text or the first question has Chinese characters. A template without tools is
     completed (see `template`). `template_kwargs`: values of the template's variables where a conversation gives none;
-    the saved template keeps them.
+    `system`: the text of a system message where it has none. The saved template keeps both.
 
-    Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens), or where the
-    template has no such variable.
+    Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens), where the
+    template has no such variable, or writes no system text.
     """
 
     def __init__(
@@ -71,12 +71,17 @@ class ChatFormat:
         language: Language = "auto",
         parallel: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        system: str | None = None,
     ) -> None:
         _check_option("tool_style", tool_style, ("auto", "hermes", "qwen_agent", "xml"))
         _check_option("language", language, ("auto", "en", "zh"))
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, template_kwargs or NONE)
+        self._template = ChatTemplate(tokenizer, template_kwargs or NONE, system)
         self._tokens = ControlTokens(tokenizer)
+        if system is not None:
+            self._tokens.refuse_marks(system)
+            if typed := self._tokens.typed(system):
+                raise FormatError(f"--system: the text spells out {typed[0]}, a control token; reword it")
         if not {START, END} <= self._tokens.ids.keys():
             raise FormatError(
                 f"the vocabulary has no tokens {START} and {END}; expected a ChatML model's tokenizer"
@@ -95,11 +100,13 @@ class ChatFormat:
 
     def _found(self, style: ToolStyle, language: Language, parallel: bool) -> Dialect:
         """The dialect that was asked for; else the one a tuned template names, or the one its own words are in."""
+        system = self._template.system
         if style == "qwen_agent":
-            return QwenAgent(language, parallel)
+            return QwenAgent(language, parallel, system)
         spoken = next(filter(self._template.speaks, known.KNOWN), Hermes())
         if style == "auto":
-            return QwenAgent.noted(self._template.source) or spoken
+            noted = QwenAgent.noted(self._template.source)
+            return spoken if noted is None else replace(noted, system=system)
         if style != spoken.name:
             raise OptionError(
                 f"tool_style is {style!r}, but the chat template writes calls as {spoken.name}; expected auto or "
@@ -152,7 +159,12 @@ class ChatFormat:
     @property
     def knows_reasoning(self) -> bool:
         """Whether the template writes thoughts."""
-        return THINK in self._template.source
+        return self._template.writes_thoughts
+
+    @property
+    def system(self) -> str | None:
+        """The text that the saved template gives a conversation without a system message, if it was tuned with one."""
+        return self._template.system
 
     @property
     def variables(self) -> frozenset[str]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # What the owner of a model decides, and who asks a server cannot.
 NOT_SERVED = (
     *("adapter", "attn_implementation", "trust_remote_code", "device", "tool_style", "model_max_length"),
-    *("empty_think", "fresh"),
+    *("empty_think", "fresh", "system"),
 )
 RECIPE = 1  # raise it when the same model and data would give other replies
 
@@ -65,6 +65,11 @@ class EvaluateArguments:
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop it, or are counted and left out")
     tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
         "auto", "how tools and calls are written"
+    )
+    system: str | None = option(
+        None,
+        "a text, or a file with it: the system message of conversations without one; without it the model's own",
+        or_file=True,
     )
     template_kwargs: Mapping[str, Any] | None = option(
         None, "variables of the chat template, as JSON; without it those that the model was saved with"
@@ -282,7 +287,12 @@ def load_and_score(
         model, _ = models.merge(
             model, loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
         )
-    fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style, template_kwargs=options.template_kwargs)
+    fmt = ChatFormat(
+        loaded.tokenizer,
+        tool_style=options.tool_style,
+        template_kwargs=options.template_kwargs,
+        system=options.system,
+    )
     learnt = taught(fmt, options.empty_think)
     tokens = token_cache.tokenise(data, learnt, max_length=options.model_max_length, too_long="drop")
     wanted = count(data, options)
@@ -303,6 +313,8 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
     """The results kept for exactly this model, data and way of asking."""
     asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
     asked += [options.template_kwargs, options.empty_think]
+    if options.system is not None:
+        asked.append(options.system)
     if (device := hardware.choose_device(options.device)).kind != "cpu":
         asked.append(device.kind)
     assert side.model is not None

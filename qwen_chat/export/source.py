@@ -86,6 +86,7 @@ class Exported:
             tool_style=options.get("tool_style") or "auto",
             language=options.get("tool_language") or "auto",
             template_kwargs=options.get("template_kwargs"),
+            system=options.get("system"),
         )
 
     def sequences(self, fmt: ChatFormat, paths: Sequence[str], tokens: int) -> list[Encoded]:

@@ -35,10 +35,11 @@ MODULE = "vllm.entrypoints.openai.api_server"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is run. Keys are in the environment, where `ps` does not show them."""
+    """What is run. Keys are in the environment, where `ps` does not show them. told: what a person should know."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
+    told: str = ""
 
 
 def command(

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen_chat.chat.empty_think import taught
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
-from qwen_chat.chat.empty_think import taught
 from qwen_chat.conversation import Conversation
 from qwen_chat.dialects.known import parse
 from qwen_chat.dialects.qwen_agent import QwenAgent

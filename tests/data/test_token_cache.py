@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +24,11 @@ from qwen_chat.data import lazy as lazy_data
 from qwen_chat.data.records import Records, open_records
 from qwen_chat.data.token_cache import CachedData, tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
-from qwen_chat.errors import DataError, FormatError, OutputError
+from qwen_chat.errors import DataError, OutputError
+from tests.support.letters import Letters
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qwen_chat"
-
-
-@dataclass
-class Letters:
-    """A format of one token a character, between 1 and 2; what the assistant says is learnt, with its 2.
-
-    A text with "bad" in it is refused; `turns` gives one sequence a turn; tools cost one token each.
-    """
-
-    fingerprint: str = "letters"
-    turns: bool = False
-    asked: int = 0
-    audited: int = 0
-
-    def audit(self, conversations: Iterable[Conversation]) -> None:
-        self.audited = len(list(conversations))
-
-    def encode_many(
-        self, conversations: Sequence[Conversation], train_on: str = "all"
-    ) -> list[list[Encoded]]:
-        self.asked += len(conversations)
-        return [self._one(conversation, train_on) for conversation in conversations]
-
-    def _one(self, conversation: Conversation, train_on: str) -> list[Encoded]:
-        if conversation.document is not None:
-            ids = [*map(ord, conversation.document), 3]
-            return [Encoded(ids, [(0, len(ids))])]
-        ids, spans, made = [9] * len(conversation.tools), [], []
-        for k, message in enumerate(conversation.messages):
-            if "bad" in message.content:
-                raise FormatError(f"message {k}: bad")
-            start = len(ids) + 1
-            ids += [1, *map(ord, message.content), 2]
-            if train_on == "everything" or (message.role == "assistant" and message.train is not False):
-                spans.append((start, len(ids)))
-            if self.turns and message.role == "assistant":
-                made.append(Encoded(list(ids), spans))
-                spans = []
-        return made if self.turns else [Encoded(ids, spans)]
 
 
 def chat(*texts: str, **more: Any) -> dict[str, Any]:

@@ -333,7 +333,7 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--adam_beta2", "1.5"], "--adam_beta2 1.5: expected a share from 0 up to 1"),
         (["--max_grad_norm", "nan"], "--max_grad_norm nan: expected 0 or more"),
         (["--seed", "-1"], "--seed -1: expected a whole number from 0 to 4294967295"),
-        (["--data_weights", "inf"], "--data_weights: a weight is below 0"),
+        (["--data_weights", "inf"], "--data_weights: inf; expected 0 (not used) or a number above it"),
         (["--optim", "typo"], "--optim typo: no such optimizer; expected one of adamw_torch, "),
         (["--optim", "schedule_free_adamw"], "its averaged weights would be neither evaluated nor saved"),
         (["--optim", "lomo"], "--optim lomo: changes the weights during backward"),
