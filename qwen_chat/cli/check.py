@@ -98,7 +98,11 @@ def inspect(
     model: ModelArguments, data: DataArguments, options: InspectArguments, out: TextIO, found: dict[str, Any]
 ) -> None:
     """Check, tokenise and show; `found` gets what --json prints."""
-    conversations = records.open_records(data.data_path, on_error=data.on_error, limit=options.limit)
+
+    def opened(paths: Sequence[str]) -> records.Records:
+        return records.open_records(paths, on_error=data.on_error, limit=options.limit, redact=data.redact)
+
+    conversations = opened(data.data_path)
     found |= conversations.report.to_json()
     print(conversations.report.describe(), file=out, flush=True)
     if options.write is not None:
@@ -131,7 +135,7 @@ def inspect(
         )
 
     def read(paths: Sequence[str]) -> TokenisedData:
-        return tokenised(records.open_records(paths, on_error=data.on_error, limit=options.limit))
+        return tokenised(opened(paths))
 
     tokens = tokenised(conversations)
     found["tokens"] = tokens.summary.to_json()

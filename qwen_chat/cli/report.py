@@ -102,7 +102,8 @@ def first_questions(run: PastRun, count: int) -> list[str]:
 
     options = run.facts["options"]
     found: dict[str, None] = {}
-    for conversation in open_records([*options["eval_data_path"], *options["data_path"]], on_error="skip"):
+    paths = [*options["eval_data_path"], *options["data_path"]]
+    for conversation in open_records(paths, on_error="skip", redact=options.get("redact", False)):
         first = next((m.content for m in conversation.messages if m.role == "user"), "")
         if first:
             found[first] = None

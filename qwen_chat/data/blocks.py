@@ -3,6 +3,8 @@
 In: `Records`, an Encoder, `TokenOptions`. Out: a `Block` for each run of records, in their order.
 """
 
+from __future__ import annotations
+
 import gc
 import itertools
 import multiprocessing
@@ -10,11 +12,11 @@ import os
 import threading
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,12 +25,14 @@ import numpy.typing as npt
 from qwen_chat import hardware
 from qwen_chat.chat.encoded import IGNORED, Encoded, Encoder, TrainOn
 from qwen_chat.conversation import Conversation
+from qwen_chat.data.privacy import Found
 from qwen_chat.data.records import Records
 from qwen_chat.errors import FormatError, OutputError
 
 TooLong = Literal["drop", "truncate", "error"]
 Ints = npt.NDArray[np.int32]
 
+NAMED = 3  # conversations with secrets of each kind that are named
 CHUNK = 128  # records a worker takes at once
 IN_PROCESS = 256  # fewer records than this are tokenised here: starting workers would take longer
 
@@ -64,6 +68,30 @@ class Sequence32:
 
 
 @dataclass(slots=True)
+class Personal:
+    """Secrets and personal data by the name of their kind: in how many conversations, and the first of them, each with
+    the first characters of one (privacy.py)."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+    def add(self, other: Personal) -> None:
+        self.counts.update(other.counts)
+        for name, some in other.first.items():
+            self._keep(name, some)
+
+    def see(self, record: int, found: Sequence[Found]) -> None:
+        """What was found in one conversation."""
+        for name, shown in {one.kind.name: one.shown for one in reversed(found)}.items():
+            self.counts[name] += 1
+            self._keep(name, [(record, shown)])
+
+    def _keep(self, name: str, some: Sequence[tuple[int, str]]) -> None:
+        kept = self.first.setdefault(name, [])
+        kept += some[: NAMED - len(kept)]
+
+
+@dataclass(slots=True)
 class Block:
     """The outcome for some records: what a worker sends back."""
 
@@ -79,6 +107,7 @@ class Block:
     pieces: int
     too_long: list[int]
     failures: list[tuple[int, str]]
+    personal: Personal
 
     def supervised(self) -> npt.NDArray[np.int64]:
         """Learnt tokens of each kept conversation."""
@@ -101,7 +130,11 @@ def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices:
     encoded: list[Encoded] = []
     counts, kept, full = array("i"), array("Q"), array("i")
     truncated, cut, in_pieces, too_long, failures = 0, 0, 0, [], []
-    conversations = [records[i] for i in indices]
+    conversations, personal = [], Personal()
+    for i in indices:
+        conversation, found = records.screened(i)
+        conversations.append(conversation)
+        personal.see(i, found)
     outcomes = _encode(fmt, conversations, options.train_on)
     for i, conversation, whole in zip(indices, conversations, outcomes, strict=True):
         if isinstance(whole, FormatError):
@@ -144,6 +177,7 @@ def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices:
         pieces=in_pieces,
         too_long=too_long,
         failures=failures,
+        personal=personal,
     )
 
 

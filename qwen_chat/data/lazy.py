@@ -10,7 +10,7 @@ import numpy as np
 
 from qwen_chat.chat.encoded import Encoder
 from qwen_chat.conversation import Conversation, Message
-from qwen_chat.data.blocks import Sequence32, TokenOptions, encode_block, encode_blocks, longest
+from qwen_chat.data.blocks import Personal, Sequence32, TokenOptions, encode_block, encode_blocks, longest
 from qwen_chat.data.records import Records
 from qwen_chat.data.tokenised import Counts, TokenisedData, TokenSummary
 from qwen_chat.errors import DataError
@@ -42,6 +42,7 @@ class LazyData(TokenisedData):
         room = (options.max_length - constant) // 2  # a template adds less than the JSON around a text
         sizes = np.fromiter(map(records.size_of, range(len(records))), dtype=np.int64)
         doubtful = np.flatnonzero(sizes > room)
+        self._doubtful = frozenset(doubtful.tolist())  # counted at the start
         times = (sizes <= room).astype(
             np.int64
         )  # that each record is kept: a document as often as it has pieces
@@ -59,6 +60,7 @@ class LazyData(TokenisedData):
             pieces=counts.pieces,
             too_long=counts.too_long,
             failed=counts.failed,
+            personal=counts.personal,
         )
         self.kept = np.repeat(np.arange(len(records), dtype=np.uint64), times)
         # Zero learnt tokens is an error: look until the first is found, usually at once.
@@ -80,7 +82,8 @@ class LazyData(TokenisedData):
         if not self._seen[record]:
             self._seen[record] = True
             self.full_lengths[record] = block.full_lengths[0]
-            self._counts.add(replace(block, truncated=0, cut=0, pieces=0, too_long=[]))
+            again = block.personal if record not in self._doubtful else Personal()
+            self._counts.add(replace(block, truncated=0, cut=0, pieces=0, too_long=[], personal=again))
         self._remembered[record] = block.conversations()
         if len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
@@ -94,4 +97,4 @@ class LazyData(TokenisedData):
         """Counted over what was tokenised so far."""
         budget = replace(self._counts, kept=len(self)).budget(self.full_lengths, self._options)
         complete = bool(self._seen[self.kept.astype(np.int64)].all())
-        return self.with_left_out(replace(budget, complete=complete))
+        return self.with_places(replace(budget, complete=complete), self._counts.personal.first)

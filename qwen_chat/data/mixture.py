@@ -156,7 +156,7 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
 
     def read(paths: Sequence[str]) -> TokenisedData:
         return tokenise(
-            open_records(paths, on_error=run.data.on_error),
+            open_records(paths, on_error=run.data.on_error, redact=run.data.redact),
             learnt,
             max_length=run.data.model_max_length,
             too_long=run.data.too_long,

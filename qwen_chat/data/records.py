@@ -28,6 +28,7 @@ import numpy as np
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.checks import check, is_encodable, plain_turns
 from qwen_chat.data.formats import read_record
+from qwen_chat.data.privacy import Found, screened
 from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
 from qwen_chat.dialects.shapes import END_THINK
 from qwen_chat.errors import DataError, FormatError, Problem
@@ -109,12 +110,14 @@ class Records(Sequence[Conversation]):
         report: DataReport,
         on_error: OnError,
         givers: Sequence[int],
+        redact: bool,
     ) -> None:
         self._sources = tuple(sources)
         self._index = index
         self._givers = tuple(givers)  # of each file: which of the names given stands for it
         self.report = report
         self.on_error = on_error
+        self.redact = redact
 
     def __len__(self) -> int:
         return len(self._index.offsets)
@@ -126,6 +129,15 @@ class Records(Sequence[Conversation]):
     def __getitem__(self, i: int | slice) -> Conversation | list[Conversation]:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
+        return self.screened(i)[0] if self.redact else self._read(i)
+
+    def screened(self, i: int) -> tuple[Conversation, list[Found]]:
+        """Conversation `i`, and the secrets and personal data that stand in it, or stood there where `redact`."""
+        conversation = self._read(i)
+        without, found = screened(conversation)
+        return (without if self.redact else conversation), found
+
+    def _read(self, i: int) -> Conversation:
         i = range(len(self))[i]
         source = self._sources[self.file_of(i)]
         try:
@@ -160,8 +172,8 @@ class Records(Sequence[Conversation]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the files' content, whatever their names (hex)."""
-        together = hashlib.sha256()
+        """Hash of the files' content, whatever their names, and of `redact` (hex)."""
+        together = hashlib.sha256(b"redact" if self.redact else b"")
         for source in self._sources:
             together.update(source.digest())
         return together.hexdigest()
@@ -177,11 +189,12 @@ def open_records(
     *,
     on_error: OnError = "stop",
     limit: int = 20,
+    redact: bool = False,
 ) -> Records:
     """Check every line of the files; raise DataError with all problems (`limit` are listed), or skip them.
 
     A file that is missing, unreadable or holds nothing is a DataError under either `on_error`, and so is a folder
-    without data files.
+    without data files. redact: conversations are given with a word in the place of each secret (privacy.py).
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
@@ -202,7 +215,8 @@ def open_records(
         )
     if empty:
         raise DataError(f"{', '.join(empty)}: empty; expected at least one conversation")
-    return Records(sources, scan.index, report, on_error, [number for number, _ in found])
+    givers = [number for number, _ in found]
+    return Records(sources, scan.index, report, on_error, givers, redact)
 
 
 def _files_of(given: Path) -> list[Path]:

@@ -5,14 +5,15 @@ interface `TokenisedData`: `data[i]` gives the training sequences of conversatio
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_chat.data.blocks import Block, Ints, Sequence32, TokenOptions, TooLong
+from qwen_chat.data.blocks import Block, Ints, Personal, Sequence32, TokenOptions, TooLong
+from qwen_chat.data.privacy import KINDS
 from qwen_chat.data.records import Records
 from qwen_chat.errors import DataError, Problem
 
@@ -42,6 +43,13 @@ class TokenSummary:
         0  # documents longer than max_length, which are kept in `pieces`, each counted as a conversation
     )
     pieces: int = 0
+    personal: Mapping[str, int] = field(
+        default_factory=dict
+    )  # kind of secret or personal data -> conversations
+    personal_at: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # the first of them: "file:line (abc...)"
+    redacted: bool = False  # whether a word stands in the place of each
     complete: bool = True  # False under lazy: counted so far
     skipped: int = 0  # lines left out by on_error="skip", beside the records
     skipped_at: tuple[str, ...] = ()  # file:line of the first NAMED of them
@@ -74,13 +82,23 @@ class TokenSummary:
             if count:
                 names = f" ({', '.join(where)}{', ...' if count > len(where) else ''})" if where else ""
                 lines.append(f"{what}: {count:,}{names}")
+        lines += self._personal()
         if self.dropped or self.truncated:
             lines.append(f"--model_max_length {self.lossless_max_length} would lose nothing")
         return "\n".join(lines)
 
+    def _personal(self) -> Iterator[str]:
+        for name, count in self.personal.items():
+            where = ", ".join(self.personal_at.get(name, ()))
+            more = ", ..." if count > len(self.personal_at.get(name, ())) else ""
+            word = f", replaced by {KINDS[name].placeholder}" if self.redacted else ""
+            yield f"{name} in {count:,} conversations{word}: {where}{more}"
+        if self.personal and not self.redacted:
+            yield "  --redact True puts a word such as [EMAIL] in the place of each"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json` and `meta.json`; `TokenSummary(**values)` reads them back."""
-        return {**asdict(self), "quantiles": dict(self.quantiles)}
+        return asdict(self)
 
 
 class TokenisedData(ABC):
@@ -109,8 +127,10 @@ class TokenisedData(ABC):
     def summary(self) -> TokenSummary:
         """The token budget, and everything of the files that is not in it."""
 
-    def with_left_out(self, budget: TokenSummary) -> TokenSummary:
-        """The budget with the lines and records that are not in it."""
+    def with_places(
+        self, budget: TokenSummary, personal: Mapping[str, Sequence[tuple[int, str]]]
+    ) -> TokenSummary:
+        """The budget with the lines and records that are not in it, and the places of personal data."""
         report, lengths = self.records.report, self.full_lengths
         gone = np.ones(len(self.records), dtype=bool)
         gone[self.kept.astype(np.int64)] = False
@@ -124,6 +144,11 @@ class TokenisedData(ABC):
             skipped_at=tuple(dict.fromkeys(problem.where for problem in report.problems))[:NAMED],
             dropped_at=named(gone & (lengths > 0)),
             failed_at=named(gone & (lengths == 0)),
+            personal_at={
+                name: tuple(f"{self.records.where(record)} ({shown}...)" for record, shown in some)
+                for name, some in personal.items()
+            },
+            redacted=self.records.redact,
         )
 
     def __iter__(self) -> Iterator[tuple[Sequence32, ...]]:
@@ -159,6 +184,7 @@ class Counts:
     truncated: int = 0
     cut: int = 0
     pieces: int = 0
+    personal: Personal = field(default_factory=Personal)
     unsupervised: int = 0
     too_long: int = 0
     failed: int = 0
@@ -175,6 +201,7 @@ class Counts:
         self.truncated += block.truncated
         self.cut += block.cut
         self.pieces += block.pieces
+        self.personal.add(block.personal)
         self.unsupervised += int((learnt == 0).sum())
         self.too_long += len(block.too_long)
         self.failed += len(block.failures)
@@ -221,6 +248,7 @@ class Counts:
             truncated=self.truncated,
             cut=self.cut,
             pieces=self.pieces,
+            personal={name: self.personal.counts[name] for name in KINDS if self.personal.counts[name]},
             failed=self.failed,
             unsupervised=self.unsupervised,
             max_length=options.max_length,

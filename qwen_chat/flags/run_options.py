@@ -73,6 +73,9 @@ class DataArguments:
         "all", "learn all replies, the last one only, or every token (the user's too)"
     )
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop the run, or are counted and left out")
+    redact: bool = option(
+        False, "put a word such as [EMAIL] in the place of keys, mail addresses, phone, ID and card numbers"
+    )
     tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
         "auto", "how tools and calls are written"
     )

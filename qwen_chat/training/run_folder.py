@@ -40,6 +40,7 @@ _FREE = frozenset(
         "resume_anyway",
         "model",
         "data_path",
+        "redact",  # told by the data's fingerprint
         "lazy_preprocess",
     }
     | {"keep_best", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"}
