@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qwen_chat.data.blocks import Block, Ints, Personal, Sequence32, TokenOptions, TooLong
 from qwen_chat.data.privacy import KINDS
 from qwen_chat.data.records import Records
+from qwen_chat.data.source import counted
 from qwen_chat.errors import DataError, Problem
 
 LISTED = 20  # problems that an error lists
@@ -92,7 +93,7 @@ class TokenSummary:
             where = ", ".join(self.personal_at.get(name, ()))
             more = ", ..." if count > len(self.personal_at.get(name, ())) else ""
             word = f", replaced by {KINDS[name].placeholder}" if self.redacted else ""
-            yield f"{name} in {count:,} conversations{word}: {where}{more}"
+            yield f"{name} in {counted(count, 'conversation')}{word}: {where}{more}"
         if self.personal and not self.redacted:
             yield "  --redact True puts a word such as [EMAIL] in the place of each"
 

@@ -114,7 +114,7 @@ def test_lines_are_counted_by_kind_and_named(tmp_path: Path, workers: int) -> No
     said = kept.summary.describe()
     where = "data.jsonl:4 (me3...), data.jsonl:151 (me1...), data.jsonl:152 (me1...)"
     assert f"\nmail addresses in 4 conversations: {where}, ...\n" in said
-    assert "\nphone numbers in 1 conversations: data.jsonl:300 (138...)\n" in said
+    assert "\nphone numbers in 1 conversation: data.jsonl:300 (138...)\n" in said
     assert said.endswith("  --redact True puts a word such as [EMAIL] in the place of each")
     assert "example.com" not in said and "13800138000" not in said
     assert "example.com" not in (kept.folder / "meta.json").read_text(encoding="utf-8")

@@ -162,13 +162,13 @@ def test_the_system_text_of_a_run_is_what_is_served(
     status, said = finetune(*words, "--system", str(tmp_path / "system.txt"), "-o", str(out))
     assert status == 0, said
     assert "without a system message a conversation gets: 'You are 小明.'" in said
+    begins = "<|im_start|>system\nYou are 小明.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+    assert begins in said.replace("↵", "")
     run = json.loads((out / "run.json").read_text("utf-8"))
     assert run["options"]["system"] == "You are 小明."
     (tmp_path / "system.txt").unlink()
     status, said = finetune("--config", str(out / "run.json"), "-o", str(tmp_path / "again"), "--check")
     assert status == 0 and "'You are 小明.'" in said and "with a change" not in said
-    begins = "<|im_start|>system\nYou are 小明.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
-    assert begins in said.replace("↵", "")
     folders = [out]
     if method == "lora":
         merge = runner("finetune/merge_adapter.py", monkeypatch, capsys)
@@ -184,7 +184,7 @@ def test_the_system_text_of_a_run_is_what_is_served(
         lines = list(serve.system_lines(engine, "base", list(adapters)))
         name = "a" if adapters else "base"
         assert lines == [f"{name}: without a system message a conversation gets: 'You are 小明.'"]
-        prompts = [entry.text for entry in FormatLock.read(folder).entries]
+        prompts = [entry.prompt for entry in FormatLock.read(folder).entries]
         assert any(prompt.startswith("<|im_start|>system\nYou are 小明.<|im_end|>") for prompt in prompts)
         flag = "--adapter" if adapters else "-m"
         status, said, _ = runner("fast_start/simple_try_0.py", monkeypatch, capsys)(

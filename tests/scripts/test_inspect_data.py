@@ -265,7 +265,7 @@ def test_a_folder_of_forms_mixed_redacted_and_under_a_system_text(
         "8 conversations in a.csv, b.jsonl, general.jsonl (2 prompt_completion, 1 text, 5 openai)" in said.err
     )
     assert found["tokens"]["personal"] == {"mail addresses": 1} and found["tokens"]["redacted"]
-    assert "mail addresses in 1 conversations, replaced by [EMAIL]: a.csv:2 (me@...)" in said.err
+    assert "mail addresses in 1 conversation, replaced by [EMAIL]: a.csv:2 (me@...)" in said.err
     assert "documents longer than 29 tokens, cut into 2 pieces: 1" in said.err
     assert "without a system message a conversation gets: 'Be brief.'" in said.err
     assert found["epoch"]["conversations"] == 2 * (2 + 2 + 1) + 2
