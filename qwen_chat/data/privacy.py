@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
@@ -57,6 +58,12 @@ _NUMBER = re.compile(
     )(?![\w-]|\.\d)""",
     re.ASCII | re.VERBOSE,
 )
+# Few texts hold as long a word, or three digits in a row: the others are passed over ten times as fast.
+_WORDS = bytes(
+    ord("a") if chr(byte) in f"{string.ascii_letters}{string.digits}_-" else 32 for byte in range(256)
+)
+_ZEROS = bytes(ord("0") if chr(byte) in string.digits else 32 for byte in range(256))
+_LONG_WORD = 15 * b"a"
 # Of the 17 digits of a Chinese identity number (GB 11643), and the check character by the remainder.
 _WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _CHECKS = "10X98765432"
@@ -82,11 +89,9 @@ def screened(conversation: Conversation) -> tuple[Conversation, list[Found]]:
     def text(value: str) -> str:
         return _replaced(value, found)
 
-    if conversation.document is not None:
-        whole = replace(conversation, document=text(conversation.document))
-    else:
-        whole = replace(conversation, messages=tuple(_message(one, text) for one in conversation.messages))
-    return (whole, found) if found else (conversation, found)
+    document = None if conversation.document is None else text(conversation.document)
+    messages = tuple([_message(message, text) for message in conversation.messages])
+    return (replace(conversation, document=document, messages=messages) if found else conversation), found
 
 
 def _message(message: Message, text: Callable[[str], str]) -> Message:
@@ -135,18 +140,21 @@ def _replaced(text: str, found: list[Found]) -> str:
 
 
 def _matches(text: str) -> Iterator[tuple[Kind, int, int]]:
-    if "PRIVATE KEY-----" in text:
+    plain = text.encode("ascii", "replace")
+    if b"PRIVATE KEY-----" in plain:
         yield from ((PRIVATE_KEY, *match.span()) for match in _PRIVATE_KEY.finditer(text))
-    yield from ((API_KEY, *match.span()) for match in _API_KEY.finditer(text))
-    if "@" in text:
+    if _LONG_WORD in plain.translate(_WORDS):
+        yield from ((API_KEY, *match.span()) for match in _API_KEY.finditer(text))
+    if b"@" in plain:
         yield from ((EMAIL, *match.span()) for match in _EMAIL.finditer(text))
-    for digits in _DIGITS.finditer(
-        text
-    ):  # with a sign or a bracket before it, an X and what must not follow after it
-        for match in _NUMBER.finditer(text, max(digits.start() - 2, 0), digits.end() + 3):
-            kind = _kind_of_number(match)
-            if kind is not None:
-                yield kind, *match.span()
+    if b"+" in plain or b"000" in plain.translate(_ZEROS):
+        for digits in _DIGITS.finditer(
+            text
+        ):  # with a sign or a bracket before it, and what must not follow after it
+            for match in _NUMBER.finditer(text, max(digits.start() - 2, 0), digits.end() + 3):
+                kind = _kind_of_number(match)
+                if kind is not None:
+                    yield kind, *match.span()
 
 
 def _kind_of_number(match: re.Match[str]) -> Kind | None:

@@ -161,6 +161,7 @@ class TokenisedData(ABC):
 
     def piece_of(self, i: int) -> int:
         """Which part of a document that was cut kept conversation `i` is; 0 for one that was not."""
+        i = range(len(self))[i]
         return i - int(np.searchsorted(self.kept, self.kept[i]))
 
     def where(self, i: int) -> str:
