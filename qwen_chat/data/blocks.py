@@ -32,7 +32,7 @@ from qwen_chat.errors import FormatError, OutputError
 TooLong = Literal["drop", "truncate", "error"]
 Ints = npt.NDArray[np.int32]
 
-NAMED = 3  # conversations with secrets of each kind that are named
+EXAMPLES = 3  # conversations with secrets of each kind that are named
 CHUNK = 128  # records a worker takes at once
 IN_PROCESS = 256  # fewer records than this are tokenised here: starting workers would take longer
 
@@ -88,7 +88,7 @@ class Personal:
 
     def _keep(self, name: str, some: Sequence[tuple[int, str]]) -> None:
         kept = self.first.setdefault(name, [])
-        kept += some[: NAMED - len(kept)]
+        kept += some[: EXAMPLES - len(kept)]
 
 
 @dataclass(slots=True)

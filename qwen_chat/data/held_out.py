@@ -102,9 +102,6 @@ class Wordings:
             empty = np.empty(0, dtype=np.int64)
             self._triples = np.memmap(file, dtype=np.int64, mode="r") if self._ends[-1] else empty
 
-    def __len__(self) -> int:
-        return len(self.prompts)
-
     def places(self) -> npt.NDArray[np.float64]:
         """Where each prompt's hash lies between 0 and 1; below the share it is held out."""
         return (np.frombuffer(self.prompts, dtype=np.uint64) >> np.uint64(16)) / 2.0**48

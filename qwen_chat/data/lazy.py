@@ -43,9 +43,8 @@ class LazyData(TokenisedData):
         sizes = np.fromiter(map(records.size_of, range(len(records))), dtype=np.int64)
         doubtful = np.flatnonzero(sizes > room)
         self._doubtful = frozenset(doubtful.tolist())  # counted at the start
-        times = (sizes <= room).astype(
-            np.int64
-        )  # that each record is kept: a document as often as it has pieces
+        # How often each record is kept: a document as often as it has pieces.
+        times = (sizes <= room).astype(np.int64)
         counts, done = Counts(), 0
         for block in encode_blocks(records, fmt, options, doubtful.tolist(), workers):
             np.add.at(times, block.kept.astype(np.int64), 1)

@@ -40,16 +40,11 @@ class TokenSummary:
     lossless_max_length: int  # the model_max_length that would lose nothing
     quantiles: Mapping[str, int]  # lengths before the policy: min, p50, p90, p95, p99, max
     common_prefix_share: float  # share of all tokens that lie in a prefix some other sequence has too
-    cut: int = (
-        0  # documents longer than max_length, which are kept in `pieces`, each counted as a conversation
-    )
-    pieces: int = 0
-    personal: Mapping[str, int] = field(
-        default_factory=dict
-    )  # kind of secret or personal data -> conversations
-    personal_at: Mapping[str, Sequence[str]] = field(
-        default_factory=dict
-    )  # the first of them: "file:line (abc...)"
+    cut: int = 0  # documents longer than max_length
+    pieces: int = 0  # what they are kept in; each counts as a conversation
+    # The kinds of secrets and personal data, each with its conversations, and the first as "file:line (abc...)".
+    personal: Mapping[str, int] = field(default_factory=dict)
+    personal_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
     redacted: bool = False  # whether a word stands in the place of each
     complete: bool = True  # False under lazy: counted so far
     skipped: int = 0  # lines left out by on_error="skip", beside the records
@@ -72,11 +67,7 @@ class TokenSummary:
             (self.skipped, f"bad lines left out, of {self.records + self.skipped:,}", self.skipped_at),
             (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}", self.dropped_at),
             (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out", ()),
-            (
-                self.cut,
-                f"documents longer than {self.max_length:,} tokens, cut into {self.pieces:,} pieces",
-                (),
-            ),
+            (self.cut, f"documents longer than {self.max_length:,} tokens, in {self.pieces:,} pieces", ()),
             (self.failed, "left out, the chat template cannot write them", self.failed_at),
             (self.unsupervised, "kept, with nothing in them to learn", ()),
         ):

@@ -447,7 +447,7 @@ def test_a_long_document_is_cut_and_nothing_of_it_is_left_out(tmp_path: Path, to
     summary = data.summary
     assert (summary.records, summary.conversations, summary.cut, summary.pieces) == (4, 7, 2, 5)
     assert "conversations 4 of 4, sequences 7" in summary.describe()
-    assert "documents longer than 10 tokens, cut into 5 pieces: 2" in summary.describe()
+    assert "documents longer than 10 tokens, in 5 pieces: 2" in summary.describe()
     assert data.full_lengths.tolist() == [10, 6, 9, 6] and summary.dropped == 0
 
 

@@ -266,7 +266,7 @@ def test_a_folder_of_forms_mixed_redacted_and_under_a_system_text(
     )
     assert found["tokens"]["personal"] == {"mail addresses": 1} and found["tokens"]["redacted"]
     assert "mail addresses in 1 conversation, replaced by [EMAIL]: a.csv:2 (me@...)" in said.err
-    assert "documents longer than 29 tokens, cut into 2 pieces: 1" in said.err
+    assert "documents longer than 29 tokens, in 2 pieces: 1" in said.err
     assert "without a system message a conversation gets: 'Be brief.'" in said.err
     assert found["epoch"]["conversations"] == 2 * (2 + 2 + 1) + 2
     assert f"an epoch, by --data_weights: 12 conversations, tokens {found['epoch']['tokens']:,}" in said.err
