@@ -84,7 +84,7 @@ def read(checkout: Path, data: Path, tokenizer: Path) -> dict[str, float]:
     """Conversations/s: checked by one core, tokenised by all, and the two together."""
     with tempfile.TemporaryDirectory(dir=data.parent) as cache:
         program = bench_data.OURS.format(
-            root=checkout,
+            root=str(checkout),
             tokenizer=str(tokenizer),
             data=str(data),
             cache=cache,
