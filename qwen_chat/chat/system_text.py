@@ -23,7 +23,7 @@ def line(text: str | None) -> str:
     return "" if text is None else _LINE.format(json.dumps(text, ensure_ascii=False))
 
 
-def split(source: str) -> tuple[str | None, str]:
+def taken_apart(source: str) -> tuple[str | None, str]:
     """The text of the line that a template begins with, None without one, and the rest."""
     found = _WRITTEN.match(source)
     return (None, source) if found is None else (json.loads(found[1]), source[found.end() :])

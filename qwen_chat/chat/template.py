@@ -86,7 +86,7 @@ class ChatTemplate:
         own = _template_of(tokenizer)
         note = QwenAgent.note_of(own)
         defaults, bare = variables.split(variables.with_defaults(own.removeprefix(note), template_kwargs))
-        saved, bare = system_text.split(bare)
+        saved, bare = system_text.taken_apart(bare)
         self.system = saved if system is None else system
         self.source = note + defaults + bare
         if template_kwargs:

@@ -119,7 +119,7 @@ def inspect(
     )
 
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
-    fmt = mixture.format_of(tokenizer, data)
+    fmt = mixture.chat_format(tokenizer, data)
     told = mixture.notes_of(fmt, data, conversations.report)
     found["thinking"] = {"empty_think": empty_think.chosen(fmt, data.empty_think), "notes": list(told)}
     print(*told, sep="\n", end="\n" * bool(told), file=out)

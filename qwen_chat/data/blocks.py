@@ -25,7 +25,7 @@ import numpy.typing as npt
 from qwen_chat import hardware
 from qwen_chat.chat.encoded import IGNORED, Encoded, Encoder, TrainOn
 from qwen_chat.conversation import Conversation
-from qwen_chat.data.privacy import Found
+from qwen_chat.data.privacy import Secret
 from qwen_chat.data.records import Records
 from qwen_chat.errors import FormatError, OutputError
 
@@ -80,7 +80,7 @@ class Personal:
         for name, some in other.first.items():
             self._keep(name, some)
 
-    def see(self, record: int, found: Sequence[Found]) -> None:
+    def see(self, record: int, found: Sequence[Secret]) -> None:
         """What was found in one conversation."""
         for name, shown in {one.kind.name: one.shown for one in reversed(found)}.items():
             self.counts[name] += 1
@@ -142,7 +142,7 @@ def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices:
             full.append(0)
             continue
         if conversation.document is not None:
-            pieces = _pieces(whole[0], options.max_length)
+            pieces = _cut_up(whole[0], options.max_length)
             full.append(longest(pieces))
             cut += len(pieces) > 1
             in_pieces += len(pieces) * (len(pieces) > 1)
@@ -181,7 +181,7 @@ def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices:
     )
 
 
-def _pieces(document: Encoded, most: int) -> list[Encoded]:
+def _cut_up(document: Encoded, most: int) -> list[Encoded]:
     """A document in the fewest sequences of at most `most` tokens, all about as long."""
     count = len(document.input_ids)
     size = -(-count // -(-count // most))

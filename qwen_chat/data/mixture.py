@@ -38,7 +38,7 @@ def seed_of(run: Run) -> int:
     return int(run.extra.get("seed", SEED) if given is None else given)
 
 
-def format_of(tokenizer: Any, asked: DataArguments) -> ChatFormat:
+def chat_format(tokenizer: Any, asked: DataArguments) -> ChatFormat:
     """The format that a run learns."""
     return ChatFormat(
         tokenizer,

@@ -32,9 +32,9 @@ EMAIL = Kind("mail addresses", "[EMAIL]")
 ID_NUMBER = Kind("ID numbers", "[ID_NUMBER]")
 CARD = Kind("card numbers", "[CARD]")
 PHONE = Kind("phone numbers", "[PHONE]")
-KINDS = {kind.name: kind for kind in (PRIVATE_KEY, API_KEY, EMAIL, ID_NUMBER, CARD, PHONE)}
+KINDS_OF_SECRET = {kind.name: kind for kind in (PRIVATE_KEY, API_KEY, EMAIL, ID_NUMBER, CARD, PHONE)}
 
-_SHOWN = 3  # characters
+_LETTERS = 3  # characters
 # The providers' own beginnings (OpenAI and others, Stripe, AWS, GitHub, GitLab, Slack, Google, Hugging Face, npm,
 # Alibaba Cloud, Tencent Cloud), and JSON Web Tokens.
 _API_KEY = re.compile(
@@ -48,7 +48,7 @@ _PRIVATE_KEY = re.compile(
 )
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", re.ASCII)
 _DIGITS = re.compile(r"\d[\d ()-]{5,}\d", re.ASCII)
-_NUMBER = re.compile(
+_NUMBERS = re.compile(
     r"""(?<![\w.+-])(?:
     (?P<id>[1-9]\d{16}[\dXx]|(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4})
     |(?P<card>[2-6]\d{3}(?:[ -]?\d{4}){2,3}(?:[ -]?\d{1,3})?|3[47]\d\d[ -]?\d{6}[ -]?\d{5})
@@ -65,8 +65,8 @@ _WORDS = bytes(
 _ZEROS = bytes(ord("0") if chr(byte) in string.digits else 32 for byte in range(256))
 _LONG_WORD = 15 * b"a"
 # Of the 17 digits of a Chinese identity number (GB 11643), and the check character by the remainder.
-_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-_CHECKS = "10X98765432"
+_ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+_ID_CHECKS = "10X98765432"
 # Where the numbers of each brand begin, and how many digits they have: Visa, Mastercard, American Express, JCB,
 # Discover, UnionPay.
 _BRANDS = re.compile(
@@ -75,26 +75,26 @@ _BRANDS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Secret:
     """One thing that was found. `shown`: its first characters."""
 
     kind: Kind
     shown: str
 
 
-def screened(conversation: Conversation) -> tuple[Conversation, list[Found]]:
+def screened(conversation: Conversation) -> tuple[Conversation, list[Secret]]:
     """The conversation with a word in the place of each thing that is found; itself where nothing is."""
-    found: list[Found] = []
+    found: list[Secret] = []
 
     def text(value: str) -> str:
         return _replaced(value, found)
 
     document = None if conversation.document is None else text(conversation.document)
-    messages = tuple([_message(message, text) for message in conversation.messages])
+    messages = tuple([_message_without(message, text) for message in conversation.messages])
     return (replace(conversation, document=document, messages=messages) if found else conversation), found
 
 
-def _message(message: Message, text: Callable[[str], str]) -> Message:
+def _message_without(message: Message, text: Callable[[str], str]) -> Message:
     content = text(message.content)
     if content is message.content and message.reasoning is None and not message.tool_calls:
         return message
@@ -102,30 +102,30 @@ def _message(message: Message, text: Callable[[str], str]) -> Message:
         message,
         content=content,
         reasoning=None if message.reasoning is None else text(message.reasoning),
-        tool_calls=tuple(_call(call, text) for call in message.tool_calls),
+        tool_calls=tuple(_call_without(call, text) for call in message.tool_calls),
     )
 
 
-def _call(call: ToolCall, text: Callable[[str], str]) -> ToolCall:
+def _call_without(call: ToolCall, text: Callable[[str], str]) -> ToolCall:
     """The same where nothing is found; a number becomes text."""
     before = json.loads(call.arguments)
-    after = _value(before, text)
+    after = _value_without(before, text)
     return call if after == before else replace(call, arguments=json.dumps(after, ensure_ascii=False))
 
 
-def _value(value: Any, text: Callable[[str], str]) -> Any:
+def _value_without(value: Any, text: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return text(value)
     if isinstance(value, dict):
-        return {key: _value(part, text) for key, part in value.items()}
+        return {key: _value_without(part, text) for key, part in value.items()}
     if isinstance(value, list):
-        return [_value(part, text) for part in value]
+        return [_value_without(part, text) for part in value]
     if isinstance(value, int) and (written := text(str(value))) != str(value):
         return written
     return value
 
 
-def _replaced(text: str, found: list[Found]) -> str:
+def _replaced(text: str, found: list[Secret]) -> str:
     """The text without what is found; that is added to `found`."""
     matches = sorted(_matches(text), key=lambda match: (match[1], -match[2]))
     if not matches:
@@ -133,7 +133,7 @@ def _replaced(text: str, found: list[Found]) -> str:
     parts, end = [], 0
     for kind, start, stop in matches:
         if start >= end:
-            found.append(Found(kind, text[start : start + _SHOWN]))
+            found.append(Secret(kind, text[start : start + _LETTERS]))
             parts += [text[end:start], kind.placeholder]
             end = stop
     return "".join([*parts, text[end:]])
@@ -151,7 +151,7 @@ def _matches(text: str) -> Iterator[tuple[Kind, int, int]]:
         for digits in _DIGITS.finditer(
             text
         ):  # with a sign or a bracket before it, and what must not follow after it
-            for match in _NUMBER.finditer(text, max(digits.start() - 2, 0), digits.end() + 3):
+            for match in _NUMBERS.finditer(text, max(digits.start() - 2, 0), digits.end() + 3):
                 kind = _kind_of_number(match)
                 if kind is not None:
                     yield kind, *match.span()
@@ -172,8 +172,8 @@ def _is_chinese_id(written: str) -> bool:
         date(int(written[6:10]), int(written[10:12]), int(written[12:14]))
     except ValueError:
         return False
-    total = sum(weight * int(digit) for weight, digit in zip(_WEIGHTS, written, strict=False))
-    return written[17] == _CHECKS[total % 11]
+    total = sum(weight * int(digit) for weight, digit in zip(_ID_WEIGHTS, written, strict=False))
+    return written[17] == _ID_CHECKS[total % 11]
 
 
 def _passes_luhn(digits: str) -> bool:

@@ -28,7 +28,7 @@ import numpy as np
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.checks import check, is_encodable, plain_turns
 from qwen_chat.data.formats import read_record
-from qwen_chat.data.privacy import Found, screened
+from qwen_chat.data.privacy import Secret, screened
 from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
 from qwen_chat.dialects.shapes import END_THINK
 from qwen_chat.errors import DataError, FormatError, Problem
@@ -131,7 +131,7 @@ class Records(Sequence[Conversation]):
             return [self[k] for k in range(*i.indices(len(self)))]
         return self.screened(i)[0] if self.redact else self._read(i)
 
-    def screened(self, i: int) -> tuple[Conversation, list[Found]]:
+    def screened(self, i: int) -> tuple[Conversation, list[Secret]]:
         """Conversation `i`, and the secrets and personal data that stand in it, or stood there where `redact`."""
         conversation = self._read(i)
         without, found = screened(conversation)

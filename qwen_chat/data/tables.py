@@ -17,7 +17,7 @@ from qwen_chat.errors import DataError, MissingDependency, first_line
 Defects = Mapping[int, str]  # line -> what is wrong there
 
 # The keys that tell the kinds of record (formats.py reads them): a table has one set of them among its columns.
-_KINDS = ("messages", "conversations", "instruction", "prompt completion", "prompt response", "text")
+_COLUMNS = ("messages", "conversations", "instruction", "prompt completion", "prompt response", "text")
 EXPECTED = "'messages', 'conversations', 'instruction', 'prompt' and 'completion', or 'text'"
 _SEPARATORS = ",;\t"  # a spreadsheet separates by the second where the first is the decimal sign
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
@@ -111,7 +111,7 @@ def _check_columns(columns: Collection[str], name: str) -> None:
 
 
 def _holds_conversations(columns: Collection[str]) -> bool:
-    return any(set(kind.split()) <= set(columns) for kind in _KINDS)
+    return any(set(kind.split()) <= set(columns) for kind in _COLUMNS)
 
 
 # By the ending of a file's name: what writes its rows into the second file.

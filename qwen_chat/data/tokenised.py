@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_chat.data.blocks import Block, Ints, Personal, Sequence32, TokenOptions, TooLong
-from qwen_chat.data.privacy import KINDS
+from qwen_chat.data.privacy import KINDS_OF_SECRET
 from qwen_chat.data.records import Records
 from qwen_chat.data.source import counted
 from qwen_chat.errors import DataError, Problem
@@ -83,7 +83,7 @@ class TokenSummary:
         for name, count in self.personal.items():
             where = ", ".join(self.personal_at.get(name, ()))
             more = ", ..." if count > len(self.personal_at.get(name, ())) else ""
-            word = f", replaced by {KINDS[name].placeholder}" if self.redacted else ""
+            word = f", replaced by {KINDS_OF_SECRET[name].placeholder}" if self.redacted else ""
             yield f"{name} in {counted(count, 'conversation')}{word}: {where}{more}"
         if self.personal and not self.redacted:
             yield "  --redact True puts a word such as [EMAIL] in the place of each"
@@ -241,7 +241,9 @@ class Counts:
             truncated=self.truncated,
             cut=self.cut,
             pieces=self.pieces,
-            personal={name: self.personal.counts[name] for name in KINDS if self.personal.counts[name]},
+            personal={
+                name: self.personal.counts[name] for name in KINDS_OF_SECRET if self.personal.counts[name]
+            },
             failed=self.failed,
             unsupervised=self.unsupervised,
             max_length=options.max_length,

@@ -86,7 +86,7 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
 def format_of(run: Run, model_path: Path) -> ChatFormat:
     """The format that a run learns, of the model in a folder."""
     tokenizer = models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code)
-    return mixture.format_of(tokenizer, run.data)
+    return mixture.chat_format(tokenizer, run.data)
 
 
 def plan(run: Run, model_path: Path, data: Data) -> memory_plan.Verdict:

@@ -76,8 +76,8 @@ def test_a_model_that_is_tuned_again_takes_the_new_text(tokenizer: Any) -> None:
 @pytest.mark.parametrize("text", [TEXT, "", "\\", '"', "\u2028\r\n\t", "{# x #}"])
 def test_the_line_is_found_again(text: str) -> None:
     rest = "{%- for message in messages %}..."
-    assert system_text.split(system_text.line(text) + rest) == (text, rest)
-    assert system_text.split(rest) == (None, rest)
+    assert system_text.taken_apart(system_text.line(text) + rest) == (text, rest)
+    assert system_text.taken_apart(rest) == (None, rest)
     assert system_text.line(None) == ""
 
 
