@@ -34,7 +34,7 @@ CARD = Kind("card numbers", "[CARD]")
 PHONE = Kind("phone numbers", "[PHONE]")
 KINDS_OF_SECRET = {kind.name: kind for kind in (PRIVATE_KEY, API_KEY, EMAIL, ID_NUMBER, CARD, PHONE)}
 
-_LETTERS = 3  # characters
+_CHARACTERS = 3  # of each thing that is found, for a person
 # The providers' own beginnings (OpenAI and others, Stripe, AWS, GitHub, GitLab, Slack, Google, Hugging Face, npm,
 # Alibaba Cloud, Tencent Cloud), and JSON Web Tokens.
 _API_KEY = re.compile(
@@ -133,7 +133,7 @@ def _replaced(text: str, found: list[Secret]) -> str:
     parts, end = [], 0
     for kind, start, stop in matches:
         if start >= end:
-            found.append(Secret(kind, text[start : start + _LETTERS]))
+            found.append(Secret(kind, text[start : start + _CHARACTERS]))
             parts += [text[end:start], kind.placeholder]
             end = stop
     return "".join([*parts, text[end:]])
