@@ -106,8 +106,9 @@ class ChatTemplate:
         self.writes_thoughts = THINK in bare
         self.source = note + defaults + system_text.line(self.system) + bare
         if self.system is not None:
-            self.default_system = _opening_of(self.render([question], generation=True))
-            if self.system.strip() not in (self.default_system or ""):
+            asked = self.render([question], generation=True)
+            self.default_system = _opening_of(asked)
+            if self.system.strip() not in asked:
                 raise FormatError("--system: this chat template writes no system text; leave it out")
         self.writes_reasoning = _THOUGHT in self.render([question, reply | {"reasoning_content": _THOUGHT}])
         inline = reply | {"content": f"{THINK}\n{_THOUGHT}\n{END_THINK}\n\n{_REPLY}"}

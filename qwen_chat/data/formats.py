@@ -33,6 +33,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+_VARIABLES = "an object: the template's variables and values"
 _NEEDS_CONTENT = ("system", "user", "tool")  # a message of these is nothing without its content
 
 
@@ -139,7 +140,7 @@ def _conversation(record: Record, messages: object) -> Conversation:
             "messages": messages,
             "tools": unwrapped_tools(tools) if tools else None,
             "parallel_tool_calls": _parsed(record, "parallel_tool_calls", "true or false"),
-            "chat_template_kwargs": _parsed(record, "chat_template_kwargs", "an object"),
+            "chat_template_kwargs": _parsed(record, "chat_template_kwargs", _VARIABLES),
         }
     )
 

@@ -199,9 +199,10 @@ def open_records(
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise DataError(f"no data was given; name at least one file ({', '.join(DATA_FILES)}) or folder")
-    found = [(number, file) for number, name in enumerate(given) for file in _files_of(Path(name))]
-    names = _names([file for _, file in found])
-    sources = [Source(file, name) for (_, file), name in zip(found, names, strict=True)]
+    files = [_files_of(Path(name)) for name in given]
+    every = [file for some in files for file in some]
+    givers = [number for number, some in enumerate(files) for _ in some]
+    sources = [Source(file, name) for file, name in zip(every, _names(every), strict=True)]
     scan = _Scan(limit=limit)
     empty = [source.name for source in sources if not scan.file(source)]
     report = scan.report([source.name for source in sources])
@@ -215,7 +216,6 @@ def open_records(
         )
     if empty:
         raise DataError(f"{', '.join(empty)}: empty; expected at least one conversation")
-    givers = [number for number, _ in found]
     return Records(sources, scan.index, report, on_error, givers, redact)
 
 

@@ -18,7 +18,7 @@ OWN = {"role": "system", "content": "Its own."}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 CALL = {
     "role": "assistant",
-    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
 }
 RESULT = {"role": "tool", "content": "2"}
 CHATS: list[tuple[list[dict[str, Any]], list[Any] | None]] = [

@@ -626,7 +626,11 @@ def test_variables_of_the_chat_template(tmp_path: Path) -> None:
     ]
     assert (data.report.duplicates, data.report.contradictions) == (2, 0)
     assert data[1].to_openai() == given
-    for value, found in (([], "empty"), ("x", "text"), (False, "true or false")):
+    for value, found in (
+        ([], "empty"),
+        ("x", "text that is no JSON (Expecting value: line 1 column 1 (char 0))"),
+        (False, "true or false"),
+    ):
         assert problem_of(tmp_path, {**plain, "chat_template_kwargs": value}) == (
             f"chat_template_kwargs: {found}; expected an object: the template's variables and values"
         )
