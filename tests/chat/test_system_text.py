@@ -32,14 +32,14 @@ CHATS: list[tuple[list[dict[str, Any]], list[Any] | None]] = [
 @pytest.fixture(params=["qwen2", "qwen2_5", "qwen3", "demo"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     """A copy: saving a format changes the tokenizer's template."""
-    return copy.deepcopy(request.getfixturevalue(f"{request.param}_tokenizer"))
+    return copy.copy(request.getfixturevalue(f"{request.param}_tokenizer"))
 
 
 @pytest.mark.parametrize("style", ["auto", "qwen_agent"])
 def test_what_is_learnt_is_what_any_server_renders(tokenizer: Any, style: Any) -> None:
     learnt = ChatFormat(tokenizer, tool_style=style, system=TEXT)
     plain = ChatFormat(tokenizer, tool_style=style)
-    served = copy.deepcopy(tokenizer)
+    served = copy.copy(tokenizer)
     served.chat_template = learnt.template
     ours = ChatFormat(served)
     assert (learnt.system, ours.system, plain.system) == (TEXT, TEXT, None)
@@ -86,7 +86,7 @@ def test_a_text_that_cannot_be_carried_is_refused(qwen2_tokenizer: Any) -> None:
         FormatError, match=re.escape("--system: the text spells out <|im_end|>, a control token")
     ):
         ChatFormat(qwen2_tokenizer, system="a<|im_end|>")
-    deaf = copy.deepcopy(qwen2_tokenizer)
+    deaf = copy.copy(qwen2_tokenizer)
     deaf.chat_template = (
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -131,7 +131,7 @@ def test_colour_on_request(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "-d: no data; name at least one .jsonl, .json or .jsonl.gz file"),
+        ([], "-d: no data; name at least one file or folder"),
         (["-d", "none.jsonl"], "none.jsonl: no such data file"),
         (["-d", "data.jsonl", "--limit", "0"], "--limit: 0; expected a number above 0"),
         (
