@@ -98,16 +98,23 @@ def _message_without(message: Message, text: Callable[[str], str]) -> Message:
     content = text(message.content)
     if content is message.content and message.reasoning is None and not message.tool_calls:
         return message
-    return replace(
-        message,
-        content=content,
-        reasoning=None if message.reasoning is None else text(message.reasoning),
-        tool_calls=tuple(_call_without(call, text) for call in message.tool_calls),
-    )
+    reasoning = None if message.reasoning is None else text(message.reasoning)
+    calls = tuple([_call_without(call, text) for call in message.tool_calls])
+    if content is message.content and reasoning is message.reasoning and calls == message.tool_calls:
+        return message
+    return replace(message, content=content, reasoning=reasoning, tool_calls=calls)
 
 
 def _call_without(call: ToolCall, text: Callable[[str], str]) -> ToolCall:
     """The same where nothing is found; a number becomes text."""
+    plain = call.arguments.encode("ascii", "replace")
+    if not (
+        b"@" in plain
+        or b"+" in plain
+        or b"000" in plain.translate(_ZEROS)
+        or _LONG_WORD in plain.translate(_WORDS)
+    ):
+        return call  # nothing that could be found, in JSON's escapes neither: they have digits
     before = json.loads(call.arguments)
     after = _value_without(before, text)
     return call if after == before else replace(call, arguments=json.dumps(after, ensure_ascii=False))
