@@ -1,11 +1,12 @@
-"""Two checkouts of this project against each other: a training step and the service, alternating, in one run.
+"""Two checkouts of this project against each other: data, a training step, the service; alternating, in one run.
 
     git worktree add ../before COMMIT
     python benchmarks/bench_checkouts.py --before ../before --json     # about ten minutes on 2 cores
 
-In: the folder of another checkout. Both run in this environment, with the demo model: bench_train.py's data (b) through
-each one's own train_worker.py, and each one's own bench_serve.py in float32 and int8, 1 and 8 at once. Out: medians and
-their ratio (this checkout's rate by the other's), in `benchmarks/results/checkouts.json`.
+In: the folder of another checkout. Both run in this environment, with the demo model: bench_data.py's conversations
+checked and tokenised by each, bench_train.py's data (b) through each one's own train_worker.py, and each one's own
+bench_serve.py in float32 and int8, 1 and 8 at once. Out: medians and their ratio (this checkout's rate by the other's),
+in `benchmarks/results/checkouts.json`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-from benchmarks import bench_train
+from benchmarks import bench_data, bench_train
 from benchmarks.machine import merged, where, write
+from qwen_chat import demo_model
 from qwen_chat.console import rank_zero
 
+PARTS = ("data", "training", "serving")
+CONVERSATIONS = 50_000
 RESULT = ROOT / "benchmarks" / "results" / "checkouts.json"
 ENVIRONMENT = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -37,9 +43,7 @@ def main() -> int:
     )
     parser.add_argument("--before", type=Path, required=True, help="the other checkout's folder")
     parser.add_argument("--rounds", type=int, default=3, help="times through both [3]")
-    parser.add_argument(
-        "--part", choices=("training", "serving"), help="only this; the rest of the record stays"
-    )
+    parser.add_argument("--part", choices=PARTS, help="only this; the rest of the record stays")
     parser.add_argument("-o", "--output", type=Path, default=RESULT, help=f"[{RESULT.relative_to(ROOT)}]")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options = parser.parse_args()
@@ -47,15 +51,12 @@ def main() -> int:
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spec = None if options.part == "serving" else training_spec(folder)
-        for _ in range(options.rounds if spec else 0):
-            for side, checkout in checkouts.items():
-                for what, value in train(checkout, spec or {}, folder / f"{side}.json").items():
-                    found.setdefault(what, {}).setdefault(side, []).append(value)
-        for _ in range(options.rounds if options.part != "training" else 0):
-            for side, checkout in checkouts.items():
-                for what, rate in serve(checkout, folder / "serve.json").items():
-                    found.setdefault(what, {}).setdefault(side, []).append(rate)
+        for part in [options.part] if options.part else PARTS:
+            measure = measurement(part, folder)
+            for _ in range(options.rounds):
+                for side, checkout in checkouts.items():
+                    for what, value in measure(checkout).items():
+                        found.setdefault(what, {}).setdefault(side, []).append(value)
     rows = [row(what, sides) for what, sides in found.items()]
     commits = {side: commit(checkout) for side, checkout in checkouts.items()}
     rows = [{**line, "commits": commits} for line in rows]
@@ -66,6 +67,32 @@ def main() -> int:
     if options.json:
         print(json.dumps(result))
     return 0
+
+
+def measurement(part: str, folder: Path) -> Callable[[Path], dict[str, float]]:
+    """What is measured of a checkout, once all that both sides share is made."""
+    if part == "serving":
+        return partial(serve, output=folder / "serve.json")
+    if part == "training":
+        return partial(train, spec=training_spec(folder), path=folder / "train.json")
+    data = folder / "conversations.jsonl"
+    bench_data.write_conversations(data, CONVERSATIONS)
+    return partial(read, data=data, tokenizer=demo_model.qwen_tokenizer_path("qwen2_5"))
+
+
+def read(checkout: Path, data: Path, tokenizer: Path) -> dict[str, float]:
+    """Conversations/s: checked by one core, tokenised by all, and the two together."""
+    with tempfile.TemporaryDirectory(dir=data.parent) as cache:
+        program = bench_data.OURS.format(
+            root=str(checkout),
+            tokenizer=str(tokenizer),
+            data=str(data),
+            cache=cache,
+            max_length=bench_data.MAX_LENGTH,
+        )
+        told = json.loads(run(["-c", program], checkout).splitlines()[-1])
+    parts = {"checked": "check", "tokenised": "tokenise", "read": "seconds"}
+    return {f"data, {name}/s": CONVERSATIONS / told[key] for name, key in parts.items()}
 
 
 def training_spec(folder: Path) -> dict[str, Any]:
@@ -109,8 +136,8 @@ def run(words: list[str], checkout: Path) -> str:
         [sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, cwd=checkout
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-4000:]}")
-    rank_zero(f"  {checkout.name}: {Path(words[0]).name}")
+        raise SystemExit(f"{words[0]} failed:\n{done.stderr[-4000:]}")
+    rank_zero(f"  {checkout.name}: {Path(words[0]).name if words[0] != '-c' else 'data'}")
     return done.stdout
 
 

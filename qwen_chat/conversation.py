@@ -43,12 +43,13 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages in order, the tools that were offered, whether several calls at once were allowed, and values of
-    variables that the chat template reads (`enable_thinking`)."""
+    variables that the chat template reads (`enable_thinking`). Or a `document`: plain text, and no messages."""
 
     messages: tuple[Message, ...]
     tools: tuple[Json, ...] = ()
     parallel_tool_calls: bool = True
     template_kwargs: Json = field(default_factory=dict)
+    document: str | None = None
 
     @classmethod
     def from_openai(cls, record: Mapping[str, Any]) -> Conversation:
@@ -70,7 +71,9 @@ class Conversation:
         )
 
     def to_openai(self) -> Json:
-        """The plain dict that `from_openai` reads back to an equal value."""
+        """The plain dict that `from_openai` reads back to an equal value; of a document `{"text": ...}`."""
+        if self.document is not None:
+            return {"text": self.document}
         record: Json = {"messages": [write_message(message) for message in self.messages]}
         if self.tools:
             record["tools"] = list(self.tools)

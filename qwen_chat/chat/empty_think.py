@@ -38,7 +38,12 @@ class EmptyThinkIgnored:
         found = self._fmt.encode_many(conversations, train_on)
         if train_on == "everything":
             return found
-        return [[self._without_blocks(sequence) for sequence in sequences] for sequences in found]
+        return [
+            sequences
+            if one.document is not None
+            else [self._without_blocks(sequence) for sequence in sequences]
+            for one, sequences in zip(conversations, found, strict=True)
+        ]
 
     def _without_blocks(self, sequence: Encoded) -> Encoded:
         ids, spans = sequence.input_ids, []

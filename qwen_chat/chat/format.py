@@ -35,6 +35,7 @@ from qwen_chat.errors import FormatError, OptionError
 ToolStyle = Literal["auto", "hermes", "qwen_agent", "xml"]
 
 Messages = Sequence[Mapping[str, Any]]
+END_OF_TEXT = "<|endoftext|>"  # of a document; it also pads
 # Sets of values of a template's variables that have a writer of their own.
 _WRITERS = 16
 
@@ -57,10 +58,10 @@ class ChatFormat:
     one of the first two cannot be asked for the other. `language` and `parallel`: the wording of qwen_agent;
     "auto" is Chinese where the system text or the first question has Chinese characters. A template without tools is
     completed (see `template`). `template_kwargs`: values of the template's variables where a conversation gives none;
-    the saved template keeps them.
+    `system`: the text of a system message where it has none. The saved template keeps both.
 
-    Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens), or where the
-    template has no such variable.
+    Raises FormatError where the tokenizer has no ChatML template, or cannot be used (see control_tokens), where the
+    template has no such variable, or writes no system text.
     """
 
     def __init__(
@@ -70,12 +71,17 @@ class ChatFormat:
         language: Language = "auto",
         parallel: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        system: str | None = None,
     ) -> None:
         _check_option("tool_style", tool_style, ("auto", "hermes", "qwen_agent", "xml"))
         _check_option("language", language, ("auto", "en", "zh"))
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, template_kwargs or NONE)
+        self._template = ChatTemplate(tokenizer, template_kwargs or NONE, system)
         self._tokens = ControlTokens(tokenizer)
+        if system is not None:
+            self._tokens.refuse_marks(system)
+            if typed := self._tokens.typed(system):
+                raise FormatError(f"--system: the text spells out {typed[0]}, a control token; reword it")
         if not {START, END} <= self._tokens.ids.keys():
             raise FormatError(
                 f"the vocabulary has no tokens {START} and {END}; expected a ChatML model's tokenizer"
@@ -94,11 +100,13 @@ class ChatFormat:
 
     def _found(self, style: ToolStyle, language: Language, parallel: bool) -> Dialect:
         """The dialect that was asked for; else the one a tuned template names, or the one its own words are in."""
+        system = self._template.system
         if style == "qwen_agent":
-            return QwenAgent(language, parallel)
+            return QwenAgent(language, parallel, system)
         spoken = next(filter(self._template.speaks, known.KNOWN), Hermes())
         if style == "auto":
-            return QwenAgent.noted(self._template.source) or spoken
+            noted = QwenAgent.noted(self._template.source)
+            return spoken if noted is None else replace(noted, system=system)
         if style != spoken.name:
             raise OptionError(
                 f"tool_style is {style!r}, but the chat template writes calls as {spoken.name}; expected auto or "
@@ -151,7 +159,12 @@ class ChatFormat:
     @property
     def knows_reasoning(self) -> bool:
         """Whether the template writes thoughts."""
-        return THINK in self._template.source
+        return self._template.writes_thoughts
+
+    @property
+    def system(self) -> str | None:
+        """The text that the saved template gives a conversation without a system message, if it was tuned with one."""
+        return self._template.system
 
     @property
     def variables(self) -> frozenset[str]:
@@ -220,7 +233,7 @@ class ChatFormat:
         """`encode` of a Conversation. `train_on`: "all" replies, the "last", or "everything" (prompts too).
 
         A message with `train=False` is context. A conversation with nothing to learn gives one sequence
-        without labels.
+        without labels. A document is one sequence, its text and `<|endoftext|>`, supervised whole.
         """
         return self.encode_many([conversation], train_on)[0]
 
@@ -238,14 +251,14 @@ class ChatFormat:
         texts = [piece.text for several in sequences for pieces in several for piece in pieces]
         ids = iter(self._tokens.encode(texts))
         return [
-            [_assemble(pieces, ids, _supervised(conversation.messages, train_on)) for pieces in several]
+            [_assemble(pieces, ids, _supervised(conversation, train_on)) for pieces in several]
             for conversation, several in zip(conversations, sequences, strict=True)
         ]
 
     def audit(self, conversations: Iterable[Conversation]) -> None:
         """Compare what writes quickly with the template on some of the real data, before any of it is encoded. Where
         they differ, or one refuses, the template alone is used from here on. (On the probes they agree.)"""
-        conversations = list(conversations)
+        conversations = [one for one in conversations if one.document is None]
         try:
             self._is_quick = self._is_quick and all(
                 self._quick.text(conversation) == self._render(conversation, generation=False)
@@ -265,7 +278,7 @@ class ChatFormat:
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply."""
-        ends = [self._tokens.ids.get(END), self._tokens.ids.get("<|endoftext|>"), self.tokenizer.eos_token_id]
+        ends = [self._tokens.ids.get(END), self._tokens.ids.get(END_OF_TEXT), self.tokenizer.eos_token_id]
         return tuple(dict.fromkeys(token for token in ends if token is not None))
 
     @property
@@ -374,10 +387,15 @@ class ChatFormat:
 
     def _sequences(self, conversation: Conversation, train_on: TrainOn) -> list[list[Piece]]:
         """The training sequences of a conversation, in pieces."""
+        if conversation.document is not None:
+            self._tokens.refuse_marks(conversation.document)
+            if END_OF_TEXT not in self._tokens.ids:
+                raise FormatError(f"a document ends with {END_OF_TEXT}, which the vocabulary has not")
+            return [[Piece(conversation.document + self._tokens.mark(END_OF_TEXT), reply=0)]]
         if train_on == "everything":
             return [[Piece(self._marked(conversation, generation=False), reply=0)]]
         replies = _replies(conversation.messages)
-        supervised = _supervised(conversation.messages, train_on)
+        supervised = _supervised(conversation, train_on)
         quick = self._is_quick and not conversation.template_kwargs
         if quick or not replies or self._template.keeps_prefixes(conversation.template_kwargs):
             pieces = self._one_sequence(conversation, [k for k in replies if k in supervised], quick)
@@ -493,8 +511,9 @@ def _replies(messages: Sequence[Message]) -> list[int]:
     return [k for k, message in enumerate(messages) if k and message.role == "assistant"]
 
 
-def _supervised(messages: Sequence[Message], train_on: TrainOn) -> set[int]:
-    if train_on == "everything":
+def _supervised(conversation: Conversation, train_on: TrainOn) -> set[int]:
+    messages = conversation.messages
+    if train_on == "everything" or conversation.document is not None:
         return {0}
     replies = _replies(messages)
     return {k for k in (replies[-1:] if train_on == "last" else replies) if messages[k].train is not False}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qwen_chat.chat import variables
+from qwen_chat.chat import system_text, variables
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.dialects.dialect import Dialect, Tools
 from qwen_chat.dialects.hermes import Hermes
@@ -68,7 +68,8 @@ class Switch:
 
 class ChatTemplate:
     """The template of one tokenizer. `source` is the completed one; `template_kwargs` are values of its variables
-    where a conversation gives none.
+    where a conversation gives none, `system` the text of a system message where it has none (None: the one that the
+    template was saved with, if any).
 
     `default_system`: the system text that the template supplies itself, or None. `completed`: Hermes tools
     were added. `adds_nothing`: a prompt ends right after `assistant` and its newline. `writes_reasoning`: it knows
@@ -76,13 +77,18 @@ class ChatTemplate:
     is no template, or none that writes ChatML.
     """
 
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] = NONE) -> None:
+    def __init__(
+        self, tokenizer: Any, template_kwargs: Mapping[str, Any] = NONE, system: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._checked: set[str] = set()
         self._keeping: dict[str, bool] = {}
         own = _template_of(tokenizer)
         note = QwenAgent.note_of(own)
-        self.source = note + variables.with_defaults(own.removeprefix(note), template_kwargs)
+        defaults, bare = variables.split(variables.with_defaults(own.removeprefix(note), template_kwargs))
+        saved, bare = system_text.taken_apart(bare)
+        self.system = saved if system is None else system
+        self.source = note + defaults + bare
         if template_kwargs:
             self.check(template_kwargs, "--template_kwargs")
         question: Json = {"role": "user", "content": _USER}
@@ -93,13 +99,17 @@ class ChatTemplate:
                 f"the chat template writes no {START} ... {END}; expected a ChatML model's tokenizer"
             )
         self.adds_nothing = asked.endswith(f"{START}assistant\n")
-        opening = f"{START}system\n"
-        begins = asked.startswith(opening)
-        self.default_system = asked[len(opening) :].split(END, 1)[0] if begins else None
+        self.default_system = _opening_of(asked)
         self.completed = not self._carries_tools()
         if self.completed:
-            defaults, bare = variables.split(self.source.removeprefix(note))
-            self.source = note + defaults + Hermes().prelude(self.default_system) + bare
+            bare = Hermes().prelude(self.default_system) + bare
+        self.writes_thoughts = THINK in bare
+        self.source = note + defaults + system_text.line(self.system) + bare
+        if self.system is not None:
+            asked = self.render([question], generation=True)
+            self.default_system = _opening_of(asked)
+            if self.system.strip() not in asked:
+                raise FormatError("--system: this chat template writes no system text; leave it out")
         self.writes_reasoning = _THOUGHT in self.render([question, reply | {"reasoning_content": _THOUGHT}])
         inline = reply | {"content": f"{THINK}\n{_THOUGHT}\n{END_THINK}\n\n{_REPLY}"}
         self.splits_reasoning = self.render([question, inline]).count(THINK) == 1
@@ -273,6 +283,12 @@ class ChatTemplate:
         except FormatError:
             return False
         return _NAME in offered and _NAME in self._called()
+
+
+def _opening_of(prompt: str) -> str | None:
+    """The system text with which a prompt begins."""
+    opening = f"{START}system\n"
+    return prompt[len(opening) :].split(END, 1)[0] if prompt.startswith(opening) else None
 
 
 def key_of(template_kwargs: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_chat import families, hardware, models
+from qwen_chat.chat import system_text
 from qwen_chat.dialects.reader import Delta, fold
 from qwen_chat.errors import OptionError, ServiceError
 from qwen_chat.flags import parser
@@ -34,7 +35,9 @@ class TryArguments:
     )
     adapter: str | None = option(None, "an adapter's folder")
     prompt: str | None = option(None, "what to ask; without it a chat in the terminal", "-p")
-    system: str | None = option(None, "a system prompt; without it the template's own")
+    system: str | None = option(
+        None, "a system prompt; without it the one that the model was tuned or made with"
+    )
     template_kwargs: Mapping[str, Any] | None = option(
         None, "variables of the chat template, as JSON: '{\"enable_thinking\": false}'"
     )
@@ -73,6 +76,9 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     )
     for decision in engine.decisions:
         print(decision, file=sys.stderr)
+    tuned = engine.format_of("adapter" if chosen.adapter else None).system
+    if chosen.system is None and (told := system_text.told(tuned)):
+        print(told, file=sys.stderr)
     system: list[dict[str, Any]] = [{"role": "system", "content": chosen.system}] if chosen.system else []
     with engine:
         if chosen.prompt is not None:

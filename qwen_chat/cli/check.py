@@ -25,7 +25,7 @@ from qwen_chat.conversation import Conversation
 from qwen_chat.data import records
 from qwen_chat.errors import ChatError, DataError, MissingDependency, OptionError, OutputError
 from qwen_chat.files import written_whole
-from qwen_chat.flags import parser
+from qwen_chat.flags import parser, run_problems
 from qwen_chat.flags.parser import option
 from qwen_chat.flags.run_options import DataArguments, ModelArguments
 
@@ -70,7 +70,9 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
 
 def check_options(data: DataArguments, options: InspectArguments) -> None:
     if not data.data_path:
-        raise OptionError("-d: no data; name at least one .jsonl, .json or .jsonl.gz file")
+        raise OptionError("-d: no data; name at least one file or folder")
+    if wrong := run_problems.weight_problems(data):
+        raise OptionError("\n".join(wrong))
     for name, value in (("model_max_length", data.model_max_length), ("limit", options.limit)):
         if value < 1:
             raise OptionError(f"--{name}: {value}; expected a number above 0")
@@ -93,7 +95,11 @@ def inspect(
     model: ModelArguments, data: DataArguments, options: InspectArguments, out: TextIO, found: dict[str, Any]
 ) -> None:
     """Check, tokenise and show; `found` gets what --json prints."""
-    conversations = records.open_records(data.data_path, on_error=data.on_error, limit=options.limit)
+
+    def opened(paths: Sequence[str]) -> records.Records:
+        return records.open_records(paths, on_error=data.on_error, limit=options.limit, redact=data.redact)
+
+    conversations = opened(data.data_path)
     found |= conversations.report.to_json()
     print(conversations.report.describe(), file=out, flush=True)
     if options.write is not None:
@@ -103,7 +109,6 @@ def inspect(
     from qwen_chat import models
     from qwen_chat.chat import empty_think
     from qwen_chat.chat.encoded import Encoded
-    from qwen_chat.chat.format import ChatFormat
     from qwen_chat.chat.show import show
     from qwen_chat.data import (  # after the data was found good: transformers takes seconds
         mixture,
@@ -111,11 +116,8 @@ def inspect(
     )
 
     tokenizer = models.load_tokenizer(models.resolve(model.model), trust_remote_code=model.trust_remote_code)
-    fmt = ChatFormat(tokenizer, data.tool_style, data.tool_language, template_kwargs=data.template_kwargs)
-    report = conversations.report
-    told = empty_think.notes(
-        fmt, data.empty_think, thoughts=report.reasoning, conversations=report.conversations
-    )
+    fmt = mixture.chat_format(tokenizer, data)
+    told = mixture.notes_of(fmt, data, conversations.report)
     found["thinking"] = {"empty_think": empty_think.chosen(fmt, data.empty_think), "notes": list(told)}
     print(*told, sep="\n", end="\n" * bool(told), file=out)
 
@@ -130,16 +132,16 @@ def inspect(
         )
 
     def read(paths: Sequence[str]) -> TokenisedData:
-        return tokenised(records.open_records(paths, on_error=data.on_error, limit=options.limit))
+        return tokenised(opened(paths))
 
     tokens = tokenised(conversations)
     found["tokens"] = tokens.summary.to_json()
-    learnt, held_out, leaks = mixture.hold_out(tokens, data, read)
-    general = None if data.general_data is None else read([data.general_data])
-    notes = tuple(leaks.describe())
-    parts = mixture.Data(learnt, held_out, tokens.fingerprint, tokens.summary, notes, general)
-    found["held_out"] = parts.held_out_json() | leaks.to_json()
-    found["general"] = {} if general is None else general.summary.to_json()
+    parts = mixture.divided(tokens, data, read, seed=mixture.SEED)
+    found["held_out"] = parts.held_out_json() | parts.leaks.to_json()
+    found["general"] = {} if parts.general is None else parts.general.summary.to_json()
+    if data.data_weights:
+        found["epoch"] = dict(zip(("tokens", "supervised"), parts.budget(), strict=True))
+        found["epoch"]["conversations"] = len(parts.train)
     print(parts.describe(), file=out)
     print(*text_histogram(tokens.summary.histogram), sep="\n", file=out)
     if options.histogram is not None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # What the owner of a model decides, and who asks a server cannot.
 NOT_SERVED = (
     *("adapter", "attn_implementation", "trust_remote_code", "device", "tool_style", "model_max_length"),
-    *("empty_think", "fresh"),
+    *("empty_think", "fresh", "system"),
 )
 RECIPE = 1  # raise it when the same model and data would give other replies
 
@@ -65,6 +65,11 @@ class EvaluateArguments:
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop it, or are counted and left out")
     tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
         "auto", "how tools and calls are written"
+    )
+    system: str | None = option(
+        None,
+        "a text, or a file with it: the system message of conversations without one; without it the model's own",
+        or_file=True,
     )
     template_kwargs: Mapping[str, Any] | None = option(
         None, "variables of the chat template, as JSON; without it those that the model was saved with"
@@ -147,7 +152,7 @@ def other(name: str) -> Side:
 
 def read_cases(data: records.Records, options: EvaluateArguments) -> list[Case]:
     """The turns to be written, with the answers that the file accepts besides its own."""
-    accepted = [accepted_answers(Path(path)) for path in options.data_path]
+    accepted = [accepted_answers(path) for path in data.paths]
     cases = []
     for i in range(count(data, options)):
         where = data.where(i)
@@ -282,12 +287,17 @@ def load_and_score(
         model, _ = models.merge(
             model, loaded.tokenizer.encode("Who are you? 你是谁？", add_special_tokens=False)
         )
-    fmt = ChatFormat(loaded.tokenizer, tool_style=options.tool_style, template_kwargs=options.template_kwargs)
+    fmt = ChatFormat(
+        loaded.tokenizer,
+        tool_style=options.tool_style,
+        template_kwargs=options.template_kwargs,
+        system=options.system,
+    )
     learnt = taught(fmt, options.empty_think)
     tokens = token_cache.tokenise(data, learnt, max_length=options.model_max_length, too_long="drop")
-    wanted = {data.where(i) for i in range(count(data, options))}
-    chosen_ones = [i for i in range(len(tokens)) if tokens.where(i) in wanted]
-    side.dropped = len(wanted) - len(chosen_ones)
+    wanted = count(data, options)
+    chosen_ones = [i for i in range(len(tokens)) if tokens.record_of(i) < wanted]
+    side.dropped = wanted - len(set(map(tokens.record_of, chosen_ones)))
     with tqdm(total=len(chosen_ones), desc=f"{side.name}: loss", file=sys.stderr) as bar:
         side.losses = evaluation_run.sequence_losses(
             model, tokens, chosen_ones, kept, lambda done: move(bar, done)
@@ -303,6 +313,8 @@ def open_kept(side: Side, data: records.Records, options: EvaluateArguments) -> 
     """The results kept for exactly this model, data and way of asking."""
     asked = [RECIPE, data.fingerprint, options.calls, options.max_new_tokens, options.tool_style]
     asked += [options.template_kwargs, options.empty_think]
+    if options.system is not None:
+        asked.append(options.system)
     if (device := hardware.choose_device(options.device)).kind != "cpu":
         asked.append(device.kind)
     assert side.model is not None

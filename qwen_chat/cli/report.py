@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,22 +112,25 @@ def samples(run: PastRun, count: int, max_tokens: int) -> list[Sample]:
 def sample_prompts(run: PastRun, count: int) -> dict[str, Json]:
     """What a user says first and the whole prompt behind it, each once, from all over the held-out data; where there
     are too few, from the training data too."""
-    from qwen_chat.data.held_out import parted
+    from qwen_chat.data.held_out import Wordings, parted
     from qwen_chat.data.records import open_records
 
     options = run.facts["options"]
     found: dict[str, Json] = {}
-    learnt = open_records(options["data_path"], on_error="skip")
+    read = partial(open_records, on_error="skip", redact=options.get("redact", False))
+    learnt = read(options["data_path"])
     sources: list[Sequence[Conversation]] = [learnt]
     if options["eval_data_path"]:
-        sources.insert(0, open_records(options["eval_data_path"], on_error="skip"))
+        sources.insert(0, read(options["eval_data_path"]))
     elif share := options.get("eval_share"):
-        sources.insert(0, [learnt[int(i)] for i in parted(learnt, share)[1]])
+        sources.insert(0, [learnt[int(i)] for i in parted(Wordings(learnt), share)[1]])
     for source in sources:
         stride = max(1, len(source) // max(1, count - len(found)))
         for number in (i for first in range(stride) for i in range(first, len(source), stride)):
             if len(found) == count:
                 return found
+            if source[number].document is not None:
+                continue
             asked = source[number].to_openai()
             replies = (k for k, message in enumerate(asked["messages"]) if message["role"] == "assistant")
             asked["messages"] = asked["messages"][: next(replies, 0)]

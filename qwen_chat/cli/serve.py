@@ -14,7 +14,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -185,6 +185,7 @@ def serve_here(asked: Asked, why: str) -> int:
         *engine.decisions,
         *compiled,
         *(f"adapter {known} ({adapters[known]})" for known in adapters),
+        *system_lines(engine, name, adapters),
         *check_formats(engine, folder, adapters),
         *([f"weights {model.quantize} (as asked)"] if model.quantize else []),
         *([f"sampling {sampling}"] if settings.sampling != SamplingDefaults() else []),
@@ -196,6 +197,15 @@ def serve_here(asked: Asked, why: str) -> int:
     server.serve(app, listener, drain_seconds=limits.drain_seconds)
     log.close()
     return 0
+
+
+def system_lines(engine: Engine, name: str, adapters: Collection[str]) -> Iterator[str]:
+    """What each model that was tuned with --system gives a request without a system message."""
+    from qwen_chat.chat import system_text
+
+    for adapter in (*([None] if engine.serves_base else []), *adapters):
+        if told := system_text.told(engine.format_of(adapter).system):
+            yield f"{adapter or name}: {told}"
 
 
 def start_engine(asked: Asked, folder: Path) -> tuple[Engine, str]:
@@ -255,6 +265,8 @@ def hand_over(asked: Asked, why: str) -> int:
         more=vllm.vllm_args,
     )
     print(f"engine vllm ({why})", file=sys.stderr, flush=True)
+    if command.told:
+        print(command.told, file=sys.stderr, flush=True)
     print(shlex.join(command.words), flush=True)
     if not vllm.dry_run:
         service_vllm.replace_process(command)

@@ -3,17 +3,20 @@
 In: `Records`, an Encoder, `TokenOptions`. Out: a `Block` for each run of records, in their order.
 """
 
+from __future__ import annotations
+
 import gc
+import itertools
 import multiprocessing
 import os
 import threading
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -22,12 +25,14 @@ import numpy.typing as npt
 from qwen_chat import hardware
 from qwen_chat.chat.encoded import IGNORED, Encoded, Encoder, TrainOn
 from qwen_chat.conversation import Conversation
+from qwen_chat.data.privacy import Secret
 from qwen_chat.data.records import Records
 from qwen_chat.errors import FormatError, OutputError
 
 TooLong = Literal["drop", "truncate", "error"]
 Ints = npt.NDArray[np.int32]
 
+EXAMPLES = 3  # conversations with secrets of each kind that are named
 CHUNK = 128  # records a worker takes at once
 IN_PROCESS = 256  # fewer records than this are tokenised here: starting workers would take longer
 
@@ -63,6 +68,30 @@ class Sequence32:
 
 
 @dataclass(slots=True)
+class Personal:
+    """Secrets and personal data by the name of their kind: in how many conversations, and the first of them, each with
+    the first characters of one (privacy.py)."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+    def add(self, other: Personal) -> None:
+        self.counts.update(other.counts)
+        for name, some in other.first.items():
+            self._keep(name, some)
+
+    def see(self, record: int, found: Sequence[Secret]) -> None:
+        """What was found in one conversation."""
+        for name, shown in {one.kind.name: one.shown for one in reversed(found)}.items():
+            self.counts[name] += 1
+            self._keep(name, [(record, shown)])
+
+    def _keep(self, name: str, some: Sequence[tuple[int, str]]) -> None:
+        kept = self.first.setdefault(name, [])
+        kept += some[: EXAMPLES - len(kept)]
+
+
+@dataclass(slots=True)
 class Block:
     """The outcome for some records: what a worker sends back."""
 
@@ -74,8 +103,11 @@ class Block:
     kept: npt.NDArray[np.uint64]
     full_lengths: Ints  # of each record
     truncated: int
+    cut: int  # documents that are longer than max_length, and the `pieces` that they are kept in
+    pieces: int
     too_long: list[int]
     failures: list[tuple[int, str]]
+    personal: Personal
 
     def supervised(self) -> npt.NDArray[np.int64]:
         """Learnt tokens of each kept conversation."""
@@ -85,23 +117,38 @@ class Block:
         each: npt.NDArray[np.int64] = np.diff(learnt[spans[ends]])
         return each
 
-    def sequences(self) -> tuple[Sequence32, ...]:
+    def conversations(self) -> list[tuple[Sequence32, ...]]:
+        """The sequences of each kept conversation."""
         ids = np.split(self.ids, np.cumsum(self.sequence_lengths)[:-1])
         spans = np.split(self.spans, np.cumsum(self.span_counts)[:-1])
-        return tuple(map(Sequence32, ids, spans))
+        sequences = iter(map(Sequence32, ids, spans))
+        return [tuple(itertools.islice(sequences, int(count))) for count in self.sequence_counts]
 
 
 def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices: Sequence[int]) -> Block:
     """These records, tokenised here."""
     encoded: list[Encoded] = []
     counts, kept, full = array("i"), array("Q"), array("i")
-    truncated, too_long, failures = 0, [], []
-    conversations = [records[i] for i in indices]
+    truncated, cut, in_pieces, too_long, failures = 0, 0, 0, [], []
+    conversations, personal = [], Personal()
+    for i in indices:
+        conversation, found = records.screened(i)
+        conversations.append(conversation)
+        personal.see(i, found)
     outcomes = _encode(fmt, conversations, options.train_on)
     for i, conversation, whole in zip(indices, conversations, outcomes, strict=True):
         if isinstance(whole, FormatError):
             failures.append((i, str(whole)))
             full.append(0)
+            continue
+        if conversation.document is not None:
+            pieces = _cut_up(whole[0], options.max_length)
+            full.append(longest(pieces))
+            cut += len(pieces) > 1
+            in_pieces += len(pieces) * (len(pieces) > 1)
+            encoded.extend(pieces)
+            counts.extend([1] * len(pieces))
+            kept.extend([i] * len(pieces))
             continue
         full.append(longest(whole))
         fitted: Sequence[Encoded] | None = whole
@@ -126,9 +173,19 @@ def encode_block(records: Records, fmt: Encoder, options: TokenOptions, indices:
         kept=np.array(kept, dtype=np.uint64),
         full_lengths=np.array(full, dtype=np.int32),
         truncated=truncated,
+        cut=cut,
+        pieces=in_pieces,
         too_long=too_long,
         failures=failures,
+        personal=personal,
     )
+
+
+def _cut_up(document: Encoded, most: int) -> list[Encoded]:
+    """A document in the fewest sequences of at most `most` tokens, all about as long."""
+    count = len(document.input_ids)
+    size = -(-count // -(-count // most))
+    return [document.part(start, start + size) for start in range(0, count, size)]
 
 
 def longest(sequences: Sequence[Encoded]) -> int:

@@ -26,6 +26,8 @@ _FOLLOWS: dict[str, tuple[str, ...]] = {
 
 def check(conversation: Conversation) -> list[str]:
     """Everything that keeps a conversation from being learnt."""
+    if conversation.document is not None:
+        return [] if conversation.document.strip() else ["text is empty; expected a document"]
     messages = conversation.messages
     order = order_problem(tuple(message.role for message in messages))
     found = [order] if order else list(result_problems(messages))

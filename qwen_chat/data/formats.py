@@ -1,11 +1,12 @@
-"""The four kinds of record that hold a conversation, told apart by their keys; all other keys are ignored.
+"""The kinds of record that hold a conversation or a document, told apart by their keys; all other keys are ignored.
 
-In: one parsed record. Out: its kind and its Conversation.
+In: one parsed record. Out: its kind and its Conversation. A list or an object may also be JSON text, as in a table.
 
     openai             {"messages": [...], "tools": [...], "parallel_tool_calls": true, "chat_template_kwargs": {...}}
     sharegpt           {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
     alpaca             {"instruction": ..., "input": ..., "output": ..., "history": [[q, a], ...]}
-    prompt_completion  {"prompt": ..., "completion": ...}, each text or a list of messages
+    prompt_completion  {"prompt": ..., "completion": ...}, each text or a list of messages; also "response"
+    text               {"text": ...}: a document, every token of which is learnt
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.source import strict_json
+from qwen_chat.data.tables import EXPECTED
 from qwen_chat.errors import FormatError
 
 Record = Mapping[str, Any]
@@ -31,6 +33,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+_VARIABLES = "an object: the template's variables and values"
 _NEEDS_CONTENT = ("system", "user", "tool")  # a message of these is nothing without its content
 
 
@@ -39,22 +42,23 @@ def read_record(record: object) -> tuple[str, Conversation]:
     if not isinstance(record, Mapping):
         raise FormatError(f"{shortened(record)}; expected one JSON object, a conversation")
     if "messages" in record:
-        return "openai", _conversation(record, record["messages"])
+        return "openai", _conversation(record, _parsed(record, "messages", "a list of messages"))
     if "conversations" in record:
         return "sharegpt", _conversation(record, sharegpt_messages(record))
     if "instruction" in record:
         return "alpaca", _conversation(record, alpaca_messages(record))
-    if "prompt" in record and "completion" in record:
+    if "prompt" in record and ("completion" in record or "response" in record):
         return "prompt_completion", _conversation(record, prompt_messages(record))
-    raise FormatError(
-        f"no conversation among {_keys(record)}; "
-        "expected 'messages', 'conversations', 'instruction', or 'prompt' and 'completion'"
-    )
+    if "text" in record:
+        if not isinstance(record["text"], str):
+            raise FormatError(f"text: {shortened(record['text'])}; expected text, a document")
+        return "text", Conversation((), document=record["text"])
+    raise FormatError(f"no conversation among {_keys(record)}; expected {EXPECTED}")
 
 
 def sharegpt_messages(record: Record) -> object:
     """OpenAI's messages of a ShareGPT record; what is no list of turns comes back as it is."""
-    turns = record["conversations"]
+    turns = _parsed(record, "conversations", "a list of turns")
     if not isinstance(turns, list):
         return turns
     if turns and isinstance(turns[0], dict) and "role" in turns[0]:
@@ -93,7 +97,7 @@ def _sharegpt_message(turn: object, where: str) -> Json:
 def alpaca_messages(record: Record) -> list[Json]:
     """OpenAI's messages of an Alpaca record."""
     messages = _system(record)
-    history = record.get("history") or []
+    history = _parsed(record, "history", "a list of pairs") or []
     if not isinstance(history, list) or any(not isinstance(p, list) or len(p) != 2 for p in history):
         raise FormatError("history: no list of pairs; expected [[question, answer], ...]")
     for question, answer in history:
@@ -110,7 +114,8 @@ def alpaca_messages(record: Record) -> list[Json]:
 
 def prompt_messages(record: Record) -> list[Any]:
     """OpenAI's messages of a prompt and its completion, each text or a list of messages."""
-    prompt, completion = record["prompt"], record["completion"]
+    prompt = record["prompt"]
+    completion = record["completion"] if "completion" in record else record["response"]
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
     return [*_system(record), *before, *after]
@@ -129,24 +134,30 @@ def _conversation(record: Record, messages: object) -> Conversation:
             and message.get("role") in _NEEDS_CONTENT
         ):
             raise FormatError(f"message {k}: no 'content' among {_keys(message)}; expected text", k)
-    tools = record.get("tools")
+    tools = _parsed(record, "tools", "a list of tools")
     return Conversation.from_openai(
         {
             "messages": messages,
             "tools": unwrapped_tools(tools) if tools else None,
-            "parallel_tool_calls": record.get("parallel_tool_calls"),
-            "chat_template_kwargs": record.get("chat_template_kwargs"),
+            "parallel_tool_calls": _parsed(record, "parallel_tool_calls", "true or false"),
+            "chat_template_kwargs": _parsed(record, "chat_template_kwargs", _VARIABLES),
         }
     )
 
 
+def _parsed(record: Record, key: str, expected: str) -> object:
+    """A record's value; where it is text, the JSON in it. None where there is none."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return strict_json(value.lower() if value.isalpha() else value)  # TRUE, as spreadsheets write it
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{key}: text that is no JSON ({error}); expected {expected}") from None
+
+
 def unwrapped_tools(tools: object) -> object:
-    """OpenAI's list; also its JSON text (ShareGPT files), and functions without their wrapper."""
-    if isinstance(tools, str):
-        try:
-            tools = strict_json(tools)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"tools: text that is no JSON ({error}); expected a list of tools") from None
+    """OpenAI's list, also of functions without their wrapper."""
     if not isinstance(tools, list):
         return tools
     return [

@@ -5,21 +5,21 @@ In: a Run and a chat format. Out: `Data`, which the training reads conversation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_chat.chat.empty_think import notes, taught
+from qwen_chat.chat import empty_think, system_text
+from qwen_chat.chat.empty_think import taught
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
-from qwen_chat.conversation import Conversation
 from qwen_chat.data.blocks import Sequence32
-from qwen_chat.data.held_out import Leaks, leaks, parted
-from qwen_chat.data.records import open_records
+from qwen_chat.data.held_out import Leaks, division
+from qwen_chat.data.records import DataReport, open_records
 from qwen_chat.data.token_cache import tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
 from qwen_chat.errors import DataError
@@ -28,13 +28,25 @@ from qwen_chat.flags.run_options import DataArguments, Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SEED = 42  # as transformers has it
 SHOWN = 1_000  # tokens of an example for a person: enough to see a prompt's head and the reply at the end
 
 
 def seed_of(run: Run) -> int:
-    """The seed that orders the data: TrainingArguments' data_seed, else seed, else its default 42."""
+    """The seed that orders the data: TrainingArguments' data_seed, else seed, else its default."""
     given = run.extra.get("data_seed")
-    return int(run.extra.get("seed", 42) if given is None else given)
+    return int(run.extra.get("seed", SEED) if given is None else given)
+
+
+def chat_format(tokenizer: Any, asked: DataArguments) -> ChatFormat:
+    """The format that a run learns."""
+    return ChatFormat(
+        tokenizer,
+        tool_style=asked.tool_style,
+        language=asked.tool_language,
+        template_kwargs=asked.template_kwargs,
+        system=asked.system,
+    )
 
 
 @dataclass(frozen=True)
@@ -45,12 +57,17 @@ class Data:
     held_out: TokenisedData | Selection | None
     fingerprint: str
     summary: TokenSummary  # of the training files, those that --eval_share holds out of them too
-    notes: tuple[str, ...] = ()  # on thinking, and on lines that give held-out ones away
+    notes: tuple[str, ...] = ()  # on the system text and thinking, and on lines that give held-out ones away
+    leaks: Leaks = field(default_factory=Leaks)
     general: TokenisedData | None = None  # of everyday use: what should not be forgotten
 
     def describe(self) -> str:
         """The budgets for a person, with what was left out, counted and named."""
         lines = [self.summary.describe(), *self.notes]
+        if isinstance(self.train, Mixture):
+            tokens, learnt = self.train.budget()
+            count = f"{len(self.train):,} conversations"
+            lines.append(f"an epoch, by --data_weights: {count}, tokens {tokens:,}, learnt {learnt:,}")
         if isinstance(self.held_out, Selection):
             tokens, learnt = self.held_out.budget()
             count = f"{len(self.held_out):,} of these {len(self.held_out.data):,} conversations"
@@ -91,8 +108,8 @@ class Selection:
     def where(self, i: int) -> str:
         return self.data.where(int(self.index[i]))
 
-    def file_of(self, i: int) -> int:
-        return self.data.file_of(int(self.index[i]))
+    def given_of(self, i: int) -> int:
+        return self.data.given_of(int(self.index[i]))
 
     def budget(self) -> tuple[int, int]:
         """(tokens, supervised tokens) of an epoch; each conversation is looked at once."""
@@ -106,14 +123,14 @@ class Selection:
 
 
 class Mixture(Selection):
-    """Tokenised data in which an epoch sees each file's conversations `weight` times.
+    """Tokenised data in which an epoch sees the conversations of each file or folder given `weight` times.
 
     The whole part of a weight repeats them; the rest is a share of them, drawn once by the seed.
     """
 
     def __init__(self, data: TokenisedData | Selection, weights: Sequence[float], *, seed: int) -> None:
         random = np.random.default_rng((seed, 7))  # not the stream that orders the windows
-        owners = np.array([data.file_of(i) for i in range(len(data))], dtype=np.int64)
+        owners = np.array([data.given_of(i) for i in range(len(data))], dtype=np.int64)
         parts = []
         for number, weight in enumerate(weights):
             own = np.flatnonzero(owners == number)
@@ -142,7 +159,7 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
 
     def read(paths: Sequence[str]) -> TokenisedData:
         return tokenise(
-            open_records(paths, on_error=run.data.on_error),
+            open_records(paths, on_error=run.data.on_error, redact=run.data.redact),
             learnt,
             max_length=run.data.model_max_length,
             too_long=run.data.too_long,
@@ -151,35 +168,43 @@ def read_data(run: Run, fmt: ChatFormat) -> Data:
         )
 
     whole = read(run.data.data_path)
-    train, held_out, given_away = hold_out(whole, run.data, read)
-    report = whole.records.report
-    told = notes(fmt, run.data.empty_think, thoughts=report.reasoning, conversations=report.conversations)
-    if run.data.data_weights:
-        train = Mixture(train, run.data.data_weights, seed=seed_of(run))
+    told = notes_of(fmt, run.data, whole.records.report)
+    return divided(whole, run.data, read, told, seed=seed_of(run))
+
+
+def divided(
+    whole: TokenisedData,
+    asked: DataArguments,
+    read: Callable[[Sequence[str]], TokenisedData],
+    notes: Sequence[str] = (),
+    *,
+    seed: int,
+) -> Data:
+    """What is held out (a share of the data, or files of their own), and the rest, mixed by weight."""
+    train: TokenisedData | Selection = whole
+    held_out: TokenisedData | Selection | None = None
+    found = Leaks()
+    if asked.eval_share is not None:
+        parts = division(whole, asked.eval_share)
+        apart = np.isin(whole.kept, np.array(parts.apart, dtype=np.uint64))
+        train, held_out = Selection(whole, np.flatnonzero(~apart)), Selection(whole, np.flatnonzero(apart))
+        found = parts.told(whole.records, whole.records)
+    elif asked.eval_data_path:
+        held_out = others = read(asked.eval_data_path)
+        found = division(whole, others).told(whole.records, others.records)
+    if asked.data_weights:
+        train = Mixture(train, asked.data_weights, seed=seed)
         if len(train) == 0:
             raise DataError("--data_weights leave no conversation; give at least one file more weight")
-    general = None if run.data.general_data is None else read([run.data.general_data])
-    return Data(train, held_out, whole.fingerprint, whole.summary, (*told, *given_away.describe()), general)
+    general = None if asked.general_data is None else read([asked.general_data])
+    told = (*notes, *found.describe())
+    return Data(train, held_out, whole.fingerprint, whole.summary, told, found, general)
 
 
-Parts = tuple[TokenisedData | Selection, TokenisedData | Selection | None, Leaks]
-
-
-def hold_out(
-    whole: TokenisedData, asked: DataArguments, read: Callable[[Sequence[str]], TokenisedData]
-) -> Parts:
-    """What is learnt, what is held out (a share of the data, or files of their own), what gives it away."""
-
-    def placed(data: TokenisedData, index: Iterable[int]) -> Iterator[tuple[str, Conversation]]:
-        return ((data.where(i), data.records[data.record_of(i)]) for i in index)
-
-    if asked.eval_share is not None:
-        every = (conversation for _, conversation in placed(whole, range(len(whole))))
-        learnt, apart = parted(every, asked.eval_share)
-        train, held_out = Selection(whole, learnt), Selection(whole, apart)
-        return train, held_out, leaks(placed(whole, learnt.tolist()), list(placed(whole, apart.tolist())))
-    if not asked.eval_data_path:
-        return whole, None, Leaks()
-    others = read(asked.eval_data_path)
-    found = leaks(placed(whole, range(len(whole))), list(placed(others, range(len(others)))))
-    return whole, others, found
+def notes_of(fmt: ChatFormat, asked: DataArguments, report: DataReport) -> tuple[str, ...]:
+    """What a person should know of the format in this data: the system text, and thinking."""
+    system = system_text.told(fmt.system)
+    thinking = empty_think.notes(
+        fmt, asked.empty_think, thoughts=report.reasoning, conversations=report.chats
+    )
+    return (*([system] if system else []), *thinking)

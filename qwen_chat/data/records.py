@@ -1,7 +1,7 @@
 """Data files -> conversations: every line checked at once, then read again one at a time.
 
-In: paths of `.json`, `.jsonl` or `.jsonl.gz` files; formats.py tells the kinds of record, checks.py the rules.
-Out: `Records`, a sequence of Conversation behind a byte-offset index (28 bytes a line, whatever it holds),
+In: paths of data files (DATA_FILES), or of folders that hold some; formats.py tells the kinds of record, checks.py the
+rules. Out: `Records`, a sequence of Conversation behind a byte-offset index (28 bytes a line, whatever it holds),
 and a `DataReport`: what kinds of record were found, every problem as `file:line: message`, and counts of what
 is suspicious but usable (duplicates, contradictions, control tokens typed in text).
 
@@ -28,11 +28,14 @@ import numpy as np
 from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.checks import check, is_encodable, plain_turns
 from qwen_chat.data.formats import read_record
+from qwen_chat.data.privacy import Secret, screened
 from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
 from qwen_chat.dialects.shapes import END_THINK
 from qwen_chat.errors import DataError, FormatError, Problem
 
 OnError = Literal["stop", "skip"]
+# How the names of data files end. A folder's are read in the order of their names.
+DATA_FILES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 # What a conversation says: its tools and variables as text, its roles, and what each of them says.
 Said = tuple[str, tuple[str, ...], tuple[Any, ...]]
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
@@ -62,6 +65,11 @@ class DataReport:
     calls: Mapping[str, int] = field(default_factory=dict)  # of each function, commonest first
     notes: tuple[Problem, ...] = ()  # examples of the last three
 
+    @property
+    def chats(self) -> int:
+        """Conversations that are no documents."""
+        return self.conversations - self.kinds.get("text", 0)
+
     def describe(self) -> str:
         """A few lines for a person."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
@@ -72,7 +80,7 @@ class DataReport:
             lines.extend(f"  {problem}" for problem in self.problems)
             if self.problem_total > len(self.problems):
                 lines.append(f"  ... and {self.problem_total - len(self.problems):,} more")
-        share = self.reasoning / max(self.conversations, 1)
+        share = self.reasoning / max(self.chats, 1)
         lines.append(f"with reasoning: {self.reasoning:,} ({share:.1%})")
         for count, what in (
             (self.duplicates, "saying exactly what an earlier one says"),
@@ -97,12 +105,20 @@ class Records(Sequence[Conversation]):
     """The good conversations of the files, in order; each is read from disk when it is asked for."""
 
     def __init__(
-        self, sources: Sequence[Source], index: _Index, report: DataReport, on_error: OnError
+        self,
+        sources: Sequence[Source],
+        index: _Index,
+        report: DataReport,
+        on_error: OnError,
+        givers: Sequence[int],
+        redact: bool,
     ) -> None:
         self._sources = tuple(sources)
         self._index = index
+        self._givers = tuple(givers)  # of each file: which of the names given stands for it
         self.report = report
         self.on_error = on_error
+        self.redact = redact
 
     def __len__(self) -> int:
         return len(self._index.offsets)
@@ -114,6 +130,15 @@ class Records(Sequence[Conversation]):
     def __getitem__(self, i: int | slice) -> Conversation | list[Conversation]:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
+        return self.screened(i)[0] if self.redact else self._read(i)
+
+    def screened(self, i: int) -> tuple[Conversation, list[Secret]]:
+        """Conversation `i`, and the secrets and personal data that stand in it, or stood there where `redact`."""
+        conversation = self._read(i)
+        without, found = screened(conversation)
+        return (without if self.redact else conversation), found
+
+    def _read(self, i: int) -> Conversation:
         i = range(len(self))[i]
         source = self._sources[self.file_of(i)]
         try:
@@ -123,8 +148,17 @@ class Records(Sequence[Conversation]):
             raise DataError(f"{self.where(i)}: the file changed after it was checked; start again") from None
 
     def file_of(self, i: int) -> int:
-        """Which of the files, in the order they were given, conversation `i` comes from."""
+        """Which of `paths` conversation `i` comes from."""
         return bisect_right(self._index.starts, i) - 1
+
+    def given_of(self, i: int) -> int:
+        """Which of the files and folders, in the order they were given, conversation `i` comes from."""
+        return self._givers[self.file_of(i)]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files, those of folders too, in the order of reading."""
+        return tuple(source.path for source in self._sources)
 
     def where(self, i: int) -> str:
         """`file:line` of conversation `i`."""
@@ -139,8 +173,8 @@ class Records(Sequence[Conversation]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the files' content, whatever their names (hex)."""
-        together = hashlib.sha256()
+        """Hash of the files' content, whatever their names, and of `redact` (hex)."""
+        together = hashlib.sha256(b"redact" if self.redact else b"")
         for source in self._sources:
             together.update(source.digest())
         return together.hexdigest()
@@ -156,15 +190,20 @@ def open_records(
     *,
     on_error: OnError = "stop",
     limit: int = 20,
+    redact: bool = False,
 ) -> Records:
     """Check every line of the files; raise DataError with all problems (`limit` are listed), or skip them.
 
-    A file that is missing, unreadable or holds nothing is a DataError under either `on_error`.
+    A file that is missing, unreadable or holds nothing is a DataError under either `on_error`, and so is a folder
+    without data files. redact: conversations are given with a word in the place of each secret (privacy.py).
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
-        raise DataError("no data file was given; name at least one .jsonl, .json or .jsonl.gz file")
-    sources = [Source(Path(path), name) for path, name in zip(given, _names(given), strict=True)]
+        raise DataError(f"no data was given; name at least one file ({', '.join(DATA_FILES)}) or folder")
+    files = [_files_of(Path(name)) for name in given]
+    every = [file for some in files for file in some]
+    givers = [number for number, some in enumerate(files) for _ in some]
+    sources = [Source(file, name) for file, name in zip(every, _names(every), strict=True)]
     scan = _Scan(limit=limit)
     empty = [source.name for source in sources if not scan.file(source)]
     report = scan.report([source.name for source in sources])
@@ -178,7 +217,21 @@ def open_records(
         )
     if empty:
         raise DataError(f"{', '.join(empty)}: empty; expected at least one conversation")
-    return Records(sources, scan.index, report, on_error)
+    return Records(sources, scan.index, report, on_error, givers, redact)
+
+
+def _files_of(given: Path) -> list[Path]:
+    """The file itself, or the data files of a folder by name; folders in it are not looked into."""
+    if not given.is_dir():
+        return [given]
+    found = sorted(
+        path
+        for path in given.iterdir()
+        if path.name.lower().endswith(DATA_FILES) and not path.name.startswith(".") and path.is_file()
+    )
+    if not found:
+        raise DataError(f"{given}: no data file in this folder; expected names in {', '.join(DATA_FILES)}")
+    return found
 
 
 # ---------------------------------------------------------------- one pass over the files
@@ -297,6 +350,8 @@ def _judge(record: object, text: str) -> tuple[str, Said, list[str]]:
 
 def _said(conversation: Conversation) -> Said:
     """Ids of calls and `train` marks are left out: they are not rendered."""
+    if conversation.document is not None:
+        return "", ("document", ""), (conversation.document, "")  # no two have the same prompt and differ
     messages = conversation.messages
     offered = [conversation.tools, conversation.template_kwargs]
     return (
@@ -335,13 +390,10 @@ def _repeats(
     return count, sorted(pairs)
 
 
-def _names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+def _names(paths: Sequence[Path]) -> list[str]:
     """What the messages call each file: its name, or its path where two have the same name."""
-    names = [Path(path).name for path in paths]
-    return [
-        _printable(os.fspath(path) if names.count(name) > 1 else name)
-        for path, name in zip(paths, names, strict=True)
-    ]
+    often = Counter(path.name for path in paths)
+    return [_printable(str(path) if often[path.name] > 1 else path.name) for path in paths]
 
 
 def _printable(message: str, longest: int = 500) -> str:

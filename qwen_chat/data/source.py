@@ -1,8 +1,8 @@
 """One data file, opened once: the place and the bytes of each record, and JSON read under stricter rules.
 
-In: a `.json`, `.jsonl` or `.jsonl.gz` file (UTF-8, with or without BOM, blank lines allowed), or a `.parquet` file,
-whose rows are read as lines. Out: records in order, or one at its byte offset (safe in threads and forks). Any bytes
-give a Defect, never a traceback.
+In: a `.json` or `.jsonl` file (UTF-8, with or without BOM, blank lines allowed), or a table (tables.py), whose rows are
+read as lines; packed by gzip or not. Out: records in order, or one at its byte offset (safe in threads and forks). Any
+bytes give a Defect, never a traceback.
 """
 
 import gzip
@@ -17,18 +17,17 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
 from qwen_chat.conversation import Json
-from qwen_chat.errors import DataError, FormatError, MissingDependency, first_line
+from qwen_chat.data.tables import TABLES, Defects
+from qwen_chat.errors import DataError, FormatError
 
 LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would not fit in memory as objects
 DEEPEST = 64  # levels of nesting in tools and arguments: beyond it, templates and schemas run out of stack
 TOO_DEEP = f"nested too deeply to be read; expected at most {DEEPEST} levels"
 _BOM = b"\xef\xbb\xbf"
-# Columns of which a parquet file has one set (formats.py reads them).
-HOLD_A_CONVERSATION = ({"messages"}, {"conversations"}, {"instruction"}, {"prompt", "completion"})
 _READ_AT_ONCE = 1 << 20  # bytes read at once
 _BLANK = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
@@ -44,7 +43,7 @@ class Source:
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        self._stream = _open(path, name)
+        self._stream, self._defects = _open(path, name)
         self._state = _size_and_time(self._stream)
         self._document = path.name.removesuffix(".gz").endswith(".json") and not self._is_lines()
 
@@ -71,7 +70,8 @@ class Source:
                 too_long = f"a line of more than {LONGEST_LINE:,} bytes; expected one conversation"
                 yield start, number, Defect(too_long)
             elif not raw.isspace():
-                yield start, number, raw.rstrip(b"\r\n")
+                told = self._defects.get(number)
+                yield start, number, raw.rstrip(b"\r\n") if told is None else Defect(told)
 
     @property
     def size(self) -> int:
@@ -197,28 +197,31 @@ class Source:
             yield offset + len(text[done:at].encode()), where, Defect(reason + _rest(text, at))
 
 
-def _open(path: Path, name: str) -> IO[bytes]:
-    """The file, or an unnamed temporary copy of what a .gz file holds; DataError where it cannot be read."""
+def _open(path: Path, name: str) -> tuple[IO[bytes], Defects]:
+    """The file, or an unnamed temporary copy of what a .gz file or a table holds, and what is wrong with lines of the
+    latter; DataError where it cannot be read."""
     try:
-        if path.is_dir():
-            raise DataError(f"{name}: a folder; expected a .jsonl, .json or .jsonl.gz file")
-        stream = path.open("rb")
+        stream: IO[bytes] = path.open("rb")
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise DataError(f"{name}: no regular file; save the data in a file first")
         packed = stream.read(2) == b"\x1f\x8b"
         if path.suffix == ".gz" and not packed and os.fstat(stream.fileno()).st_size:
             raise DataError(f"{name}: no gzip data in it; expected what gzip writes, or a name without .gz")
         stream.seek(0)
-        if path.suffix == ".parquet":
-            return _rows_as_lines(stream, name)
-        if not packed:
-            return stream
-        # Unpacked once: a record can then be read at its offset without reading all that stands before it.
-        plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
-        with stream, gzip.open(stream) as unpacked:
-            shutil.copyfileobj(unpacked, plain, _READ_AT_ONCE)
-        plain.flush()
-        return cast(IO[bytes], plain)
+        table = TABLES.get(PurePath(path.name.lower().removesuffix(".gz")).suffix)
+        if packed:
+            # Unpacked once: a record can then be read at its offset without reading all that stands before it.
+            with stream, gzip.open(stream) as unpacked:
+                stream = _temporary()
+                shutil.copyfileobj(unpacked, stream, _READ_AT_ONCE)
+            stream.seek(0)
+        if table is None:
+            return stream, {}
+        lines = _temporary()
+        with stream:
+            defects = table(stream, lines, name)
+        lines.flush()
+        return lines, defects
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -227,38 +230,9 @@ def _open(path: Path, name: str) -> IO[bytes]:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
-def _rows_as_lines(stream: IO[bytes], name: str) -> IO[bytes]:
-    """An unnamed temporary file with a parquet file's rows, a JSON object each; nulls are left out."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise MissingDependency("pyarrow", name, extra="parquet") from None
-    plain = tempfile.TemporaryFile(prefix="qwen_chat-")  # noqa: SIM115 - it lives as long as its Source
-    try:
-        with stream, parquet.ParquetFile(stream) as file:
-            found = file.schema_arrow.names
-            if not any(columns <= set(found) for columns in HOLD_A_CONVERSATION):
-                raise DataError(
-                    f"{name}: no conversation among its columns ({', '.join(found)}); expected 'messages',"
-                    " 'conversations', 'instruction', or 'prompt' and 'completion'"
-                )
-            for batch in file.iter_batches(batch_size=1024):
-                lines = (
-                    json.dumps(_without_nulls(row), ensure_ascii=False, default=str)
-                    for row in batch.to_pylist()
-                )
-                plain.writelines(line.encode("utf-8", "surrogatepass") + b"\n" for line in lines)
-    except ArrowException as error:
-        raise DataError(f"{name}: no parquet that can be read ({first_line(error)})") from None
-    plain.flush()
-    return plain
-
-
-def _without_nulls(value: Any) -> Any:
-    """A row without its nulls: parquet has every field of a struct in each row, whether the row says it or not."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+def _temporary() -> IO[bytes]:
+    """An unnamed file, which lives as long as the Source that reads it."""
+    return cast(IO[bytes], tempfile.TemporaryFile(prefix="qwen_chat-"))
 
 
 def _size_and_time(stream: IO[bytes]) -> tuple[int, int]:

@@ -120,7 +120,7 @@ class CachedData(TokenisedData):
         found: dict[str, npt.NDArray[Any]] = {}
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self._budget = TokenSummary(**meta["summary"])
+            self._budget, self._personal = TokenSummary(**meta["summary"]), meta["personal"]
             for name, kind in _FILES.items():
                 size, expected = (folder / name).stat().st_size, meta["sizes"][name]
                 if size != expected:
@@ -157,7 +157,7 @@ class CachedData(TokenisedData):
 
     @property
     def summary(self) -> TokenSummary:
-        return self.with_left_out(self._budget)
+        return self.with_places(self._budget, self._personal)
 
     def common_prefix_share(self) -> float:
         """Share of the tokens that begin some other sequence too: what storing each prefix once would save.
@@ -209,7 +209,8 @@ class CachedData(TokenisedData):
         lengths = np.fromfile(folder / "lengths.i32", dtype=np.int32)
         counts.ensure_usable(lengths, records, options)
         summary = counts.budget(lengths, options).to_json()
-        meta = {"sizes": {name: (folder / name).stat().st_size for name in _FILES}, "summary": summary}
+        sizes = {name: (folder / name).stat().st_size for name in _FILES}
+        meta = {"sizes": sizes, "summary": summary, "personal": counts.personal.first}
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         summary["common_prefix_share"] = CachedData(records, folder).common_prefix_share()
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

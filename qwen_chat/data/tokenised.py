@@ -5,15 +5,17 @@ interface `TokenisedData`: `data[i]` gives the training sequences of conversatio
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_chat.data.blocks import Block, Ints, Sequence32, TokenOptions, TooLong
+from qwen_chat.data.blocks import Block, Ints, Personal, Sequence32, TokenOptions, TooLong
+from qwen_chat.data.privacy import KINDS_OF_SECRET
 from qwen_chat.data.records import Records
+from qwen_chat.data.source import counted
 from qwen_chat.errors import DataError, Problem
 
 LISTED = 20  # problems that an error lists
@@ -39,6 +41,12 @@ class TokenSummary:
     lossless_max_length: int  # the model_max_length that would lose nothing
     quantiles: Mapping[str, int]  # lengths before the policy: min, p50, p90, p95, p99, max
     common_prefix_share: float  # share of all tokens that lie in a prefix some other sequence has too
+    cut: int = 0  # documents longer than max_length
+    pieces: int = 0  # what they are kept in; each counts as a conversation
+    # The kinds of secrets and personal data, each with its conversations, and the first as "file:line (abc...)".
+    personal: Mapping[str, int] = field(default_factory=dict)
+    personal_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    redacted: bool = False  # whether a word stands in the place of each
     complete: bool = True  # False under lazy: counted so far
     skipped: int = 0  # lines left out by on_error="skip", beside the records
     skipped_at: tuple[str, ...] = ()  # file:line of the first NAMED of them
@@ -54,8 +62,9 @@ class TokenSummary:
         """A few lines for a person."""
         share = self.supervised / self.tokens if self.tokens else 0.0
         so_far = "" if self.complete else " (tokenised so far)"
+        whole = self.conversations - self.pieces + self.cut
         lines = [
-            f"conversations {self.conversations:,} of {self.records:,}, sequences {self.sequences:,}, "
+            f"conversations {whole:,} of {self.records:,}, sequences {self.sequences:,}, "
             f"tokens {self.tokens:,}, learnt {self.supervised:,} ({share:.1%}){so_far}",
             "tokens a conversation: " + ", ".join(f"{name} {n:,}" for name, n in self.quantiles.items()),
             f"tokens in a prefix that others have too: {self.common_prefix_share:.1%}",
@@ -64,19 +73,30 @@ class TokenSummary:
             (self.skipped, f"bad lines left out, of {self.records + self.skipped:,}", self.skipped_at),
             (self.dropped, f"dropped, longer than --model_max_length {self.max_length:,}", self.dropped_at),
             (self.truncated, f"truncated to {self.max_length:,} tokens, their oldest turns left out", ()),
+            (self.cut, f"documents longer than {self.max_length:,} tokens, in {self.pieces:,} pieces", ()),
             (self.failed, "left out, the chat template cannot write them", self.failed_at),
             (self.unsupervised, "kept, with nothing in them to learn", ()),
         ):
             if count:
                 names = f" ({', '.join(where)}{', ...' if count > len(where) else ''})" if where else ""
                 lines.append(f"{what}: {count:,}{names}")
+        lines += self._personal()
         if self.dropped or self.truncated:
             lines.append(f"--model_max_length {self.lossless_max_length} would lose nothing")
         return "\n".join(lines)
 
+    def _personal(self) -> Iterator[str]:
+        for name, count in self.personal.items():
+            where = ", ".join(self.personal_at.get(name, ()))
+            more = ", ..." if count > len(self.personal_at.get(name, ())) else ""
+            word = f", replaced by {KINDS_OF_SECRET[name].placeholder}" if self.redacted else ""
+            yield f"{name} in {counted(count, 'conversation')}{word}: {where}{more}"
+        if self.personal and not self.redacted:
+            yield "  --redact True puts a word such as [EMAIL] in the place of each"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json` and `meta.json`; `TokenSummary(**values)` reads them back."""
-        return {**asdict(self), "quantiles": dict(self.quantiles)}
+        return asdict(self)
 
 
 def histogram(lengths: Ints) -> dict[str, int]:
@@ -114,8 +134,10 @@ class TokenisedData(ABC):
     def summary(self) -> TokenSummary:
         """The token budget, and everything of the files that is not in it."""
 
-    def with_left_out(self, budget: TokenSummary) -> TokenSummary:
-        """The budget with the lines and records that are not in it."""
+    def with_places(
+        self, budget: TokenSummary, personal: Mapping[str, Sequence[tuple[int, str]]]
+    ) -> TokenSummary:
+        """The budget with the lines and records that are not in it, and the places of personal data."""
         report, lengths = self.records.report, self.full_lengths
         gone = np.ones(len(self.records), dtype=bool)
         gone[self.kept.astype(np.int64)] = False
@@ -131,6 +153,11 @@ class TokenisedData(ABC):
             failed_at=named(gone & (lengths == 0)),
             histogram=histogram(lengths),
             calls=dict(report.calls),
+            personal_at={
+                name: tuple(f"{self.records.where(record)} ({shown}...)" for record, shown in some)
+                for name, some in personal.items()
+            },
+            redacted=self.records.redact,
         )
 
     def __iter__(self) -> Iterator[tuple[Sequence32, ...]]:
@@ -140,13 +167,19 @@ class TokenisedData(ABC):
         """Which record kept conversation `i` is."""
         return int(self.kept[i])
 
+    def piece_of(self, i: int) -> int:
+        """Which part of a document that was cut kept conversation `i` is; 0 for one that was not."""
+        i = range(len(self))[i]
+        return i - int(np.searchsorted(self.kept, self.kept[i]))
+
     def where(self, i: int) -> str:
         """`file:line` of kept conversation `i`."""
-        return self.records.where(self.record_of(i))
+        piece, place = self.piece_of(i), self.records.where(self.record_of(i))
+        return f"{place} (part {piece + 1})" if piece else place
 
-    def file_of(self, i: int) -> int:
-        """Which of the data files, in the order they were given, kept conversation `i` comes from."""
-        return self.records.file_of(self.record_of(i))
+    def given_of(self, i: int) -> int:
+        """Which of the files and folders, in the order they were given, kept conversation `i` comes from."""
+        return self.records.given_of(self.record_of(i))
 
 
 @dataclass(slots=True)
@@ -159,6 +192,9 @@ class Counts:
     supervised: int = 0
     kept: int = 0
     truncated: int = 0
+    cut: int = 0
+    pieces: int = 0
+    personal: Personal = field(default_factory=Personal)
     unsupervised: int = 0
     too_long: int = 0
     failed: int = 0
@@ -173,6 +209,9 @@ class Counts:
         self.supervised += int(learnt.sum())
         self.kept += len(block.kept)
         self.truncated += block.truncated
+        self.cut += block.cut
+        self.pieces += block.pieces
+        self.personal.add(block.personal)
         self.unsupervised += int((learnt == 0).sum())
         self.too_long += len(block.too_long)
         self.failed += len(block.failures)
@@ -217,6 +256,11 @@ class Counts:
             supervised=self.supervised,
             dropped=self.too_long - self.truncated,
             truncated=self.truncated,
+            cut=self.cut,
+            pieces=self.pieces,
+            personal={
+                name: self.personal.counts[name] for name in KINDS_OF_SECRET if self.personal.counts[name]
+            },
             failed=self.failed,
             unsupervised=self.unsupervised,
             max_length=options.max_length,

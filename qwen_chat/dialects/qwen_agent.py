@@ -100,10 +100,12 @@ _FLOWERS = Form(
 @dataclass(frozen=True, slots=True)
 class QwenAgent:
     """The dialect in one of its four wordings. `language` "auto": Chinese where the system text or the first question
-    has Chinese characters. `parallel`: several calls at once are offered."""
+    has Chinese characters. `parallel`: several calls at once are offered. `system`: the text before the tools where a
+    conversation has no system message."""
 
     language: Language = "auto"
     parallel: bool = True
+    system: str | None = None
 
     name: ClassVar[str] = "qwen_agent"
     # A call ends where its result would begin.
@@ -166,7 +168,8 @@ class QwenAgent:
             if plain[0]["role"] == "system":
                 plain[0]["content"] += f"\n\n{block}"
             else:
-                plain.insert(0, {"role": "system", "content": block})
+                text = block if self.system is None else f"{self.system}\n\n{block}"
+                plain.insert(0, {"role": "system", "content": text})
         return Carried(plain, is_open=_is_open(plain))
 
     def call_grammar(self, tools: Tools, *, name: str | None = None, parallel: bool = False) -> Grammar:
@@ -182,7 +185,10 @@ class QwenAgent:
         tools do not change their language in the middle of a conversation."""
         language, messages = self.language, conversation.messages
         if language == "auto":
-            first = [next((m.content for m in messages if m.role == role), "") for role in ("system", "user")]
+            first = [
+                next((m.content for m in messages if m.role == role), other)
+                for role, other in (("system", self.system or ""), ("user", ""))
+            ]
             language = "zh" if any(map(_CHINESE.search, first)) else "en"
         return replace(self, language=language, parallel=self.parallel and conversation.parallel_tool_calls)
 

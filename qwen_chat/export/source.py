@@ -68,7 +68,7 @@ class Exported:
             return tuple(given)
         options = self.options
         named = options.get("eval_data_path") or options.get("data_path") or ()
-        gone = [name for name in named if not Path(name).is_file()]
+        gone = [name for name in named if not Path(name).exists()]
         if not named or gone:
             what = (
                 f"{gone[0]} is not there any more"
@@ -86,6 +86,7 @@ class Exported:
             tool_style=options.get("tool_style") or "auto",
             language=options.get("tool_language") or "auto",
             template_kwargs=options.get("template_kwargs"),
+            system=options.get("system"),
         )
 
     def sequences(self, fmt: ChatFormat, paths: Sequence[str], tokens: int) -> list[Encoded]:

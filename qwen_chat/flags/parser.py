@@ -12,11 +12,13 @@ and what it hands back of unknown flags no longer tells their values from stray 
 
 import difflib
 import json
+import re
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from qwen_chat.errors import OptionError
@@ -34,15 +36,18 @@ def option(
     hint: str = "",
     appends: bool = False,
     splits: bool = True,
+    or_file: bool = False,
 ) -> Default:
     """A dataclass field that is a flag. `names` are further spellings: `-m`, `--model_name_or_path`.
 
     old: names that it had, read with a note. elsewhere: what other programs call it, answered with "did you mean
     --name hint?". appends: a list that grows where the flag is given again. splits: a list that does not may be
-    written a,b,c; paths, keys and regular expressions hold commas of their own.
+    written a,b,c; paths, keys and regular expressions hold commas of their own. or_file: where a file has the given
+    name, its text is the value.
     """
     told = {"help": help, "names": names, "old": tuple(old.split()), "elsewhere": tuple(elsewhere.split())}
-    return field(default=default, metadata={**told, "hint": hint, "appends": appends, "splits": splits})
+    more = {"hint": hint, "appends": appends, "splits": splits, "or_file": or_file}
+    return field(default=default, metadata={**told, **more})
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Option:
     hint: str = ""
     appends: bool = False
     splits: bool = True
+    or_file: bool = False
     # Why it may not be given: it is known, but neither suggested nor listed among the others.
     refused: str | None = None
 
@@ -222,7 +228,26 @@ def _value(entry: Option, words: list[str]) -> Any:
         raise ValueError(f"no value; expected {_expected(entry.kind)}")
     if len(words) > 1:
         raise ValueError(f"{len(words)} values ({' '.join(words)}); expected one; quote a value with spaces")
-    return _converted(entry.kind, words[0])
+    value = _converted(entry.kind, words[0])
+    return _text_of(value) if entry.or_file and isinstance(value, str) else value
+
+
+def _text_of(word: str) -> str:
+    """The text of the file of this name, without white space around it; the word itself where there is none."""
+    path = Path(word).expanduser()
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long for a name
+        is_file = False
+    try:
+        text = path.read_text(encoding="utf-8").strip() if is_file else word
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{word}: cannot be read as UTF-8 text ({error})") from None
+    if not is_file and re.fullmatch(r"\S+\.\w{1,5}", word):
+        raise ValueError(f"{word}: no such file; a text of one word must not look like a file's name")
+    if not text.strip():
+        raise ValueError(f"{word!r}: no text")
+    return text
 
 
 def _json_of(kind: type) -> Callable[[str], object]:

@@ -47,7 +47,7 @@ class DataArguments:
 
     data_path: tuple[str, ...] = option(
         (),
-        "conversations, one JSON object a line; several: -d A -d B or -d A B",
+        "conversations or documents: .jsonl, .json, .csv, .parquet, or a folder of these; several: -d A -d B or -d A B",
         "-d",
         old="data_paths",
         elsewhere="dataset train_file",
@@ -55,7 +55,7 @@ class DataArguments:
     )
     data_weights: tuple[float, ...] = option(
         (),
-        "one number for each data file: times that an epoch sees its conversations (0.5: half of them)",
+        "one number for each -d: times that an epoch sees its conversations (0.5: half of them)",
     )
     eval_data_path: tuple[str, ...] = option(
         (), "held-out conversations", elsewhere="validation_file", appends=True
@@ -76,10 +76,19 @@ class DataArguments:
         "all", "learn all replies, the last one only, or every token (the user's too)"
     )
     on_error: Literal["stop", "skip"] = option("stop", "bad lines stop the run, or are counted and left out")
+    redact: bool = option(
+        False, "put a word such as [EMAIL] in the place of keys, mail addresses, phone, ID and card numbers"
+    )
     tool_style: Literal["auto", "hermes", "qwen_agent", "xml"] = option(
         "auto", "how tools and calls are written"
     )
     tool_language: Literal["auto", "en", "zh"] = option("auto", "wording of the qwen_agent style")
+    system: str | None = option(
+        None,
+        "a text, or a file with it: the system message of conversations without one; saved with the result, and served",
+        elsewhere="default_system system_prompt",
+        or_file=True,
+    )
     template_kwargs: Mapping[str, Any] | None = option(
         None,
         "variables of the chat template, as JSON: '{\"enable_thinking\": true}'; saved with the result, a record's win",

@@ -181,16 +181,25 @@ def _part_problems(run: Run) -> list[str]:
     return found
 
 
-def _data_problems(run: Run, needs_data: bool) -> list[str]:
-    """What the data files do not allow, held-out ones above all."""
-    data, train, extra, found = run.data, run.train, run.extra, []
+def weight_problems(data: DataArguments) -> list[str]:
+    """What is wrong with --data_weights."""
+    found = []
     if data.data_weights and len(data.data_weights) != len(data.data_path):
         found.append(
             f"--data_weights has {len(data.data_weights)} numbers for {len(data.data_path)} data files; "
             "give one for each -d, in the same order"
         )
-    if not all(weight >= 0 and math.isfinite(weight) for weight in data.data_weights):
-        found.append("--data_weights: a weight is below 0; expected 0 (not used) or more")
+    found += [
+        f"--data_weights: {weight:g}; expected 0 (not used) or a number above it"
+        for weight in data.data_weights
+        if not (weight >= 0 and math.isfinite(weight))
+    ]
+    return found
+
+
+def _data_problems(run: Run, needs_data: bool) -> list[str]:
+    """What the data files do not allow, held-out ones above all."""
+    data, train, extra, found = run.data, run.train, run.extra, weight_problems(run.data)
     if needs_data and not data.data_path:
         found.append("no data: give the conversations with -d FILE")
     if data.eval_share is not None and data.eval_data_path:

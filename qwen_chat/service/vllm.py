@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_chat import place
+from qwen_chat.chat import system_text
 from qwen_chat.errors import FormatError, MissingDependency, OptionError, OutputError
 from qwen_chat.files import cache_dir, write_whole
 
@@ -35,10 +36,11 @@ MODULE = "vllm.entrypoints.openai.api_server"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is run. Keys are in the environment, where `ps` does not show them."""
+    """What is run. Keys are in the environment, where `ps` does not show them. told: what a person should know."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
+    told: str = ""
 
 
 def command(
@@ -97,7 +99,8 @@ def command(
     # vLLM's own check too; of several it would take the first alone, so ours must do.
     if len(api_keys) == 1:
         environment["VLLM_API_KEY"] = api_keys[0]
-    return Command((python, "-m", MODULE, *words, *shlex.split(more)), environment)
+    told = system_text.told(fmt.system)
+    return Command((python, "-m", MODULE, *words, *shlex.split(more)), environment, told)
 
 
 def _package_alone() -> Path:

@@ -44,6 +44,7 @@ _FREE = frozenset(
         "model",
         "data_path",
         "general_data",
+        "redact",  # told by the data's fingerprint
         "lazy_preprocess",
     }
     | {"keep_best", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from qwen_chat import families, models
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.console import rank_zero
+from qwen_chat.data import mixture
 from qwen_chat.data.mixture import Data, read_data
 from qwen_chat.errors import OptionError
 from qwen_chat.flags.run_options import Run
@@ -92,13 +93,9 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
 
 
 def format_of(run: Run, model_path: Path) -> ChatFormat:
-    """The format that a run learns."""
-    return ChatFormat(
-        models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code),
-        tool_style=run.data.tool_style,
-        language=run.data.tool_language,
-        template_kwargs=run.data.template_kwargs,
-    )
+    """The format that a run learns, of the model in a folder."""
+    tokenizer = models.load_tokenizer(model_path, trust_remote_code=run.model.trust_remote_code)
+    return mixture.chat_format(tokenizer, run.data)
 
 
 def plan(run: Run, model_path: Path, data: Data) -> tuple[memory_plan.Verdict, tuple[str, ...]]:

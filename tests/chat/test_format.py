@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen_chat.chat.empty_think import taught
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.show import show
@@ -451,6 +452,26 @@ def test_a_greeting_that_nobody_asked_for_is_context(formats: dict[str, ChatForm
     for name in ("qwen2", "qwen2_5", "smollm2"):
         fmt = formats[name]
         assert learnt_texts(fmt, fmt.encode([ANSWER, QUESTION, ANSWER])) == [["a<|im_end|>"]]
+
+
+@pytest.mark.parametrize("train_on", ["all", "last", "everything"])
+def test_a_document_is_learnt_whole_and_without_a_template(
+    formats: dict[str, ChatFormat], train_on: Any
+) -> None:
+    text = " 从前，有 \n<|im_end|> and <think>\n\n</think>\n\n🙂"
+    document = Conversation((), document=text)
+    question = Conversation.from_openai({"messages": [{"role": "user", "content": "Hi"}]})
+    for name, fmt in formats.items():
+        tokenizer = fmt.tokenizer
+        fmt.audit([document, question])
+        for learnt in (fmt, taught(fmt, "ignore")):
+            (found,), _ = learnt.encode_many([document, question], train_on)
+            assert found.labels == found.input_ids, name
+            assert tokenizer.decode(found.input_ids) == f"{text}<|endoftext|>"
+            assert found.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+            assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in found.input_ids
+    with pytest.raises(FormatError, match=r"the text holds the character U\+FDD0, private use"):
+        formats["qwen2"].encode_conversation(Conversation((), document="a\ufdd0"))
 
 
 # ------------------------------------------------------------------------------------------------------ input

@@ -55,7 +55,7 @@ def test_other_columns_damage_and_a_missing_package_are_one_line(
         open_records(other)
     assert str(wrong.value) == (
         "c.parquet: no conversation among its columns (question, answer); expected 'messages', 'conversations',"
-        " 'instruction', or 'prompt' and 'completion'"
+        " 'instruction', 'prompt' and 'completion', or 'text'"
     )
     (tmp_path / "d.parquet").write_bytes(other.read_bytes()[:100])
     with pytest.raises(DataError, match=r"^d\.parquet: no parquet that can be read \([^\n]*\)$"):

@@ -101,6 +101,9 @@ def problem_of(tmp_path: Path, line: Any) -> str:
         ),
         ({"prompt": USER["content"], "completion": " hi\tthere "}, "prompt_completion", PLAIN),
         ({"prompt": [USER], "completion": [REPLY]}, "prompt_completion", PLAIN),
+        ({"prompt": USER["content"], "response": " hi\tthere "}, "prompt_completion", PLAIN),
+        ({"messages": json.dumps([USER, REPLY]), "text": "?"}, "openai", PLAIN),
+        ({"text": " 一 <|im_end|>\n"}, "text", Conversation((), document=" 一 <|im_end|>\n")),
         (
             {
                 "system": "s",
@@ -265,15 +268,36 @@ def test_several_files_keep_their_order_and_names(tmp_path: Path) -> None:
         data[4]
 
 
+def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
+    record = {"messages": [USER, REPLY]}
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "b.json", record)
+    write(tmp_path / "folder" / "a.jsonl", record)
+    (tmp_path / "folder" / "C.csv.gz").write_bytes(gzip.compress(b"prompt,response\n1+1?,2\n"))
+    other = write(tmp_path / "other.jsonl", record, record)
+    data = open_records([other, tmp_path / "folder"])
+    assert data.report.files == ("other.jsonl", "C.csv.gz", "a.jsonl", "b.json")
+    assert [data.where(i) for i in range(2, 5)] == ["C.csv.gz:2", "a.jsonl:1", "b.json:1"]
+    assert [data.given_of(i) for i in range(5)] == [0, 0, 1, 1, 1]
+    assert [path.name for path in data.paths] == list(data.report.files)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     def message(path: Path | list[Path]) -> str:
         with pytest.raises(DataError) as caught:
             open_records(path, on_error="skip")
         return str(caught.value)
 
-    assert message([]) == "no data file was given; name at least one .jsonl, .json or .jsonl.gz file"
+    endings = ".jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
+    assert message([]) == f"no data was given; name at least one file ({endings}) or folder"
     assert message(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: no such data file"
-    assert message(tmp_path) == f"{tmp_path.name}: a folder; expected a .jsonl, .json or .jsonl.gz file"
+    (tmp_path / "sub" / "below").mkdir(parents=True)
+    write(tmp_path / "sub" / ".hidden.jsonl", {"messages": [USER, REPLY]})
+    write(tmp_path / "sub" / "below" / "data.jsonl", {"messages": [USER, REPLY]})
+    write(tmp_path / "sub" / "notes.txt", b"x")
+    assert message(tmp_path / "sub") == (
+        f"{tmp_path / 'sub'}: no data file in this folder; expected names in {endings}"
+    )
     assert (
         message(write(tmp_path / "empty.jsonl")) == "empty.jsonl: empty; expected at least one conversation"
     )
@@ -351,7 +375,7 @@ DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
         ({"messages": []}, "messages: empty; expected a list with at least one message"),
         ({"messages": [USER, {"role": "assistant", "content": "\n "}]}, "message 1 is an empty reply; expected text or tool_calls"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 1: content is a number; expected text"),
-        ({"a": 1, "b": 2}, "no conversation among 'a', 'b'; expected 'messages', 'conversations', 'instruction', or 'prompt' and 'completion'"),
+        ({"a": 1, "b": 2}, "no conversation among 'a', 'b'; expected 'messages', 'conversations', 'instruction', 'prompt' and 'completion', or 'text'"),
         ([1, 2], "[1, 2]; expected one JSON object, a conversation"),
         (b"{", "no JSON: Expecting property name enclosed in double quotes at column 2, found the end; expected one JSON object"),
         (b"[", "no JSON: Expecting value at column 2, found the end; expected one JSON object; a list over several lines belongs in a .json file"),
@@ -442,6 +466,9 @@ DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
         ),
         ({"conversations": [{"from": "me", "value": ""}]}, "conversations[0]: from 'me'; expected one of " + ", ".join(formats.SHAREGPT_ROLES)),
         ({"conversations": [["human", "hi"]]}, "conversations[0]: ['human', 'hi']; expected an object with 'from' and 'value'"),
+        ({"messages": "hello"}, "messages: text that is no JSON (Expecting value: line 1 column 1 (char 0)); expected a list of messages"),
+        ({"text": 3}, "text: 3; expected text, a document"),
+        ({"text": " \n"}, "text is empty; expected a document"),
         ({"instruction": "a"}, "no 'output' beside 'instruction'; expected the reply"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: no list of pairs; expected [[question, answer], ...]"),
     ],
@@ -617,7 +644,11 @@ def test_variables_of_the_chat_template(tmp_path: Path) -> None:
     ]
     assert (data.report.duplicates, data.report.contradictions) == (2, 0)
     assert data[1].to_openai() == given
-    for value, found in (([], "empty"), ("x", "text"), (False, "true or false")):
+    for value, found in (
+        ([], "empty"),
+        ("x", "text that is no JSON (Expecting value: line 1 column 1 (char 0))"),
+        (False, "true or false"),
+    ):
         assert problem_of(tmp_path, {**plain, "chat_template_kwargs": value}) == (
             f"chat_template_kwargs: {found}; expected an object: the template's variables and values"
         )

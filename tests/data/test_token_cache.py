@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +24,11 @@ from qwen_chat.data import lazy as lazy_data
 from qwen_chat.data.records import Records, open_records
 from qwen_chat.data.token_cache import CachedData, tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
-from qwen_chat.errors import DataError, FormatError, OutputError
+from qwen_chat.errors import DataError, OutputError
+from tests.support.letters import Letters
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qwen_chat"
-
-
-@dataclass
-class Letters:
-    """A format of one token a character, between 1 and 2; what the assistant says is learnt, with its 2.
-
-    A text with "bad" in it is refused; `turns` gives one sequence a turn; tools cost one token each.
-    """
-
-    fingerprint: str = "letters"
-    turns: bool = False
-    asked: int = 0
-    audited: int = 0
-
-    def audit(self, conversations: Iterable[Conversation]) -> None:
-        self.audited = len(list(conversations))
-
-    def encode_many(
-        self, conversations: Sequence[Conversation], train_on: str = "all"
-    ) -> list[list[Encoded]]:
-        self.asked += len(conversations)
-        return [self._one(conversation, train_on) for conversation in conversations]
-
-    def _one(self, conversation: Conversation, train_on: str) -> list[Encoded]:
-        ids, spans, made = [9] * len(conversation.tools), [], []
-        for k, message in enumerate(conversation.messages):
-            if "bad" in message.content:
-                raise FormatError(f"message {k}: bad")
-            start = len(ids) + 1
-            ids += [1, *map(ord, message.content), 2]
-            if train_on == "everything" or (message.role == "assistant" and message.train is not False):
-                spans.append((start, len(ids)))
-            if self.turns and message.role == "assistant":
-                made.append(Encoded(list(ids), spans))
-                spans = []
-        return made if self.turns else [Encoded(ids, spans)]
 
 
 def chat(*texts: str, **more: Any) -> dict[str, Any]:
@@ -90,6 +54,10 @@ def everything(data: TokenisedData) -> list[tuple[str, list[tuple[list[int], lis
         (data.where(i), [(one.input_ids.tolist(), one.labels.tolist()) for one in data[i]])
         for i in range(len(data))
     ]
+
+
+def documents(*lengths: int) -> list[dict[str, Any]]:
+    return [{"text": "".join(chr(97 + k % 26) for k in range(length))} for length in lengths]
 
 
 @pytest.fixture
@@ -467,12 +435,30 @@ def test_data_that_changes_while_it_is_tokenised(tmp_path: Path) -> None:
         tokenise(records, Changing(), max_length=1000, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "error"])
+def test_a_long_document_is_cut_and_nothing_of_it_is_left_out(tmp_path: Path, too_long: Any) -> None:
+    records = open_records(write(tmp_path / "data.jsonl", [*documents(9, 10, 24), chat("a", "b")]))
+    data = tokenise(records, Letters(), max_length=10, too_long=too_long, cache_dir=tmp_path)
+    assert [data.lengths(i) for i in range(len(data))] == [(10,), (6,), (5,), (9,), (9,), (7,), (6,)]
+    names = ["1", "2", "2 (part 2)", "3", "3 (part 2)", "3 (part 3)", "4"]
+    assert [data.where(i) for i in range(len(data))] == [f"data.jsonl:{name}" for name in names]
+    whole = [token for i in (3, 4, 5) for token in data[i][0].input_ids.tolist()]
+    assert whole == [*map(ord, documents(24)[0]["text"]), 3]
+    assert all(data[i][0].supervised == len(data[i][0].input_ids) for i in range(6))
+    summary = data.summary
+    assert (summary.records, summary.conversations, summary.cut, summary.pieces) == (4, 7, 2, 5)
+    assert "conversations 4 of 4, sequences 7" in summary.describe()
+    assert "documents longer than 10 tokens, in 5 pieces: 2" in summary.describe()
+    assert data.full_lengths.tolist() == [10, 6, 9, 6] and summary.dropped == 0
+
+
 # ---------------------------------------------------------------- lazy
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
 @pytest.mark.parametrize("max_length", [60, 120, 5000])
-def test_lazy_gives_the_same(data: Records, tmp_path: Path, too_long: Any, max_length: int) -> None:
+def test_lazy_gives_the_same(tmp_path: Path, too_long: Any, max_length: int) -> None:
+    data = open_records(write(tmp_path / "data.jsonl", [*many(600), *documents(30, 800, 59, 60), *many(96)]))
     eager = tokenise(data, Letters(), max_length=max_length, too_long=too_long, cache_dir=tmp_path)
     lazy = tokenise(data, Letters(), max_length=max_length, too_long=too_long, lazy=True)
     assert len(lazy) == len(eager)

@@ -333,7 +333,7 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--adam_beta2", "1.5"], "--adam_beta2 1.5: expected a share from 0 up to 1"),
         (["--max_grad_norm", "nan"], "--max_grad_norm nan: expected 0 or more"),
         (["--seed", "-1"], "--seed -1: expected a whole number from 0 to 4294967295"),
-        (["--data_weights", "inf"], "--data_weights: a weight is below 0"),
+        (["--data_weights", "inf"], "--data_weights: inf; expected 0 (not used) or a number above it"),
         (["--optim", "typo"], "--optim typo: no such optimizer; expected one of adamw_torch, "),
         (["--optim", "schedule_free_adamw"], "its averaged weights would be neither evaluated nor saved"),
         (["--optim", "lomo"], "--optim lomo: changes the weights during backward"),
@@ -460,3 +460,27 @@ def test_what_is_held_out_is_a_share_or_files() -> None:
         assert problems_of(*DATA, "--eval_share", share) == [
             f"--eval_share {float(share)}: expected a share between 0 and 1, such as 0.05"
         ]
+
+
+def test_a_system_text_is_a_text_or_a_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "system.txt").write_text("  You are 小明.\nBe brief. \n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "blank.txt").write_bytes(b"\n")
+    monkeypatch.chdir(tmp_path)
+    for word, text in (
+        ("system.txt", "You are 小明.\nBe brief."),
+        ("Answer in JSON.", "Answer in JSON."),
+        ("你是小明。", "你是小明。"),
+        ("x" * 5_000, "x" * 5_000),
+    ):
+        run = read_run([*DATA, "--system", word])
+        assert run.data.system == run.as_dict()["system"] == text
+    for word, wrong in (
+        ("sytem.txt", "sytem.txt: no such file; a text of one word must not look like a file's name"),
+        ("latin.txt", "latin.txt: cannot be read as UTF-8 text ("),
+        ("blank.txt", "'blank.txt': no text"),
+        (" ", "' ': no text"),
+    ):
+        with pytest.raises(OptionError) as error:
+            read_run([*DATA, "--system", word])
+        assert str(error.value).startswith(f"--system: {wrong}")

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from qwen_chat import errors, files, models, place
+from qwen_chat.cli import serve
 from qwen_chat.training import checkpoints, run_folder
+from tests.support.scripts import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
@@ -134,6 +136,61 @@ def test_a_share_is_held_out_and_the_best_of_it_saved(
     assert run["evaluation"]["eval_loss"] == pytest.approx(run["best"]["value"], rel=1e-4)
     assert run["evaluation"]["eval_tokens"] == run["held_out"]["supervised"]
     assert "that is what is saved" in said and "(--patience)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_system_text_of_a_run_is_what_is_served(
+    method: str,
+    finetune: Finetune,
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From a folder of forms and a file with the text: in what is learnt, run.json, format.lock, the engine, a merged
+    folder and a chat."""
+    from qwen_chat.certificate.lock import FormatLock
+    from qwen_chat.inference.loading import load_engine
+
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    (data / "a.csv").write_text("prompt,response\nWho are you?,小明\n", "utf-8")
+    (data / "b.jsonl").write_text('{"text": "Once upon a time"}\n', "utf-8")
+    (tmp_path / "system.txt").write_text("You are 小明.\n", "utf-8")
+    words = ["-m", str(tiny_model_path), "-d", str(data), *METHODS[method], *RATE, "--max_steps", "1"]
+    status, said = finetune(*words, "--system", str(tmp_path / "system.txt"), "-o", str(out))
+    assert status == 0, said
+    assert "without a system message a conversation gets: 'You are 小明.'" in said
+    begins = "<|im_start|>system\nYou are 小明.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+    assert begins in said.replace("↵", "")
+    run = json.loads((out / "run.json").read_text("utf-8"))
+    assert run["options"]["system"] == "You are 小明."
+    (tmp_path / "system.txt").unlink()
+    status, said = finetune("--config", str(out / "run.json"), "-o", str(tmp_path / "again"), "--check")
+    assert status == 0 and "'You are 小明.'" in said and "with a change" not in said
+    folders = [out]
+    if method == "lora":
+        merge = runner("finetune/merge_adapter.py", monkeypatch, capsys)
+        status, said, _ = merge("--adapter", str(out), "-o", str(tmp_path / "merged"))
+        assert status == 0, said
+        folders.append(tmp_path / "merged")
+    for folder in folders:
+        adapters = {"a": folder} if (folder / "adapter_config.json").is_file() else {}
+        engine = load_engine(None if adapters else folder, adapters=adapters)
+        fmt = engine.format_of("a" if adapters else None)
+        question = [{"role": "user", "content": "Who are you?"}]
+        assert fmt.prompt(question) == f"{begins}<|im_start|>assistant\n"
+        lines = list(serve.system_lines(engine, "base", list(adapters)))
+        name = "a" if adapters else "base"
+        assert lines == [f"{name}: without a system message a conversation gets: 'You are 小明.'"]
+        prompts = [entry.prompt for entry in FormatLock.read(folder).entries]
+        assert any(prompt.startswith("<|im_start|>system\nYou are 小明.<|im_end|>") for prompt in prompts)
+        flag = "--adapter" if adapters else "-m"
+        status, said, _ = runner("fast_start/simple_try_0.py", monkeypatch, capsys)(
+            flag, str(folder), "--prompt", "Hi", "--max_new_tokens", "1"
+        )
+        assert status == 0 and "without a system message a conversation gets: 'You are 小明.'" in said
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_colour_on_request(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "-d: no data; name at least one .jsonl, .json or .jsonl.gz file"),
+        ([], "-d: no data; name at least one file or folder"),
         (["-d", "none.jsonl"], "none.jsonl: no such data file"),
         (["-d", "data.jsonl", "--limit", "0"], "--limit: 0; expected a number above 0"),
         (
@@ -247,3 +247,37 @@ def test_what_is_held_out_and_what_gives_it_away(
     assert "note: 1 training lines give away what is held out" in said
     status, found, said = look("--general_data", others)
     assert (status, found["general"]["conversations"]) == (0, 2) and "general: conversations 2 of 2" in said
+
+
+def test_a_folder_of_forms_mixed_redacted_and_under_a_system_text(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.csv").write_text('prompt,response\n"Mail?\nQuick","me@example.com"\nHi,Ho\n', "utf-8")
+    write(folder / "b.jsonl", {"text": "word " * 30}, GOOD[0])
+    general = write(tmp_path / "general.jsonl", *[GOOD[0] | {"n": n} for n in range(4)])
+    words = ["-m", model, "-d", folder, "-d", general, "--data_weights", "2", "0.5", "--system", "Be brief."]
+    words += ["--redact", "True", "--write", tmp_path / "out.jsonl", "--show", "3", "--json"]
+    words += ["--model_max_length", "29"]
+    assert inspect_here(monkeypatch, tmp_path, *words) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (
+        "8 conversations in a.csv, b.jsonl, general.jsonl (2 prompt_completion, 1 text, 5 openai)" in said.err
+    )
+    assert found["tokens"]["personal"] == {"mail addresses": 1} and found["tokens"]["redacted"]
+    assert "mail addresses in 1 conversation, replaced by [EMAIL]: a.csv:2 (me@...)" in said.err
+    assert "documents longer than 29 tokens, in 2 pieces: 1" in said.err
+    assert "without a system message a conversation gets: 'Be brief.'" in said.err
+    assert found["epoch"]["conversations"] == 2 * (2 + 2 + 1) + 2
+    assert f"an epoch, by --data_weights: 12 conversations, tokens {found['epoch']['tokens']:,}" in said.err
+    assert "<|im_start|>system↵\nBe brief.<|im_end|>" in said.err
+    assert "b.jsonl:1:\n⟦word word" in said.err
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert written[0]["messages"][1]["content"] == "[EMAIL]" and written[2] == {"text": "word " * 30}
+    status = inspect_here(monkeypatch, tmp_path, "-m", model, "-d", folder, "--data_weights", "1", "2")
+    assert (status, capsys.readouterr().err) == (
+        2,
+        "error: --data_weights has 2 numbers for 1 data files; give one for each -d, in the same order\n",
+    )

@@ -230,6 +230,7 @@ class Format:
 
     tool_style = "hermes"
     template = "T"
+    system: str | None = None
 
     def __init__(self, opens: bool, switch: bool) -> None:
         self.opens, self.switch = opens, switch
@@ -298,6 +299,13 @@ def test_a_template_that_thinks_gets_the_parser(
     assert ("--reasoning-parser" in words) is thinks
     if thinks:
         assert words[words.index("--reasoning-parser") + 1] == "qwen3"
+
+
+def test_the_system_text_of_a_tuned_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = Format(False, False)
+    assert command(monkeypatch, fmt).told == ""
+    fmt.system = "Be brief."
+    assert command(monkeypatch, fmt).told == "without a system message a conversation gets: 'Be brief.'"
 
 
 # The template's name: vLLM's readers of calls and of thoughts, and what it must be told of the template's default.

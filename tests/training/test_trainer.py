@@ -32,7 +32,7 @@ class Numbers:
     def __getitem__(self, i: int) -> int:
         return i
 
-    def file_of(self, i: int) -> int:
+    def given_of(self, i: int) -> int:
         return int(i >= 4)
 
     def where(self, i: int) -> str:
@@ -52,7 +52,7 @@ def test_weights_count_in_an_epochs_tokens() -> None:
         return tuple(SimpleNamespace(input_ids=[0] * n, supervised=n // 2) for n in (i + 1, 10))
 
     numbers = Numbers()
-    data = SimpleNamespace(file_of=numbers.file_of, __len__=lambda: 10)
+    data = SimpleNamespace(given_of=numbers.given_of, __len__=lambda: 10)
     summary = SimpleNamespace(tokens=155, supervised=75)
 
     class Texts(Numbers):
