@@ -36,6 +36,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     shape = memory_plan.Shape.of(models.read_config(model_path))
     run_folder.check_disk(folder, memory_plan.disk_needed(shape, run))
     prepared = session.prepare(run, folder, model_path)
+    run = prepared.run  # with what --preset chose for the data
     if run.train.check:
         rank_zero("everything is in order, short of loading the model")
         return 0

@@ -34,15 +34,18 @@ def option(
     hint: str = "",
     appends: bool = False,
     splits: bool = True,
+    shown_as: str = "",
 ) -> Default:
     """A dataclass field that is a flag. `names` are further spellings: `-m`, `--model_name_or_path`.
 
     old: names that it had, read with a note. elsewhere: what other programs call it, answered with "did you mean
     --name hint?". appends: a list that grows where the flag is given again. splits: a list that does not may be
-    written a,b,c; paths, keys and regular expressions hold commas of their own.
+    written a,b,c; paths, keys and regular expressions hold commas of their own. shown_as: what --help shows in place
+    of the default.
     """
     told = {"help": help, "names": names, "old": tuple(old.split()), "elsewhere": tuple(elsewhere.split())}
-    return field(default=default, metadata={**told, "hint": hint, "appends": appends, "splits": splits})
+    more = {"hint": hint, "appends": appends, "splits": splits, "shown_as": shown_as}
+    return field(default=default, metadata=told | more)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Option:
     hint: str = ""
     appends: bool = False
     splits: bool = True
+    shown_as: str = ""
     # Why it may not be given: it is known, but neither suggested nor listed among the others.
     refused: str | None = None
 
@@ -297,7 +301,8 @@ def _help(
             kind = get_args(entry.kind)[0] if entry.many else entry.kind
             kinds = "|".join(dict.fromkeys(_expected(kind).split(" or ")))
             lines += [f"  {names} {kinds}" + (" ..." if entry.many else "")]
-            default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
+            default = entry.shown_as or ("" if entry.default in (None, ()) else shown(entry.default))
+            default = f" [{default}]" if default else ""
             lines += textwrap.wrap(entry.help + default, 104, initial_indent=indent, subsequent_indent=indent)
         lines += [""]
     if others:

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "model": str(session.model_path),
         "options": run.as_dict(),
         "given": sorted(run.given),
-        "decisions": list(decisions),
+        "preset": [asdict(choice) for choice in run.chosen],
+        "decisions": [*(f"--preset {run.train.preset}: {choice}" for choice in run.chosen), *decisions],
         "data": {**budget, **data.summary.to_json()},
         **({"held_out": held_out} if held_out else {}),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),

@@ -1,0 +1,125 @@
+"""The flags that decide how well a run learns: what each of them is where nobody gave it, and why.
+
+In: the name of a preset, what is known of the run (`Facts`), the values that were given. Out: a `Choice` for each other
+flag of `FLAGS`. Pure: no file, no clock, no torch.
+
+`auto` follows the data and the model; benchmarks/bench_defaults.py measures it. `qwen2` are the numbers of the Qwen2
+repository's examples/sft (finetune.py and finetune.sh), which they are for every method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ADAPTER = ("lora_r", "lora_alpha", "lora_dropout")
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+FLAGS = (*ADAPTER, "learning_rate", "num_train_epochs", *BATCH)
+
+QWEN2: Mapping[str, float] = {
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "learning_rate": 3e-4,
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+}
+
+# The ranks of auto, with the most learnt tokens of an epoch that each is for; the last one is for all above.
+RANKS = ((16, 3_000_000), (32, 10_000_000), (64, math.inf))
+SCALE = 2  # what an adapter is multiplied by
+# The rate of an adapter over a model of this width; a wider one gets less, as (WIDTH / width) ** EXPONENT.
+RATE, WIDTH, EXPONENT = 1e-3, 576, 0.78
+FULL = 1 / 20  # a full fine-tune's rate is this part of an adapter's: every weight moves
+UNKNOWN_WIDTH = 3584  # where config.json does not tell: a 7B's, whose rate is safe for smaller ones
+EPOCHS = (45, 1, 10)  # 45 / sqrt(conversations), from 1 to 10
+SMALL, STEP = 4, 8  # conversations of an optimizer step: of less than SMALL_DATA, of more
+SMALL_DATA = 200
+ROW = 4  # conversations of a row at most: what a row holds is what takes memory
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run. None: not read yet, or not counted."""
+
+    method: Literal["full", "lora", "qlora"]
+    width: int | None = None  # the model's hidden size
+    conversations: int | None = None  # of an epoch
+    learnt: int | None = None  # supervised tokens of an epoch
+    processes: int = 1
+    rank_stabilised: bool = False  # --use_rslora: the scale is alpha / sqrt(rank)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One flag's value and its reason, without the flags that it follows from."""
+
+    flag: str
+    value: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"--{self.flag} {self.value:g} ({self.reason})"
+
+
+def choose(preset: Literal["auto", "qwen2"], facts: Facts, given: Mapping[str, float]) -> tuple[Choice, ...]:
+    """A choice for each flag of FLAGS that has no value in `given`; for a full fine-tune none of ADAPTER."""
+    if preset == "qwen2":
+        every: list[Choice] = [Choice(flag, QWEN2[flag], "the Qwen2 example's") for flag in FLAGS]
+    else:
+        every = [*_adapter(facts, given), _rate(facts), _epochs(facts), *_batch(facts, given)]
+    left = [flag for flag in FLAGS if flag not in given and (facts.method != "full" or flag not in ADAPTER)]
+    return tuple(choice for choice in every if choice.flag in left)
+
+
+def told(preset: str, choices: Sequence[Choice]) -> str:
+    """What was chosen, for a person: a line each."""
+    if not choices:
+        return f"--preset {preset} chose nothing: every flag that it would was given"
+    return "\n".join([f"chosen by --preset {preset}:", *(f"  {choice}" for choice in choices)])
+
+
+def _adapter(facts: Facts, given: Mapping[str, float]) -> Iterator[Choice]:
+    rank, why = RANKS[-1][0], "the most that is chosen; the data decide"
+    if facts.conversations is not None:
+        learnt = facts.learnt or 0  # not counted while data are tokenised on first use
+        rank = next(rank for rank, most in RANKS if learnt <= most)
+        why = f"{learnt:,} tokens are learnt" if learnt else "the tokens that are learnt are not counted yet"
+    yield Choice("lora_r", rank, why)
+    root = "the square root of " if facts.rank_stabilised else ""
+    divisor = given.get("lora_r", rank)
+    alpha = SCALE * (math.sqrt(divisor) if facts.rank_stabilised else divisor)
+    yield Choice("lora_alpha", max(1, round(alpha)), f"{SCALE} times {root}the rank")
+    yield Choice("lora_dropout", 0.0, "it gained nothing where it was measured, and takes memory and time")
+
+
+def _rate(facts: Facts) -> Choice:
+    width = facts.width or UNKNOWN_WIDTH
+    rate = RATE * (WIDTH / width) ** EXPONENT * (FULL if facts.method == "full" else 1)
+    told = f"the model is {width:,} wide" if facts.width else "the model's width is not known"
+    method = "every weight moves" if facts.method == "full" else "an adapter"
+    return Choice("learning_rate", float(f"{rate:.0e}"), f"{method}, {told}")
+
+
+def _epochs(facts: Facts) -> Choice:
+    if facts.conversations is None:
+        return Choice("num_train_epochs", 3.0, "the data decide")
+    factor, least, most = EPOCHS
+    epochs = min(most, max(least, round(factor / math.sqrt(max(1, facts.conversations)))))
+    return Choice("num_train_epochs", float(epochs), f"{facts.conversations:,} conversations")
+
+
+def _batch(facts: Facts, given: Mapping[str, float]) -> Iterator[Choice]:
+    """Rows and accumulation that make the step's conversations, over all processes."""
+    small = facts.conversations is not None and facts.conversations < SMALL_DATA
+    wanted = max(1, (SMALL if small else STEP) // facts.processes)
+    why = f"a step of {wanted * facts.processes} conversations"
+    if facts.conversations is not None:
+        why += f", of {facts.conversations:,}"
+    row = min(ROW, max(1, round(wanted / given.get("gradient_accumulation_steps", 1))))
+    yield Choice("per_device_train_batch_size", row, why)
+    rows = max(1, round(wanted / given.get("per_device_train_batch_size", row)))
+    yield Choice("gradient_accumulation_steps", rows, why)
