@@ -225,7 +225,10 @@ class Run:
         asked = {k: value for k, value in values.extra.items() if not training_fields.harmless(k, value)}
         if values[TrainArguments].patience is not None:
             asked = {"load_best_model_at_end": True, **asked}
-        run = cls(*groups, asked, values.given, values.notes, kept=values.given if kept is None else kept)
+        kept = values.given if kept is None else kept
+        if values[TrainArguments].learning_rate is None:
+            kept -= {"learning_rate"}  # `none` asks for a choice
+        run = cls(*groups, asked, values.given, values.notes, kept=kept)
         if run.lora.q_lora:
             run = replace(run, lora=replace(run.lora, use_lora=True))
         return settled(replace(run, train=_with_defaults(run)), preset.Facts(run.method))
@@ -273,7 +276,7 @@ def settled(run: Run, facts: preset.Facts, begun: Mapping[str, Any] | None = Non
     options, kept = run.as_dict(), set(run.kept)
     if run.lora.lora_weight_path is not None:
         kept.update(preset.ADAPTER)  # the adapter brings its own
-    given = {flag: options[flag] for flag in preset.FLAGS if flag in kept and options[flag] is not None}
+    given = {flag: options[flag] for flag in preset.FLAGS if flag in kept}
     if int(run.extra.get("max_steps", -1)) > 0:
         given["num_train_epochs"] = run.train.num_train_epochs  # nothing follows from it
     facts = replace(facts, rank_stabilised=run.lora.use_rslora)
