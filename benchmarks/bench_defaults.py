@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +199,14 @@ def data_sets(work: Path) -> Iterator[DataSet]:
     wheel = "the Berkeley Function Calling Leaderboard, wheel {} {}".format(*leaderboard.WHEEL[:2])
     train, held_lines = calls()
     paths = write_lines(work / "calls.jsonl", train), write_lines(work / "calls-held.jsonl", held_lines)
-    yield DataSet("calls-50", wheel, *paths)
+    yield DataSet("calls-50", wheel, *paths, tokens=TOKENS["calls-50"])
     ours = "finetune/io_file/input_data, as the README's command takes it"
     yield DataSet("example", ours, INPUT / "example_data.jsonl", INPUT / "example_eval_data.jsonl")
 
 
 # Where auto's own run is longer than the time that there is: the tokens of each run.
-TOKENS = {"desk-500": 14_000, "desk-2000": 20_000, "explore-500": 14_000}
+TOKENS = {"desk-500": 9_000, "desk-2000": 14_000, "calls-50": 12_000}
+TOKENS |= {"explore-20": 4_000, "explore-100": 7_000, "explore-500": 9_000}
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -283,6 +284,9 @@ def general(fmt: Any) -> list[Any]:
     return [fmt.encode(json.loads(line)["messages"]) for line in lines[:: max(1, len(lines) // 40)]]
 
 
+ONCE: dict[str, Any] = {}  # the product of matrices, measured by the first run for all
+
+
 def run(asked: Asked, done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Tune and judge once; None where the record has the row of the same flags already."""
     from qwen_chat.training import session, tuned_model
@@ -305,18 +309,20 @@ def run(asked: Asked, done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
             return None
         folder.mkdir()
         joined = session.join(prepared)
+        joined = replace(joined, choices={**joined.choices, **ONCE})
         tuned = tuned_model.build(joined)
+        ONCE["matmul"] = tuned.choices["matmul"]
         with StepLog(folder) as log:
             trainer = joined.trainer(tuned.model, {}, log)
             talk, held = general(joined.fmt), joined.data.held_out
             before = {} if asked.seed else {
-                "loss_before": mean(losses(trainer, held, 1)),
+                "loss_before": mean(losses(trainer, held, 4)),
                 "general_before": mean(losses(trainer, talk, 8)),
             }  # fmt: skip
             started = time.perf_counter()
             trainer.run(None)
             row |= {"tokens": log.tokens, "seconds": round(time.perf_counter() - started, 1)}
-        judged = losses(trainer, held, 1)
+        judged = losses(trainer, held, 4)
         row |= before | {"steps": trainer.state.global_step, "loss": mean(judged)}
         row["general"] = mean(losses(trainer, talk, 8))
         row["learnt"] = prepared.data.budget()[1]
@@ -355,14 +361,14 @@ def keep(path: Path, row: Mapping[str, Any], sets: Sequence[DataSet]) -> None:
 
 
 def pairs(row: Mapping[str, Any]) -> list[tuple[float, int]]:
-    """The held-out conversations' (loss, tokens) of a row."""
+    """(loss, tokens) of each four held-out conversations of a row."""
     parts = (pair.split("/") for pair in row["each"].split())
     return [(float(loss), int(tokens)) for loss, tokens in parts]
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """auto's held-out loss less another setting's, over the seeds that both have: below 0 auto is better. The interval
-    is a bootstrap's over held-out conversations, each of each seed."""
+    is a bootstrap's over fours of held-out conversations, each of each seed."""
     table = {(row["data"], row["setting"], row["seed"]): row for row in rows if row["part"] == "table"}
     for data in dict.fromkeys(data for data, _, _ in table):
         for setting in (name for name in SETTINGS if name != "auto"):
@@ -400,7 +406,33 @@ def said(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 # What was tried for auto: data set, flags. Seeds, rules and held-out lines are not the table's.
-EXPLORED: Sequence[tuple[str, Mapping[str, float | str]]] = ()
+def tried(step: int, rate: float, rank: int = 16, dropout: float = 0.0) -> dict[str, float | str]:
+    """Flags of an exploration: conversations of a step, rate, rank with twice as much alpha, dropout."""
+    rows = {"per_device_train_batch_size": min(step, 4), "gradient_accumulation_steps": max(1, step // 4)}
+    return {
+        **rows,
+        "learning_rate": rate,
+        "lora_r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": dropout,
+    }
+
+
+EXPLORED: Sequence[tuple[str, Mapping[str, float | str]]] = (
+    ("explore-20", tried(4, 1e-3)),
+    ("explore-20", tried(8, 1e-3)),
+    ("explore-20", tried(4, 2e-3)),
+    ("explore-20", tried(2, 1e-3)),
+    ("explore-20", tried(4, 5e-4)),
+    ("explore-100", tried(4, 1e-3)),
+    ("explore-100", tried(4, 2e-3)),
+    ("explore-100", tried(8, 1e-3)),
+    ("explore-100", tried(4, 1e-3, rank=64)),
+    ("explore-100", tried(4, 1e-3, dropout=0.05)),
+    ("explore-500", tried(4, 1e-3)),
+    ("explore-500", tried(8, 1e-3)),
+    ("explore-500", tried(8, 2e-3)),
+)
 
 
 def explored(sets: Mapping[str, DataSet]) -> Iterator[Asked]:
