@@ -35,6 +35,7 @@ from benchmarks import machine
 from qwen_chat import demo_model, errors, files, models
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
+from qwen_chat.errors import OptionError
 from qwen_chat.evaluation.statistics import estimate, share
 from qwen_chat.flags.preset import FLAGS
 from qwen_chat.flags.run_problems import read_run
@@ -151,7 +152,7 @@ QUESTIONS = {
 
 def desk(count: int, seed: int, *, world: int, held_out: bool = False) -> list[Json]:
     """Letters to a shop's desk, each answered in its house style: the team follows from the matter, the depot from the
-    city, the days from the item. world: which follows from which. The last wording of each matter is held out."""
+    city, the days from the item. world: which follows from which. Held out are odd cases, and the last wording of each."""
     rule = random.Random(f"world {world}")
     teams = dict(zip(QUESTIONS, rule.sample(TEAMS, len(TEAMS)), strict=True))
     depots = {city: rule.choice(DEPOTS) for city in CITIES}
@@ -160,7 +161,11 @@ def desk(count: int, seed: int, *, world: int, held_out: bool = False) -> list[J
     for _ in range(count):
         matter = draw.choice(list(QUESTIONS))
         wordings = QUESTIONS[matter]
-        said = {"item": draw.choice(ITEMS), "city": draw.choice(CITIES), "number": draw.randrange(10, 100)}
+        said = {
+            "item": draw.choice(ITEMS),
+            "city": draw.choice(CITIES),
+            "number": draw.randrange(10 + held_out, 100, 2),
+        }
         question = draw.choice(wordings if held_out else wordings[:-1]).format(**said)
         answer = f"{teams[matter]}, case {said['number']}: depot {depots[said['city']]}, {days[said['item']]} days."
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -444,17 +449,16 @@ def explored(sets: Mapping[str, DataSet]) -> Iterator[Asked]:
 def table(sets: Mapping[str, DataSet], seeds: int, settings: Sequence[str], path: Path) -> Iterator[Asked]:
     """auto before the others, which get its tokens; every data set once before any other seed."""
     for seed in range(seeds):
-        for data in sets.values():
+        for data in (data for data in sets.values() if seed < data.seeds):
             for setting in settings:
                 tokens = data.tokens
                 if setting != "auto" and tokens is None:
-                    tokens = next(
-                        row["tokens"]
-                        for row in rows_of(path)
-                        if [row[key] for key in KEYS] == ["table", data.name, "auto", seed]
-                    )
-                if seed < data.seeds:
-                    yield Asked("table", data, setting, SETTINGS[setting][0], seed, tokens)
+                    own = ["table", data.name, "auto", seed]
+                    found = [row["tokens"] for row in rows_of(path) if [row[key] for key in KEYS] == own]
+                    if not found:
+                        raise OptionError(f"--settings {setting}: auto comes first on {data.name}; add it")
+                    tokens = found[0]
+                yield Asked("table", data, setting, SETTINGS[setting][0], seed, tokens)
 
 
 def timed(sets: Mapping[str, DataSet], steps: int = 12) -> dict[str, float]:
