@@ -139,7 +139,7 @@ QUESTIONS = {
         "I want to return a {item}. {city}, order {number}.",
         "Order {number} to {city}: please take the {item} back.",
         "How do I send back the {item}? {city}, order {number}.",
-        "The {item} is too big for me. {city}, order {number}.",
+        "Too big for me, this {item}. {city}, order {number}.",
     ),
     "bill": (
         "I was billed twice for a {item}. {city}, order {number}.",
@@ -152,7 +152,7 @@ QUESTIONS = {
 
 def desk(count: int, seed: int, *, world: int, held_out: bool = False) -> list[Json]:
     """Letters to a shop's desk, each answered in its house style: the team follows from the matter, the depot from the
-    city, the days from the item. world: which follows from which. Held out are odd cases, and the last wording of each."""
+    city, the days from the item. world: which follows from which. Odd cases and last wordings are held out."""
     rule = random.Random(f"world {world}")
     teams = dict(zip(QUESTIONS, rule.sample(TEAMS, len(TEAMS)), strict=True))
     depots = {city: rule.choice(DEPOTS) for city in CITIES}
