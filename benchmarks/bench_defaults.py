@@ -211,7 +211,7 @@ def data_sets(work: Path) -> Iterator[DataSet]:
 
 # Where auto's own run is longer than the time that there is: the tokens of each run.
 TOKENS = {"desk-500": 9_000, "desk-2000": 14_000, "calls-50": 12_000}
-TOKENS |= {"explore-20": 4_000, "explore-100": 7_000, "explore-500": 9_000}
+TOKENS |= {"explore-20": 4_000, "explore-100": 5_000, "explore-500": 6_000}
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -424,24 +424,24 @@ def tried(step: int, rate: float, rank: int = 16, dropout: float = 0.0) -> dict[
 
 
 EXPLORED: Sequence[tuple[str, Mapping[str, float | str]]] = (
-    ("explore-20", tried(4, 1e-3)),
     ("explore-20", tried(8, 1e-3)),
+    ("explore-20", tried(4, 5e-4)),
+    ("explore-20", tried(4, 1e-3)),
     ("explore-20", tried(4, 2e-3)),
     ("explore-20", tried(2, 1e-3)),
-    ("explore-20", tried(4, 5e-4)),
+    ("explore-20", tried(2, 2e-3)),
+    ("explore-20", tried(2, 1e-3, rank=64)),
+    ("explore-20", tried(2, 1e-3, dropout=0.05)),
     ("explore-100", tried(4, 1e-3)),
+    ("explore-100", tried(2, 1e-3)),
     ("explore-100", tried(4, 2e-3)),
-    ("explore-100", tried(8, 1e-3)),
-    ("explore-100", tried(4, 1e-3, rank=64)),
-    ("explore-100", tried(4, 1e-3, dropout=0.05)),
     ("explore-500", tried(4, 1e-3)),
-    ("explore-500", tried(8, 1e-3)),
-    ("explore-500", tried(8, 2e-3)),
+    ("explore-500", tried(2, 1e-3)),
 )
 
 
 def explored(sets: Mapping[str, DataSet]) -> Iterator[Asked]:
-    for name, flags in EXPLORED:
+    for name, flags in (run for run in EXPLORED if run[0] in sets):
         setting = " ".join(f"{flag} {value}" for flag, value in flags.items())
         yield Asked("exploration", sets[name], setting, flags, 0, sets[name].tokens)
 

@@ -36,8 +36,8 @@ RATE, WIDTH, EXPONENT = 1e-3, 576, 0.78
 FULL = 1 / 20  # a full fine-tune's rate is this part of an adapter's: every weight moves
 UNKNOWN_WIDTH = 3584  # where config.json does not tell: a 7B's, whose rate is safe for smaller ones
 EPOCHS = (30, 1, 10)  # 30 / sqrt(conversations), from 1 to 10
-SMALL, STEP = 4, 8  # conversations of an optimizer step: of less than SMALL_DATA, of more
-SMALL_DATA = 200
+STEPS, STEP = 200, (2, 16)  # conversations of an optimizer step: such that an epoch has 200, but from 2 to 16
+UNKNOWN_STEP = 8  # while the data are not read
 ROW = 4  # conversations of a row at most: what a row holds is what takes memory
 
 
@@ -114,11 +114,12 @@ def _epochs(facts: Facts) -> Choice:
 
 def _batch(facts: Facts, given: Mapping[str, float]) -> Iterator[Choice]:
     """Rows and accumulation that make the step's conversations, over all processes."""
-    small = facts.conversations is not None and facts.conversations < SMALL_DATA
-    wanted = max(1, (SMALL if small else STEP) // facts.processes)
-    why = f"a step of {wanted * facts.processes} conversations"
+    step, why = UNKNOWN_STEP, "the data decide"
     if facts.conversations is not None:
-        why += f", of {facts.conversations:,}"
+        least, most = STEP
+        step = min(most, max(least, 2 ** int(math.log2(max(1, facts.conversations / STEPS)))))
+        why = f"a step of {step} of {facts.conversations:,} conversations"
+    wanted = max(1, step // facts.processes)
     row = min(ROW, max(1, round(wanted / given.get("gradient_accumulation_steps", 1))))
     yield Choice("per_device_train_batch_size", row, why)
     rows = max(1, round(wanted / given.get("per_device_train_batch_size", row)))
