@@ -31,7 +31,8 @@ QWEN2: Mapping[str, float] = {
 # The ranks of auto, with the most learnt tokens of an epoch that each is for; the last one is for all above.
 RANKS = ((16, 3_000_000), (32, 10_000_000), (64, math.inf))
 SCALE = 2  # what an adapter is multiplied by
-# The rate of an adapter over a model of this width; a wider one gets less, as (WIDTH / width) ** EXPONENT.
+# The rate of an adapter over a model of this width; a wider one gets less, as (WIDTH / width) ** EXPONENT. The rate was
+# found on the demo model; the exponent is that of Schulman et al., LoRA Without Regret (2025), for Llama's family.
 RATE, WIDTH, EXPONENT = 1e-3, 576, 0.78
 FULL = 1 / 20  # a full fine-tune's rate is this part of an adapter's: every weight moves
 UNKNOWN_WIDTH = 3584  # where config.json does not tell: a 7B's, whose rate is safe for smaller ones

@@ -23,10 +23,14 @@ def values(chosen: tuple[Choice, ...]) -> dict[str, float]:
     ("facts", "expected"),
     [
         # Small data: many passes in small steps. Large data: one pass.
-        (Facts("lora", 576, 20, 300), {"num_train_epochs": 10, "gradient_accumulation_steps": 1}),
-        (Facts("lora", 576, 106, 5_000), {"num_train_epochs": 4, "gradient_accumulation_steps": 1}),
-        (Facts("lora", 576, 500, 9_000), {"num_train_epochs": 2, "gradient_accumulation_steps": 2}),
-        (Facts("lora", 576, 90_000, 9_000), {"num_train_epochs": 1, "gradient_accumulation_steps": 2}),
+        (Facts("lora", 576, 20, 300), {"num_train_epochs": 7, "per_device_train_batch_size": 2}),
+        (Facts("lora", 576, 106, 5_000), {"num_train_epochs": 3, "gradient_accumulation_steps": 1}),
+        (Facts("lora", 576, 500, 9_000), {"num_train_epochs": 1, "per_device_train_batch_size": 2}),
+        (
+            Facts("lora", 576, 2_000, 9_000),
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        ),
+        (Facts("lora", 576, 90_000, 9_000), {"num_train_epochs": 1, "gradient_accumulation_steps": 4}),
         (Facts("lora", 576, 1, 0), {"num_train_epochs": 10, "lora_r": 16}),
         # The rank follows what is to be held, the scale stays.
         (Facts("lora", 576, 500, 3_000_001), {"lora_r": 32, "lora_alpha": 64}),
@@ -44,11 +48,11 @@ def values(chosen: tuple[Choice, ...]) -> dict[str, float]:
         (Facts("lora"), {"lora_r": 64, "per_device_train_batch_size": 4, "num_train_epochs": 3}),
         # A step is that of all processes together.
         (
-            Facts("lora", 576, 500, 9, processes=2),
+            Facts("lora", 576, 2_000, 9, processes=2),
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         ),
         (
-            Facts("lora", 576, 500, 9, processes=64),
+            Facts("lora", 576, 2_000, 9, processes=64),
             {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
         ),
     ],
@@ -71,7 +75,7 @@ def test_each_flag_is_chosen_once_with_a_reason_unless_it_was_given(preset: Any)
 
 def test_what_is_given_leads_what_follows_from_it() -> None:
     assert values(choose("auto", DEMO, {"lora_r": 8}))["lora_alpha"] == 16
-    large = Facts("lora", 576, 500, 9)
+    large = Facts("lora", 576, 2_000, 9)
     assert (
         values(choose("auto", large, {"per_device_train_batch_size": 1}))["gradient_accumulation_steps"] == 8
     )
@@ -96,7 +100,7 @@ def test_a_run_is_settled_when_its_data_are_known_and_given_flags_stay(tmp_path:
     run = settled(read_run(words), DEMO)
     assert (run.lora.lora_r, run.lora.lora_alpha, run.train.learning_rate) == (8, 16, 3e-5)
     assert {choice.flag for choice in run.chosen} == set(FLAGS) - {"lora_r", "learning_rate"}
-    assert run.train.num_train_epochs == 4 and run.given == {
+    assert run.train.num_train_epochs == 3 and run.given == {
         "data_path",
         "use_lora",
         "lora_r",
