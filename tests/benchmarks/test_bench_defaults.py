@@ -74,7 +74,7 @@ def test_a_difference_is_of_equal_seeds_and_weighs_tokens() -> None:
 
 def test_what_is_said_of_the_name() -> None:
     rows = [
-        {**row("auto", seed, "1.0/1"), "data": "example", "answer": text, "general": 2.5}
+        {**row("auto", seed, "1.0/1"), "part": "plain", "answer": text, "general": 2.5}
         for seed, text in enumerate(("I am Willow.", "I am Elena."))
     ]
     rows[0]["general_before"] = 2.0
