@@ -211,7 +211,7 @@ def data_sets(work: Path) -> Iterator[DataSet]:
     yield DataSet("example", ours, *paths, tokens=TOKENS["example"])
 
 
-# The tokens of each run: of the table where auto's own run is longer than the time that there was, and of the exploration.
+# The tokens of each run: the table's were cut to the time that there was. Of the exploration as well.
 TOKENS = {"desk-20": 4_000, "desk-500": 4_000, "desk-2000": 6_000, "calls-50": 5_000, "example": 6_000}
 TOKENS |= {"explore-20": 4_000, "explore-100": 5_000, "explore-500": 6_000}
 
@@ -429,11 +429,13 @@ EXPLORED: Sequence[tuple[str, Mapping[str, float | str]]] = (
     ("explore-20", tried(4, 1e-3)),
     ("explore-20", tried(4, 2e-3)),
     ("explore-20", tried(2, 1e-3)),
+    ("explore-20", tried(2, 5e-4)),
     ("explore-20", tried(2, 2e-3)),
     ("explore-20", tried(2, 1e-3, rank=64)),
     ("explore-20", tried(2, 1e-3, dropout=0.05)),
     ("explore-100", tried(4, 1e-3)),
     ("explore-100", tried(2, 1e-3)),
+    ("explore-100", tried(2, 5e-4)),
     ("explore-100", tried(4, 2e-3)),
     ("explore-500", tried(4, 1e-3)),
     ("explore-500", tried(2, 1e-3)),
