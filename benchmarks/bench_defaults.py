@@ -36,7 +36,7 @@ from benchmarks import machine
 from qwen_chat import demo_model, errors, files, models
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
-from qwen_chat.errors import OptionError
+from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.evaluation.statistics import estimate
 from qwen_chat.flags.preset import FLAGS
 from qwen_chat.flags.run_problems import read_run
@@ -327,7 +327,8 @@ def run(asked: Asked, done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
                 "general_before": mean(losses(trainer, talk, 8)),
             }  # fmt: skip
             started = time.perf_counter()
-            trainer.run(None)
+            if not trainer.run(None):
+                raise TrainingError("stopped; the rows that are done are kept, the same command goes on")
             row |= {"tokens": log.tokens, "seconds": round(time.perf_counter() - started, 1)}
         judged = losses(trainer, held, 4)
         row |= before | {"steps": trainer.state.global_step, "loss": mean(judged)}
@@ -494,11 +495,11 @@ def main() -> int:
         machine.write(options.output, record | {"seconds_a_token": seconds})
         return 0
     chosen = {name: data for name, data in sets.items() if name.startswith("explore") == options.explore}
-    runs = (
-        explored(chosen)
-        if options.explore
-        else table(chosen, options.seeds, options.settings, options.output)
-    )
+    runs = table(chosen, options.seeds, options.settings, options.output)
+    if options.explore:
+        runs = explored(chosen)
+    if options.plain:
+        runs = (Asked("plain", chosen["example"], "auto", {}, seed) for seed in range(options.seeds))
     for asked in runs:
         row = run(asked, rows_of(options.output))
         if row is not None:

@@ -285,7 +285,9 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
     found = run_folder.read_run_json(tmp_path)
     assert found["options"] == json.loads(json.dumps(RUN.as_dict()))
     assert found["data"] == {"fingerprint": "abc", "epoch_conversations": 10, "tokens": 5}
-    assert (found["state"], found["method"], found["decisions"]) == ("running", "lora", ["one"])
+    assert (found["state"], found["method"], found["decisions"][-1]) == ("running", "lora", "one")
+    chosen = [f"--{choice['flag']} {choice['value']:g} ({choice['reason']})" for choice in found["preset"]]
+    assert found["decisions"][:-1] == [f"--preset auto: {choice}" for choice in chosen] != []
     assert found["plan"] == {"row": 9, "total": 8}
     assert (found["shaped_by"], found["choices"], found["model"]) == (shaped_by, {"threads": 3}, "m")
     assert found["versions"]["torch"] == torch.__version__
