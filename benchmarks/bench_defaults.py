@@ -38,7 +38,7 @@ from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
 from qwen_chat.errors import OptionError, TrainingError
 from qwen_chat.evaluation.statistics import estimate
-from qwen_chat.flags.preset import FLAGS
+from qwen_chat.flags.preset import LEARNS_BY
 from qwen_chat.flags.run_problems import read_run
 
 RESULT = ROOT / "benchmarks" / "results" / "defaults.json"
@@ -311,7 +311,9 @@ def run(asked: Asked, done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
             prepared = session.prepare(read_run(words), folder, model_path)
         options = prepared.run.as_dict()
         row = {key: getattr(asked, key) for key in KEYS} | {"data": asked.data.name}
-        row["flags"] = {name: options[name] for name in FLAGS} | {"max_steps": options.get("max_steps", -1)}
+        row["flags"] = {name: options[name] for name in LEARNS_BY} | {
+            "max_steps": options.get("max_steps", -1)
+        }
         if any(all(old.get(key) == value for key, value in row.items()) for old in done):
             return None
         folder.mkdir()

@@ -36,7 +36,6 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     shape = memory_plan.Shape.of(models.read_config(model_path))
     run_folder.check_disk(folder, memory_plan.disk_needed(shape, run))
     prepared = session.prepare(run, folder, model_path)
-    run = prepared.run  # with what --preset chose for the data
     if run.train.check:
         rank_zero("everything is in order, short of loading the model")
         return 0
@@ -74,7 +73,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
         outcome = result.outcome(trainer, log, evaluation)
         run_folder.write_run_json(folder, record | outcome)
         write_page(folder)
-        rank_zero(result.report(run, folder, outcome))
+        rank_zero(result.report(joined.run, folder, outcome))
         if lock is not None:
             lock.release()
     ranks.leave()

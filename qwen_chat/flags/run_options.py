@@ -210,7 +210,7 @@ class Run:
     notes: tuple[str, ...]
     repeats: Mapping[str, Any] = field(default_factory=dict)  # the run.json of --config
     kept: frozenset[str] = frozenset()  # flags that --preset leaves as they are
-    chosen: tuple[preset.Choice, ...] = ()  # by --preset
+    chosen: tuple[preset.Chosen, ...] = ()  # by --preset
 
     @classmethod
     def of(cls, values: Values, kept: frozenset[str] | None = None) -> Run:
@@ -276,11 +276,11 @@ def settled(run: Run, facts: preset.Facts, begun: Mapping[str, Any] | None = Non
     options, kept = run.as_dict(), set(run.kept)
     if run.lora.lora_weight_path is not None:
         kept.update(preset.ADAPTER)  # the adapter brings its own
-    given = {flag: options[flag] for flag in preset.FLAGS if flag in kept}
+    given = {flag: options[flag] for flag in preset.LEARNS_BY if flag in kept}
     if int(run.extra.get("max_steps", -1)) > 0:
         given["num_train_epochs"] = run.train.num_train_epochs  # nothing follows from it
     facts = replace(facts, rank_stabilised=run.lora.use_rslora)
-    chosen = preset.choose(run.train.preset, facts, given)
+    chosen = preset.choices(run.train.preset, facts, given)
     if begun:
         before = ((choice, begun.get(choice.flag, choice.value)) for choice in chosen)
         chosen = tuple(

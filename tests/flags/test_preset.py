@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwen_chat.errors import OptionError
-from qwen_chat.flags.preset import ADAPTER, FLAGS, QWEN2, Choice, Facts, choose, told
+from qwen_chat.flags.preset import ADAPTER, LEARNS_BY, QWEN2, Chosen, Facts, choices, told
 from qwen_chat.flags.run_options import settled
 from qwen_chat.flags.run_problems import read_run
 
@@ -15,7 +15,7 @@ LORA = ["-d", "x", "--use_lora"]
 DEMO = Facts("lora", width=576, conversations=106, learnt=5_000)
 
 
-def values(chosen: tuple[Choice, ...]) -> dict[str, float]:
+def values(chosen: tuple[Chosen, ...]) -> dict[str, float]:
     return {choice.flag: choice.value for choice in chosen}
 
 
@@ -59,36 +59,37 @@ def values(chosen: tuple[Choice, ...]) -> dict[str, float]:
     ids=lambda value: "-".join(map(str, vars(value).values())) if isinstance(value, Facts) else "",
 )
 def test_auto_follows_the_facts(facts: Facts, expected: dict[str, float]) -> None:
-    found = values(choose("auto", facts, {}))
+    found = values(choices("auto", facts, {}))
     assert {flag: found[flag] for flag in expected} == expected
 
 
 @pytest.mark.parametrize("preset", ["auto", "qwen2"])
 def test_each_flag_is_chosen_once_with_a_reason_unless_it_was_given(preset: Any) -> None:
-    assert [choice.flag for choice in choose(preset, DEMO, {})] == list(FLAGS)
-    for flag in FLAGS:
-        chosen = choose(preset, DEMO, {flag: 1})
-        assert [choice.flag for choice in chosen] == [name for name in FLAGS if name != flag]
+    assert [choice.flag for choice in choices(preset, DEMO, {})] == list(LEARNS_BY)
+    for flag in LEARNS_BY:
+        chosen = choices(preset, DEMO, {flag: 1})
+        assert [choice.flag for choice in chosen] == [name for name in LEARNS_BY if name != flag]
         assert all(choice.reason for choice in chosen)
-    assert not set(ADAPTER) & {choice.flag for choice in choose(preset, Facts("full"), {})}
+    assert not set(ADAPTER) & {choice.flag for choice in choices(preset, Facts("full"), {})}
 
 
 def test_what_is_given_leads_what_follows_from_it() -> None:
-    assert values(choose("auto", DEMO, {"lora_r": 8}))["lora_alpha"] == 16
+    assert values(choices("auto", DEMO, {"lora_r": 8}))["lora_alpha"] == 16
     large = Facts("lora", 576, 2_000, 9)
     assert (
-        values(choose("auto", large, {"per_device_train_batch_size": 1}))["gradient_accumulation_steps"] == 8
+        values(choices("auto", large, {"per_device_train_batch_size": 1}))["gradient_accumulation_steps"] == 8
     )
     assert (
-        values(choose("auto", large, {"gradient_accumulation_steps": 4}))["per_device_train_batch_size"] == 2
+        values(choices("auto", large, {"gradient_accumulation_steps": 4}))["per_device_train_batch_size"] == 2
     )
     assert (
-        values(choose("auto", large, {"per_device_train_batch_size": 32}))["gradient_accumulation_steps"] == 1
+        values(choices("auto", large, {"per_device_train_batch_size": 32}))["gradient_accumulation_steps"]
+        == 1
     )
 
 
 def test_qwen2_is_the_old_example_whatever_the_data() -> None:
-    assert values(choose("qwen2", DEMO, {})) == QWEN2
+    assert values(choices("qwen2", DEMO, {})) == QWEN2
     run = read_run([*LORA, "--preset", "qwen2"])
     assert (run.lora.lora_r, run.lora.lora_alpha, run.lora.lora_dropout) == (64, 16, 0.05)
     assert (run.train.learning_rate, run.train.num_train_epochs) == (3e-4, 5)
@@ -99,7 +100,7 @@ def test_a_run_is_settled_when_its_data_are_known_and_given_flags_stay(tmp_path:
     words = [*LORA, "--lora_r", "8", "--learning_rate", "3e-5"]
     run = settled(read_run(words), DEMO)
     assert (run.lora.lora_r, run.lora.lora_alpha, run.train.learning_rate) == (8, 16, 3e-5)
-    assert {choice.flag for choice in run.chosen} == set(FLAGS) - {"lora_r", "learning_rate"}
+    assert {choice.flag for choice in run.chosen} == set(LEARNS_BY) - {"lora_r", "learning_rate"}
     assert run.train.num_train_epochs == 3 and run.given == {
         "data_path",
         "use_lora",
@@ -148,9 +149,9 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it() -> None:
 
 
 def test_it_is_told_a_line_each() -> None:
-    lines = told("auto", choose("auto", DEMO, {})).splitlines()
+    lines = told("auto", choices("auto", DEMO, {})).splitlines()
     assert lines[0] == "chosen by --preset auto:"
-    assert [line.split()[0] for line in lines[1:]] == [f"--{flag}" for flag in FLAGS]
+    assert [line.split()[0] for line in lines[1:]] == [f"--{flag}" for flag in LEARNS_BY]
     assert lines[4] == "  --learning_rate 0.001 (an adapter, the model is 576 wide)"
     assert told("auto", ()) == "--preset auto chose nothing: every flag that it would was given"
 
