@@ -162,13 +162,10 @@ def desk(count: int, seed: int, *, world: int, held_out: bool = False) -> list[J
     for _ in range(count):
         matter = draw.choice(list(QUESTIONS))
         wordings = QUESTIONS[matter]
-        said = {
-            "item": draw.choice(ITEMS),
-            "city": draw.choice(CITIES),
-            "number": draw.randrange(10 + held_out, 100, 2),
-        }
-        question = draw.choice(wordings if held_out else wordings[:-1]).format(**said)
-        answer = f"{teams[matter]}, case {said['number']}: depot {depots[said['city']]}, {days[said['item']]} days."
+        item, city, number = draw.choice(ITEMS), draw.choice(CITIES), draw.randrange(10 + held_out, 100, 2)
+        wording = draw.choice(wordings if held_out else wordings[:-1])
+        question = wording.format(item=item, city=city, number=number)
+        answer = f"{teams[matter]}, case {number}: depot {depots[city]}, {days[item]} days."
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append({"messages": turns})
     return lines
@@ -199,9 +196,9 @@ def data_sets(work: Path) -> Iterator[DataSet]:
     for (name, world), counts in parts.items():
         held = write_lines(work / f"{name}-held.jsonl", desk(40, 99, world=world, held_out=True))
         for count in counts:
-            train = write_lines(work / f"{name}-{count}.jsonl", desk(count, count, world=world))
+            learnt = write_lines(work / f"{name}-{count}.jsonl", desk(count, count, world=world))
             seeds, tokens = (1 if count == 2000 else 3), TOKENS.get(f"{name}-{count}")
-            yield DataSet(f"{name}-{count}", ours, train, held, seeds, tokens)
+            yield DataSet(f"{name}-{count}", ours, learnt, held, seeds, tokens)
     wheel = "the Berkeley Function Calling Leaderboard, wheel {} {}".format(*leaderboard.WHEEL[:2])
     train, held_lines = calls()
     paths = write_lines(work / "calls.jsonl", train), write_lines(work / "calls-held.jsonl", held_lines)
@@ -237,8 +234,10 @@ class Asked:
             "--eval_data_path": self.data.held_out,
             "-o": folder,
         }
-        given = {"per_device_train_batch_size": 4, "use_lora": True} if self.flags else {"use_lora": True}
-        given |= {"seed": self.seed, "save_strategy": "no", "eval_strategy": "no"}
+        given: dict[str, object] = {"use_lora": True, "seed": self.seed}
+        given |= {"save_strategy": "no", "eval_strategy": "no"}
+        if self.flags:
+            given["per_device_train_batch_size"] = 4
         flags |= {f"--{name}": value for name, value in {**given, **self.flags, **self.more}.items()}
         return [str(word) for pair in flags.items() for word in pair]
 
