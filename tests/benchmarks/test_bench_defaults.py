@@ -1,5 +1,6 @@
 """The comparison of defaults: its data, its equal tokens, its arithmetic; and what its record says."""
 
+import json
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_defaults as bench
+from qwen_chat.flags.preset import Facts, choices
 
 
 def test_the_desk_answers_by_rules_and_holds_out_cases_and_wordings() -> None:
@@ -83,3 +85,48 @@ def test_what_is_said_of_the_name() -> None:
         "general_text": {"before": 2.0, "after": [2.5, 2.5]},
     }
     assert bench.said([row("auto", 0, "1.0/1")]) == {}
+
+
+# ------------------------------------------------------------------------------------------------- what was measured
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(bench.RESULT.read_text(encoding="utf-8"))
+    return found
+
+
+def table(record: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    return {(r["data"], r["setting"], r["seed"]): r for r in record["rows"] if r["part"] == "table"}
+
+
+def test_the_record_says_where_and_how(record: dict[str, Any]) -> None:
+    assert record["machine"]["cores"] and {"torch", "transformers", "peft"} <= set(record["versions"])
+    assert record["command"].startswith("python benchmarks/bench_defaults.py")
+    assert set(record["settings"]) == set(bench.SETTINGS)
+    assert {row["data"] for row in record["rows"]} <= set(record["data"])
+
+
+def test_auto_is_what_auto_is_today(record: dict[str, Any]) -> None:
+    """A change of the rule leaves the table behind: it must be measured anew."""
+    for (data, setting, _), found in table(record).items():
+        if setting == "auto":
+            facts = Facts("lora", 576, int(data.split("-")[1]) if "-" in data else 106, found["learnt"])
+            chosen = {choice.flag: choice.value for choice in choices("auto", facts, {"num_train_epochs": 0})}
+            assert {flag: found["flags"][flag] for flag in chosen} == chosen, data
+
+
+def test_all_settings_had_equal_tokens(record: dict[str, Any]) -> None:
+    rows = table(record)
+    for (data, setting, seed), found in rows.items():
+        ours = rows[data, "auto", seed]
+        assert found["tokens"] <= (bench.TOKENS.get(data) or ours["tokens"]), (data, setting)
+        assert found["tokens"] >= 0.75 * ours["tokens"], (data, setting)
+
+
+def test_auto_is_at_least_as_good_in_every_row_and_better_in_most(record: dict[str, Any]) -> None:
+    rows, found = table(record), record["differences"]
+    assert found == list(bench.differences(record["rows"])) and len(found) >= 3
+    assert [one for one in found if one["difference"] > 0] == []
+    assert sum(one["interval"][1] < 0 for one in found) > len(found) / 2
+    assert all(row["loss"] < row["loss_before"] for row in rows.values() if "loss_before" in row)

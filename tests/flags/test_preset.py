@@ -37,13 +37,13 @@ def values(chosen: tuple[Chosen, ...]) -> dict[str, float]:
         (Facts("qlora", 576, 500, 99_000_000), {"lora_r": 64, "lora_alpha": 128, "lora_dropout": 0}),
         (Facts("lora", 576, 500, None), {"lora_r": 16}),
         (Facts("lora", 576, 500, 9, rank_stabilised=True), {"lora_r": 16, "lora_alpha": 8}),
-        # The rate follows the model's width: the demo model, a 0.5B, a 7B; a full fine-tune takes a twentieth.
-        (Facts("lora", 576, 500, 9), {"learning_rate": 1e-3}),
-        (Facts("lora", 896, 500, 9), {"learning_rate": 7e-4}),
-        (Facts("qlora", 3584, 500, 9), {"learning_rate": 2e-4}),
+        # The rate follows the model's width: the demo model, a 0.5B, a 7B; a full fine-tune takes a tenth.
+        (Facts("lora", 576, 500, 9), {"learning_rate": 5e-4}),
+        (Facts("lora", 896, 500, 9), {"learning_rate": 4e-4}),
+        (Facts("qlora", 3584, 500, 9), {"learning_rate": 1e-4}),
         (Facts("full", 3584, 500, 9), {"learning_rate": 1e-5}),
         (Facts("full", 576, 500, 9), {"learning_rate": 5e-5}),
-        (Facts("lora"), {"learning_rate": 2e-4}),
+        (Facts("lora"), {"learning_rate": 1e-4}),
         # Nothing is read yet: the most memory that may be taken.
         (Facts("lora"), {"lora_r": 64, "per_device_train_batch_size": 4, "num_train_epochs": 3}),
         # A step is that of all processes together.
@@ -110,7 +110,7 @@ def test_a_run_is_settled_when_its_data_are_known_and_given_flags_stay(tmp_path:
     file = tmp_path / "run.yaml"
     file.write_text("data_path: x\nuse_lora: true\nlora_r: 8\nlearning_rate: 3e-5\n", encoding="utf-8")
     assert settled(read_run(["--config", str(file)]), DEMO).chosen == run.chosen
-    assert settled(read_run([*LORA, "--learning_rate", "none"]), DEMO).train.learning_rate == 1e-3
+    assert settled(read_run([*LORA, "--learning_rate", "none"]), DEMO).train.learning_rate == 5e-4
 
 
 def test_what_does_not_concern_a_run_is_not_chosen(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_it_is_told_a_line_each() -> None:
     lines = told("auto", choices("auto", DEMO, {})).splitlines()
     assert lines[0] == "chosen by --preset auto:"
     assert [line.split()[0] for line in lines[1:]] == [f"--{flag}" for flag in LEARNS_BY]
-    assert lines[4] == "  --learning_rate 0.001 (an adapter, the model is 576 wide)"
+    assert lines[4] == "  --learning_rate 0.0005 (an adapter, the model is 576 wide)"
     assert told("auto", ()) == "--preset auto chose nothing: every flag that it would was given"
 
 

@@ -125,8 +125,8 @@ def test_every_field_of_training_arguments_is_known() -> None:
 
 def test_defaults_fit_the_method() -> None:
     assert read_run(DATA).train.learning_rate == 1e-5
-    assert read_run([*DATA, "--use_lora"]).train.learning_rate == 2e-4
-    assert read_run([*DATA, "--q_lora"]).train.learning_rate == 2e-4
+    assert read_run([*DATA, "--use_lora"]).train.learning_rate == 1e-4
+    assert read_run([*DATA, "--q_lora"]).train.learning_rate == 1e-4
     assert read_run([*DATA, "--use_lora", "--learning_rate", "1e-3"]).train.learning_rate == 1e-3
     assert read_run(DATA).train.eval_strategy == "no"
     assert read_run([*DATA, "--eval_data_path", "e"]).train.eval_strategy == "epoch"

@@ -77,7 +77,7 @@ def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
     words = ["-d", "x", "--use_lora", "--seed", "7", "--max_steps", "3", "--optim", "adafactor"]
     run = read_run([*words, "--warmup_ratio", "0.25"])
     args, _ = options.training_arguments(run, tmp_path, checkpointing=True)
-    assert (args.seed, args.max_steps, args.optim, args.learning_rate) == (7, 3, "adafactor", 2e-4)
+    assert (args.seed, args.max_steps, args.optim, args.learning_rate) == (7, 3, "adafactor", 1e-4)
     assert (args.warmup_steps, args.get_warmup_steps(100)) == (0.25, 25)
     assert (args.gradient_checkpointing, args.adam_beta2, args.report_to) == (True, 0.95, [])
     assert (args.world_size, args.use_cpu, args.remove_unused_columns) == (
