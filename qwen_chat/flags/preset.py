@@ -32,8 +32,8 @@ QWEN2: Mapping[str, float] = {
 RANK_FOR = ((16, 3_000_000), (32, 10_000_000), (64, math.inf))
 SCALE = 2  # what an adapter is multiplied by
 # The rate of an adapter over a model of MEASURED_WIDTH; a wider one gets less, as (MEASURED_WIDTH / width) ** EXPONENT.
-# The rate was found on the demo model: twice as much learns a little more and forgets far more. The exponent is Schulman
-# et al.'s for Llama, as is a tenth for a full fine-tune (LoRA Without Regret, 2025).
+# The rate was found on the demo model: twice as much learns a little more and forgets far more. The exponent is
+# Schulman et al.'s for Llama, and so is a full fine-tune's tenth (LoRA Without Regret, 2025).
 RATE, MEASURED_WIDTH, EXPONENT = 5e-4, 576, 0.78
 FULL = 1 / 10  # a full fine-tune's rate is this part of an adapter's: every weight moves
 UNKNOWN_WIDTH = 3584  # where config.json does not tell: a 7B's, whose rate is safe for smaller ones
