@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
 # A warm-up begins at a rate of 0; a step has all eight conversations of `short`.
 STEP = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
-RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0", "--num_train_epochs", "3", *STEP]
+RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0", "--num_train_epochs", "3.0", *STEP]
 
 
 def _load_script() -> ModuleType:
