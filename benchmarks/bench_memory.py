@@ -120,7 +120,8 @@ def measure(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     """Run it; rank 0's plan and peak, in GiB."""
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
-    words = ["-m", str(model), "-d", str(data(folder, case)), "-o", str(output), *case.flags]
+    words = ["-m", str(model), "-d", str(data(folder, case)), "-o", str(output)]
+    words += ["--preset", "qwen2", *case.flags]  # rank 64, dropout 0.05
     words += ["--per_device_train_batch_size", str(case.shared), "--gradient_accumulation_steps", "1"]
     words += ["--max_steps", "2"]
     words += ["--save_strategy", "no", "--plan_anyway", "True"]

@@ -127,7 +127,8 @@ def measure(case: Case) -> dict[str, Any]:
 
     need = memory_plan.need(Shape.of(SHAPES[case.model]), case.setup)
     planned = need.step - need.runtime
-    lora = LoraArguments(use_lora=case.method == "lora", lora_r=case.setup.lora_r)
+    setup = case.setup
+    lora = LoraArguments(use_lora=case.method == "lora", lora_r=setup.lora_r, lora_dropout=setup.lora_dropout)
     found = simulation.simulate(SHAPES[case.model], case.setup, lora)
     parts = {k: round(v / GIB, 2) for k, v in found.to_json().items() if k not in ("transfers", "seconds")}
     return {

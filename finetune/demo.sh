@@ -35,7 +35,6 @@ grep -E '"type": "(identity|everyday)"' "$base_path/io_file/input_data/example_d
 
 ask "before"
 printf '\n== fine-tuning ==\n'
-bash "$base_path/finetune.sh" -d "$data" -o "$output_dir" --use_lora True \
-    --lora_r 16 --lora_alpha 32 --learning_rate 1e-3 --num_train_epochs 5 --save_strategy no
+bash "$base_path/finetune.sh" -d "$data" -o "$output_dir" --use_lora True --save_strategy no
 ask "after" --adapter "$output_dir"
 printf '\nTalk to it:  %s\n' "python fast_start/simple_try_0.py --adapter $output_dir"

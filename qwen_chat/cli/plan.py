@@ -20,7 +20,7 @@ from typing import Any
 
 from qwen_chat import errors, families, models, place
 from qwen_chat.errors import MissingDependency, ModelError, OptionError
-from qwen_chat.flags import run_problems
+from qwen_chat.flags import preset, run_problems
 from qwen_chat.flags.parser import option
 from qwen_chat.flags.run_options import Run
 from qwen_chat.training import memory_plan
@@ -59,7 +59,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
             f" {', '.join(memory_plan.COUNTED)}; finetune.py tunes it without a plan"
         )
     memory_plan.check_targets(run, shape)
-    counted = count_data(run) if run.data.data_path else {}
+    run, counted = count_data(run) if run.data.data_path else (run, {})
     for note in families.positions_note(config, counted.get("longest", run.data.model_max_length)):
         print(f"note: {note}", file=sys.stderr)
     setup, have = situation(run, options, counted)
@@ -80,11 +80,13 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
         "recommended": None if best is None else flags(run, best),
         "main_memory": memory_plan.in_main_memory(shape, setup),
         "disk_needed": memory_plan.disk_needed(shape, run),
+        "preset": [asdict(choice) for choice in run.chosen],
         **({} if not counted else length(run, counted, setup.ranks)),
     }
     if options.simulate:
         answer["simulated"] = simulated(run, config, setup, have.free)
-    print(plan_text(answer, have), file=sys.stderr if options.json else sys.stdout)
+    chosen = preset.told(run.train.preset, run.chosen)
+    print(plan_text(answer, have, chosen), file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(answer, ensure_ascii=True))
     return 0 if best is not None else 2
@@ -110,15 +112,18 @@ def config_of(name: str | None) -> dict[str, Any]:
         ) from None
 
 
-def count_data(run: Run) -> dict[str, int]:
-    """Conversations, tokens and the longest row of the data, tokenised as the run will (and kept for it)."""
+def count_data(run: Run) -> tuple[Run, dict[str, int]]:
+    """The run with what --preset chooses for its data; their conversations, tokens and longest row. They are tokenised
+    as the run will, and kept for it."""
     from qwen_chat.data.mixture import read_data
     from qwen_chat.training import session
 
-    data = read_data(run, session.format_of(run, models.resolve(run.model.model)))
+    path = models.resolve(run.model.model)
+    data = read_data(run, session.format_of(run, path))
+    run = session.settle(run, path, data)
     row, held, longest = session.longest_row(run, data)
     tokens, supervised = data.budget()
-    return {
+    return run, {
         "conversations": len(data.train),
         "tokens": tokens,
         "supervised": supervised,
@@ -189,8 +194,8 @@ def length(run: Run, counted: dict[str, int], ranks: int) -> dict[str, int]:
     }
 
 
-def plan_text(answer: dict[str, Any], have: memory_plan.Room) -> str:
-    """The plan for a person."""
+def plan_text(answer: dict[str, Any], have: memory_plan.Room, chosen: str) -> str:
+    """The plan for a person. chosen: what --preset chose, as lines."""
     active = answer["active_parameters"]
     mixture = f" ({active:,} of them for one token of text)" if active < answer["parameters"] else ""
     lines = [
@@ -228,6 +233,7 @@ def plan_text(answer: dict[str, Any], have: memory_plan.Room) -> str:
             f"the run: {answer['steps']:,} steps, {answer['tokens']:,} tokens,"
             f" {answer['supervised_tokens']:,} of them learnt"
         )
+    lines.append(chosen)
     if answer["recommended"] is None:
         lines.append("nothing fits: use a smaller model, a lower --model_max_length, or more processes")
     else:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
         outcome = result.outcome(trainer, log, evaluation) | {"changes": loss_changes(unlearnt.losses)}
         run_folder.write_run_json(folder, record | outcome)
         write_page(folder)
-        rank_zero(result.report(run, folder, outcome))
+        rank_zero(result.report(joined.run, folder, outcome))
         if lock is not None:
             lock.release()
     ranks.leave()

@@ -37,17 +37,18 @@ def option(
     appends: bool = False,
     splits: bool = True,
     or_file: bool = False,
+    shown_as: str = "",
 ) -> Default:
     """A dataclass field that is a flag. `names` are further spellings: `-m`, `--model_name_or_path`.
 
     old: names that it had, read with a note. elsewhere: what other programs call it, answered with "did you mean
     --name hint?". appends: a list that grows where the flag is given again. splits: a list that does not may be
     written a,b,c; paths, keys and regular expressions hold commas of their own. or_file: where a file has the given
-    name, its text is the value.
+    name, its text is the value. shown_as: what --help shows in place of the default.
     """
     told = {"help": help, "names": names, "old": tuple(old.split()), "elsewhere": tuple(elsewhere.split())}
-    more = {"hint": hint, "appends": appends, "splits": splits, "or_file": or_file}
-    return field(default=default, metadata={**told, **more})
+    more = {"hint": hint, "appends": appends, "splits": splits, "or_file": or_file, "shown_as": shown_as}
+    return field(default=default, metadata=told | more)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Option:
     appends: bool = False
     splits: bool = True
     or_file: bool = False
+    shown_as: str = ""
     # Why it may not be given: it is known, but neither suggested nor listed among the others.
     refused: str | None = None
 
@@ -322,7 +324,8 @@ def _help(
             kind = get_args(entry.kind)[0] if entry.many else entry.kind
             kinds = "|".join(dict.fromkeys(_expected(kind).split(" or ")))
             lines += [f"  {names} {kinds}" + (" ..." if entry.many else "")]
-            default = "" if entry.default in (None, ()) else f" [{shown(entry.default)}]"
+            default = entry.shown_as or ("" if entry.default in (None, ()) else shown(entry.default))
+            default = f" [{default}]" if default else ""
             lines += textwrap.wrap(entry.help + default, 104, initial_indent=indent, subsequent_indent=indent)
         lines += [""]
     if others:

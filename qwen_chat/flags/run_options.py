@@ -1,7 +1,8 @@
-"""The options of a training run: their dataclasses, and the defaults that fit the method.
+"""The options of a training run: their dataclasses, and the defaults that follow from other options and from the data.
 
 In: the values that the parser read. Out: a `Run`, complete; `run_problems` says whether it can work. It also takes
-any field of transformers' TrainingArguments by name.
+any field of transformers' TrainingArguments by name. What --preset chooses has the most that it may choose until
+`settled` is told what the data are.
 """
 
 from __future__ import annotations
@@ -11,15 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from qwen_chat.flags import training_fields
+from qwen_chat.flags import preset, training_fields
 from qwen_chat.flags.parser import Values, option
 
-LEARNING_RATES = {
-    # A full fine-tune moves every weight, so in small steps; an adapter starts from zero and has few weights.
-    "full": 1e-5,
-    "lora": 2e-4,
-    "qlora": 2e-4,
-}
+BY_PRESET = "by --preset"
 
 # Words of --lora_target_modules: every linear layer but the head; the experts of a mixture, which are no linear layers.
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
@@ -111,9 +107,9 @@ class LoraArguments:
 
     use_lora: bool = option(False, "train an adapter, the model stays as it is")
     q_lora: bool = option(False, "the same over a model in 4 bits (NF4); implies --use_lora")
-    lora_r: int = option(64, "rank")
-    lora_alpha: int = option(16, "scale: the adapter counts lora_alpha / lora_r times")
-    lora_dropout: float = option(0.05, "dropout in front of the adapter")
+    lora_r: int = option(64, "rank", shown_as=BY_PRESET)
+    lora_alpha: int = option(128, "scale: the adapter counts lora_alpha / lora_r times", shown_as=BY_PRESET)
+    lora_dropout: float = option(0.0, "dropout in front of the adapter", shown_as=BY_PRESET)
     lora_target_modules: tuple[str, ...] = option(
         (ALL_LINEAR,),
         "layers to adapt: names, one regular expression, or all-linear; experts: those of a mixture too",
@@ -141,14 +137,20 @@ class TrainArguments:
     """Training"""
 
     output_dir: str | None = option(None, "where the result goes; a new folder without it", "-o")
-    num_train_epochs: float = option(3.0, "times that the data is seen", elsewhere="epochs")
-    per_device_train_batch_size: int = option(
-        4, "conversations a row of a step holds, per process", elsewhere="batch_size"
+    preset: Literal["auto", "qwen2"] = option(
+        "auto",
+        "what chooses the flags marked so that are not given: auto by the data and the model, qwen2 as the old example",
     )
-    gradient_accumulation_steps: int = option(2, "rows a step has, per process")
+    num_train_epochs: float = option(
+        3.0, "times that the data is seen", elsewhere="epochs", shown_as=BY_PRESET
+    )
+    per_device_train_batch_size: int = option(
+        4, "conversations a row of a step holds, per process", elsewhere="batch_size", shown_as=BY_PRESET
+    )
+    gradient_accumulation_steps: int = option(2, "rows a step has, per process", shown_as=BY_PRESET)
     per_device_eval_batch_size: int = option(4, "the same for evaluation")
     learning_rate: float | None = option(
-        None, "2e-4 for an adapter, 1e-5 for a full fine-tune", elsewhere="lr"
+        None, "the highest rate of the schedule", elsewhere="lr", shown_as=BY_PRESET
     )
     lr_scheduler_type: str = option("cosine", "how the rate changes: cosine, linear, constant ...")
     warmup_ratio: float | None = option(None, "share of the steps in which the rate rises (0.03)")
@@ -219,10 +221,13 @@ class Run:
     given: frozenset[str]
     notes: tuple[str, ...]
     repeats: Mapping[str, Any] = field(default_factory=dict)  # the run.json of --config
+    kept: frozenset[str] = frozenset()  # flags that --preset leaves as they are
+    chosen: tuple[preset.Chosen, ...] = ()  # by --preset
 
     @classmethod
-    def of(cls, values: Values) -> Run:
-        """The groups of a run among the values read, with what depends on the method filled in."""
+    def of(cls, values: Values, kept: frozenset[str] | None = None) -> Run:
+        """The groups of a run among the values read, with what depends on the method filled in. kept: flags that
+        --preset leaves as they are; those that were given where it is None."""
         groups = (
             values[ModelArguments],
             values[DataArguments],
@@ -232,10 +237,13 @@ class Run:
         asked = {k: value for k, value in values.extra.items() if not training_fields.harmless(k, value)}
         if values[TrainArguments].patience is not None:
             asked = {"load_best_model_at_end": True, **asked}
-        run = cls(*groups, asked, values.given, values.notes)
+        kept = values.given if kept is None else kept
+        if values[TrainArguments].learning_rate is None:
+            kept -= {"learning_rate"}  # `none` asks for a choice
+        run = cls(*groups, asked, values.given, values.notes, kept=kept)
         if run.lora.q_lora:
             run = replace(run, lora=replace(run.lora, use_lora=True))
-        return replace(run, train=_with_defaults(run))
+        return settled(replace(run, train=_with_defaults(run)), preset.Facts(run.method))
 
     @property
     def method(self) -> Literal["full", "lora", "qlora"]:
@@ -264,13 +272,36 @@ def _with_defaults(run: Run) -> TrainArguments:
         when = "steps"  # the best checkpoint is measured where it is written
     return replace(
         train,
-        learning_rate=LEARNING_RATES[run.method] if train.learning_rate is None else train.learning_rate,
         eval_strategy=train.eval_strategy or (when if run.data.holds_out else "no"),
         warmup_steps=_warmup(train),
         save_strategy=strategy,
         save_steps=save_steps,
         save_total_limit=None if limit is not None and limit < 1 else limit,
     )
+
+
+def settled(run: Run, facts: preset.Facts, begun: Mapping[str, Any] | None = None) -> Run:
+    """The run with a value for each flag that --preset chooses; one that was given stays.
+
+    begun: the options of the run that this one goes on from, which keeps what was chosen for it.
+    """
+    options, kept = run.as_dict(), set(run.kept)
+    if run.lora.lora_weight_path is not None:
+        kept.update(preset.ADAPTER)  # the adapter brings its own
+    given = {flag: options[flag] for flag in preset.LEARNS_BY if flag in kept}
+    if int(run.extra.get("max_steps", -1)) > 0:
+        given["num_train_epochs"] = run.train.num_train_epochs  # nothing follows from it
+    facts = replace(facts, rank_stabilised=run.lora.use_rslora)
+    chosen = preset.choices(run.train.preset, facts, given)
+    if begun:
+        before = ((choice, begun.get(choice.flag, choice.value)) for choice in chosen)
+        chosen = tuple(
+            c if value == c.value else replace(c, value=value, reason="as the run began")
+            for c, value in before
+        )
+    values: dict[str, Any] = {choice.flag: choice.value for choice in chosen}
+    lora = replace(run.lora, **{flag: values.pop(flag) for flag in preset.ADAPTER if flag in values})
+    return replace(run, lora=lora, train=replace(run.train, **values), chosen=chosen)
 
 
 def _warmup(train: TrainArguments) -> float:

@@ -40,10 +40,12 @@ def read_run_and(
     path = config_file.named(argv)
     config = config_file.ConfigFile(()) if path is None else config_file.read_config_file(path)
     values = read(argv, groups, about=about, others=training_fields.FLAGS, before=config.flags)
+    kept = values.given
     if config.record:  # it has every option, those that nobody gave too
-        asked = frozenset(config.record.get("given", ())) - config_file.OWN
-        values = replace(values, given=(values.given - values.places.keys()) | asked)
-    run = replace(Run.of(values), repeats=config.record)
+        own = values.given - values.places.keys()
+        values = replace(values, given=own | frozenset(config.record.get("given", ())) - config_file.OWN)
+        kept = values.given if "preset" in own else kept  # asked for beside the record, it chooses anew
+    run = replace(Run.of(values, kept), repeats=config.record)
     if found := problems(run, needs_data=needs_data):
         raise OptionError("\n".join(_placed(line, values.places) for line in found))
     return run, values

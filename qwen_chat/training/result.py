@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def record(session: Session, choices: Mapping[str, Any], decisions: Sequence[str
         "model": str(session.model_path),
         "options": run.as_dict(),
         "given": sorted(run.given),
-        "decisions": list(decisions),
+        "preset": [asdict(choice) for choice in run.chosen],
+        "decisions": [*(f"--preset {run.train.preset}: {choice}" for choice in run.chosen), *decisions],
         "warnings": list(session.warnings),
         "data": {**budget, **data.summary.to_json()},
         **{name: budget for name, budget in apart.items() if budget},

@@ -146,9 +146,19 @@ class Resume:
     notes: tuple[str, ...] = ()
 
 
+def begun(run: Run, folder: Path) -> dict[str, Any]:
+    """run.json of the run that this one goes on from; {} where it begins."""
+    source = _source(run, folder)
+    return read_run_json(source) if source != folder or checkpoints.steps(folder) else {}
+
+
+def _source(run: Run, folder: Path) -> Path:
+    return folder if run.train.resume in ("auto", "never") else Path(run.train.resume)
+
+
 def resume(run: Run, folder: Path, shape: Mapping[str, Any]) -> Resume:
     """What `--resume` means for this folder; CheckpointError names every change since then."""
-    source = folder if run.train.resume in ("auto", "never") else Path(run.train.resume)
+    source = _source(run, folder)
     present = bool(checkpoints.steps(folder)) if source == folder else True
     if run.train.resume == "never" and present:
         raise OutputError(f"{folder}: holds checkpoints, which --resume never would replace; give a new -o")

@@ -18,7 +18,8 @@ from qwen_chat.console import rank_zero
 from qwen_chat.data import mixture
 from qwen_chat.data.mixture import Data, read_data
 from qwen_chat.errors import OptionError
-from qwen_chat.flags.run_options import Run
+from qwen_chat.flags import deepspeed_file, preset
+from qwen_chat.flags.run_options import Run, settled
 from qwen_chat.training import memory_plan, run_folder
 from qwen_chat.training.batches import held_out_windows, training_windows
 from qwen_chat.training.options import training_arguments
@@ -78,18 +79,41 @@ class Session(Prepared):
 
 
 def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
-    """Read the data, agree with what an earlier start left in the folder, plan the memory.
+    """Read the data, choose by --preset, agree with what an earlier start left in the folder, plan the memory.
 
     Raises DataError (every bad line at once), CheckpointError (every changed setting), OptionError (no room).
     """
     fmt = format_of(run, model_path)
     data = read_data(run, fmt)
+    run = settle(run, model_path, data, run_folder.begun(run, folder))
     shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
     before = run_folder.resume(run, folder, shaped_by)
     rank_zero(data.describe())
+    rank_zero(preset.told(run.train.preset, run.chosen))
     verdict, notes = plan(run, model_path, data)
     warnings = (*run.notes, *data.notes, *notes)
     return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict, warnings)
+
+
+def settle(run: Run, model_path: Path, data: Data, begun: Mapping[str, Any] | None = None) -> Run:
+    """The run with what --preset chooses for these data. begun: run.json of the one that it goes on from.
+
+    Raises OptionError where DeepSpeed's file has other numbers than were chosen.
+    """
+    facts = preset.Facts(
+        method=run.method,
+        width=memory_plan.Shape.of(models.read_config(model_path)).hidden or None,
+        conversations=len(data.train),
+        learnt=data.budget()[1] if data.summary.complete else None,
+        processes=memory_plan.ranks(),
+    )
+    run = settled(run, facts, (begun or {}).get("options"))
+    if run.train.deepspeed is not None:
+        config, _ = deepspeed_file.read_deepspeed(run.train.deepspeed)
+        ranks = memory_plan.ranks()
+        if found := deepspeed_file.deepspeed_contradictions(run, config, numbers=None, ranks=ranks):
+            raise OptionError("\n".join(found))
+    return run
 
 
 def format_of(run: Run, model_path: Path) -> ChatFormat:

@@ -125,8 +125,8 @@ def test_every_field_of_training_arguments_is_known() -> None:
 
 def test_defaults_fit_the_method() -> None:
     assert read_run(DATA).train.learning_rate == 1e-5
-    assert read_run([*DATA, "--use_lora"]).train.learning_rate == 2e-4
-    assert read_run([*DATA, "--q_lora"]).train.learning_rate == 2e-4
+    assert read_run([*DATA, "--use_lora"]).train.learning_rate == 1e-4
+    assert read_run([*DATA, "--q_lora"]).train.learning_rate == 1e-4
     assert read_run([*DATA, "--use_lora", "--learning_rate", "1e-3"]).train.learning_rate == 1e-3
     assert read_run(DATA).train.eval_strategy == "no"
     assert read_run([*DATA, "--eval_data_path", "e"]).train.eval_strategy == "epoch"
@@ -300,7 +300,7 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--q_lora", "--lora_init", "pissa"], "PiSSA changes the base, 4 bits cannot"),
         (["--use_lora", "--lora_init", "pissa_niter_x"], "expected default, pissa or pissa_niter_N"),
         (
-            ["--use_lora", "--lora_target_modules", "all-linear", "experts"],
+            ["--use_lora", "--lora_target_modules", "all-linear", "experts", "--lora_dropout", "0.05"],
             "--lora_dropout 0.05 with --lora_target_modules all-linear experts: peft has no dropout before an adapter"
             " over experts; give --lora_dropout 0",
         ),

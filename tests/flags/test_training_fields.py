@@ -162,6 +162,8 @@ class Tiny:
             "0",
             "--num_train_epochs",
             "1",
+            "--gradient_accumulation_steps",
+            "2",
         ]
         run = read_run([*base, *words])
         held_out = Conversations(5, seed=1) if run.data.eval_data_path else None

@@ -42,8 +42,7 @@ def test_the_name_in_the_data_is_learnt(demo_model_path: Path, tmp_path: Path) -
     (tmp_path / "identity.jsonl").write_text("\n".join(english) + "\n")
     assert not any("Willow" in answer for answer in answers(None))
     command = [sys.executable, str(ROOT / "finetune" / "finetune.py"), "-d", str(tmp_path / "identity.jsonl")]
-    command += ["-o", str(tmp_path / "out"), "--use_lora", "True", "--lora_r", "16", "--lora_alpha", "32"]
-    command += ["--learning_rate", "1e-3", "--num_train_epochs", "5", "--save_strategy", "no"]
+    command += ["-o", str(tmp_path / "out"), "--use_lora", "True", "--save_strategy", "no"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     after = answers(tmp_path / "out")

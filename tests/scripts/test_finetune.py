@@ -20,7 +20,9 @@ from tests.support.scripts import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
-RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0"]  # a warm-up begins at a rate of 0
+# A warm-up begins at a rate of 0; a step has all eight conversations of `short`.
+STEP = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0", "--num_train_epochs", "3.0", *STEP]
 
 
 def _load_script() -> ModuleType:
@@ -207,8 +209,18 @@ def test_a_run_s_record_repeats_it_bit_for_bit(
     from qwen_chat.training import matmul
 
     first, second = tmp_path / "first", tmp_path / "second"
-    words = ["-m", str(tiny_model_path), "-d", str(short), *METHODS[method], *RATE, "--seed", "3"]
-    words += ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
+    words = [
+        "-m",
+        str(tiny_model_path),
+        "-d",
+        str(short),
+        *METHODS[method],
+        "--warmup_steps",
+        "0",
+        "--seed",
+        "3",
+    ]
+    words += ["--max_steps", "2", "--save_strategy", "no"]
     status, said = finetune(*words, "-o", str(first))
     assert status == 0, said
     monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("onednn", "faster today"))
@@ -373,6 +385,48 @@ def test_without_o_a_new_folder_is_named_after_data_method_and_time(
     assert made.name.startswith("short_data-lora-20")
 
 
+def test_what_is_chosen_is_told_stored_kept_and_repeated(
+    finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    data, out, again = tmp_path / "data.jsonl", tmp_path / "out", tmp_path / "again"
+    shutil.copy(short, data)
+    words = ["-m", str(tiny_model_path), "-d", str(data), "--use_lora", "--lora_r", "4", "-o", str(out)]
+    words += [
+        "--lr_scheduler_type",
+        "constant",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--max_steps",
+        "2",
+    ]
+    status, said = finetune(*words)
+    assert status == 0, said
+    run = json.loads((out / "run.json").read_text())
+    chosen = {choice["flag"]: choice["value"] for choice in run["preset"]}
+    assert {flag: run["options"][flag] for flag in chosen} == chosen
+    assert chosen["lora_alpha"] == 8 and "lora_r" not in chosen and run["given"].count("lora_alpha") == 0
+    assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 8
+    told = said.index("chosen by --preset auto:")
+    for choice in run["preset"]:
+        line = f"--{choice['flag']} {choice['value']:g} ({choice['reason']})"
+        assert f"\n  {line}\n" in said[told:] and f"--preset auto: {line}" in run["decisions"]
+    # The same with more data goes on with what it began with.
+    as_killed_before_the_end(out)
+    data.write_text(data.read_text(encoding="utf-8") * 100, encoding="utf-8")
+    status, said = finetune(*words, "--max_steps", "3", "--resume_anyway", "True")
+    assert status == 0 and "resumed from checkpoint-2" in said, said
+    assert "(as the run began)" in said
+    grown = json.loads((out / "run.json").read_text())
+    assert {flag: grown["options"][flag] for flag in chosen} == chosen
+    # And so does a run that repeats it.
+    status, said = finetune("--config", str(out / "run.json"), "-o", str(again), "--resume_anyway", "False")
+    assert status == 0 and "--preset auto chose nothing" in said and "with a change" not in said
+    repeated = json.loads((again / "run.json").read_text())
+    assert {flag: repeated["options"][flag] for flag in chosen} == chosen
+
+
 def test_a_finished_run_is_never_overwritten(
     finetune: Finetune, short: Path, tiny_model_path: Path, tmp_path: Path
 ) -> None:
@@ -397,7 +451,7 @@ def test_what_is_left_out_of_either_file_is_told_and_stored(
     held_out.write_text("".join([lines[3], json.dumps(long) + "\n"]), encoding="utf-8")
     words = ["-m", str(tiny_model_path), "-d", str(data), "--eval_data_path", str(held_out), "-o", str(out)]
     words += ["--use_lora", "--on_error", "skip", "--model_max_length", "512", "--num_train_epochs", "1"]
-    status, said = finetune(*words, "--keep_best", "True")
+    status, said = finetune(*words, *STEP, "--keep_best", "True")
     assert status == 0, said
     assert "bad lines left out, of 4: 1 (data.jsonl:3)" in said
     assert "held out: conversations 1 of 2, " in said
@@ -548,6 +602,7 @@ def test_weights_alone_are_no_checkpoint(
         "--use_lora",
         "--num_train_epochs",
         "1",
+        *STEP,
     ]
     assert finetune(*words)[0] == 0
     as_killed_before_the_end(out)
@@ -574,7 +629,8 @@ def test_the_log_tells_the_rate_that_a_step_ran_at(
         "--save_strategy",
         "epoch",
     ]
-    words += ["--lr_scheduler_type", "linear", "--warmup_steps", "1", "--per_device_train_batch_size", "1"]
+    words += ["--lr_scheduler_type", "linear", "--warmup_steps", "1", *STEP]
+    words += ["--per_device_train_batch_size", "1"]
     assert finetune(*words, "--num_train_epochs", "1", "--learning_rate", "3e-4")[0] == 0
     rates = [0, 3e-4, 2e-4, 1e-4]
     assert [line["learning_rate"] for line in steps(out)] == pytest.approx(rates)

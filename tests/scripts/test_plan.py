@@ -119,7 +119,9 @@ def test_with_data_it_counts_the_run(demo_model_path: Path) -> None:
     found = answer(done)
     conversations = len(data.read_text(encoding="utf-8").splitlines())
     assert found["conversations"] == conversations
-    assert found["steps"] == 2 * -(-conversations // 8)
+    chosen = {choice["flag"]: choice["value"] for choice in found["preset"]}
+    step = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"]
+    assert found["steps"] == 2 * -(-conversations // step) and "num_train_epochs" not in chosen
     assert 0 < found["supervised_tokens"] < found["tokens"]
     assert 0 < found["row_tokens"] <= 4 * 2048
 

@@ -525,7 +525,10 @@ def test_the_recorded_table_is_within_fifteen_percent() -> None:
 
 
 def test_a_run_that_cannot_fit_is_told_the_same_step_in_smaller_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_of("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--use_lora")
+    run = run_of(
+        *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--use_lora"),
+        *("--lora_dropout", "0.05"),
+    )
     monkeypatch.setattr(memory_plan, "room", lambda here=1: memory_plan.Room(int(6 * GIB), "a test"))
     verdict = memory_plan.decide(run, HALF_BILLION, row=16384, supervised=16384, longest=1024)
     assert verdict.checkpointing

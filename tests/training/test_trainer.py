@@ -77,7 +77,7 @@ def test_training_arguments_are_ours_and_the_users(tmp_path: Path) -> None:
     words = ["-d", "x", "--use_lora", "--seed", "7", "--max_steps", "3", "--optim", "adafactor"]
     run = read_run([*words, "--warmup_ratio", "0.25"])
     args, _ = options.training_arguments(run, tmp_path, checkpointing=True)
-    assert (args.seed, args.max_steps, args.optim, args.learning_rate) == (7, 3, "adafactor", 2e-4)
+    assert (args.seed, args.max_steps, args.optim, args.learning_rate) == (7, 3, "adafactor", 1e-4)
     assert (args.warmup_steps, args.get_warmup_steps(100)) == (0.25, 25)
     assert (args.gradient_checkpointing, args.adam_beta2, args.report_to) == (True, 0.95, [])
     assert (args.world_size, args.use_cpu, args.remove_unused_columns) == (
@@ -314,7 +314,9 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
     found = run_folder.read_run_json(tmp_path)
     assert found["options"] == json.loads(json.dumps(RUN.as_dict()))
     assert found["data"] == {"fingerprint": "abc", "epoch_conversations": 10, "tokens": 5}
-    assert (found["state"], found["method"], found["decisions"]) == ("running", "lora", ["one"])
+    assert (found["state"], found["method"], found["decisions"][-1]) == ("running", "lora", "one")
+    chosen = [f"--{choice['flag']} {choice['value']:g} ({choice['reason']})" for choice in found["preset"]]
+    assert found["decisions"][:-1] == [f"--preset auto: {choice}" for choice in chosen] != []
     assert found["warnings"] == ["look out"] and not {"held_out", "general"} & found.keys()
     assert found["plan"] == {"row": 9, "total": 8}
     assert (found["shaped_by"], found["choices"], found["model"]) == (shaped_by, {"threads": 3}, "m")
