@@ -85,7 +85,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     }
     if options.simulate:
         answer["simulated"] = simulated(run, config, setup, have.free)
-    chosen = preset.told(run.train.preset, run.chosen)
+    chosen = preset.explained(run.train.preset, run.chosen)
     print(plan_text(answer, have, chosen), file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(answer, ensure_ascii=True))

@@ -50,10 +50,10 @@ def compared_words(text: str) -> tuple[str, ...]:
 
 def prompt_of(conversation: Conversation) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Roles and words of what stands before the first reply; a document's whole text."""
-    return _read(conversation)[0]
+    return _wording(conversation)[0]
 
 
-def _read(
+def _wording(
     conversation: Conversation,
 ) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], list[tuple[str, ...]]]:
     """The prompt, and the words of each question: the one that opens the conversation, and each later one."""
@@ -89,7 +89,7 @@ class Wordings:
         self._turns, self._ends = array("Q", [0]), array("Q", [0])  # of each conversation; of each question
         with tempfile.TemporaryFile(prefix="qwen_chat-") as file:
             for conversation in conversations:
-                prompt, questions = _read(conversation)
+                prompt, questions = _wording(conversation)
                 digest = hashlib.sha256(repr(prompt).encode("utf-8", "surrogatepass")).digest()
                 self.prompts.append(int.from_bytes(digest[:8]))
                 for words in questions:

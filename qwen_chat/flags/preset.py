@@ -30,7 +30,7 @@ QWEN2: Mapping[str, float] = {
 
 # The ranks of auto, with the most learnt tokens of an epoch that each is for; the last one is for all above.
 RANK_FOR = ((16, 3_000_000), (32, 10_000_000), (64, math.inf))
-SCALE = 2  # what an adapter is multiplied by
+ALPHA_OF_RANK = 2  # what an adapter is multiplied by
 # The rate of an adapter over a model of MEASURED_WIDTH; a wider one gets less, as (MEASURED_WIDTH / width) ** EXPONENT.
 # The rate was found on the demo model: twice as much learns a little more and forgets far more. The exponent is
 # Schulman et al.'s for Llama, and so is a full fine-tune's tenth (LoRA Without Regret, 2025).
@@ -82,7 +82,7 @@ def choices(preset: Literal["auto", "qwen2"], facts: Facts, given: Mapping[str, 
     return tuple(choice for choice in every if choice.flag in left)
 
 
-def told(preset: str, chosen: Sequence[Chosen]) -> str:
+def explained(preset: str, chosen: Sequence[Chosen]) -> str:
     """What was chosen, for a person: a line each."""
     if not chosen:
         return f"--preset {preset} chose nothing: every flag that it would was given"
@@ -98,8 +98,8 @@ def _adapter_choices(facts: Facts, given: Mapping[str, float]) -> Iterator[Chose
     yield Chosen("lora_r", rank, why)
     root = "the square root of " if facts.rank_stabilised else ""
     divisor = given.get("lora_r", rank)
-    alpha = SCALE * (math.sqrt(divisor) if facts.rank_stabilised else divisor)
-    yield Chosen("lora_alpha", max(1, round(alpha)), f"{SCALE} times {root}the rank")
+    alpha = ALPHA_OF_RANK * (math.sqrt(divisor) if facts.rank_stabilised else divisor)
+    yield Chosen("lora_alpha", max(1, round(alpha)), f"{ALPHA_OF_RANK} times {root}the rank")
     yield Chosen("lora_dropout", 0.0, "it gained nothing where it was measured, and takes memory and time")
 
 

@@ -123,7 +123,7 @@ class Generation:
                     for _ in events:
                         self._events.popleft()
                     self._pausing = bool(pause and events)
-                for event in _joined(events):
+                for event in _as_one(events):
                     yield event
                     if event.finish_reason is not None:
                         return
@@ -158,7 +158,7 @@ class Generation:
         )
 
 
-def _joined(events: Sequence[TokenEvent]) -> list[TokenEvent]:
+def _as_one(events: Sequence[TokenEvent]) -> list[TokenEvent]:
     """The same in as few as can be: one, and an end that is no part of the reply."""
     kept = [event for event in events if event.finish_reason in (None, "stop", "length")]
     if len(kept) > 1:

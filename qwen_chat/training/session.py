@@ -89,7 +89,7 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
     shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
     before = run_folder.resume(run, folder, shaped_by)
     rank_zero(data.describe())
-    rank_zero(preset.told(run.train.preset, run.chosen))
+    rank_zero(preset.explained(run.train.preset, run.chosen))
     verdict, notes = plan(run, model_path, data)
     warnings = (*run.notes, *data.notes, *notes)
     return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict, warnings)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwen_chat.errors import OptionError
-from qwen_chat.flags.preset import ADAPTER, LEARNS_BY, QWEN2, Chosen, Facts, choices, told
+from qwen_chat.flags.preset import ADAPTER, LEARNS_BY, QWEN2, Chosen, Facts, choices, explained
 from qwen_chat.flags.run_options import settled
 from qwen_chat.flags.run_problems import read_run
 
@@ -149,11 +149,11 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it() -> None:
 
 
 def test_it_is_told_a_line_each() -> None:
-    lines = told("auto", choices("auto", DEMO, {})).splitlines()
+    lines = explained("auto", choices("auto", DEMO, {})).splitlines()
     assert lines[0] == "chosen by --preset auto:"
     assert [line.split()[0] for line in lines[1:]] == [f"--{flag}" for flag in LEARNS_BY]
     assert lines[4] == "  --learning_rate 0.0005 (an adapter, the model is 576 wide)"
-    assert told("auto", ()) == "--preset auto chose nothing: every flag that it would was given"
+    assert explained("auto", ()) == "--preset auto chose nothing: every flag that it would was given"
 
 
 def test_a_preset_that_there_is_not() -> None:
