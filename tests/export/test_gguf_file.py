@@ -1,10 +1,8 @@
 """GGUF files hold the model: every tensor that llama.cpp reads, the template, the tokens, the pre-tokenizer's name."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from benchmarks import bench_export
 from qwen_chat.errors import ModelError
 from qwen_chat.export.gguf_file import pre_tokenizer, write_gguf
 from qwen_chat.weights import stored_tensors
@@ -86,27 +85,21 @@ EXCEPTIONS = {"general.name", "general.size_label", "GGUF.kv_count", "tokenizer.
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP: the folder of llama.cpp's source")
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
-def test_as_llama_cpps_own_converter_writes_it(kind: str, demo_model_path: Path, tmp_path: Path) -> None:
-    write_gguf(demo_model_path, tmp_path / "ours.gguf", kind)
-    (tmp_path / "sentencepiece.py").write_text("class SentencePieceProcessor: ...\n")  # imported, never used
-    source = Path(os.environ["LLAMA_CPP"])
-    subprocess.run(
-        [
-            *(sys.executable, "convert_hf_to_gguf.py", str(demo_model_path), "--outtype", kind),
-            *("--outfile", str(tmp_path / "theirs.gguf")),
-        ],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": f"{source / 'gguf-py'}:{tmp_path}"},
-        check=True,
-        capture_output=True,
-    )
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("demo", "f32"), ("demo", "bf16"), ("demo", "q8_0"), *((name, "f32") for name in bench_export.TINY)],
+)
+def test_as_llama_cpps_own_converter_writes_it(
+    name: str, kind: str, demo_model_path: Path, tmp_path: Path, their_converter: Callable[..., None]
+) -> None:
+    model = demo_model_path if name == "demo" else bench_export.tiny(name, tmp_path / name)
+    write_gguf(model, tmp_path / "ours.gguf", kind)
+    their_converter(model, tmp_path / "theirs.gguf", kind)
     (ours, tensors), (theirs, wanted) = contents(tmp_path / "ours.gguf"), contents(tmp_path / "theirs.gguf")
     differing = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     assert differing <= EXCEPTIONS
     assert set(tensors) == set(wanted)
-    for name, tensor in tensors.items():
-        assert tensor.tensor_type == wanted[name].tensor_type and np.array_equal(
-            tensor.data, wanted[name].data
-        ), name
+    for tensor, other in ((tensors[place], wanted[place]) for place in tensors):
+        assert tensor.tensor_type == other.tensor_type and np.array_equal(tensor.data, other.data), (
+            tensor.name
+        )
