@@ -94,7 +94,8 @@ def test_as_llama_cpps_own_converter_writes_it(
 ) -> None:
     model = demo_model_path if name == "demo" else bench_export.tiny(name, tmp_path / name)
     write_gguf(model, tmp_path / "ours.gguf", kind)
-    their_converter(model, tmp_path / "theirs.gguf", kind)
+    flags = ["--no-mtp"] if name.startswith("qwen3_5") else []  # it has no layer that predicts a token more
+    their_converter(model, tmp_path / "theirs.gguf", kind, *flags)
     (ours, tensors), (theirs, wanted) = contents(tmp_path / "ours.gguf"), contents(tmp_path / "theirs.gguf")
     differing = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     assert differing <= EXCEPTIONS
