@@ -40,7 +40,9 @@ def python_of(packages: Sequence[str], *, remove: Sequence[str] = (), beside_our
             _run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *remove])
 
     packages_here = sysconfig.get_paths()["purelib"]  # another checkout's environment may be gone tomorrow
-    key = "\n".join([sys.version, packages_here if beside_ours else "", *packages, *(f"-{name}" for name in remove)])
+    key = "\n".join(
+        [sys.version, packages_here if beside_ours else "", *packages, *(f"-{name}" for name in remove)]
+    )
     name = f"{packages[0].partition('=')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     return files.build_once(files.cache_dir() / "peers" / name, build) / "bin" / "python"
 
