@@ -161,10 +161,11 @@ class LlamaServer:
 
 @contextmanager
 def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
-    """The server over a GGUF file, with keys and values in float32."""
+    """The server over a GGUF file, with keys and values in float32. One thread: two wait for each other by spinning,
+    which takes minutes beside other work."""
     port, log = free_port(), file.with_suffix(".log")
     words = [str(llama_cpp.programs() / "llama-server"), "-m", str(file), "--port", str(port), "--jinja"]
-    words += ["-c", "8192", "-np", "1", "-t", "2", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *more]
+    words += ["-c", "8192", "-np", "1", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *more]
     with log.open("wb") as sink, subprocess.Popen(words, stdout=sink, stderr=sink) as process:
         try:
             server = LlamaServer(f"http://127.0.0.1:{port}")
