@@ -7,10 +7,11 @@
 
 In: the demo model as it is published, and tiny random models with Qwen's vocabulary and templates. Out: rows of
 benchmarks/results/export.json. `gguf-MODEL`: of 200 conversations those whose tokens are ours in `llama-server`, of 50
-prompts those whose 16 greedy tokens are transformers', the largest gap between two logits where they part.
-`types-demo`: the loss of each number type of a GGUF in `llama-server`, and transformers' in float32. `merge-large`:
-peak memory of the whole merge, comparison included. `openvino-TYPE`, `gptq-TYPE`, `compressed-TYPE`: perplexity of the
-demo model before and after.
+prompts those whose 16 greedy tokens are transformers', the largest gap between two logits where they part; apart from
+these, conversations that are not in NFC, and those with white space of another alphabet at an end. `types-demo`: the
+loss of each number type of a GGUF in `llama-server`, and transformers' in float32. `merge-large`: peak memory of the
+whole merge, comparison included. `openvino-TYPE`, `gptq-TYPE`, `compressed-TYPE`: perplexity of the demo model before
+and after.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import string
 import subprocess
 import sys
 import tempfile
@@ -62,7 +64,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3_moe": (
         "qwen3_moe",
-        {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+        {
+            "head_dim": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
     ),
     "qwen3_5_think": (
         "qwen3_5_text",
@@ -184,9 +192,10 @@ def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
 
 
 def asked(fmt: ChatFormat) -> list[Example]:
-    """Conversations without typed control tokens, which every other server reads as such, and in NFC, which
-    llama.cpp does not make; their tools with the keys that llama-server gives them, whatever a request has."""
-    found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case)]
+    """Conversations without typed control tokens, which every other server reads as such; in NFC, which llama.cpp does
+    not make; without wide space, which its templates do not trim. Their tools have the keys that llama-server gives
+    them, whatever a request has."""
+    found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case) and not is_wide(case)]
     return [replace(case, tools=tuple(map(_in_order, case.tools))) for case in found][:CONVERSATIONS]
 
 
@@ -206,6 +215,12 @@ def is_composed(case: Example) -> bool:
     """Whether NFC leaves its text as it is."""
     text = json.dumps([case.messages, case.tools], ensure_ascii=False)
     return unicodedata.is_normalized("NFC", text)
+
+
+def is_wide(case: Example) -> bool:
+    """Whether white space of another alphabet stands at an end of some text."""
+    texts = [str(message.get("content") or "") for message in case.messages]
+    return any(text.strip() != text.strip(string.whitespace) for text in texts)
 
 
 def same_prompts(server: LlamaServer, fmt: ChatFormat, given: Sequence[Example]) -> list[Example]:
@@ -252,11 +267,15 @@ def gguf_row(name: str, folder: Path) -> dict[str, Any]:
         equal, gap = same_greedy(server, model, prompts[:PROMPTS])
         loose = [case for case in cases(fmt) if case.kind in ("text", "system") and not is_composed(case)]
         decomposed = len(same_prompts(server, fmt, loose))
+        wide = [case for case in cases(fmt) if is_wide(case)]
+        trimmed = len(same_prompts(server, fmt, wide))
     return {
         "conversations": len(given),
         "same_prompts": len(same),
         "decomposed": len(loose),
         "same_decomposed": decomposed,
+        "wide_space": len(wide),
+        "same_wide_space": trimmed,
         "prompts": PROMPTS,
         "same_greedy": equal,
         "largest_gap": float(f"{gap:.1e}"),

@@ -78,6 +78,12 @@ def test_an_architecture_that_is_not_written_is_named(tiny_model_path: Path, tmp
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with pytest.raises(ModelError, match="model_type 'gemma' is not written as GGUF here"):
         write_gguf(folder, tmp_path / "m.gguf", "f32")
+    for kind, wrong in (("qwen3_moe", False), ("qwen2_moe", True)):
+        mixture = {**config, "model_type": kind, "norm_topk_prob": wrong}
+        (folder / "config.json").write_text(json.dumps(mixture))
+        with pytest.raises(ModelError, match=f"computes {kind} as if it were {not wrong}"):
+            write_gguf(folder, tmp_path / "m.gguf", "f32")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 # What llama.cpp's converter derives from the folder's name and from counting parameters; and our template has tools.
