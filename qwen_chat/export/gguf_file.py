@@ -97,8 +97,8 @@ def read_shape(model: Path) -> tuple[dict[str, Any], str]:
     adds_to_one = bool(text.get("norm_topk_prob"))
     if NORMS_EXPERTS.get(arch, adds_to_one) != adds_to_one:
         raise ModelError(
-            f"{model}: config.json: norm_topk_prob is {adds_to_one}, and llama.cpp computes {config['model_type']} as if"
-            f" it were {not adds_to_one}; serve it with this service or vLLM"
+            f"{model}: config.json: norm_topk_prob is {adds_to_one}, and llama.cpp computes {config['model_type']}"
+            f" as if it were {not adds_to_one}; serve it with this service or vLLM"
         )
     return text, arch
 
