@@ -253,7 +253,9 @@ def compare_reply(locked: GreedyReply, found: ChatReply) -> tuple[list[float], i
     for k, (text, logprob) in enumerate(zip(locked.texts, locked.logprobs, strict=True)):
         if k >= len(found.tokens):  # most servers tell nothing of the end
             return drifts, None if text.startswith("<|") or near[k] else k
-        same = text == found.tokens[k] or "\ufffd" in text or text.startswith("<|")
+        if "\ufffd" in text:  # a part of a character: told as such, or with the next one, or not at all
+            return drifts, None
+        same = text == found.tokens[k] or text.startswith("<|")
         if not same:
             return drifts, None if near[k] else k
         drifts.append(abs(found.logprobs[k] - logprob))
