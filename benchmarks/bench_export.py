@@ -55,8 +55,12 @@ from tests.support import published_templates
 RESULT = ROOT / "benchmarks" / "results" / "export.json"
 CONVERSATIONS, PROMPTS, TOKENS = 200, 50, 16
 K_QUANT = "q4_k_m"
-# Types of the ways out that need an environment of their own.
-ELSEWHERE = {"openvino": ("int8", "int4"), "gptq": ("int4", "int8"), "compressed": ("w4a16", "int8")}
+# The ways out that need an environment of their own: types, and the packages whose versions matter.
+ELSEWHERE = {
+    "openvino": (("int8", "int4"), ("optimum-intel", "openvino", "nncf")),
+    "gptq": (("int4", "int8"), ("optimum", "gptqmodel")),
+    "compressed": (("w4a16", "int8"), ("llmcompressor", "compressed-tensors")),
+}
 # Tiny models by the template of theirs: model type and what sets it apart.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -196,7 +200,11 @@ def asked(fmt: ChatFormat) -> list[Example]:
     not make; without wide space, which its templates do not trim. Their tools have the keys that llama-server gives
     them, whatever a request has."""
     found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case) and not is_wide(case)]
-    return [replace(case, tools=tuple(map(_in_order, case.tools))) for case in found][:CONVERSATIONS]
+    return [in_order(case) for case in found][:CONVERSATIONS]
+
+
+def in_order(case: Example) -> Example:
+    return replace(case, tools=tuple(map(_in_order, case.tools)))
 
 
 def _in_order(tool: Json) -> Json:
@@ -267,7 +275,7 @@ def gguf_row(name: str, folder: Path) -> dict[str, Any]:
         equal, gap = same_greedy(server, model, prompts[:PROMPTS])
         loose = [case for case in cases(fmt) if case.kind in ("text", "system") and not is_composed(case)]
         decomposed = len(same_prompts(server, fmt, loose))
-        wide = [case for case in cases(fmt) if is_wide(case)]
+        wide = [in_order(case) for case in cases(fmt) if is_wide(case)]
         trimmed = len(same_prompts(server, fmt, wide))
     return {
         "conversations": len(given),
@@ -381,7 +389,13 @@ def elsewhere_row(to: str, kind: str, python: str, folder: Path) -> dict[str, An
     data = ROOT / "finetune" / "io_file" / "input_data" / "example_eval_data.jsonl"
     words = ["finetune/export.py", "-m", str(demo_model.ensure()), "--to", to, "--type", kind]
     found = _script(*words, "--python", python, "-d", str(data), "-o", str(folder / "out"))
-    return {name: value for name, value in found.items() if name != "output"}
+    names = [*ELSEWHERE[to][1], "transformers", "torch"]
+    program = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    told = subprocess.run([python, "-c", program, *names], stdout=subprocess.PIPE, text=True, check=True)
+    return {
+        **{name: value for name, value in found.items() if name != "output"},
+        "environment": json.loads(told.stdout),
+    }
 
 
 def _script(*words: str) -> dict[str, Any]:
@@ -412,7 +426,7 @@ def main() -> int:
     if chosen.python:
         runs |= {
             f"{chosen.to}-{kind}": partial(elsewhere_row, chosen.to, kind, chosen.python)
-            for kind in ELSEWHERE[chosen.to]
+            for kind in ELSEWHERE[chosen.to][0]
         }
     for name, run in runs.items():
         if not name.startswith(chosen.only):

