@@ -3,13 +3,15 @@
     python benchmarks/bench_export.py                     # all; about half an hour on two cores
     python benchmarks/bench_export.py --only gguf-demo    # one row
     python benchmarks/bench_export.py --only merge --large FOLDER    # a random adapter over a large model in bfloat16
-    python benchmarks/bench_export.py --only openvino --python ENV/bin/python
+    python benchmarks/bench_export.py --only openvino --to openvino --python ENV/bin/python
 
 In: the demo model as it is published, and tiny random models with Qwen's vocabulary and templates. Out: rows of
 benchmarks/results/export.json. `gguf-MODEL`: of 200 conversations those whose tokens are ours in `llama-server`, of 50
-prompts those whose 16 greedy tokens are transformers', the largest gap between two logits where they part.
-`types-demo`: the loss of each number type of a GGUF, its weights taken back to float32. `merge-large`: peak memory of
-the whole merge, comparison included. `openvino-TYPE`: perplexity of the demo model before and after.
+prompts those whose 16 greedy tokens are transformers', the largest gap between two logits where they part; apart from
+these, conversations that are not in NFC, and those with white space of another alphabet at an end. `types-demo`: the
+loss of each number type of a GGUF in `llama-server`, and transformers' in float32. `merge-large`: peak memory of the
+whole merge, comparison included. `openvino-TYPE`, `gptq-TYPE`, `compressed-TYPE`: perplexity of the demo model before
+and after.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import string
 import subprocess
 import sys
 import tempfile
@@ -39,16 +42,25 @@ from benchmarks import llama_cpp, machine
 from benchmarks.bench_quantize import sequences
 from qwen_chat import demo_model, models
 from qwen_chat.certificate.conversations import Example, cases
+from qwen_chat.chat.encoded import Encoded
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.console import rank_zero
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ServiceError
 from qwen_chat.export.gguf_file import FILE_TYPES, write_gguf
+from qwen_chat.export.targets import to_gguf
 from qwen_chat.training.ranks import free_port
 from tests.support import published_templates
 
 RESULT = ROOT / "benchmarks" / "results" / "export.json"
 CONVERSATIONS, PROMPTS, TOKENS = 200, 50, 16
+K_QUANT = "q4_k_m"
+# The ways out that need an environment of their own: types, and the packages whose versions matter.
+ELSEWHERE = {
+    "openvino": (("int8", "int4"), ("optimum-intel", "openvino", "nncf")),
+    "gptq": (("int4", "int8"), ("optimum", "gptqmodel")),
+    "compressed": (("w4a16", "int8"), ("llmcompressor", "compressed-tensors")),
+}
 # Tiny models by the template of theirs: model type and what sets it apart.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -56,7 +68,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3_moe": (
         "qwen3_moe",
-        {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+        {
+            "head_dim": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
     ),
     "qwen3_5_think": (
         "qwen3_5_text",
@@ -123,6 +141,20 @@ class LlamaServer:
         asked |= {"chat_template_kwargs": case.variables} if case.variables else {}
         return str(self.post("/apply-template", **asked)["prompt"])
 
+    def loss(self, one: Encoded) -> float:
+        """The sum of the losses of the supervised tokens, in nats. Each is forced; what is told of it is its
+        probability before that."""
+        total = 0.0
+        for k, label in enumerate(one.labels):
+            if label < 0:
+                continue
+            forced = {"logit_bias": [[label, 1e4]], "n_predict": 1, "n_probs": 1, "temperature": 0}
+            told = self.post("/completion", prompt=one.input_ids[:k], cache_prompt=True, **forced)
+            (token,) = told["completion_probabilities"]
+            assert token["id"] == label
+            total -= token["logprob"]
+        return total
+
     def ids(self, text: str) -> list[int]:
         found = self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         return [int(token) for token in found]
@@ -141,10 +173,11 @@ class LlamaServer:
 
 @contextmanager
 def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
-    """The server over a GGUF file, with keys and values in float32."""
+    """The server over a GGUF file, with keys and values in float32. One thread: two wait for each other by spinning,
+    which takes minutes beside other work."""
     port, log = free_port(), file.with_suffix(".log")
     words = [str(llama_cpp.programs() / "llama-server"), "-m", str(file), "--port", str(port), "--jinja"]
-    words += ["-c", "8192", "-np", "1", "-t", "2", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *more]
+    words += ["-c", "8192", "-np", "1", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *more]
     with log.open("wb") as sink, subprocess.Popen(words, stdout=sink, stderr=sink) as process:
         try:
             server = LlamaServer(f"http://127.0.0.1:{port}")
@@ -163,10 +196,15 @@ def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
 
 
 def asked(fmt: ChatFormat) -> list[Example]:
-    """Conversations without typed control tokens, which every other server reads as such, and in NFC, which
-    llama.cpp does not make; their tools with the keys that llama-server gives them, whatever a request has."""
-    found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case)]
-    return [replace(case, tools=tuple(map(_in_order, case.tools))) for case in found][:CONVERSATIONS]
+    """Conversations without typed control tokens, which every other server reads as such; in NFC, which llama.cpp does
+    not make; without wide space, which its templates do not trim. Their tools have the keys that llama-server gives
+    them, whatever a request has."""
+    found = [case for case in cases(fmt) if case.kind != "typed" and is_composed(case) and not is_wide(case)]
+    return [in_order(case) for case in found][:CONVERSATIONS]
+
+
+def in_order(case: Example) -> Example:
+    return replace(case, tools=tuple(map(_in_order, case.tools)))
 
 
 def _in_order(tool: Json) -> Json:
@@ -185,6 +223,12 @@ def is_composed(case: Example) -> bool:
     """Whether NFC leaves its text as it is."""
     text = json.dumps([case.messages, case.tools], ensure_ascii=False)
     return unicodedata.is_normalized("NFC", text)
+
+
+def is_wide(case: Example) -> bool:
+    """Whether white space of another alphabet stands at an end of some text."""
+    texts = [str(message.get("content") or "") for message in case.messages]
+    return any(text.strip() != text.strip(string.whitespace) for text in texts)
 
 
 def same_prompts(server: LlamaServer, fmt: ChatFormat, given: Sequence[Example]) -> list[Example]:
@@ -231,11 +275,15 @@ def gguf_row(name: str, folder: Path) -> dict[str, Any]:
         equal, gap = same_greedy(server, model, prompts[:PROMPTS])
         loose = [case for case in cases(fmt) if case.kind in ("text", "system") and not is_composed(case)]
         decomposed = len(same_prompts(server, fmt, loose))
+        wide = [in_order(case) for case in cases(fmt) if is_wide(case)]
+        trimmed = len(same_prompts(server, fmt, wide))
     return {
         "conversations": len(given),
         "same_prompts": len(same),
         "decomposed": len(loose),
         "same_decomposed": decomposed,
+        "wide_space": len(wide),
+        "same_wide_space": trimmed,
         "prompts": PROMPTS,
         "same_greedy": equal,
         "largest_gap": float(f"{gap:.1e}"),
@@ -243,30 +291,36 @@ def gguf_row(name: str, folder: Path) -> dict[str, Any]:
 
 
 def types_row(folder: Path) -> dict[str, Any]:
-    """The demo model's loss on held-out replies, in each number type."""
-    import gguf
+    """The demo model's loss on held-out replies in each number type, by llama.cpp's arithmetic; K-quants by its
+    llama-quantize."""
     from transformers import AutoModelForCausalLM
 
     place = demo_model.ensure()
     fmt = ChatFormat(models.load_tokenizer(place))
-    data, row = sequences(fmt, 60), {}
-    for kind in FILE_TYPES:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-        wanted = gguf.GGMLQuantizationType[kind.upper()]
-        for parameter in model.parameters():
-            if parameter.dim() == 2:  # rows lie in another order in the file, but blocks are along rows
-                stored = gguf.quants.quantize(parameter.detach().numpy(), wanted)
-                parameter.data = torch.from_numpy(gguf.quants.dequantize(stored, wanted).copy())
-        total = count = 0.0
-        for one in data:
-            labels = torch.tensor(one.labels[1:])
-            with torch.inference_mode():
-                logits = model(input_ids=torch.tensor([one.input_ids])).logits[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            count += int((labels != -100).sum())
-        row[kind] = round(total / count, 5)
+    # llama-server tells no probability of a token that is a part of a character.
+    data = [
+        one
+        for one in sequences(fmt, 60)
+        if not any("\ufffd" in fmt.tokenizer.decode([label]) for label in one.labels if label >= 0)
+    ]
+    count = sum(label >= 0 for one in data for label in one.labels)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    total = 0.0
+    for one in data:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([one.input_ids])).logits[0, :-1]
+        total += float(
+            torch.nn.functional.cross_entropy(logits, torch.tensor(one.labels[1:]), reduction="sum")
+        )
+    row = {"transformers": round(total / count, 5)}
+    quantizer = str(llama_cpp.programs() / "llama-quantize")
+    for kind in (*FILE_TYPES, K_QUANT):
+        to_gguf(place, folder / kind, kind, quantizer)
+        with llama_server(folder / kind / f"model-{kind}.gguf") as server:
+            row[kind] = round(sum(map(server.loss, data)) / count, 5)
         rank_zero(f"{kind}: loss {row[kind]}")
     return {
+        "tokens": count,
         "loss": row,
         "more_than_f32": {kind: round(loss / row["f32"] - 1, 5) for kind, loss in row.items()},
     }
@@ -325,15 +379,23 @@ def merge_row(base: Path, folder: Path) -> dict[str, Any]:
         "merged_loss",
         "dtype",
     )
-    return {"peak_gib": round(peak, 2), **{name: found[name] for name in kept}}
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2**30
+    shape = {"layers": config["num_hidden_layers"], "hidden_size": wide, "model_gib": round(size, 2)}
+    return {**shape, "peak_gib": round(peak, 2), **{name: found[name] for name in kept}}
 
 
-def openvino_row(kind: str, python: str, folder: Path) -> dict[str, Any]:
-    """The demo model through optimum-intel, on the example's held-out conversations."""
+def elsewhere_row(to: str, kind: str, python: str, folder: Path) -> dict[str, Any]:
+    """The demo model through another project's library, on the example's held-out conversations."""
     data = ROOT / "finetune" / "io_file" / "input_data" / "example_eval_data.jsonl"
-    words = ["finetune/export.py", "-m", str(demo_model.ensure()), "--to", "openvino", "--type", kind]
+    words = ["finetune/export.py", "-m", str(demo_model.ensure()), "--to", to, "--type", kind]
     found = _script(*words, "--python", python, "-d", str(data), "-o", str(folder / "out"))
-    return {name: value for name, value in found.items() if name != "output"}
+    names = [*ELSEWHERE[to][1], "transformers", "torch"]
+    program = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    told = subprocess.run([python, "-c", program, *names], stdout=subprocess.PIPE, text=True, check=True)
+    return {
+        **{name: value for name, value in found.items() if name != "output"},
+        "environment": json.loads(told.stdout),
+    }
 
 
 def _script(*words: str) -> dict[str, Any]:
@@ -349,7 +411,10 @@ def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--only", default="", help="the row whose name begins so")
     options.add_argument("--large", type=Path, help="a Qwen2 in bfloat16 to merge into")
-    options.add_argument("--python", help="an interpreter that has optimum-intel")
+    options.add_argument(
+        "--to", default="openvino", choices=sorted(ELSEWHERE), help="what --python has [openvino]"
+    )
+    options.add_argument("--python", help="an interpreter that has what --to needs")
     options.add_argument("--out", type=Path, default=RESULT)
     chosen = options.parse_args()
     runs: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -359,7 +424,10 @@ def main() -> int:
     if chosen.large:
         runs["merge-large"] = partial(merge_row, chosen.large)
     if chosen.python:
-        runs |= {f"openvino-{kind}": partial(openvino_row, kind, chosen.python) for kind in ("int8", "int4")}
+        runs |= {
+            f"{chosen.to}-{kind}": partial(elsewhere_row, chosen.to, kind, chosen.python)
+            for kind in ELSEWHERE[chosen.to][0]
+        }
     for name, run in runs.items():
         if not name.startswith(chosen.only):
             continue

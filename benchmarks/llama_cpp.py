@@ -92,11 +92,13 @@ def gguf(folder: Path, name: str, kind: str) -> Path:
     return _kept(name, kind, make)
 
 
-def convert(folder: Path, file: Path, kind: str) -> None:
-    """llama.cpp's own converter (f32, f16, bf16), with our torch and transformers."""
+def convert(folder: Path, file: Path, kind: str, *flags: str, base: Path | None = None) -> None:
+    """llama.cpp's own converter (f32, f16, bf16, q8_0), with our torch and transformers. `base`: `folder` holds an
+    adapter over it."""
     python = peers.python_of(("sentencepiece",), beside_ours=True)
-    script = source() / "convert_hf_to_gguf.py"
-    command = [str(python), str(script), str(folder), "--outfile", str(file), "--outtype", kind]
+    script = source() / ("convert_hf_to_gguf.py" if base is None else "convert_lora_to_gguf.py")
+    command = [str(python), str(script), str(folder), "--outfile", str(file), "--outtype", kind, *flags]
+    command += [] if base is None else ["--base", str(base)]
     run(command, PYTHONPATH=str(source() / "gguf-py"))
 
 

@@ -56,10 +56,14 @@ def documents() -> list[Path]:
     return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
-def commands(page: Path) -> list[str]:
-    """The shell commands of a page's bash blocks, one a line: continuations joined, comments dropped."""
+def commands(page: Path, under: str = "") -> list[str]:
+    """The shell commands of a page's bash blocks, one a line: continuations joined, comments dropped. `under`: those
+    of one section alone, by its heading of the second level."""
+    text = page.read_text(encoding="utf-8")
+    if under:
+        text = text.partition(f"\n## {under}\n")[2].partition("\n## ")[0]
     found = []
-    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+    for language, block in FENCE.findall(text):
         if language in {"bash", "sh"}:
             joined = block.replace("\\\n", " ")
             stripped = (COMMENT.sub("", line).strip() for line in joined.splitlines())

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from benchmarks import llama_cpp, peers
 from qwen_chat import demo_model  # after the environment is set: it imports nothing heavy itself
 from tests.support import published_templates
 
@@ -74,6 +75,15 @@ def qwen3_tokenizer() -> Any:
 def chat_templates() -> dict[str, str]:
     """The templates of Qwen2.5 to Qwen3.8 by name (see tests/support/published_templates.py)."""
     return published_templates.fetch()
+
+
+@pytest.fixture(scope="session")
+def llama_programs() -> Path:
+    """The folder of llama.cpp's `llama-server` and `llama-quantize` (LLAMA_CPP_BIN, or built once; ten minutes)."""
+    try:
+        return llama_cpp.programs()
+    except peers.PeerMissing as missing:
+        pytest.skip(str(missing))
 
 
 def _with_template(family: demo_model.Family) -> Any:

@@ -182,9 +182,11 @@ JSON_FAULTS: tuple[tuple[str, str, tuple[str, ...], Written], ...] = (
     ("keys of tools reordered", "it sorts or normalises what tools say; send them as they arrive there",
      ("tools",), lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True)),
     ("tools normalised", "send tools as it writes them: name, description, parameters, and a description in each",
-     ("tools",), lambda value: json.dumps(_usual_order(True, value), ensure_ascii=False)),
+     ("tools",), lambda value: json.dumps(_usual_order({"description": ""}, value), ensure_ascii=False)),
+    ("tools normalised", "send tools as it writes them: name, description, parameters, and a description in each",
+     ("tools",), lambda value: json.dumps(_usual_order({"description": None}, value), ensure_ascii=False)),
     ("keys of tools reordered", "it sorts or normalises what tools say; send them as they arrive there", ("tools",),
-     lambda value: json.dumps(_usual_order(False, value), ensure_ascii=False)),
+     lambda value: json.dumps(_usual_order({}, value), ensure_ascii=False)),
     ("keys of arguments and tools reordered", "it sorts the keys of all JSON; nothing can be set",
      ("arguments", "tools"), lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True)),
     ("other characters than ASCII escaped", "its tojson writes \\u....; give it a template whose tojson does not",
@@ -203,10 +205,10 @@ JSON_FAULTS: tuple[tuple[str, str, tuple[str, ...], Written], ...] = (
 )  # fmt: skip
 
 
-def _usual_order(fills: bool, tool: Json) -> Json:
-    """A tool as a server writes it that reads it into a type of its own: name, description (llama-server adds an empty
-    one: `fills`), parameters."""
-    function = ({"description": ""} if fills else {}) | tool.get("function", {})
+def _usual_order(filled: Json, tool: Json) -> Json:
+    """A tool as a server writes it that reads it into a type of its own: name, description (where there is none,
+    llama-server adds an empty one, vLLM null: `filled`), parameters."""
+    function = filled | tool.get("function", {})
     known = [key for key in ("name", "description", "parameters", "strict") if key in function]
     ordered = {key: function[key] for key in (*known, *(key for key in function if key not in known))}
     return {**tool, "function": ordered}

@@ -20,6 +20,7 @@ from typing import Any
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import OptionError, OutputError
 from qwen_chat.export.source import Exported, build_new, write_json
+from qwen_chat.weights import model_tensors
 
 WORKER = Path(__file__).with_name("worker.py")
 # What each way out needs in its environment: modules to look for, and what pip installs.
@@ -28,7 +29,7 @@ NEEDS = {
     "gptq": (("optimum.gptq", "gptqmodel"), "optimum gptqmodel"),
     "compressed": (("llmcompressor",), "llmcompressor"),
 }
-_GROUP = 128  # columns that share a scale where there are as many
+_GROUPS = (128, 64, 32)  # columns that share a scale: the most that every layer can be cut into
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,30 @@ class WorkerJob:
     held_out: Sequence[Mapping[str, Sequence[int]]]
 
 
-def settings(to: str, kind: str | None) -> dict[str, Any]:
-    """The library's own arguments for a type; the first of a library where none is given. OptionError where it has
-    none of that name."""
+def settings(to: str, kind: str | None, group: int = _GROUPS[0]) -> dict[str, Any]:
+    """The library's own arguments for a type; the first of a library where none is given. group: columns that share a
+    scale. OptionError where it has no type of that name."""
+    four_bits = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     known: dict[str, dict[str, dict[str, Any]]] = {
         "openvino": {
             "int8": {"bits": 8, "sym": False},
             "int4": {
                 "bits": 4,
                 "sym": False,
-                "group_size": _GROUP,
+                "group_size": group,
                 "ratio": 1.0,
                 "group_size_fallback": "adjust",
             },
         },
         "gptq": {
-            "int4": {"bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True},
-            "int8": {"bits": 8, "group_size": _GROUP, "desc_act": False, "sym": True},
+            "int4": {"bits": 4, "group_size": group, "desc_act": False, "sym": True},
+            "int8": {"bits": 8, "group_size": group, "desc_act": False, "sym": True},
         },
         "compressed": {
-            "w4a16": {"targets": "Linear", "scheme": "W4A16", "ignore": ["lm_head"]},
+            "w4a16": {  # its scheme W4A16, but for the group
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": four_bits}},
+                "ignore": ["lm_head"],
+            },
             "int8": {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]},
         },
     }
@@ -70,6 +75,19 @@ def settings(to: str, kind: str | None) -> dict[str, Any]:
     if kind not in known[to]:
         raise OptionError(f"--type {kind}: expected {' or '.join(known[to])} with --to {to}")
     return known[to][kind]
+
+
+def group_size(model: Path) -> int:
+    """The largest group that divides the columns of all layers. OptionError where none does."""
+    stored = model_tensors(model).items()
+    widths = {one.shape[1] for name, one in stored if ".layers." in name and len(one.shape) == 2}
+    found = [size for size in _GROUPS if not any(width % size for width in widths)]
+    if not found:
+        raise OptionError(
+            f"{model}: a layer of {min(width for width in widths if width % _GROUPS[-1])} columns cannot be cut into"
+            f" groups of {_GROUPS[-1]}; export it with --to compressed --type int8, or --to openvino"
+        )
+    return found[0]
 
 
 def check_environment(to: str, python: str | None) -> None:
@@ -96,13 +114,15 @@ def write_elsewhere(
     """
     facts: dict[str, Any] = {}
     half = max(1, len(data) // 2)
+    in_groups = to == "gptq" or (to == "compressed" and kind != "int8")
+    arguments = settings(to, kind, group_size(model)) if in_groups else settings(to, kind)
 
     def build(aside: Path) -> None:
         job = WorkerJob(
             to=to,
             model=str(model.resolve()),
             folder=str(aside),
-            settings=settings(to, kind),
+            settings=arguments,
             calibration=[one.input_ids for one in data[half:] or data],
             held_out=[{"ids": one.input_ids, "labels": one.labels} for one in data[:half]],
         )

@@ -34,6 +34,8 @@ ARCHITECTURES = {
     "qwen3_5": "QWEN35",
     "qwen3_5_text": "QWEN35",
 }
+# Whether llama.cpp makes the weights of the chosen experts add up to 1, whatever the config says.
+NORMS_EXPERTS = {"QWEN2MOE": False, "QWEN3MOE": True}
 FILE_TYPES = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -91,7 +93,14 @@ def read_shape(model: Path) -> tuple[dict[str, Any], str]:
             f"{model}: model_type {config['model_type']!r} is not written as GGUF here; expected one of"
             f" {', '.join(ARCHITECTURES)}"
         )
-    return {**config, **(config.get("text_config") or {})}, arch
+    text = {**config, **(config.get("text_config") or {})}
+    adds_to_one = bool(text.get("norm_topk_prob"))
+    if NORMS_EXPERTS.get(arch, adds_to_one) != adds_to_one:
+        raise ModelError(
+            f"{model}: config.json: norm_topk_prob is {adds_to_one}, and llama.cpp computes {config['model_type']}"
+            f" as if it were {not adds_to_one}; serve it with this service or vLLM"
+        )
+    return text, arch
 
 
 def announce(writer: Any, place: str, shape: tuple[int, ...], kind: Any) -> Any:

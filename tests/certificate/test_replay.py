@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from qwen_chat.certificate.lock import FormatLock
-from qwen_chat.certificate.replay import Outcome, Replay
-from qwen_chat.certificate.server import Server
+from qwen_chat.certificate.lock import FormatLock, GreedyReply
+from qwen_chat.certificate.replay import Outcome, Replay, compare_reply
+from qwen_chat.certificate.server import ChatReply, Server
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
 from tests.support.faulty_server import Fault, FaultyServer
@@ -195,3 +195,10 @@ def test_without_a_tokenizer_the_difference_is_told_without_a_cause(
     (finding,) = (one for one in verdict.findings if one.level == "differs")
     assert (verdict.status, finding.cause) == (1, "no known cause")
     assert finding.first is not None and "causes: no tokenizer" in " ".join(verdict.unseen)
+
+
+def test_parts_of_characters_end_a_comparison() -> None:
+    """llama-server tells no probability of them: what follows would be held against another token's."""
+    locked = GreedyReply((1, 2, 3), (-0.5, -0.5, -4.0), (-9.0, -9.0, -9.0), ("a", "\ufffd", "b"))
+    told = ChatReply({"content": "a"}, "length", ("a", "c"), (-0.5, -1.0), None, None)
+    assert compare_reply(locked, told) == ([0.0], None)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import OptionError, OutputError
 from qwen_chat.export import elsewhere
-from qwen_chat.export.elsewhere import check_environment, settings, write_elsewhere
+from qwen_chat.export.elsewhere import check_environment, group_size, settings, write_elsewhere
 
 DATA = [Encoded([k, 5, 6, 7], [(2, 4)]) for k in range(4)]
 
@@ -19,12 +21,21 @@ DATA = [Encoded([k, 5, 6, 7], [(2, 4)]) for k in range(4)]
 def test_settings() -> None:
     assert settings("gptq", None) == {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
     assert settings("gptq", "int8")["bits"] == 8
-    assert settings("compressed", None) == {"targets": "Linear", "scheme": "W4A16", "ignore": ["lm_head"]}
+    four_bits = settings("compressed", None, 64)["config_groups"]["group_0"]["weights"]
+    assert (four_bits["num_bits"], four_bits["group_size"]) == (4, 64)
     assert settings("compressed", "int8")["scheme"] == "W8A8"
     assert settings("openvino", None) == {"bits": 8, "sym": False}
     assert settings("openvino", "int4")["bits"] == 4
     with pytest.raises(OptionError, match=r"--type q8_0: expected int8 or int4 with --to openvino"):
         settings("openvino", "q8_0")
+
+
+def test_a_group_divides_every_layer(demo_model_path: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    assert (group_size(demo_model_path), group_size(tiny_model_path)) == (64, 32)  # of 576, and of 32 columns
+    odd = {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 48)}
+    save_file(odd, tmp_path / "model.safetensors")
+    with pytest.raises(OptionError, match="48 columns cannot be cut into groups of 32"):
+        group_size(tmp_path)
 
 
 @pytest.mark.parametrize("to", ["gptq", "compressed", "openvino"])

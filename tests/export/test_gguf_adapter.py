@@ -1,9 +1,7 @@
 """A GGUF adapter holds both factors of every layer, under llama.cpp's one scaling."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +58,12 @@ def test_what_has_no_place_is_refused(tiny_model_path: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP: the folder of llama.cpp's source")
-def test_as_llama_cpps_own_converter_writes_it(demo_model_path: Path, tmp_path: Path) -> None:
+def test_as_llama_cpps_own_converter_writes_it(
+    demo_model_path: Path, tmp_path: Path, their_converter: Callable[..., None]
+) -> None:
     folder, _ = adapter_over(demo_model_path, tmp_path / "a")
     write_adapter(folder, demo_model_path, tmp_path / "ours.gguf", "f32")
-    (tmp_path / "sentencepiece.py").write_text("class SentencePieceProcessor: ...\n")  # imported, never used
-    source = Path(os.environ["LLAMA_CPP"])
-    words = [sys.executable, "convert_lora_to_gguf.py", str(folder), "--base", str(demo_model_path)]
-    environment = {**os.environ, "PYTHONPATH": f"{source / 'gguf-py'}:{tmp_path}"}
-    subprocess.run(
-        [*words, "--outfile", str(tmp_path / "theirs.gguf")], cwd=source, env=environment, check=True
-    )
+    their_converter(folder, tmp_path / "theirs.gguf", "f32", base=demo_model_path)
     (ours, tensors), (theirs, wanted) = contents(tmp_path / "ours.gguf"), contents(tmp_path / "theirs.gguf")
     named = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     assert {key for key in named if not key.startswith(("general.", "GGUF."))} == set()

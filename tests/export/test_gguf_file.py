@@ -1,10 +1,8 @@
 """GGUF files hold the model: every tensor that llama.cpp reads, the template, the tokens, the pre-tokenizer's name."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from benchmarks import bench_export
 from qwen_chat.errors import ModelError
 from qwen_chat.export.gguf_file import pre_tokenizer, write_gguf
 from qwen_chat.weights import stored_tensors
@@ -79,34 +78,36 @@ def test_an_architecture_that_is_not_written_is_named(tiny_model_path: Path, tmp
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with pytest.raises(ModelError, match="model_type 'gemma' is not written as GGUF here"):
         write_gguf(folder, tmp_path / "m.gguf", "f32")
+    for kind, wrong in (("qwen3_moe", False), ("qwen2_moe", True)):
+        mixture = {**config, "model_type": kind, "norm_topk_prob": wrong}
+        (folder / "config.json").write_text(json.dumps(mixture))
+        with pytest.raises(ModelError, match=f"computes {kind} as if it were {not wrong}"):
+            write_gguf(folder, tmp_path / "m.gguf", "f32")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 # What llama.cpp's converter derives from the folder's name and from counting parameters; and our template has tools.
-EXCEPTIONS = {"general.name", "general.size_label", "GGUF.kv_count", "tokenizer.chat_template"}
+DERIVED = {f"general.{part}" for part in ("name", "basename", "finetune", "version", "size_label")}
+EXCEPTIONS = {*DERIVED, "GGUF.kv_count", "tokenizer.chat_template"}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP: the folder of llama.cpp's source")
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
-def test_as_llama_cpps_own_converter_writes_it(kind: str, demo_model_path: Path, tmp_path: Path) -> None:
-    write_gguf(demo_model_path, tmp_path / "ours.gguf", kind)
-    (tmp_path / "sentencepiece.py").write_text("class SentencePieceProcessor: ...\n")  # imported, never used
-    source = Path(os.environ["LLAMA_CPP"])
-    subprocess.run(
-        [
-            *(sys.executable, "convert_hf_to_gguf.py", str(demo_model_path), "--outtype", kind),
-            *("--outfile", str(tmp_path / "theirs.gguf")),
-        ],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": f"{source / 'gguf-py'}:{tmp_path}"},
-        check=True,
-        capture_output=True,
-    )
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("demo", "f32"), ("demo", "bf16"), ("demo", "q8_0"), *((name, "f32") for name in bench_export.TINY)],
+)
+def test_as_llama_cpps_own_converter_writes_it(
+    name: str, kind: str, demo_model_path: Path, tmp_path: Path, their_converter: Callable[..., None]
+) -> None:
+    model = demo_model_path if name == "demo" else bench_export.tiny(name, tmp_path / name)
+    write_gguf(model, tmp_path / "ours.gguf", kind)
+    flags = ["--no-mtp"] if name.startswith("qwen3_5") else []  # it has no layer that predicts a token more
+    their_converter(model, tmp_path / "theirs.gguf", kind, *flags)
     (ours, tensors), (theirs, wanted) = contents(tmp_path / "ours.gguf"), contents(tmp_path / "theirs.gguf")
     differing = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
     assert differing <= EXCEPTIONS
     assert set(tensors) == set(wanted)
-    for name, tensor in tensors.items():
-        assert tensor.tensor_type == wanted[name].tensor_type and np.array_equal(
-            tensor.data, wanted[name].data
-        ), name
+    for tensor, other in ((tensors[place], wanted[place]) for place in tensors):
+        assert tensor.tensor_type == other.tensor_type and np.array_equal(tensor.data, other.data), (
+            tensor.name
+        )

@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from qwen_chat.certificate.conversations import cases
 from qwen_chat.chat.encoded import Encoded
+from qwen_chat.chat.format import ChatFormat
 from qwen_chat.errors import ModelError
 from qwen_chat.export.layerwise import LayerwiseModel
 from qwen_chat.export.merged_model import Comparison, merge_model
@@ -189,12 +191,15 @@ def test_a_merge_that_moves_the_logits_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "pissa", "q_lora"])
-def test_the_demo_model_merged_is_the_adapter(kind: str, demo_model_path: Path, tmp_path: Path) -> None:
-    """Greedy tokens of 50 prompts. For Q-LoRA the adapter is over the unquantised base."""
+def test_the_demo_model_merged_is_the_adapter(
+    kind: str, demo_model_path: Path, demo_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Logits and greedy tokens after 50 real prompts. For Q-LoRA the adapter is over the unquantised base."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_path, dtype=torch.float32)
     config: dict[str, Any] = {} if kind == "q_lora" else KINDS[kind][1]
-    config = {**config, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["q_proj", "v_proj"]}
+    config = {**config, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": "all-linear"}
     peft = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **config)).eval()
     torch.manual_seed(1)
     for parameter in peft.parameters():
@@ -205,4 +210,19 @@ def test_the_demo_model_merged_is_the_adapter(kind: str, demo_model_path: Path, 
     found, after, parted = merged(made, tmp_path / "merged", four_bits=kind == "q_lora")
     assert found.logit_difference <= found.tolerance and not parted
     assert (found.four_bit_loss is not None) == (kind == "q_lora")
-    assert torch.equal(greedy(after), greedy(peft))
+    fmt = ChatFormat(demo_tokenizer)
+    asked = [
+        fmt.prompt_ids(case.messages) for case in cases(fmt) if not case.tools and len(case.messages) < 4
+    ]
+    answers = []
+    for prompt in (torch.tensor([ids]) for ids in asked[:50]):
+        with torch.no_grad():
+            wanted, got = (each(input_ids=prompt).logits for each in (peft, after))
+        assert float((got - wanted).abs().max() / wanted.abs().max()) <= found.tolerance
+        ends = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+        first, second = (each.generate(input_ids=prompt, **ends) for each in (peft, after))
+        assert torch.equal(first, second)
+        answers.append(first[0, prompt.shape[1] :].tolist())
+    assert len({tuple(answer) for answer in answers}) > 25, (
+        "the answers would be the same whatever was merged"
+    )

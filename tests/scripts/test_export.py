@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from tests.support.scripts import runner
@@ -20,6 +21,30 @@ def test_a_gguf(export: Any, tiny_model_path: Path, tmp_path: Path) -> None:
     assert status == 0, said
     assert json.loads(printed)["tensors"] == 26
     assert {path.name for path in folder.iterdir()} == {"model-q8_0.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.slow
+def test_a_k_quant(export: Any, demo_model_path: Path, llama_programs: Path, tmp_path: Path) -> None:
+    """By llama.cpp's llama-quantize; what it costs: tests/export/test_llama_server.py."""
+    given = [
+        "-m",
+        str(demo_model_path),
+        "--to",
+        "gguf",
+        "--llama_quantize",
+        str(llama_programs / "llama-quantize"),
+    ]
+    status, said, printed = export(*given, "--type", "q4_k_m", "-o", str(tmp_path / "out"), "--json")
+    assert status == 0, said
+    assert json.loads(printed)["type"] == "q4_k_m"
+    (file,) = (tmp_path / "out").iterdir()
+    reader = gguf.GGUFReader(file)
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert {tensor.tensor_type.name for tensor in reader.tensors} & {"Q4_K", "Q6_K"}
+    assert "<tool_call>" in reader.fields["tokenizer.chat_template"].contents()
+    status, said, _ = export(*given, "--type", "q9_x", "-o", str(tmp_path / "none"))
+    assert status == 2 and "llama-quantize refuses" in said
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
