@@ -120,14 +120,14 @@ def _epochs(facts: Facts) -> Chosen:
 
 
 def _batch(facts: Facts, given: Mapping[str, float]) -> Iterator[Chosen]:
-    """Rows and accumulation that make the step's conversations, over all processes."""
+    """Rows and accumulation that make the step of conversations, over all processes. Nothing given is checked yet."""
     step, why = UNKNOWN_STEP, "the data decide"
     if facts.conversations is not None:
         least, most = STEP
         step = min(most, max(least, 2 ** int(math.log2(max(1, facts.conversations / EPOCH_STEPS)))))
         why = f"a step of {step} of {facts.conversations:,} conversations"
     wanted = max(1, step // facts.processes)
-    row = min(ROW, max(1, round(wanted / given.get("gradient_accumulation_steps", 1))))
+    row = min(ROW, max(1, round(wanted / max(1, given.get("gradient_accumulation_steps", 1)))))
     yield Chosen("per_device_train_batch_size", row, why)
-    rows = max(1, round(wanted / given.get("per_device_train_batch_size", row)))
+    rows = max(1, round(wanted / max(1, given.get("per_device_train_batch_size", row))))
     yield Chosen("gradient_accumulation_steps", rows, why)

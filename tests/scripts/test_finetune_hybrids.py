@@ -56,6 +56,7 @@ def tuned(name: str, short: Path, folder: Path, *words: str) -> tuple[Path, Path
     """(base, what was made of it, its run.json, what was said)"""
     base, out = hybrid_folder(name, folder / name), folder / "out"
     given = ["-m", str(base), "-d", str(short), "--eval_data_path", str(short), *RATE, *words]
+    given += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     run = runs.finish([*given, "--num_train_epochs", "3"], out)
     log = runs.curve(out)
     assert len(log) == 3 and log[2] < log[1] < log[0]
