@@ -70,7 +70,7 @@ def test_a_queued_client_that_leaves_is_forgotten() -> None:
 
 def test_deadline() -> None:
     with TestClient(
-        create_app(make_engine(max_batch=1), settings=ServiceSettings(request_seconds=0.6))
+        create_app(make_engine(max_batch=1, drafts=False), settings=ServiceSettings(request_seconds=0.6))
     ) as client:
         answer = client.post(CHAT, json=ask("slow 30 " + "x" * 100)).json()["choices"][0]
         assert answer["finish_reason"] == "length"
