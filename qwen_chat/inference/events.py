@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qwen_chat.inference.sampling import GenerationRequest
@@ -117,13 +117,11 @@ class Generation:
         try:
             while True:
                 with self._ready:
-                    self._pausing = False
                     arrived.clear()
-                    events = [*self._events] if pause else [*self._events][:1]
-                    for _ in events:
-                        self._events.popleft()
+                    count = len(self._events) if pause else min(1, len(self._events))
+                    events = [self._events.popleft() for _ in range(count)]
                     self._pausing = bool(pause and events)
-                for event in _as_one(events):
+                for event in _in_few(events):
                     yield event
                     if event.finish_reason is not None:
                         return
@@ -145,31 +143,33 @@ class Generation:
 
     def fold(self, events: Sequence[TokenEvent]) -> Completion:
         """The completion that a complete list of events stands for."""
-        last = events[-1]
+        whole = _as_one(events)
         return Completion(
-            text="".join(event.text for event in events),
-            token_ids=tuple(token for event in events for token in event.token_ids),
-            finish_reason=last.finish_reason or "error",
-            logprobs=tuple(item for event in events for item in event.logprobs),
+            text=whole.text,
+            token_ids=whole.token_ids,
+            finish_reason=whole.finish_reason or "error",
+            logprobs=whole.logprobs,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
-            error=last.error,
-            fault=last.fault,
+            error=whole.error,
+            fault=whole.fault,
         )
 
 
-def _as_one(events: Sequence[TokenEvent]) -> list[TokenEvent]:
-    """The same in as few as can be: one, and an end that is no part of the reply."""
+def _as_one(events: Sequence[TokenEvent]) -> TokenEvent:
+    """Events of one reply, in a row and at least one: what they show together; the end is the last one's."""
+    return replace(
+        events[-1],
+        text="".join(event.text for event in events),
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        logprobs=tuple(item for event in events for item in event.logprobs),
+    )
+
+
+def _in_few(events: Sequence[TokenEvent]) -> list[TokenEvent]:
+    """The same as one event, but for an end that is no part of the reply."""
     kept = [event for event in events if event.finish_reason in (None, "stop", "length")]
-    if len(kept) > 1:
-        whole = TokenEvent(
-            text="".join(event.text for event in kept),
-            token_ids=tuple(token for event in kept for token in event.token_ids),
-            logprobs=tuple(item for event in kept for item in event.logprobs),
-            finish_reason=kept[-1].finish_reason,
-        )
-        return [whole, *events[len(kept) :]]
-    return list(events)
+    return [_as_one(kept), *events[len(kept) :]] if len(kept) > 1 else list(events)
 
 
 def put_all(events: Sequence[tuple[Generation, TokenEvent]]) -> None:
