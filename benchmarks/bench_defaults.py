@@ -255,20 +255,13 @@ def steps_within(windows: Any, tokens: int) -> int:
 
 
 def losses(trainer: Any, conversations: Any, together: int) -> list[tuple[float, int]]:
-    """(sum of losses, supervised tokens) of each row of so many conversations, under the model as it is."""
-    import torch
-
-    from qwen_chat.training.batches import Collator, RowDataset, WindowSampler
+    """(sum of losses, supervised tokens) of each so many conversations, under the model as it is."""
+    from qwen_chat.training.batches import WindowSampler
 
     windows = WindowSampler(conversations, batch_size=together, max_length=2048, shuffle=False)
-    dataset, collate = RowDataset(conversations), Collator()
-    trainer.model.eval()
-    found = []
-    with torch.no_grad():
-        for (row,) in windows:
-            result = trainer.model_loss(trainer.model, collate([dataset[row]]))
-            found.append((float(result.loss_sum), result.tokens))
-    return found
+    each = trainer.losses(windows)
+    groups = (each[begin : begin + together] for begin in range(0, len(each), together))
+    return [(sum(loss for loss, _ in group), sum(tokens for _, tokens in group)) for group in groups]
 
 
 def mean(parts: Sequence[tuple[float, int]]) -> float:
