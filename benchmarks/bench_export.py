@@ -23,7 +23,6 @@ import string
 import subprocess
 import sys
 import tempfile
-import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ import torch
 
 from benchmarks import llama_cpp, machine
 from benchmarks.bench_quantize import sequences
+from benchmarks.bench_serve import wait_until_up
 from qwen_chat import demo_model, models
 from qwen_chat.certificate.conversations import Example, cases
 from qwen_chat.chat.encoded import Encoded
@@ -180,17 +180,8 @@ def llama_server(file: Path, *more: str) -> Iterator[LlamaServer]:
     words += ["-c", "8192", "-np", "1", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *more]
     with log.open("wb") as sink, subprocess.Popen(words, stdout=sink, stderr=sink) as process:
         try:
-            server = LlamaServer(f"http://127.0.0.1:{port}")
-            for _ in range(600):
-                if process.poll() is not None:
-                    raise ServiceError(f"llama-server ended: {log.read_text(errors='replace')[-400:]}")
-                try:
-                    if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
-                        break
-                except requests.ConnectionError:
-                    pass
-                time.sleep(0.2)
-            yield server
+            wait_until_up("llama-server", process, port, 120, log)
+            yield LlamaServer(f"http://127.0.0.1:{port}")
         finally:
             process.terminate()
 

@@ -110,7 +110,7 @@ def main() -> int:
     model_name, folder = find_model(options.model)
     tokenizer = load_tokenizer(folder)
     if options.bandwidth:
-        share = bandwidth_share(folder, model_name, options)
+        share = bandwidth_share(folder, model_name, tokenizer, options)
         old = json.loads(options.output.read_text("utf-8"))
         machine.write(options.output, {**old, "bandwidth": {**old.get("bandwidth", {}), model_name: share}})
         return 0
@@ -559,11 +559,11 @@ def content_of(line: bytes) -> str:
 # ------------------------------------------------------------------------------------------------- bandwidth
 
 
-def bandwidth_share(folder: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+def bandwidth_share(folder: Path, name: str, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What of the memory's bandwidth, read in the same minute, a step of one int8 row streams."""
     read = machine.bandwidth()
     with serving("ours-int8", ours(folder, "--quantize", "int8"), options.timeout) as (port, _):
-        client = Client(port, folder, load_tokenizer(folder), options.max_tokens, sampled=name == RANDOM)
+        client = Client(port, folder, tokenizer, options.max_tokens, sampled=name == RANDOM)
         client.load(1, 1)
         step = statistics.median(step_ms(client) for _ in range(options.rounds))
     streamed = streamed_bytes(model_tensors(folder), "int8") / 1e9

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-import requests
 
+from benchmarks.bench_serve import wait_until_up
 from docs import check
 from qwen_chat.training.ranks import free_port
 
@@ -41,20 +41,13 @@ def share_gpt() -> str:
 @contextmanager
 def running(command: str, folder: Path, port: str, environment: dict[str, str]) -> Iterator[None]:
     """A server in the background, until it listens."""
-    with (folder / f"server-{port}.log").open("w+") as log:
+    log = folder / f"server-{port}.log"
+    with log.open("wb") as sink:
         process = subprocess.Popen(
-            ["bash", "-c", command], cwd=folder, env=environment, stdout=log, stderr=log
+            ["bash", "-c", command], cwd=folder, env=environment, stdout=sink, stderr=sink
         )
         try:
-            end = time.monotonic() + 600
-            while True:
-                assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()[-2000:]
-                try:
-                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                        break
-                except requests.ConnectionError:
-                    pass
-                time.sleep(0.5)
+            wait_until_up(command, process, int(port), 600, log)
             yield
         finally:
             process.terminate()
