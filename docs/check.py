@@ -176,9 +176,8 @@ def from_parser(script: str, *words: str) -> str | None:
         patched.enter_context(patch.object(config_file, "named", return_value=None))
         patched.enter_context(patch.object(sys, "argv", [script, *words]))
         try:
-            if (
-                script == SCRIPTS["tune"]
-            ):  # what is installed here does not matter, nor the data that --config names
+            # What is installed here does not matter, nor the data that --config names.
+            if script == SCRIPTS["tune"]:
                 run_problems.read_run_and(words, needs_data=False)
             module.main()
         except TakenError:

@@ -108,12 +108,7 @@ def _message_without(message: Message, text: Callable[[str], str]) -> Message:
 def _call_without(call: ToolCall, text: Callable[[str], str]) -> ToolCall:
     """The same where nothing is found; a number becomes text."""
     plain = call.arguments.encode("ascii", "replace")
-    if not (
-        b"@" in plain
-        or b"+" in plain
-        or b"000" in plain.translate(_ZEROS)
-        or _LONG_WORD in plain.translate(_WORDS)
-    ):
+    if not (b"@" in plain or _may_hold_numbers(plain) or _has_long_word(plain)):
         return call  # nothing that could be found, in JSON's escapes neither: they have digits
     before = json.loads(call.arguments)
     after = _value_without(before, text)
@@ -150,18 +145,25 @@ def _matches(text: str) -> Iterator[tuple[Kind, int, int]]:
     plain = text.encode("ascii", "replace")
     if b"PRIVATE KEY-----" in plain:
         yield from ((PRIVATE_KEY, *match.span()) for match in _PRIVATE_KEY.finditer(text))
-    if _LONG_WORD in plain.translate(_WORDS):
+    if _has_long_word(plain):
         yield from ((API_KEY, *match.span()) for match in _API_KEY.finditer(text))
     if b"@" in plain:
         yield from ((EMAIL, *match.span()) for match in _EMAIL.finditer(text))
-    if b"+" in plain or b"000" in plain.translate(_ZEROS):
-        for digits in _DIGITS.finditer(
-            text
-        ):  # with a sign or a bracket before it, and what must not follow after it
+    if _may_hold_numbers(plain):
+        for digits in _DIGITS.finditer(text):
+            # With a sign or a bracket before it, and what must not follow after it.
             for match in _NUMBERS.finditer(text, max(digits.start() - 2, 0), digits.end() + 3):
                 kind = _kind_of_number(match)
                 if kind is not None:
                     yield kind, *match.span()
+
+
+def _has_long_word(plain: bytes) -> bool:
+    return _LONG_WORD in plain.translate(_WORDS)
+
+
+def _may_hold_numbers(plain: bytes) -> bool:
+    return b"+" in plain or b"000" in plain.translate(_ZEROS)
 
 
 def _kind_of_number(match: re.Match[str]) -> Kind | None:

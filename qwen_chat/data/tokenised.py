@@ -54,9 +54,8 @@ class TokenSummary:
     failed_at: tuple[str, ...] = ()
     # How many conversations have at most so many tokens, and more than the bar before.
     histogram: Mapping[str, int] = field(default_factory=dict)
-    calls: Mapping[str, int] = field(
-        default_factory=dict
-    )  # how often each function is called, commonest first
+    # How often each function is called, commonest first.
+    calls: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """A few lines for a person."""

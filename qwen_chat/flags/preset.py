@@ -38,10 +38,7 @@ RATE, MEASURED_WIDTH, EXPONENT = 5e-4, 576, 0.78
 FULL = 1 / 10  # a full fine-tune's rate is this part of an adapter's: every weight moves
 UNKNOWN_WIDTH = 3584  # where config.json does not tell: a 7B's, whose rate is safe for smaller ones
 EPOCHS = (30, 1, 10)  # 30 / sqrt(conversations), from 1 to 10
-EPOCH_STEPS, STEP = (
-    200,
-    (2, 16),
-)  # conversations of an optimizer step: such that an epoch has 200, but from 2 to 16
+EPOCH_STEPS, STEP = 200, (2, 16)  # a step's conversations: such that an epoch has 200 steps, but from 2 to 16
 UNKNOWN_STEP = 8  # while the data are not read
 ROW = 4  # conversations of a row at most: what a row holds is what takes memory
 

@@ -100,17 +100,17 @@ def settle(run: Run, model_path: Path, data: Data, begun: Mapping[str, Any] | No
 
     Raises OptionError where DeepSpeed's file has other numbers than were chosen.
     """
+    ranks = memory_plan.ranks()
     facts = preset.Facts(
         method=run.method,
         width=memory_plan.Shape.of(models.read_config(model_path)).hidden or None,
         conversations=len(data.train),
         learnt=data.budget()[1] if data.summary.complete else None,
-        processes=memory_plan.ranks(),
+        processes=ranks,
     )
     run = settled(run, facts, (begun or {}).get("options"))
     if run.train.deepspeed is not None:
         config, _ = deepspeed_file.read_deepspeed(run.train.deepspeed)
-        ranks = memory_plan.ranks()
         if found := deepspeed_file.deepspeed_contradictions(run, config, numbers=None, ranks=ranks):
             raise OptionError("\n".join(found))
     return run
