@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,6 +286,8 @@ def made_tables() -> dict[str, tuple[Path, str]]:
         "large_serving": (ROOT / "docs/inference.md", large_serving_table()),
         "large_training": (ROOT / "docs/scale.md", large_training_table()),
         "quantize": (ROOT / "docs/inference.md", quantize_table()),
+        "defaults": (ROOT / "docs/finetune.md", defaults_table("loss")),
+        "forgotten": (ROOT / "docs/finetune.md", defaults_table("general")),
     }
 
 
@@ -378,6 +381,30 @@ def quantize_table() -> str:
         for row in record["rows"]
     ]
     return "\n".join(lines) + "\n"
+
+
+def defaults_table(kind: Literal["loss", "general"]) -> str:
+    """What benchmarks/bench_defaults.py recorded: the mean over the seeds of the held-out loss, with the interval of
+    auto's less each other setting's, or of general text's loss."""
+    record = json.loads((ROOT / "benchmarks/results/defaults.json").read_text(encoding="utf-8"))
+    apart = {(found["data"], found["against"]): found["interval"] for found in record["differences"]}
+    every = [row for row in record["rows"] if row["part"] == "table"]
+    lines = []
+    for data in dict.fromkeys(row["data"] for row in every):
+        line: list[object] = [f"`{data}`"]
+        for setting in record["settings"]:
+            rows = [row for row in every if (row["data"], row["setting"]) == (data, setting)]
+            if setting == "auto":
+                before = next(row[f"{kind}_before"] for row in rows if f"{kind}_before" in row)
+                line += [f"{statistics.mean(row['tokens'] for row in rows):,.0f}", len(rows), f"{before:.2f}"]
+            cell = f"{statistics.mean(row[kind] for row in rows):.2f}" if rows else ""
+            if kind == "loss" and rows and setting != "auto":
+                low, high = apart[data, setting]
+                cell += f" ({low:+.2f}, {high:+.2f})"
+            line.append(cell)
+        lines.append(line)
+    names = [f"`{name}`" for name in record["settings"]]
+    return table(("", "tokens", "seeds", "before", *names), lines)
 
 
 def first_sentence(file: Path) -> str:

@@ -188,6 +188,7 @@ export FINETUNE_RANKS="$ranks" FINETUNE_RANKS_HERE="$GPUS_PER_NODE" # what the c
 status=0
 "$PYTHON" "$HERE/finetune.py" "${arguments[@]}" --check || status=$?
 ((status == 0)) || exit "$status"
+export FINETUNE_CHECKED=1 # the run does not print again what the check has
 
 if ((gpus == 0)); then
     cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo "$GPUS_PER_NODE")"

@@ -3,6 +3,8 @@
 import os
 import sys
 
+CHECKED = "FINETUNE_CHECKED"  # set by finetune.sh
+
 
 def is_rank_zero() -> bool:
     """True in the only process, and in the first of several (torchrun and deepspeed set RANK)."""
@@ -13,3 +15,9 @@ def rank_zero(*parts: object) -> None:
     """Print one line on standard error, once a run however many ranks it has."""
     if is_rank_zero():
         print(*parts, file=sys.stderr, flush=True)
+
+
+def unless_checked(*parts: object) -> None:
+    """`rank_zero`, but for a run behind finetune.sh's check of the same flags and data, which has printed it."""
+    if CHECKED not in os.environ:
+        rank_zero(*parts)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_chat import errors, models
-from qwen_chat.console import is_rank_zero, rank_zero
+from qwen_chat.console import is_rank_zero, rank_zero, unless_checked
 from qwen_chat.flags import run_problems
 from qwen_chat.report.page import write_page
 from qwen_chat.training import checkpoints, memory_plan, run_folder, stop_signal
@@ -22,7 +22,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     stop_signal.die_with_parent()
     run = run_problems.read_run(argv, about=about)
     for note in run.notes:
-        rank_zero(f"note: {note}")
+        unless_checked(f"note: {note}")
     folder = run_folder.choose_folder(run)
     run_folder.check_usable(folder)
     model_path = models.resolve(run.model.model, for_training=True)

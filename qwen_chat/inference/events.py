@@ -105,17 +105,18 @@ class Generation:
                 return
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        async for event in self.paced(0):
+        async for event in self.paced(lambda: 0.0):
             yield event
 
-    async def paced(self, pause: float) -> AsyncIterator[TokenEvent]:
-        """Events; the next at least `pause` seconds after the last, with those that came meanwhile as one. The first
+    async def paced(self, seconds: Callable[[], float]) -> AsyncIterator[TokenEvent]:
+        """Events; the next at least `seconds()` after the last, with those that came meanwhile as one. The first
         and the end come at once. Whoever reads many rows on few cores so holds up the engine less."""
         arrived = asyncio.Event()
         with self._ready:
             self._waiter = (asyncio.get_running_loop(), arrived)
         try:
             while True:
+                pause = seconds()
                 with self._ready:
                     arrived.clear()
                     count = len(self._events) if pause else min(1, len(self._events))

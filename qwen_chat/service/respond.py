@@ -50,7 +50,8 @@ class Work:
     # Gives back the places in the queue; called once.
     release: Callable[[], None]
     log_reply: bool
-    pace_seconds: float
+    # Seconds between two pieces of a reply.
+    pace: Callable[[], float]
     _completion_tokens: int = field(default=0, init=False)
     # When the last token of each choice came.
     _last_token: dict[int, float] = field(default_factory=dict, init=False)
@@ -59,7 +60,7 @@ class Work:
     async def chunks(self) -> AsyncGenerator[Answer, None]:
         """Everything that a stream sends. Nothing comes before the first token: until then all can fail."""
         opened = False
-        async for choice, event in _merged(self.generations, self.pace_seconds):
+        async for choice, event in _merged(self.generations, self.pace):
             self._take(choice, event)
             if not opened:
                 opened = True
@@ -237,17 +238,19 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _merged(generations: Sequence[Generation], pause: float) -> AsyncIterator[tuple[int, TokenEvent]]:
+async def _merged(
+    generations: Sequence[Generation], pace: Callable[[], float]
+) -> AsyncIterator[tuple[int, TokenEvent]]:
     """The events of several generations in the order they happen; the first error ends all."""
     if len(generations) == 1:
-        async for event in generations[0].paced(pause):
+        async for event in generations[0].paced(pace):
             yield 0, event
         return
     events: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
 
     async def pump(choice: int, generation: Generation) -> None:
         try:
-            async for event in generation.paced(pause):
+            async for event in generation.paced(pace):
                 events.put_nowait((choice, event))
             events.put_nowait((choice, None))
         except Exception as error:

@@ -26,7 +26,7 @@ class ServiceSettings:
     request_seconds: float = 600.0
     # That a reader may leave one piece of its answer unread.
     write_seconds: float = 60.0
-    # Between two pieces of a reply, but for its first and its end: tokens that come faster go together.
+    # Between two pieces of a reply that runs alone, but for its first and its end: tokens that come faster go together.
     pace_seconds: float = 0.02
     # Without a byte, after which a stream carries a comment; balancers cut at 60.
     quiet_seconds: float = 10.0

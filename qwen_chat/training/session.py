@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from qwen_chat import families, models
 from qwen_chat.chat.format import ChatFormat
-from qwen_chat.console import rank_zero
+from qwen_chat.console import unless_checked
 from qwen_chat.data import mixture
 from qwen_chat.data.mixture import Data, read_data
 from qwen_chat.errors import OptionError
@@ -88,8 +88,8 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
     run = settle(run, model_path, data, run_folder.begun(run, folder))
     shaped_by = run_folder.shaped_by(run, data.fingerprint, model_path)
     before = run_folder.resume(run, folder, shaped_by)
-    rank_zero(data.describe())
-    rank_zero(preset.explained(run.train.preset, run.chosen))
+    unless_checked(data.describe())
+    unless_checked(preset.explained(run.train.preset, run.chosen))
     verdict, notes = plan(run, model_path, data)
     warnings = (*run.notes, *data.notes, *notes)
     return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict, warnings)
@@ -130,7 +130,7 @@ def plan(run: Run, model_path: Path, data: Data) -> tuple[memory_plan.Verdict, t
     shape = memory_plan.Shape.of(config)
     notes = families.positions_note(config, longest)
     for note in notes:
-        rank_zero(f"note: {note}")
+        unless_checked(f"note: {note}")
     verdict = memory_plan.decide(run, shape, row=row, held=held, supervised=row, longest=longest)
     if verdict.refusal is not None and not run.train.plan_anyway:
         raise OptionError(verdict.refusal)

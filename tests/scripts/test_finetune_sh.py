@@ -327,6 +327,7 @@ def test_a_real_run_from_another_folder_with_spaces(tiny_model_path: Path, tmp_p
     done = shell(*words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "my out" / "adapter_model.safetensors").is_file()
+    assert done.stderr.count("chosen by --preset auto:") == 1, "by the check, and not again by the run"
     assert done.stderr.rstrip().endswith("python fast_start/simple_try_0.py --adapter 'my out'")
     again = shell(*words, cwd=folder)
     assert again.returncode == 2
