@@ -120,7 +120,9 @@ class Work:
                 self.metrics.first_token.labels(model).observe(self.record.first_token)
             if choice in self._last_token:
                 seconds = (now - self._last_token[choice]) / len(event.token_ids)
-                self.metrics.per_token.labels(model).observe(seconds)
+                observe = self.metrics.per_token.labels(model).observe
+                for _ in event.token_ids:
+                    observe(seconds)
             self._last_token[choice] = now
             self._completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
