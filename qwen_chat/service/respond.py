@@ -52,30 +52,34 @@ class Work:
     log_reply: bool
     # Seconds between two pieces of a reply.
     pace: Callable[[], float]
+    is_over: bool = field(default=False, init=False)
     _completion_tokens: int = field(default=0, init=False)
     # When the last token of each choice came.
     _last_token: dict[int, float] = field(default_factory=dict, init=False)
     _closed: bool = field(default=False, init=False)
 
-    async def chunks(self) -> AsyncGenerator[Answer, None]:
-        """Everything that a stream sends. Nothing comes before the first token: until then all can fail."""
-        opened = False
+    async def pieces(self) -> AsyncGenerator[list[Answer], None]:
+        """Everything that a stream sends, what can go out together in one piece; `is_over` with the last. Nothing comes
+        before the first token: until then all can fail."""
+        assembly, opened, running = self.job.assembly, False, len(self.generations)
         async for choice, event in _merged(self.generations, self.pace):
             self._take(choice, event)
-            if not opened:
-                opened = True
-                for chunk in self.job.assembly.opening():
-                    yield chunk
-            for chunk in self.job.assembly.event(choice, event):
-                yield chunk
-            if event.finish_reason is None and self.job.assembly.is_done(choice):
+            piece = [] if opened else list(assembly.opening())
+            opened = True
+            piece += assembly.event(choice, event)
+            if event.finish_reason is not None:
+                running -= 1
+            elif assembly.is_done(choice):
                 self.generations[choice].cancel()
-        if self.job.include_usage:
-            yield self.job.assembly.usage(self.usage())
+            self.is_over = running == 0
+            if self.is_over and self.job.include_usage:
+                piece.append(assembly.usage(self.usage()))
+            if piece or self.is_over:
+                yield piece
 
     async def whole(self) -> Answer:
-        """The plain answer: the same chunks, folded."""
-        async for _ in self.chunks():
+        """The plain answer: the same pieces, folded."""
+        async for _ in self.pieces():
             pass
         return self.job.assembly.whole(self.usage())
 
@@ -188,9 +192,12 @@ class Delivery(Response):
     async def _stream(self, send: Send) -> None:
         alive = asyncio.ensure_future(self._keep_alive(send))
         try:
-            async with contextlib.aclosing(self._work.chunks()) as chunks:
-                async for chunk in chunks:
-                    await self._send(send, _event(chunk.json_text()))
+            async with contextlib.aclosing(self._work.pieces()) as pieces:
+                async for piece in pieces:
+                    events = [_event(chunk.json_text()) for chunk in piece]
+                    if self._work.is_over:
+                        events.append(_event("[DONE]"))
+                    await self._send(send, "".join(events))
         except APIError as error:
             if self._state == "unsent":
                 # Still time for a status of its own.
@@ -199,7 +206,6 @@ class Delivery(Response):
             return
         finally:
             await _stop(alive)
-        await self._send(send, _event("[DONE]"))
         await self._end(send)
 
     async def _keep_alive(self, send: Send) -> None:
