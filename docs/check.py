@@ -390,7 +390,8 @@ def defaults_table(kind: Literal["loss", "general"]) -> str:
     apart = {(found["data"], found["against"]): found["interval"] for found in record["differences"]}
     every = [row for row in record["rows"] if row["part"] == "table"]
     lines = []
-    for data in dict.fromkeys(row["data"] for row in every):
+    measured = {row["data"] for row in every}
+    for data in (name for name in record["data"] if name in measured):
         line: list[object] = [f"`{data}`"]
         for setting in record["settings"]:
             rows = [row for row in every if (row["data"], row["setting"]) == (data, setting)]
