@@ -50,6 +50,12 @@ locate() {
 one_value() {
     ((${#values[@]} == 1)) || fail "$flag: ${#values[@]} values; expected one (quote a path with spaces)"
 }
+one_switch() {
+    ((${#values[@]})) || values=(True)
+    one_value
+}
+is_true() { [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|1|[Yy][Ee][Ss])$ ]]; }
+is_false() { [[ "$1" =~ ^([Ff][Aa][Ll][Ss][Ee]|0|[Nn][Oo])$ ]]; }
 
 DRY_RUN=""
 CONFIG=""
@@ -60,6 +66,7 @@ while (($#)); do
     flag="$1"
     shift
     values=()
+    [[ "$flag" == -* ]] || fail "$flag: no flag stands before it; data are given with -d"
     if [[ "$flag" == -*=* ]]; then # --data_path=FILE and -d=FILE: finetune.py reads both
         values=("${flag#*=}")
         flag="${flag%%=*}"
@@ -69,18 +76,26 @@ while (($#)); do
             shift
         done
     fi
+    for value in ${values[@]+"${values[@]}"}; do
+        [[ -n "$value" ]] || fail "$flag: an empty value; give one, or leave the flag out"
+    done
     case "${flag//-/_}" in
         _m | __model | __model_name_or_path) one_value && MODEL="${values[0]}" ;;
         _o | __output_dir) one_value && OUTPUT_DIR="${values[0]}" ;;
         __deepspeed) one_value && DS_CONFIG_PATH="${values[0]}" ;;
-        __config) one_value && CONFIG="${values[0]}" ;;
+        _config | __config) one_value && CONFIG="${values[0]}" ;;
         _d | __data_path | __data_paths)
             ((${#values[@]})) || fail "$flag: no value; expected a file"
             data_given+=("${values[@]}")
             ;;
-        __use_lora) USE_LORA="${values[0]:-True}" && chosen+=(--use_lora "$USE_LORA") ;;
-        __q_lora) Q_LORA="${values[0]:-True}" && chosen+=(--q_lora "$Q_LORA") ;;
-        __dry_run) DRY_RUN=1 ;;
+        __use_lora) one_switch && USE_LORA="${values[0]}" && chosen+=(--use_lora "$USE_LORA") ;;
+        __q_lora) one_switch && Q_LORA="${values[0]}" && chosen+=(--q_lora "$Q_LORA") ;;
+        __dry_run)
+            one_switch
+            DRY_RUN=1
+            is_true "${values[0]}" || DRY_RUN=""
+            is_true "${values[0]}" || is_false "${values[0]}" || fail "$flag ${values[0]}: expected True or False"
+            ;;
         __eval_data_path | __general_data | __lora_weight_path)
             passed+=("$flag")
             for value in ${values[@]+"${values[@]}"}; do passed+=("$(locate "$value")"); done
@@ -126,7 +141,6 @@ if ((GPUS_PER_NODE == 0)); then
 fi
 ranks=$((GPUS_PER_NODE * NNODES))
 
-is_true() { [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|1|[Yy][Ee][Ss])$ ]]; }
 if [[ -z "$DS_CONFIG_PATH$CONFIG" ]] && ((ranks > 1)); then
     # ZeRO-3 cuts the weights up over the processes, which 4-bit weights do not allow.
     stage=3

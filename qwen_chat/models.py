@@ -60,6 +60,8 @@ def resolve(name: str | None, *, for_training: bool = False) -> Path:
         folder = demo_model.ensure()
         rank_zero(f"model {folder.name} (the demo model: -m was not given)")
         return folder
+    if not name:  # to Path it is the current folder
+        raise ModelError("-m: an empty value; give a model's folder or hub name, or leave the flag out")
     local = Path(name).expanduser()
     if (file := gguf_model.file_of(local)) is not None:
         if for_training:

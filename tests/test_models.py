@@ -39,6 +39,10 @@ def test_a_folder_that_is_missing(name: str) -> None:
     assert refused(name) == f"{name}: no such folder; {cure}"
 
 
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    assert refused("") == "-m: an empty value; give a model's folder or hub name, or leave the flag out"
+
+
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     assert refused(str(tmp_path)) == (
         f"{tmp_path}: no config.json in it; expected a model as save_pretrained writes it"

@@ -24,7 +24,7 @@ class CallArguments:
 
     url: str = option("http://127.0.0.1:8000", "where the service listens")
     prompt: str = option("What is the capital of France?", "what to ask", "-p")
-    system: str | None = option(None, "a system prompt")
+    system: str | None = option(None, "a system prompt, or a file with it", or_file=True)
     stream: bool = option(False, "show the answer while it is written")
     model: str | None = option(None, "model or adapter; the first that the service has without it", "-m")
     max_tokens: int | None = option(None, "longest answer in tokens")
@@ -48,8 +48,11 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     else:
         answer = client.chat.completions.create(**request)
         print(answer["choices"][0]["message"]["content"])
-        usage = answer["usage"]
-    print(f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out", file=sys.stderr)
+        usage = answer.get("usage") or {}
+    if usage:  # not every server counts
+        print(
+            f"{usage.get('prompt_tokens')} tokens in, {usage.get('completion_tokens')} out", file=sys.stderr
+        )
     return 0
 
 

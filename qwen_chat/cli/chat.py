@@ -9,6 +9,7 @@ standard output, as it is written; everything else, a thought too, goes to stand
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ class TryArguments:
     adapter: str | None = option(None, "an adapter's folder")
     prompt: str | None = option(None, "what to ask; without it a chat in the terminal", "-p")
     system: str | None = option(
-        None, "a system prompt; without it the one that the model was tuned or made with"
+        None,
+        "a system prompt, or a file with it; without it the one that the model was tuned or made with",
+        or_file=True,
     )
     template_kwargs: Mapping[str, Any] | None = option(
         None, "variables of the chat template, as JSON: '{\"enable_thinking\": false}'"
@@ -57,6 +60,10 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     chosen = parser.read(argv, [TryArguments], about=about)[TryArguments]
     if chosen.max_new_tokens < 1:
         raise OptionError(f"--max_new_tokens {chosen.max_new_tokens}: expected 1 or more")
+    if not 0 <= chosen.temperature < math.inf:
+        raise OptionError(f"--temperature {chosen.temperature}: expected 0 or more")
+    if chosen.adapter == "":
+        raise OptionError("--adapter: an empty value; give its folder, or leave the flag out")
     hardware.choose_device(chosen.device)  # one that is not there is refused before anything is loaded
     base = chosen.model
     if base is None and chosen.adapter:

@@ -71,11 +71,15 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
 def check_options(data: DataArguments, options: InspectArguments) -> None:
     if not data.data_path:
         raise OptionError("-d: no data; name at least one file or folder")
-    if wrong := run_problems.weight_problems(data):
+    wrong = [
+        *run_problems.range_problems(vars(data)),
+        *run_problems.weight_problems(data),
+        *run_problems.held_out_problems(data),
+    ]
+    if options.limit < 1:
+        wrong.append(f"--limit {options.limit}: expected a number above 0")
+    if wrong:
         raise OptionError("\n".join(wrong))
-    for name, value in (("model_max_length", data.model_max_length), ("limit", options.limit)):
-        if value < 1:
-            raise OptionError(f"--{name}: {value}; expected a number above 0")
     if options.write is not None:
         check_free("write", options.write)
     if options.histogram is not None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwen_chat import files, hardware, models
 from qwen_chat.console import rank_zero
 from qwen_chat.data import records
-from qwen_chat.errors import DataError, FormatError, OptionError
+from qwen_chat.errors import DataError, FormatError, OptionError, OutputError
 from qwen_chat.evaluation import run as evaluation_run
 from qwen_chat.evaluation import scores, statistics
 from qwen_chat.evaluation.cases import Case, cases_of
@@ -112,8 +112,8 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     for name in ("max_new_tokens", "batch_size", "model_max_length", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise OptionError(f"--{name}: {value}; expected a number above 0")
-    if options.output and not Path(options.output).resolve().parent.is_dir():
-        raise OptionError(f"-o: {Path(options.output).parent} is no folder; make it first")
+    if options.output is not None:
+        check_output(Path(options.output))
     for name in NOT_SERVED if options.url else ("api_key",):
         if name in values.given:
             where = "with --url: the server decides it" if options.url else "without --url"
@@ -131,10 +131,30 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
         for side in sides:
             fill(side, data, cases, chosen, options)
     report = write_report(sides, data, options)
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
+    if options.output is not None:
+        try:
+            files.write_whole(Path(options.output), json.dumps(report, ensure_ascii=False, indent=1))
+        except OSError as error:
+            raise OutputError(
+                f"-o {options.output}: cannot be written ({error.strerror}); what was computed is kept, so the same"
+                " command with another file answers at once"
+            ) from None
     print(json.dumps(report, ensure_ascii=False) if options.json else report_text(report))
     return 0
+
+
+def check_output(file: Path) -> None:
+    """OptionError where the report could not be written; an earlier report gives way, nothing else does."""
+    if not file.resolve().parent.is_dir():
+        raise OptionError(f"-o: {file.parent} is no folder; make it first")
+    if not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not {"skipped_lines", "calls", "model"} <= found.keys():
+        raise OptionError(f"-o: {file} holds something else than an evaluation; give another file")
 
 
 def find_side(model: str | None, adapter: str | None) -> Side:

@@ -12,6 +12,7 @@ the devices seen here (or those that are named), and the flags to give. Ends wit
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +46,7 @@ class PlanArguments:
 def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     run, values = run_problems.read_run_and(argv, PlanArguments, about=about, needs_data=False)
     options = values[PlanArguments]
+    check_planned(options)
     if options.models:
         print(families.listing(), file=sys.stderr if options.json else sys.stdout)
         if options.json:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
             f" {', '.join(memory_plan.COUNTED)}; finetune.py tunes it without a plan"
         )
     memory_plan.check_targets(run, shape)
-    run, counted = count_data(run) if run.data.data_path else (run, {})
+    run, counted = count_data(run, options.ranks) if run.data.data_path else (run, {})
     for note in families.positions_note(config, counted.get("longest", run.data.model_max_length)):
         print(f"note: {note}", file=sys.stderr)
     setup, have = situation(run, options, counted)
@@ -112,16 +114,28 @@ def config_of(name: str | None) -> dict[str, Any]:
         ) from None
 
 
-def count_data(run: Run) -> tuple[Run, dict[str, int]]:
-    """The run with what --preset chooses for its data; their conversations, tokens and longest row. They are tokenised
-    as the run will, and kept for it."""
+def check_planned(options: PlanArguments) -> None:
+    """OptionError where a number of the plan's own is none of anything."""
+    numbers = {"ranks": options.ranks, "gpu_gib": options.gpu_gib, "row_tokens": options.row_tokens}
+    wrong = [
+        f"--{name} {value}: expected a number above 0"
+        for name, value in numbers.items()
+        if value is not None and not (value > 0 and math.isfinite(value))
+    ]
+    if wrong:
+        raise OptionError("\n".join(wrong))
+
+
+def count_data(run: Run, ranks: int | None) -> tuple[Run, dict[str, int]]:
+    """The run with what --preset chooses for its data on so many processes; their conversations, tokens and longest
+    row. They are tokenised as the run will, and kept for it."""
     from qwen_chat.data.mixture import read_data
     from qwen_chat.training import session
 
     path = models.resolve(run.model.model)
     data = read_data(run, session.format_of(run, path))
-    run = session.settle(run, path, data)
-    row, held, longest = session.longest_row(run, data)
+    run = session.settle(run, path, data, ranks=ranks)
+    row, held, longest = session.longest_row(run, data, ranks=ranks)
     tokens, supervised = data.budget()
     return run, {
         "conversations": len(data.train),

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from qwen_chat import place
 from qwen_chat.conversation import Conversation, Json
-from qwen_chat.errors import OptionError
+from qwen_chat.errors import OptionError, OutputError
 from qwen_chat.files import write_whole
 from qwen_chat.flags import parser
 from qwen_chat.flags.parser import option
-from qwen_chat.report.page import page, write_page
+from qwen_chat.report.page import write_page, write_page_as
 from qwen_chat.report.past_run import SAMPLES_FILE, PastRun, Sample
 
 if TYPE_CHECKING:
@@ -53,19 +53,28 @@ def main(words: Sequence[str], about: str = __doc__ or "") -> int:
     folders += wanted.run
     if not folders:
         raise OptionError(f"expected the folder of a run: {place.invocation('report')} DIR")
+    if wanted.output == "":
+        raise OptionError("-o: an empty value; give the page's file, or leave the flag out")
     if wanted.samples and len(folders) > 1:
         raise OptionError(f"--samples {wanted.samples}: for one run at a time")
+    if wanted.samples < 0:
+        raise OptionError(f"--samples {wanted.samples}: expected 0 or more")
+    if wanted.max_new_tokens < 1:
+        raise OptionError(f"--max_new_tokens {wanted.max_new_tokens}: expected a number above 0")
     runs = [PastRun.read(Path(folder).expanduser()) for folder in folders]
     if wanted.samples:
         answered = samples(runs[0], wanted.samples, wanted.max_new_tokens)
         lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered)
-        write_whole(runs[0].folder / SAMPLES_FILE, lines)
+        try:
+            write_whole(runs[0].folder / SAMPLES_FILE, lines)
+        except OSError as error:
+            raise OutputError(f"{runs[0].folder}: cannot be written ({error.strerror})") from None
         runs = [PastRun.read(runs[0].folder)]
     if wanted.output is None and len(runs) == 1:
         file = write_page(runs[0].folder)
     else:
         file = Path(wanted.output or COMPARED_FILE).expanduser()
-        write_whole(file, page(runs))
+        write_page_as(file, runs)
     print(f"wrote {file}", file=sys.stderr)
     return 0
 

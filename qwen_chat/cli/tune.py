@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from qwen_chat import errors, models
 from qwen_chat.console import is_rank_zero, rank_zero, unless_checked
@@ -72,12 +73,20 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     if is_rank_zero():
         outcome = result.outcome(trainer, log, evaluation) | {"changes": loss_changes(unlearnt.losses)}
         run_folder.write_run_json(folder, record | outcome)
-        write_page(folder)
+        leave_page(folder)
         rank_zero(result.report(joined.run, folder, outcome))
         if lock is not None:
             lock.release()
     ranks.leave()
     return 0
+
+
+def leave_page(folder: Path) -> None:
+    """The run's report; where there is no room for it, a line: the run is whole without it."""
+    try:
+        write_page(folder)
+    except errors.OutputError as error:
+        rank_zero(f"note: {error}")
 
 
 if __name__ == "__main__":  # a rank that launch.py has torchrun start

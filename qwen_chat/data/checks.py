@@ -22,6 +22,7 @@ _FOLLOWS: dict[str, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+_BESIDE = ("system", "tools", "chat_template_kwargs")  # what a plain record has not
 
 
 def check(conversation: Conversation) -> list[str]:
@@ -45,7 +46,7 @@ def plain_turns(record: object) -> tuple[tuple[str, ...], tuple[str, ...]] | Non
     The commonest record is a list of roles and texts, no text blank, no tools and no results: of the rules,
     only that of their order applies to it. It is read three times as fast as by way of a Conversation.
     """
-    if type(record) is not dict or record.get("tools") or record.get("chat_template_kwargs"):
+    if type(record) is not dict or any(map(record.get, _BESIDE)):
         return None
     try:
         messages = record["messages"]

@@ -2,7 +2,8 @@
 
 In: one parsed record. Out: its kind and its Conversation. A list or an object may also be JSON text, as in a table.
 
-    openai             {"messages": [...], "tools": [...], "parallel_tool_calls": true, "chat_template_kwargs": {...}}
+    openai             {"messages": [...], "system": ..., "tools": [...], "parallel_tool_calls": true,
+                        "chat_template_kwargs": {...}}
     sharegpt           {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
     alpaca             {"instruction": ..., "input": ..., "output": ..., "history": [[q, a], ...]}
     prompt_completion  {"prompt": ..., "completion": ...}, each text or a list of messages; also "response"
@@ -63,7 +64,7 @@ def sharegpt_messages(record: Record) -> object:
         return turns
     if turns and isinstance(turns[0], dict) and "role" in turns[0]:
         return turns  # OpenAI's messages under ShareGPT's name
-    messages = _system(record)
+    messages: list[Json] = []
     for k, turn in enumerate(turns):
         message = _sharegpt_message(turn, f"conversations[{k}]")
         if "tool_calls" in message and messages and messages[-1].get("tool_calls"):
@@ -96,7 +97,7 @@ def _sharegpt_message(turn: object, where: str) -> Json:
 
 def alpaca_messages(record: Record) -> list[Json]:
     """OpenAI's messages of an Alpaca record."""
-    messages = _system(record)
+    messages: list[Json] = []
     history = _parsed(record, "history", "a list of pairs") or []
     if not isinstance(history, list) or any(not isinstance(p, list) or len(p) != 2 for p in history):
         raise FormatError("history: no list of pairs; expected [[question, answer], ...]")
@@ -107,7 +108,7 @@ def alpaca_messages(record: Record) -> list[Json]:
         raise FormatError("instruction and input: expected text")
     if "output" not in record:
         raise FormatError("no 'output' beside 'instruction'; expected the reply")
-    messages.append({"role": "user", "content": f"{question}\n{extra}" if extra else question})
+    messages.append({"role": "user", "content": "\n".join(filter(None, (question, extra)))})
     messages.append({"role": "assistant", "content": record["output"]})
     return messages
 
@@ -118,15 +119,28 @@ def prompt_messages(record: Record) -> list[Any]:
     completion = record["completion"] if "completion" in record else record["response"]
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-    return [*_system(record), *before, *after]
+    return [*before, *after]
 
 
-def _system(record: Record) -> list[Json]:
+def _with_system(record: Record, messages: object) -> object:
+    """The messages behind the record's own system text; FormatError where they begin with another."""
     system = record.get("system")
-    return [{"role": "system", "content": system}] if system else []
+    if not system or not isinstance(messages, list):
+        return messages
+    if not isinstance(system, str):
+        raise FormatError(f"system: {shortened(system)}; expected text")
+    first = messages[0] if messages else None
+    if not isinstance(first, Mapping) or first.get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first.get("content") != system:
+        raise FormatError(
+            "system: another text than that of the system message that the messages begin with; leave one of them out"
+        )
+    return messages
 
 
 def _conversation(record: Record, messages: object) -> Conversation:
+    messages = _with_system(record, messages)
     for k, message in enumerate(messages if isinstance(messages, list) else ()):
         if (
             isinstance(message, Mapping)

@@ -22,7 +22,7 @@ from qwen_chat.data.held_out import Leaks, division
 from qwen_chat.data.records import DataReport, open_records
 from qwen_chat.data.token_cache import tokenise
 from qwen_chat.data.tokenised import TokenisedData, TokenSummary
-from qwen_chat.errors import DataError
+from qwen_chat.errors import DataError, first_line
 from qwen_chat.flags.run_options import DataArguments, Run
 
 if TYPE_CHECKING:
@@ -190,15 +190,36 @@ def divided(
         train, held_out = Selection(whole, np.flatnonzero(~apart)), Selection(whole, np.flatnonzero(apart))
         found = parts.told(whole.records, whole.records)
     elif asked.eval_data_path:
-        held_out = others = read(asked.eval_data_path)
+        held_out = others = _read_as("--eval_data_path", asked.eval_data_path, read)
         found = division(whole, others).told(whole.records, others.records)
     if asked.data_weights:
         train = Mixture(train, asked.data_weights, seed=seed)
         if len(train) == 0:
             raise DataError("--data_weights leave no conversation; give at least one file more weight")
-    general = None if asked.general_data is None else read([asked.general_data])
+    _ensure_supervised(train, "what is left to train on has no token to learn: its replies are all context")
+    if held_out is not None:
+        _ensure_supervised(held_out, "what is held out has no token to measure: its replies are all context")
+    general = None
+    if asked.general_data is not None:
+        general = _read_as("--general_data", [asked.general_data], read)
     told = (*notes, *found.describe())
     return Data(train, held_out, whole.fingerprint, whole.summary, told, found, general)
+
+
+def _read_as(
+    flag: str, paths: Sequence[str], read: Callable[[Sequence[str]], TokenisedData]
+) -> TokenisedData:
+    """Other data than the training's; DataError says which."""
+    try:
+        return read(paths)
+    except DataError as error:
+        raise DataError(f"{flag}: {first_line(error, 1_000)}", error.problems, error.total) from None
+
+
+def _ensure_supervised(data: TokenisedData | Selection, told: str) -> None:
+    """DataError where a part of the data has no supervised token; the first conversation usually has one."""
+    if not any(sequence.supervised for i in range(len(data)) for sequence in data[i]):
+        raise DataError(f"{told}; give another --eval_share, --data_weights or --eval_data_path")
 
 
 def notes_of(fmt: ChatFormat, asked: DataArguments, report: DataReport) -> tuple[str, ...]:

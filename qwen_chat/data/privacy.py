@@ -58,6 +58,11 @@ _NUMBERS = re.compile(
     )(?![\w-]|\.\d)""",
     re.ASCII | re.VERBOSE,
 )
+# What stands around a number that is a value of JSON, by itself or in a list; in JSON that is text, \" is a quote.
+_AFTER_KEY = re.compile(r"""(\\*")\s*:\s*(?:\[[^\[\]{}"]*)?\Z""")
+_AFTER_NUMBER = re.compile(r"\s*[,\]}]")
+_COMMA = re.compile(r"\s*,\s*")
+_LONGEST_LIST = 300  # characters of a list, and its key, before the first number that is found
 # Few texts hold as long a word, or three digits in a row: the others are passed over ten times as fast.
 _WORDS = bytes(
     ord("a") if chr(byte) in f"{string.ascii_letters}{string.digits}_-" else 32 for byte in range(256)
@@ -96,13 +101,13 @@ def screened(conversation: Conversation) -> tuple[Conversation, list[Secret]]:
 
 def _message_without(message: Message, text: Callable[[str], str]) -> Message:
     content = text(message.content)
-    if content is message.content and message.reasoning is None and not message.tool_calls:
+    if content is message.content and not (message.reasoning or message.tool_calls or message.name):
         return message
     reasoning = None if message.reasoning is None else text(message.reasoning)
+    name = None if message.name is None else text(message.name)
     calls = tuple([_call_without(call, text) for call in message.tool_calls])
-    if content is message.content and reasoning is message.reasoning and calls == message.tool_calls:
-        return message
-    return replace(message, content=content, reasoning=reasoning, tool_calls=calls)
+    without = replace(message, content=content, reasoning=reasoning, name=name, tool_calls=calls)
+    return message if without == message else without
 
 
 def _call_without(call: ToolCall, text: Callable[[str], str]) -> ToolCall:
@@ -119,7 +124,14 @@ def _value_without(value: Any, text: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return text(value)
     if isinstance(value, dict):
-        return {key: _value_without(part, text) for key, part in value.items()}
+        named: dict[str, Any] = {}
+        for key, part in value.items():
+            name, number = (without := text(key)), 1
+            while name in named:  # two keys are not to become one
+                number += 1
+                name = f"{without} {number}"
+            named[name] = _value_without(part, text)
+        return named
     if isinstance(value, list):
         return [_value_without(part, text) for part in value]
     if isinstance(value, int) and (written := text(str(value))) != str(value):
@@ -132,13 +144,23 @@ def _replaced(text: str, found: list[Secret]) -> str:
     matches = sorted(_matches(text), key=lambda match: (match[1], -match[2]))
     if not matches:
         return text
-    parts, end = [], 0
+    parts, end, quote = [], 0, ""
     for kind, start, stop in matches:
         if start >= end:
             found.append(Secret(kind, text[start : start + _CHARACTERS]))
-            parts += [text[end:start], kind.placeholder]
+            if not quote or _COMMA.fullmatch(text, end, start) is None:  # else the list goes on
+                quote = _quote_around(text, start, stop)
+            parts += [text[end:start], quote + kind.placeholder + quote]
             end = stop
     return "".join([*parts, text[end:]])
+
+
+def _quote_around(text: str, start: int, stop: int) -> str:
+    """What a word needs on both sides in the place of a number of JSON: the quote of the key before it."""
+    if not text[start:stop].isdigit() or _AFTER_NUMBER.match(text, stop) is None:
+        return ""
+    key = _AFTER_KEY.search(text, max(0, start - _LONGEST_LIST), start)
+    return "" if key is None else key[1]
 
 
 def _matches(text: str) -> Iterator[tuple[Kind, int, int]]:

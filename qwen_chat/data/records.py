@@ -29,7 +29,7 @@ from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.checks import check, is_encodable, plain_turns
 from qwen_chat.data.formats import read_record
 from qwen_chat.data.privacy import Secret, screened
-from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
+from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted, printable
 from qwen_chat.dialects.shapes import END_THINK
 from qwen_chat.errors import DataError, FormatError, Problem
 
@@ -200,7 +200,7 @@ def open_records(
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise DataError(f"no data was given; name at least one file ({', '.join(DATA_FILES)}) or folder")
-    files = [_files_of(Path(name)) for name in given]
+    files = [_files_of(name) for name in given]
     every = [file for some in files for file in some]
     givers = [number for number, some in enumerate(files) for _ in some]
     sources = [Source(file, name) for file, name in zip(every, _names(every), strict=True)]
@@ -220,15 +220,22 @@ def open_records(
     return Records(sources, scan.index, report, on_error, givers, redact)
 
 
-def _files_of(given: Path) -> list[Path]:
+def _files_of(name: str | os.PathLike[str]) -> list[Path]:
     """The file itself, or the data files of a folder by name; folders in it are not looked into."""
-    if not given.is_dir():
-        return [given]
-    found = sorted(
-        path
-        for path in given.iterdir()
-        if path.name.lower().endswith(DATA_FILES) and not path.name.startswith(".") and path.is_file()
-    )
+    if not os.fspath(name):  # to Path it is the current folder
+        raise DataError(f"data: {name!r} is no name; expected that of a file or folder")
+    given = Path(os.path.expanduser(name))  # a shell does not see the names in a file of flags
+    try:
+        if not given.is_dir():
+            return [given]
+        # A link that leads nowhere stays: that it cannot be read is told.
+        found = sorted(
+            path
+            for path in given.iterdir()
+            if path.name.lower().endswith(DATA_FILES) and not path.name.startswith(".") and not path.is_dir()
+        )
+    except OSError as error:
+        raise DataError(f"{printable(str(given))}: cannot be read ({error.strerror})") from None
     if not found:
         raise DataError(f"{given}: no data file in this folder; expected names in {', '.join(DATA_FILES)}")
     return found
@@ -286,7 +293,7 @@ class _Scan:
             self._problem_total += len(found)
             room = max(self._limit - len(self._problems), 0)
             where = f"{source.name}:{line}"
-            self._problems.extend(Problem(where, _printable(message)) for message in found[:room])
+            self._problems.extend(Problem(where, printable(message)) for message in found[:room])
             return
         self._kinds[kind] += 1
         self.index.offsets.append(offset)
@@ -393,13 +400,4 @@ def _repeats(
 def _names(paths: Sequence[Path]) -> list[str]:
     """What the messages call each file: its name, or its path where two have the same name."""
     often = Counter(path.name for path in paths)
-    return [_printable(str(path) if often[path.name] > 1 else path.name) for path in paths]
-
-
-def _printable(message: str, longest: int = 500) -> str:
-    """A message for a terminal: one line, no control characters or lone surrogates, not endless."""
-    if len(message) > longest:
-        message = f"{message[: longest - 100]} ... {message[-90:]}"
-    if message.isprintable():
-        return message
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return [printable(str(path) if often[path.name] > 1 else path.name) for path in paths]

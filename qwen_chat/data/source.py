@@ -45,7 +45,7 @@ class Source:
         self.path, self.name = path, name
         self._stream, self._defects = _open(path, name)
         self._state = _size_and_time(self._stream)
-        self._document = path.name.removesuffix(".gz").endswith(".json") and not self._is_lines()
+        self._document = path.name.lower().removesuffix(".gz").endswith(".json") and not self._is_lines()
 
     def __reduce__(self) -> tuple[type["Source"], tuple[Path, str]]:
         return Source, (self.path, self.name)
@@ -223,11 +223,12 @@ def _open(path: Path, name: str) -> tuple[IO[bytes], Defects]:
         lines.flush()
         return lines, defects
     except FileNotFoundError:
-        raise DataError(f"{path}: no such data file") from None
+        raise DataError(f"{printable(str(path))}: no such data file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{name}: damaged gzip data ({error}); copy or pack the file again") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{printable(str(path))}: cannot be read ({reason})") from None
 
 
 def _temporary() -> IO[bytes]:
@@ -284,8 +285,17 @@ def _no_json(text: str, error: json.JSONDecodeError) -> str:
         count = counted(len(text) - len(head), "NUL byte")
         return f"{count} at the start; the file was damaged when it was written or copied; copy it again"
     found = repr(text[error.pos : error.pos + 20]) if error.pos < len(text.rstrip()) else "the end"
-    hint = "; a list over several lines belongs in a .json file" if text.strip() == "[" else ""
+    hint = "; JSON over several lines belongs in a .json file" if text.strip() in ("[", "{") else ""
     return f"no JSON: {error.msg} at column {error.colno}, found {found}; expected one JSON object{hint}"
+
+
+def printable(message: str, longest: int = 500) -> str:
+    """A message for a terminal: one line, no control characters or lone surrogates, not endless."""
+    if len(message) > longest:
+        message = f"{message[: longest - 100]} ... {message[-90:]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def counted(number: int, noun: str) -> str:

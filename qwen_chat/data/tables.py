@@ -18,10 +18,14 @@ Defects = Mapping[int, str]  # line -> what is wrong there
 
 # The keys that tell the kinds of record (formats.py reads them): a table has one set of them among its columns.
 _COLUMNS = ("messages", "conversations", "instruction", "prompt completion", "prompt response", "text")
+# All that is read: other columns may hold pictures, or what JSON has no form for.
+_READ_COLUMNS = frozenset(" ".join(_COLUMNS).split()) | {"input", "output", "history", "system", "tools"}
+_READ_COLUMNS |= {"parallel_tool_calls", "chat_template_kwargs"}
 EXPECTED = "'messages', 'conversations', 'instruction', 'prompt' and 'completion', or 'text'"
 _SEPARATORS = ",;\t"  # a spreadsheet separates by the second where the first is the decimal sign
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 _LONGEST_CELL = 256 * 2**20
+_SHOWN_COLUMNS = 20
 
 
 def _csv(stream: IO[bytes], lines: IO[bytes], name: str) -> Defects:
@@ -33,12 +37,14 @@ def _csv(stream: IO[bytes], lines: IO[bytes], name: str) -> Defects:
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     csv.field_size_limit(_LONGEST_CELL)
     head = text.readline()
-    headers = [next(csv.reader([head], delimiter=one), []) for one in _SEPARATORS]
+    headers = [
+        [column.strip() for column in next(csv.reader([head], delimiter=one), [])] for one in _SEPARATORS
+    ]
     separator, columns = next(
         (pair for pair in zip(_SEPARATORS, headers, strict=True) if _holds_conversations(pair[1])),
         (",", headers[0]),
     )
-    _check_columns(columns, name)
+    _check_columns(columns, name, "; columns are parted by commas, semicolons or tabs")
     text.seek(0)
     rows = csv.reader(text, delimiter=separator, strict=True)
     defects: dict[int, str] = {}
@@ -80,18 +86,23 @@ def _parquet(stream: IO[bytes], lines: IO[bytes], name: str) -> Defects:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise MissingDependency("pyarrow", name, extra="parquet") from None
+    defects: dict[int, str] = {}
+    number = 0
     try:
         with parquet.ParquetFile(stream) as file:
             _check_columns(file.schema_arrow.names, name)
-            for batch in file.iter_batches(batch_size=1024):
-                rows = (
-                    json.dumps(_without_nulls(row), ensure_ascii=False, default=str)
-                    for row in batch.to_pylist()
-                )
-                lines.writelines(row.encode("utf-8", "surrogatepass") + b"\n" for row in rows)
+            read = [column for column in file.schema_arrow.names if column in _READ_COLUMNS]
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                for row in batch.to_pylist():
+                    number += 1
+                    try:
+                        written = json.dumps(_without_nulls(row), ensure_ascii=False, default=_cell_text)
+                    except UnicodeDecodeError:
+                        defects[number], written = "bytes that are no UTF-8; expected text", "{}"
+                    lines.write(written.encode("utf-8", "surrogatepass") + b"\n")
     except ArrowException as error:
         raise DataError(f"{name}: no parquet that can be read ({first_line(error)})") from None
-    return {}
+    return defects
 
 
 def _without_nulls(value: Any) -> Any:
@@ -101,10 +112,16 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _check_columns(columns: Collection[str], name: str) -> None:
+def _cell_text(value: object) -> str:
+    """What JSON has no form for; texts that their program has not marked as such come as bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _check_columns(columns: Collection[str], name: str, more: str = "") -> None:
     if not _holds_conversations(columns):
-        told = ", ".join(columns) or "none"
-        raise DataError(f"{name}: no conversation among its columns ({told}); expected {EXPECTED}")
+        shown = [column if column.isprintable() else repr(column) for column in columns][:_SHOWN_COLUMNS]
+        told = ", ".join([*shown, "..."] if len(columns) > len(shown) else shown) or "none"
+        raise DataError(f"{name}: no conversation among its columns ({told}); expected {EXPECTED}{more}")
     for column, count in Counter(columns).items():
         if column and count > 1:
             raise DataError(f"{name}: {count} columns are called {column!r}; expected one")

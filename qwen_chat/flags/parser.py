@@ -93,6 +93,15 @@ class OtherFlags:
 
 
 @dataclass(frozen=True)
+class FlagInFile:
+    """A flag of a file: its place there, its name, the words behind it; None for null."""
+
+    place: str
+    name: str
+    words: Sequence[str] | None
+
+
+@dataclass(frozen=True)
 class Values:
     """What was read: one value of each group, and the other flags that were given."""
 
@@ -112,11 +121,11 @@ def read(
     *,
     about: str = "",
     others: OtherFlags | None = None,
-    before: Sequence[tuple[str, str, list[str]]] = (),
+    before: Sequence[FlagInFile] = (),
 ) -> Values:
     """Read words into one value of each group. `-h` prints the help and ends. The last value given wins.
 
-    before: flags of a file, (its place, name, words); one of the command line takes the place of its whole value.
+    before: flags of a file; one of the command line takes the place of its whole value.
     """
     own = {group: options_of(group) for group in groups}
     names = {entry.name for entries in own.values() for entry in entries}
@@ -126,10 +135,9 @@ def read(
         print(_help(about, parts, others, more if asked - {"-h", "--help"} else []))
         raise SystemExit(0)
     reading = _Reading([*more, *(entry for entries in own.values() for entry in entries)], others)
-    for place, name, words in before:
-        told = len(reading.wrong)
-        reading.take(f"--{name}", words)
-        reading.wrong[told:] = [f"{place}: {line}" for line in reading.wrong[told:]]
+    places: dict[str, str] = {}
+    for flag_of_file in before:
+        reading.take_written(flag_of_file, places)
     of_file, reading.given = reading.given, {}
     # Each flag with the words behind it; "" with a word that no flag stands before.
     found: list[tuple[str, list[str]]] = []
@@ -148,7 +156,7 @@ def read(
     if reading.wrong:
         raise OptionError("\n".join(reading.wrong))
     given = {**of_file, **reading.given}
-    places = {name: place for place, name, _ in before if name in of_file and name not in reading.given}
+    places = {name: place for name, place in places.items() if name not in reading.given}
     made = {g: g(**{e.name: given[e.name] for e in entries if e.name in given}) for g, entries in own.items()}
     extra = {name: value for name, value in given.items() if name not in names}
     return Values(made, extra, frozenset(given), tuple(reading.notes), places)
@@ -182,6 +190,23 @@ class _Reading:
         self._known = {name: entry for entry in options for name in entry.spellings}
         self._old = {name: entry for entry in options for name in entry.old}
         self._elsewhere = {name: entry for entry in options for name in entry.elsewhere}
+
+    def take_written(self, flag: FlagInFile, places: dict[str, str]) -> None:
+        """Read one flag of a file. places: of the options, where the file has them; it gets this one's."""
+        name, words, told = flag.name, flag.words, len(self.wrong)
+        entry = self._old.get(name, self._known.get(name))
+        if entry is not None and entry.name in places:
+            self.wrong.append(
+                f"{name}: is --{entry.name}, which {places[entry.name]} gives; leave one of them out"
+            )
+        elif entry is not None and not entry.many and words is not None and not words:
+            self.wrong.append(f"{name}: an empty list; expected {_expected(entry.kind)}")
+        else:
+            many = entry is not None and entry.many
+            self.take(f"--{name}", list(words) if words is not None else [] if many else ["none"])
+        if entry is not None:
+            places.setdefault(entry.name, flag.place)
+        self.wrong[told:] = [f"{flag.place}: {line}" for line in self.wrong[told:]]
 
     def take(self, flag: str, words: list[str]) -> None:
         """Read one flag with the words behind it."""
@@ -234,18 +259,24 @@ def _value(entry: Option, words: list[str]) -> Any:
     return _text_of(value) if entry.or_file and isinstance(value, str) else value
 
 
+_LIKE_A_PATH = re.compile(r"\S+\.\w{1,8}|(?:~|\.{0,2})/\S+|[\w.-]+(?:/[\w.-]+)+", re.ASCII)
+
+
 def _text_of(word: str) -> str:
     """The text of the file of this name, without white space around it; the word itself where there is none."""
     path = Path(word).expanduser()
     try:
-        is_file = path.is_file()
+        is_file, is_there = path.is_file(), bool(word) and path.exists()
     except (OSError, ValueError):  # too long for a name
-        is_file = False
+        is_file = is_there = False
     try:
-        text = path.read_text(encoding="utf-8").strip() if is_file else word
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{word}: cannot be read as UTF-8 text ({error})") from None
-    if not is_file and re.fullmatch(r"\S+\.\w{1,5}", word):
+        text = path.read_text(encoding="utf-8-sig").strip() if is_file else word
+        text.encode()  # words of a command line may hold bytes that are no UTF-8
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{word!r}: cannot be read as UTF-8 text ({error})") from None
+    if is_there and not is_file:
+        raise ValueError(f"{word}: no file; expected a text, or a file that holds one")
+    if not is_file and _LIKE_A_PATH.fullmatch(word):
         raise ValueError(f"{word}: no such file; a text of one word must not look like a file's name")
     if not text.strip():
         raise ValueError(f"{word!r}: no text")
@@ -254,7 +285,7 @@ def _text_of(word: str) -> str:
 
 def _json_of(kind: type) -> Callable[[str], object]:
     def read(word: str) -> object:
-        value = json.loads(word)
+        value = json.loads(word, parse_constant=_no_constant)
         if not isinstance(value, kind):
             raise ValueError
         return value
@@ -262,11 +293,23 @@ def _json_of(kind: type) -> Callable[[str], object]:
     return read
 
 
+def _no_constant(name: str) -> None:
+    """Python reads NaN and Infinity, JSON has neither."""
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _integer(word: str) -> int:
+    """A whole number that a machine's word holds."""
+    if not -(2**63) <= (value := int(word)) < 2**63:
+        raise ValueError("too large")
+    return value
+
+
 SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # What --help calls each type, and what reads a word as it (ValueError or KeyError); the strictest first.
 KINDS: Mapping[object, tuple[str, Callable[[str], object]]] = {
     bool: ("True or False", lambda word: SWITCH[word.lower()]),
-    int: ("a whole number", int),
+    int: ("a whole number", _integer),
     float: ("a number", float),
     dict: ("a JSON object", _json_of(dict)),
     list: ("a JSON list", _json_of(list)),

@@ -89,13 +89,14 @@ def explained(preset: str, chosen: Sequence[Chosen]) -> str:
 def _adapter_choices(facts: Facts, given: Mapping[str, float]) -> Iterator[Chosen]:
     rank, why = RANK_FOR[-1][0], "the most that is chosen; the data decide"
     if facts.conversations is not None:
-        learnt = facts.learnt or 0  # not counted while data are tokenised on first use
-        rank = next(rank for rank, most in RANK_FOR if learnt <= most)
-        why = f"{learnt:,} tokens are learnt" if learnt else "the tokens that are learnt are not counted yet"
+        rank = next(rank for rank, most in RANK_FOR if (facts.learnt or 0) <= most)
+        why = "the tokens that are learnt are not counted yet"  # where data are tokenised on first use
+        if facts.learnt is not None:
+            why = f"{facts.learnt:,} tokens are learnt"
     yield Chosen("lora_r", rank, why)
     root = "the square root of " if facts.rank_stabilised else ""
     divisor = given.get("lora_r", rank)
-    alpha = ALPHA_OF_RANK * (math.sqrt(divisor) if facts.rank_stabilised else divisor)
+    alpha = ALPHA_OF_RANK * (math.sqrt(max(0, divisor)) if facts.rank_stabilised else divisor)
     yield Chosen("lora_alpha", max(1, round(alpha)), f"{ALPHA_OF_RANK} times {root}the rank")
     yield Chosen("lora_dropout", 0.0, "it gained nothing where it was measured, and takes memory and time")
 
@@ -118,13 +119,17 @@ def _epochs(facts: Facts) -> Chosen:
 
 def _batch(facts: Facts, given: Mapping[str, float]) -> Iterator[Chosen]:
     """Rows and accumulation that make the step of conversations, over all processes. Nothing given is checked yet."""
-    step, why = UNKNOWN_STEP, "the data decide"
+    step = UNKNOWN_STEP
     if facts.conversations is not None:
         least, most = STEP
         step = min(most, max(least, 2 ** int(math.log2(max(1, facts.conversations / EPOCH_STEPS)))))
-        why = f"a step of {step} of {facts.conversations:,} conversations"
     wanted = max(1, step // facts.processes)
     row = min(ROW, max(1, round(wanted / max(1, given.get("gradient_accumulation_steps", 1)))))
+    row = int(given.get("per_device_train_batch_size", row))
+    rows = int(given.get("gradient_accumulation_steps", max(1, round(wanted / max(1, row)))))
+    why = "the data decide"
+    if facts.conversations is not None:
+        # What it comes to: not every step can be dealt to these processes in rows of one length.
+        why = f"a step of {row * rows * facts.processes} of {facts.conversations:,} conversations"
     yield Chosen("per_device_train_batch_size", row, why)
-    rows = max(1, round(wanted / max(1, given.get("per_device_train_batch_size", row))))
     yield Chosen("gradient_accumulation_steps", rows, why)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from qwen_chat import hardware
 from qwen_chat.errors import MissingDependency, OptionError
@@ -60,13 +61,15 @@ def _placed(problem: str, places: Mapping[str, str]) -> str:
 
 def problems(run: Run, *, needs_data: bool = True) -> list[str]:
     """Every value or combination that cannot work, one line each: the flag, why, the cure."""
-    options, found = run.as_dict(), []
-    for name, (holds, expected) in RANGES.items():
-        value = options.get(name)
-        if name == "warmup_steps" and "warmup_steps" not in run.given:
-            continue  # --warmup_ratio's
-        if value is not None and not (math.isfinite(value) and holds(value)):
-            found.append(f"--{name} {value}: expected {expected}")
+    options = run.as_dict()
+    if "warmup_steps" not in run.given:
+        del options["warmup_steps"]  # --warmup_ratio's
+    found = range_problems(options)
+    found += [
+        f"--{name}: an empty value; give one, or leave the flag out"
+        for name in sorted(run.given)
+        if (value := options.get(name)) == "" or (isinstance(value, tuple) and "" in value)
+    ]
     if {"warmup_ratio", "warmup_steps"} <= run.given:
         found.append("--warmup_ratio and --warmup_steps: give one of them")
     found += [
@@ -105,18 +108,33 @@ _SEED: Range = (lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ABOVE_0),
     **dict.fromkeys(("gradient_accumulation_steps", "model_max_length", "lora_r", "lora_alpha"), _ABOVE_0),
-    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(("save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
+    "num_train_epochs": (lambda value: 0 < value <= 1e6, "a number above 0, and at most 1,000,000"),
     **dict.fromkeys(("torch_empty_cache_steps", "ddp_timeout", "ddp_bucket_cap_mb"), _ABOVE_0),
     **dict.fromkeys(("dataloader_prefetch_factor", "patience"), _ABOVE_0),
     "eval_share": (lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.05"),
     "learning_rate": (lambda value: 0 < value < 1, "a number between 0 and 1, such as 2e-4"),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "a share between 0 and 1"),
-    "max_steps": (lambda value: value > 0 or value == -1, "a number above 0, or -1: --num_train_epochs says"),
+    "loraplus_lr_ratio": (lambda value: value >= 1, "1 or more; 16 is usual"),
+    "max_steps": (
+        lambda value: 0 < value <= 1e9 or value == -1,
+        "a number from 1 to 1,000,000,000, or -1: --num_train_epochs says",
+    ),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), _SHARE),
     **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), _FROM_0),
     **dict.fromkeys(("eval_delay", "dataloader_num_workers"), _FROM_0),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
 }
+
+
+def range_problems(options: Mapping[str, Any]) -> list[str]:
+    """The options that are not in their range, one line each."""
+    values = {name: options[name] for name in RANGES if options.get(name) is not None}
+    return [
+        f"--{name} {value}: expected {RANGES[name][1]}"
+        for name, value in values.items()
+        if not (math.isfinite(value) and RANGES[name][0](value))
+    ]
 
 
 # What may not be installed, and the wheel's extra that brings it.
@@ -183,6 +201,9 @@ def _part_problems(run: Run) -> list[str]:
     return found
 
 
+MOST_TIMES = 1_000  # that an epoch sees a conversation; each time takes a place in memory
+
+
 def weight_problems(data: DataArguments) -> list[str]:
     """What is wrong with --data_weights."""
     found = []
@@ -192,11 +213,18 @@ def weight_problems(data: DataArguments) -> list[str]:
             "give one for each -d, in the same order"
         )
     found += [
-        f"--data_weights: {weight:g}; expected 0 (not used) or a number above it"
+        f"--data_weights: {weight:g}; expected a number from 0 (not used) to {MOST_TIMES:,}"
         for weight in data.data_weights
-        if not (weight >= 0 and math.isfinite(weight))
+        if not 0 <= weight <= MOST_TIMES
     ]
     return found
+
+
+def held_out_problems(data: DataArguments) -> list[str]:
+    """What is wrong with --eval_share and --eval_data_path."""
+    if data.eval_share is not None and data.eval_data_path:
+        return ["--eval_share and --eval_data_path: give one of them"]
+    return []
 
 
 def _data_problems(run: Run, needs_data: bool) -> list[str]:
@@ -204,8 +232,7 @@ def _data_problems(run: Run, needs_data: bool) -> list[str]:
     data, train, extra, found = run.data, run.train, run.extra, weight_problems(run.data)
     if needs_data and not data.data_path:
         found.append("no data: give the conversations with -d FILE")
-    if data.eval_share is not None and data.eval_data_path:
-        found.append("--eval_share and --eval_data_path: give one of them")
+    found += held_out_problems(data)
     best = {
         "--patience": train.patience,
         "--keep_best": train.keep_best,
@@ -314,6 +341,4 @@ def _lora_problems(run: Run) -> list[str]:
         found.append(
             f"--lora_weight_path {lora.lora_weight_path}: no adapter_config.json there; expected an adapter"
         )
-    if lora.loraplus_lr_ratio is not None and lora.loraplus_lr_ratio < 1:
-        found.append(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: expected 1 or more; 16 is usual")
     return found

@@ -14,7 +14,9 @@ from html import escape
 WIDTH, HEIGHT = 640, 240
 INDENT, RIGHT, TOP, BOTTOM = 62, 22, 14, 44  # room for the figures beside the axes
 MOST_POINTS = 2000  # of a curve; a longer one is thinned out, its extremes stay
+COLOURED = 6  # curves that a colour alone tells apart
 MOST_TOGETHER = 12_000  # of all curves of one picture
+LARGEST = 1e300  # what is larger, or no number, is left out: a frame around it would be no number either
 
 Name = tuple[str, str]  # in English, in Chinese
 Point = tuple[float, float]
@@ -56,11 +58,16 @@ def drawn(series: Sequence[Series]) -> tuple[list[list[Point]], Frame | None]:
     """Of each series the points that are drawn, and the frame around all of them; None where there is nothing."""
     most = min(MOST_POINTS, MOST_TOGETHER // max(1, len(series)))
     kept = [
-        _thinned([(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)], most)
+        _thinned([(x, y) for x, y in one.points if abs(x) < LARGEST and abs(y) < LARGEST], most)
         for one in series
     ]
     every = [point for points in kept for point in points]
     return kept, Frame.around(every) if every else None
+
+
+def look(number: int) -> str:
+    """The CSS classes of a curve: six colours, then the same dashed, then dotted."""
+    return f"c{number % COLOURED}" + (f" d{number // COLOURED}" if number >= COLOURED else "")
 
 
 def curves(series: Sequence[Series], *, x_name: Name, label: str) -> str:
@@ -74,10 +81,10 @@ def curves(series: Sequence[Series], *, x_name: Name, label: str) -> str:
         title = f"<title>{escape(one.name)}</title>"
         if one.marked or len(places) == 1:
             dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in places)
-            parts.append(f'<g class="dots c{one.colour % 6}">{title}{dots}</g>')
+            parts.append(f'<g class="dots {look(one.colour)}">{title}{dots}</g>')
         elif places:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline class="line c{one.colour % 6}" points="{path}">{title}</polyline>')
+            parts.append(f'<polyline class="line {look(one.colour)}" points="{path}">{title}</polyline>')
     return _svg(parts, label)
 
 
@@ -123,13 +130,13 @@ def _axes(frame: Frame, x_name: Name, *, counted: bool = True) -> list[str]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Four to eight round numbers from at most `low` to at least `high`."""
-    if high <= low:
+    if high - low < 1 / LARGEST:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / 5
     scale = 10.0 ** math.floor(math.log10(raw))
     step = scale * next(factor for factor in (1, 2, 5, 10) if factor * scale >= raw)
     first = math.floor(low / step)
-    return [round(k * step, 12) for k in range(first, math.ceil(high / step) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, math.ceil(high / step) + 1)]
 
 
 def _thinned(points: list[Point], most: int) -> list[Point]:

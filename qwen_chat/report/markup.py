@@ -29,9 +29,9 @@ def captioned(picture: str, caption: str) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{picture}</figure>" if picture else ""
 
 
-def listed(lines: Iterable[str]) -> str:
+def listed(lines: Iterable[object]) -> str:
     """Plain texts as a list; nothing of none."""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(str(line))}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
 

@@ -6,14 +6,18 @@ picture beside it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from qwen_chat import place
+from qwen_chat.errors import OutputError
 from qwen_chat.files import write_whole, written_whole
 from qwen_chat.report import sections
+from qwen_chat.report.chart import look
 from qwen_chat.report.markup import as_table, both, listed, section
-from qwen_chat.report.past_run import PastRun
+from qwen_chat.report.past_run import PastRun, names_of
 from qwen_chat.report.picture import png
 from qwen_chat.training.run_folder import PAGE_FILE, PICTURE_FILE
 
@@ -39,8 +43,9 @@ svg{width:100%;height:auto;background:var(--card);border-radius:6px}
 .line.c0{stroke:var(--a)}.line.c1{stroke:var(--b)}.line.c2{stroke:var(--c)}.line.c3{stroke:var(--d)}
 .line.c4{stroke:var(--e)}.line.c5{stroke:var(--f)}.dots.c0{fill:var(--a)}.dots.c1{fill:var(--b)}
 .dots.c2{fill:var(--c)}.dots.c3{fill:var(--d)}.dots.c4{fill:var(--e)}.dots.c5{fill:var(--f)}
-.key span{margin-right:1rem}.key i{display:inline-block;width:.8rem;height:.8rem;border-radius:3px;
-margin-right:.35rem;vertical-align:-1px}.warn{border-left:4px solid var(--b);padding:.4rem .8rem;background:var(--card)}
+.d1{stroke-dasharray:7 4}.d2{stroke-dasharray:2 3}
+.key span{margin-right:1rem}.key svg{width:2rem;margin-right:.35rem;background:none;vertical-align:2px}
+.key .line{stroke-width:3}.warn{border-left:4px solid var(--b);padding:.4rem .8rem;background:var(--card)}
 .said td{white-space:pre-wrap;overflow-wrap:anywhere;width:33%}
 button{float:right;font:inherit;padding:.2rem .8rem;border-radius:6px;border:1px solid var(--line);
 background:var(--card);color:var(--ink);cursor:pointer}
@@ -54,25 +59,44 @@ LANGUAGE_SWITCH = (
     "const h=document.documentElement;if(navigator.language.startsWith('zh'))h.lang='zh';"
     "document.querySelector('button').onclick=()=>{h.lang=h.lang=='en'?'zh':'en'}"
 )
-KEY_COLOURS = "abcdef"
+HEAD = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+# Where a run writes and how it is told to go on sets no run apart.
+NO_DIFFERENCE = frozenset({"output_dir", "config", "check", "resume", "resume_anyway", "plan_anyway"})
 
 
 def write_page(folder: Path) -> Path:
-    """The report of the run in `folder`, into it, and its loss as a picture."""
+    """The report of the run in `folder`, into it, and its loss as a picture. OutputError where that cannot be."""
     run = PastRun.read(folder)
-    with written_whole(folder / PICTURE_FILE) as picture:
-        picture.buffer.write(png(sections.loss_series([run])))
-    file = folder / PAGE_FILE
-    write_whole(file, page([run]))
-    return file
+    try:
+        with written_whole(folder / PICTURE_FILE) as picture:
+            picture.buffer.write(png(sections.loss_series([run])))
+        write_whole(folder / PAGE_FILE, page([run]))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: the page cannot be written ({error.strerror}); give its file with {place.invocation('report')}"
+            f" {shlex.quote(str(folder))} -o FILE"
+        ) from None
+    return folder / PAGE_FILE
+
+
+def write_page_as(file: Path, runs: Sequence[PastRun]) -> None:
+    """The page of these runs, as a file that a person named; an earlier page gives way, nothing else does."""
+    try:
+        if file.exists() and not file.read_bytes()[: len(HEAD)] == HEAD.encode():
+            raise OutputError(f"{file}: holds something else than a page of runs; give another file with -o")
+        write_whole(file, page(runs))
+    except OSError as error:
+        raise OutputError(
+            f"{file}: cannot be written ({error.strerror}); give another file with -o"
+        ) from None
 
 
 def page(runs: Sequence[PastRun]) -> str:
     """One run in full; of several what sets them apart."""
     body = _one(runs[0]) if len(runs) == 1 else _several(runs)
-    title = escape(" / ".join(run.name for run in runs))
+    title = escape(" / ".join(names_of(runs)))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"{HEAD}<title>{title}</title>"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><button>中文 / English</button>'
         f"<h1>{title}</h1>{body}<script>{LANGUAGE_SWITCH}</script></body></html>\n"
@@ -83,7 +107,7 @@ def _one(run: PastRun) -> str:
     facts = run.facts
     versions = [(escape(name), escape(str(value))) for name, value in facts.get("versions", {}).items()]
     parts = (
-        _unfinished(run),
+        _unfinished(run, run.name),
         as_table([(label, take(run)) for label, take in sections.FIGURES]),
         section("Warnings", "警告", listed(facts.get("warnings", ()))),
         section("To repeat it", "重复这次训练", f"<pre>{escape(run.command)}</pre>"),
@@ -101,18 +125,23 @@ def _one(run: PastRun) -> str:
 
 def _several(runs: Sequence[PastRun]) -> str:
     keys = " ".join(
-        f'<span><i style="background:var(--{KEY_COLOURS[k % 6]})"></i>{escape(run.name)}</span>'
-        for k, run in enumerate(runs)
+        f'<span><svg viewBox="0 0 32 8"><line class="line {look(k)}" x2="32" y1="4" y2="4"/></svg>{escape(name)}</span>'
+        for k, name in enumerate(names_of(runs))
     )
-    given = sorted({name for run in runs for name in run.facts.get("given", ())} - {"output_dir"})
     rows: list[tuple[str, ...]] = []
-    for name in given:
-        values = [str(run.facts["options"].get(name)) for run in runs]
-        if len(set(values)) > 1:
-            rows.append((f"<code>--{escape(name)}</code>", *map(escape, values)))
+    # What a preset chose too, which nobody gave.
+    for name in sorted({name for run in runs for name in run.facts["options"]} - NO_DIFFERENCE):
+        values = [run.facts["options"].get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append((f"<code>--{escape(name)}</code>", *(escape(str(value)) for value in values)))
+    contents = [str(run.facts.get("data", {}).get("fingerprint", "–"))[:8] for run in runs]
+    if len(set(contents)) > 1:
+        rows.append(
+            (both("data, by the hash of their content", "数据（按内容的哈希）"), *map(escape, contents))
+        )
     rows += [(label, *(take(run) for run in runs)) for label, take in sections.FIGURES]
-    head = ("", *(escape(run.name) for run in runs))
-    states = "".join(_unfinished(run) for run in runs)
+    head = ("", *map(escape, names_of(runs)))
+    states = "".join(map(_unfinished, runs, names_of(runs)))
     return (
         states
         + section("What sets them apart", "区别", as_table(rows, head))
@@ -120,10 +149,10 @@ def _several(runs: Sequence[PastRun]) -> str:
     )
 
 
-def _unfinished(run: PastRun) -> str:
+def _unfinished(run: PastRun, name: str) -> str:
     if run.is_finished:
         return ""
-    name, last = escape(run.name), len(run.steps)
+    name, last = escape(name), len(run.steps)
     english = f"{name} did not finish: it was stopped, or still runs. {last} steps are in its log; they are shown here."
     chinese = f"{name} 没有结束：被中断，或仍在运行。日志中有 {last} 步，下面是这些。"
     return f'<p class="warn">{both(english, chinese)}</p>'

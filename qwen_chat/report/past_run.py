@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from qwen_chat.training.run_folder import LOG_FILE, LOSSES_FILE
 
 SAMPLES_FILE = "samples.json"
 EVALUATION_FILE = "evaluation.json"  # what evaluate.py writes with -o
+# The parts of run.json that a page walks through.
+_PARTS: dict[str, type] = {"given": list, "warnings": list, "decisions": list, "options": dict, "data": dict}
+_PARTS |= dict.fromkeys(("versions", "plan", "changes", "held_out", "general"), dict)
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,22 @@ class PastRun:
         """Raises OptionError where the folder holds no run."""
         file = folder / RUN_FILE
         try:
-            facts: Json = json.loads(file.read_text(encoding="utf-8"))
+            facts: Json = json.loads(file.read_text(encoding="utf-8-sig"))
+            if not all(isinstance(facts.get(key, kind()), kind) for key, kind in _PARTS.items()):
+                raise ValueError
             facts["options"].items()
         except OSError as error:
             raise OptionError(f"{file}: {error.strerror}; expected the folder of a run") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, AttributeError):
             raise OptionError(
                 f"{file}: not the record of a run; it is damaged or another program's"
             ) from None
-        lines = _lines(folder / LOG_FILE)
-        steps = {line["step"]: line for line in lines if "loss" in line and "learning_rate" in line}
-        evaluations = {line["step"]: line for line in lines if "eval_loss" in line}
-        samples = [Sample(**one) for one in _lines(folder / SAMPLES_FILE)]
+        lines = [line for line in _lines(folder / LOG_FILE) if isinstance(line.get("step"), int)]
+        steps = {line["step"]: line for line in lines if _has_numbers(line, "loss", "learning_rate")}
+        evaluations = {line["step"]: line for line in lines if _has_numbers(line, "eval_loss")}
+        asked = _lines(folder / SAMPLES_FILE)
+        names = [name.name for name in fields(Sample)]
+        samples = [Sample(*(str(one.get(name, "")) for name in names)) for one in asked]
         return cls(
             folder,
             facts,
@@ -92,6 +101,16 @@ class PastRun:
         return " \\\n  ".join(words)
 
 
+def names_of(runs: Sequence[PastRun]) -> list[str]:
+    """What runs beside each other are called: by their folders' names, or by the paths where two have one name."""
+    often = Counter(run.name for run in runs)
+    return [run.name if often[run.name] == 1 else str(run.folder) for run in runs]
+
+
+def _has_numbers(line: Json, *keys: str) -> bool:
+    return all(isinstance(line.get(key), (int, float)) for key in keys)
+
+
 def _begun(folder: Path) -> Json:
     """Of a run that has not ended: what was measured before its first step."""
     found = {}
@@ -119,7 +138,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a text may hold what Python takes for other ends of lines
         try:
             value = json.loads(line)
         except ValueError:

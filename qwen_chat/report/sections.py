@@ -13,7 +13,7 @@ from qwen_chat import place
 from qwen_chat.conversation import Json
 from qwen_chat.report.chart import Series, bars, curves
 from qwen_chat.report.markup import as_table, both, captioned, figure
-from qwen_chat.report.past_run import EVALUATION_FILE, PastRun
+from qwen_chat.report.past_run import EVALUATION_FILE, PastRun, names_of
 
 GIBIBYTE = 2**30
 MOST_FUNCTIONS = 40  # that are shown
@@ -41,7 +41,7 @@ def _moved(name: str) -> Callable[[PastRun], str]:
 
 # A row's name, and its text for a run.
 FIGURES: tuple[tuple[str, Callable[[PastRun], str]], ...] = (
-    (both("model", "模型"), lambda run: escape(run.facts.get("model", "–").rsplit("/", 1)[-1])),
+    (both("model", "模型"), lambda run: escape(str(run.facts.get("model", "–")).rsplit("/", 1)[-1])),
     (both("method", "方法"), lambda run: escape(str(run.facts.get("method", "–")))),
     (both("loss, first → last step (steps)", "损失，第一步 → 最后一步（步数）"), _ends),
     (both("held-out loss, before → after", "验证损失，训练前 → 后"), _moved("held_out")),
@@ -85,11 +85,11 @@ def data(facts: Json) -> str:
 def loss_series(runs: Sequence[PastRun]) -> list[Series]:
     """The losses of the steps as lines, the held-out ones as points."""
     found = []
-    for number, run in enumerate(runs):
-        found.append(Series(run.name, [(line["step"], line["loss"]) for line in run.steps], number))
+    for number, (name, run) in enumerate(zip(names_of(runs), runs, strict=True)):
+        found.append(Series(name, [(line["step"], line["loss"]) for line in run.steps], number))
         points = [(line["step"], line["eval_loss"]) for line in run.evaluations]
         colour = number if len(runs) > 1 else 1
-        found.append(Series(f"{run.name}: held out", points, colour, marked=True))
+        found.append(Series(f"{name}: held out", points, colour, marked=True))
     return found
 
 
@@ -100,7 +100,7 @@ def charts(runs: Sequence[PastRun]) -> str:
         lines = [
             [(line["step"], line[key]) for line in run.steps if line.get(key) is not None] for run in runs
         ]
-        return [Series(run.name, points, k) for k, (run, points) in enumerate(zip(runs, lines, strict=True))]
+        return [Series(name, lines[k], k) for k, name in enumerate(names_of(runs))]
 
     dots = any(run.evaluations for run in runs)
     kinds = (
@@ -151,8 +151,9 @@ def changes(run: PastRun) -> str:
 def calls(run: PastRun) -> str:
     """Of each function how often the data call it and, where evaluate.py was asked, how often the models do rightly."""
     counts: dict[str, int] = run.facts.get("data", {}).get("calls", {})
-    sides = [run.evaluation[key] for key in ("compared_with", "model") if key in run.evaluation]
-    asked = [side["tools"] for side in sides if side.get("tools")]
+    sides = [run.evaluation.get(key) for key in ("compared_with", "model")]
+    parts = [side.get("tools") for side in sides if isinstance(side, dict)]
+    asked = [tools for tools in parts if tools and isinstance(tools, dict)]
     if not counts and not asked:
         return ""
     names = [both("before", "训练前"), both("after", "训练后")][2 - len(asked) :]
@@ -207,7 +208,7 @@ def answers(run: PastRun) -> str:
     names = (("question", "问题"), ("before", "训练前"), ("after", "训练后"))
     rows = [
         "".join(
-            f'<td data-en="{english}" data-zh="{chinese}">{escape(text)}</td>'
+            f'<td dir="auto" data-en="{english}" data-zh="{chinese}">{escape(text)}</td>'
             for (english, chinese), text in zip(names, (one.question, one.before, one.after), strict=True)
         )
         for one in run.samples

@@ -95,12 +95,20 @@ def prepare(run: Run, folder: Path, model_path: Path) -> Prepared:
     return Prepared(run, folder, model_path, fmt, data, shaped_by, before, verdict, warnings)
 
 
-def settle(run: Run, model_path: Path, data: Data, begun: Mapping[str, Any] | None = None) -> Run:
-    """The run with what --preset chooses for these data. begun: run.json of the one that it goes on from.
+def settle(
+    run: Run,
+    model_path: Path,
+    data: Data,
+    begun: Mapping[str, Any] | None = None,
+    *,
+    ranks: int | None = None,
+) -> Run:
+    """The run with what --preset chooses for these data. begun: run.json of the one that it goes on from. ranks: of
+    the run; those that were launched without it.
 
     Raises OptionError where DeepSpeed's file has other numbers than were chosen.
     """
-    ranks = memory_plan.ranks()
+    ranks = ranks or memory_plan.ranks()
     facts = preset.Facts(
         method=run.method,
         width=memory_plan.Shape.of(models.read_config(model_path)).hidden or None,
@@ -137,11 +145,11 @@ def plan(run: Run, model_path: Path, data: Data) -> tuple[memory_plan.Verdict, t
     return verdict, notes
 
 
-def longest_row(run: Run, data: Data) -> tuple[int, int, int]:
+def longest_row(run: Run, data: Data, *, ranks: int | None = None) -> tuple[int, int, int]:
     """(tokens of the largest row that the run is known to meet, the most that one in passes holds at once, tokens of
     the longest conversation).
     """
-    windows = training_windows(run, data.train, memory_plan.ranks())
+    windows = training_windows(run, data.train, ranks or memory_plan.ranks())
     row, held = windows.longest_row(windows=64)
     longest = min(int(data.summary.quantiles.get("max", row)), run.data.model_max_length)
     return max(row, longest), max(held, longest), longest

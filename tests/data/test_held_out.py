@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,25 @@ def test_a_share_is_divided_as_by_hand(tmp_path: Path, monkeypatch: pytest.Monke
     sides = [{one.data.record_of(int(i)) for i in one.index} for one in (parts.train, parts.held_out)]
     assert sides[1] == set(found.apart) and sides[0] == set(range(70)) - sides[1]
     assert len(parts.train) + len(parts.held_out) == len(data)
+
+
+def tokenise_nothing(paths: object) -> TokenisedData:
+    raise AssertionError(paths)
+
+
+def test_a_side_with_no_token_to_learn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data with `"train": false` may be good as a whole, and a side of it, or what weights leave of it, not."""
+    monkeypatch.setenv("QWEN_CHAT_CACHE", str(tmp_path))
+    sides = parted(MANY[:20], 0.5)
+    for context, words in zip(
+        sides, ("what is left to train on has no", "what is held out has no"), strict=True
+    ):
+        some = [
+            replace(one, messages=(one.messages[0], replace(one.messages[1], train=False)))
+            if number in context
+            else one
+            for number, one in enumerate(MANY[:20])
+        ]
+        data = tokenised(tmp_path / f"{len(words)}.jsonl", some)
+        with pytest.raises(DataError, match=f"^{words}"):
+            mixture.divided(data, DataArguments(eval_share=0.5), tokenise_nothing, seed=1)

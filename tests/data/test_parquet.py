@@ -65,3 +65,17 @@ def test_other_columns_damage_and_a_missing_package_are_one_line(
         MissingDependency, match=r"^c\.parquet needs the package 'pyarrow'; run: pip install pyarrow$"
     ):
         open_records(other)
+
+
+def test_texts_that_come_as_bytes_are_read_and_other_columns_are_not(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "你好".encode(), "picture": b"\xff\xd8", "score": float("nan")},
+        {"text": b"Hi \xff", "picture": None, "score": None},
+    ]
+    data = written(tmp_path / "e.parquet", rows)
+    assert open_records(written(tmp_path / "f.parquet", rows[:1]))[0].document == "你好"
+    with pytest.raises(DataError) as wrong:
+        open_records(data)
+    assert [str(problem) for problem in wrong.value.problems] == [
+        "e.parquet:2: bytes that are no UTF-8; expected text"
+    ]

@@ -44,6 +44,13 @@ FOUND = [
     ("1234567890 and 550e8400-e29b-41d4-a716-446655440000, v1.2.13800138000", None),
     ("sk-loading-spinner-container-item, task-management-of-everything-1", None),
     ("@app.get and a@b, git-2024-05-06", None),
+    # A number that is a value of JSON becomes text: what was JSON stays JSON, also where it stands in text.
+    ('{"phone": 13800138000, "to": "a@b.com"}', '{"phone": "[PHONE]", "to": "[EMAIL]"}'),
+    ('{"all":[13800138000, 13900139000],"n":1}', '{"all":["[PHONE]", "[PHONE]"],"n":1}'),
+    ('{"all": [' + "13800138000, " * 50 + "1]}", '{"all": [' + '"[PHONE]", ' * 50 + "1]}"),
+    (r'{"a": "{\"card\": 4111111111111111}"}', r'{"a": "{\"card\": \"[CARD]\"}"}'),
+    ('He said "call": 13800138000 or so', 'He said "call": [PHONE] or so'),
+    ('{"phone": "13800138000"}', '{"phone": "[PHONE]"}'),
 ]
 
 
@@ -63,17 +70,24 @@ def test_every_part_that_is_learnt_or_read_is_looked_at() -> None:
     whole = Conversation(
         (
             Message("system", mail),
-            Message("user", "Hi"),
+            Message("user", "Hi", name=mail),
             Message("assistant", mail, reasoning=f"to {mail}", tool_calls=(call, ToolCall("f", '{"a":1}'))),
             Message("tool", mail, tool_call_id="x"),
         )
     )
     without, found = screened(whole)
-    assert mail not in json.dumps(without.to_openai()) and len(found) == 6
+    assert mail not in json.dumps(without.to_openai()) and len(found) == 7
     first, second = without.messages[2].tool_calls
     assert json.loads(first.arguments) == {"to": ["[EMAIL]", 1], "card": "[CARD]", "yes": True, "说": "Hi"}
     assert (first.id, second.arguments) == ("x", '{"a":1}')  # what holds nothing keeps its bytes
     assert screened(Conversation((), document=f"x {mail}"))[0].document == "x [EMAIL]"
+    names = ToolCall("f", '{"a.b@example.com": 1, "c@example.com": 2, "d": 3}')
+    (call,) = screened(Conversation((Message("assistant", tool_calls=(names,)),)))[0].messages[0].tool_calls
+    assert json.loads(call.arguments) == {
+        "[EMAIL]": 1,
+        "[EMAIL] 2": 2,
+        "d": 3,
+    }  # no key takes another's place
 
 
 HARD = (

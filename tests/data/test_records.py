@@ -23,6 +23,7 @@ from qwen_chat.errors import DataError
 USER = {"role": "user", "content": "你好 👋\n"}
 REPLY = {"role": "assistant", "content": " hi\tthere "}
 PLAIN = Conversation((Message("user", "你好 👋\n"), Message("assistant", " hi\tthere ")))
+SAID = Conversation((Message("system", "s"), *PLAIN.messages))
 TOOL = {
     "type": "function",
     "function": {
@@ -85,6 +86,13 @@ def problem_of(tmp_path: Path, line: Any) -> str:
             PLAIN,
         ),
         ({"conversations": [USER, REPLY], "tools": ""}, "sharegpt", PLAIN),
+        # The record's own system text stands in front, whatever the kind; once where the messages have it too.
+        ({"messages": [USER, REPLY], "system": "s"}, "openai", SAID),
+        ({"messages": [{"role": "system", "content": "s"}, USER, REPLY], "system": "s"}, "openai", SAID),
+        ({"conversations": [USER, REPLY], "system": "s"}, "sharegpt", SAID),
+        ({"prompt": [USER], "completion": [REPLY], "system": "s"}, "prompt_completion", SAID),
+        ({"messages": [USER, REPLY], "system": ""}, "openai", PLAIN),
+        ({"instruction": "", "input": USER["content"], "output": " hi\tthere "}, "alpaca", PLAIN),
         ({"instruction": USER["content"], "input": "", "output": " hi\tthere "}, "alpaca", PLAIN),
         (
             {"instruction": "a", "input": "b", "output": "c", "history": [["q", "r"]], "system": "s"},
@@ -192,6 +200,12 @@ def test_json_documents(tmp_path: Path, text: str, lines: list[int]) -> None:
     data = open_records(path)
     assert [data.where(i) for i in range(len(data))] == [f"data.json:{n}" for n in lines]
     assert list(data) == [PLAIN] * len(lines)
+
+
+def test_the_ending_of_a_document_may_be_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "DATA.JSON"
+    path.write_text(json.dumps([{"messages": [USER, REPLY]}], indent=1), encoding="utf-8")
+    assert list(open_records(path)) == [PLAIN]
 
 
 def test_a_broken_list_names_the_place(tmp_path: Path) -> None:
@@ -313,7 +327,29 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     )
     cut = gzip.compress(bytes(random.Random(0).randbytes(5000)))[:-40]
     assert message(write(tmp_path / "cut.jsonl.gz", cut)).startswith("cut.jsonl.gz: damaged gzip data (")
-    assert message(tmp_path / "nul\0.jsonl").endswith(": cannot be read (embedded null byte)")
+    assert message(tmp_path / "nul\0.jsonl").endswith("nul\\x00.jsonl: cannot be read (embedded null byte)")
+    with pytest.raises(DataError, match=r"^data: '' is no name; expected that of a file or folder$"):
+        open_records("")  # to Path it is the current folder
+    assert message(Path("x" * 5_000)).endswith(": cannot be read (File name too long)")
+    assert len(message(Path("x" * 5_000))) < 600
+    (tmp_path / "sub" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    assert message(tmp_path / "sub") == f"{tmp_path / 'sub' / 'gone.jsonl'}: no such data file"
+
+
+def test_a_name_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(write(tmp_path / "mine.jsonl", {"messages": [USER, REPLY]}).parent))
+    assert list(open_records("~/mine.jsonl")) == [PLAIN]
+    with pytest.raises(DataError, match=r"^~nobody-here/x: no such data file$"):
+        open_records("~nobody-here/x")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(DataError, match=r"^/.*: cannot be read \(Permission denied\)$"):
+        open_records(tmp_path)
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -377,8 +413,8 @@ DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 1: content is a number; expected text"),
         ({"a": 1, "b": 2}, "no conversation among 'a', 'b'; expected 'messages', 'conversations', 'instruction', 'prompt' and 'completion', or 'text'"),
         ([1, 2], "[1, 2]; expected one JSON object, a conversation"),
-        (b"{", "no JSON: Expecting property name enclosed in double quotes at column 2, found the end; expected one JSON object"),
-        (b"[", "no JSON: Expecting value at column 2, found the end; expected one JSON object; a list over several lines belongs in a .json file"),
+        (b"{", "no JSON: Expecting property name enclosed in double quotes at column 2, found the end; expected one JSON object; JSON over several lines belongs in a .json file"),
+        (b"[", "no JSON: Expecting value at column 2, found the end; expected one JSON object; JSON over several lines belongs in a .json file"),
         (b'{"messages": 1} x', "'x' after the end of the object; expected one JSON object a line"),
         (b'{"messages": NaN}', "NaN is no JSON number; expected a number, text or null"),
         (b'{"messages": -Infinity}', "-Infinity is no JSON number; expected a number, text or null"),
@@ -468,6 +504,11 @@ DEEP = json.loads('{"a":' * 70 + "1" + "}" * 70)
         ({"conversations": [["human", "hi"]]}, "conversations[0]: ['human', 'hi']; expected an object with 'from' and 'value'"),
         ({"messages": "hello"}, "messages: text that is no JSON (Expecting value: line 1 column 1 (char 0)); expected a list of messages"),
         ({"text": 3}, "text: 3; expected text, a document"),
+        ({"messages": [USER, REPLY], "system": 3}, "system: 3; expected text"),
+        (
+            {"messages": [{"role": "system", "content": "t"}, USER, REPLY], "system": "s"},
+            "system: another text than that of the system message that the messages begin with; leave one of them out",
+        ),
         ({"text": " \n"}, "text is empty; expected a document"),
         ({"instruction": "a"}, "no 'output' beside 'instruction'; expected the reply"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: no list of pairs; expected [[question, answer], ...]"),

@@ -120,3 +120,17 @@ def test_other_encodings_and_other_columns_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError) as wrong:
             open_records(saved(tmp_path / name, text, encoding))
         assert str(wrong.value).startswith(f"{name}: {told}")
+
+
+def test_names_of_columns_may_have_white_space_and_strange_ones_are_escaped(tmp_path: Path) -> None:
+    records = open_records(saved(tmp_path / "a.csv", "prompt, response ,,\nHi,Hello,1,2\n"))
+    assert [message.content for message in records[0].messages] == ["Hi", "Hello"]
+    for text, told in (
+        ("prompt|response\nHi|Hello\n", "(prompt|response); expected 'messages', "),
+        ("PK\x03\x1b[31m\n1\n", "('PK\\x03\\x1b[31m'); expected 'messages', "),
+        ("a," * 30 + "b\n", "(" + "a, " * 20 + "...); expected"),
+    ):
+        with pytest.raises(DataError) as wrong:
+            open_records(saved(tmp_path / "b.csv", text))
+        assert str(wrong.value).startswith(f"b.csv: no conversation among its columns {told}")
+        assert str(wrong.value).endswith("; columns are parted by commas, semicolons or tabs")

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_chat.errors import OptionError
-from qwen_chat.flags.config_file import named
+from qwen_chat.flags.config_file import LONGEST_YAML, named
 from qwen_chat.flags.run_options import Run
 from qwen_chat.flags.run_problems import read_run
 
@@ -72,6 +73,20 @@ def test_flags_win_and_take_the_place_of_a_whole_list(tmp_path: Path) -> None:
         ("- 9\n", ["run.yaml:1: expected one `flag: value` a line"]),
         ("", ["run.yaml:1: expected one `flag: value` a line"]),
         ("[a]: 1\n", ["run.yaml:1: a key that is no word"]),
+        ("report_to:\n", ["run.yaml:1: --report_to: no value; expected at least one"]),
+        ("data_path: x\nuse_lora: []\n", ["run.yaml:2: use_lora: an empty list; expected True or False"]),
+        ("config: other.yaml\n", ["run.yaml:1: config: a file of flags cannot name another; leave it out"]),
+        (
+            "<<: {seed: 1}\n",
+            ["run.yaml:1: <<: mappings are not merged; write the flags of the other one here"],
+        ),
+        (
+            "model: a\nm: b\n",
+            ["run.yaml:2: m: is --model, which run.yaml:1 gives; leave one of them out"],
+        ),
+        ("template_kwargs: {a: {b: 1, b: 2}}\n", ["run.yaml:1: template_kwargs: key 'b' stands twice"]),
+        ("template_kwargs: {a: .nan}\n", ["run.yaml:1: --template_kwargs: '{\"a\": NaN}'; expected a JSON"]),
+        ("x" * (LONGEST_YAML + 1), ["--config "]),
         ("seed: 1\nseed: !!python/name:os.system x\n", ["run.yaml:2: seed: stands in line 1 too"]),
         ("[" * 20_000, ["run.yaml: no YAML ("]),
         (
@@ -134,3 +149,57 @@ def test_which_file_is_named() -> None:
     assert named(["--config", "a", "--seed", "1", "--config=b"]) == "b"
     assert named(["--config", "--seed", "1"]) is None
     assert named([]) is None
+    assert named(["--config"]) is None and named(["--seed", "config"]) is None
+    # The parser reads one dash and an empty word too: neither is passed over.
+    assert (named(["-config", "a"]), named(["--config="]), named(["--config", ""])) == ("a", "", "")
+    with pytest.raises(OptionError, match=r"--config '': no file's name"):
+        read_run(["-d", "x", "--config", ""])
+
+
+def test_the_last_line_end_of_a_block_is_no_part_of_its_text(tmp_path: Path) -> None:
+    file = config(tmp_path, "data_path: x\nsystem: |\n  You are\n  Willow.\n")
+    assert read_run(["--config", str(file)]).data.system == "You are\nWillow."
+
+
+def record_of(*words: str) -> dict[str, Any]:
+    run = read_run(["-d", "x.jsonl", *words])
+    return {"options": run.as_dict(), "shaped_by": {"data": "x"}, "given": sorted(run.given)}
+
+
+def test_a_run_json_is_read_as_json_however_it_was_saved(tmp_path: Path) -> None:
+    """Editors put a mark in front and tabs between; `python -m json.tool` writes an emoji as two escapes."""
+    record = record_of("--use_lora", "--system", "Hi 😀 there")
+    expected = read_run(["-d", "x.jsonl", "--use_lora", "--system", "Hi 😀 there"]).as_dict()
+    file = tmp_path / "run.json"
+    for text in (
+        json.dumps(record, ensure_ascii=True),
+        "\ufeff" + json.dumps(record, ensure_ascii=False, indent="\t").replace("\n", "\r\n"),
+    ):
+        file.write_bytes(text.encode())
+        assert read_run(["--config", str(file)]).as_dict() == expected | {"config": str(file)}
+
+
+def test_a_run_json_that_an_edit_broke_is_one_line(tmp_path: Path) -> None:
+    record = record_of()
+    whole = json.dumps(record, indent=2)
+    file = tmp_path / "run.json"
+    last, rank = (1 + text.count("\n") for text in (whole, whole.partition('"lora_r"')[0]))
+    for text, line in (
+        (whole[:-2] + ",\n}", f"run.json:{last}: no JSON (expected a key in quotes); correct it there"),
+        (whole[:-2], f"run.json:{last - 1}: no JSON (expected ',' or '}}'); correct it there"),
+        (whole + "{}", f"run.json:{last}: no JSON (something stands after its end); correct it there"),
+        (
+            json.dumps(record | {"given": None}),
+            "run.json: 'given' is not a list; expected run.json as a run has written it",
+        ),
+        (
+            json.dumps(record | {"options": ["x"]}),
+            "run.json: 'options' is not an object; expected run.json as a run has written it",
+        ),
+        (
+            whole.replace('"lora_r": 64,', '"lora_r": 64,\n"lora_r": 8,'),
+            f"run.json:{rank + 1}: lora_r: stands in line {rank} too; leave one of them out",
+        ),
+    ):
+        file.write_text(text, encoding="utf-8")
+        assert told(file) == [line]

@@ -159,3 +159,19 @@ def test_it_is_told_a_line_each() -> None:
 def test_a_preset_that_there_is_not() -> None:
     with pytest.raises(OptionError, match=r"^--preset: 'qwen3'; expected auto or qwen2$"):
         read_run([*LORA, "--preset", "qwen3"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "step"),
+    [(1, {}, 16), (3, {}, 12), (64, {}, 64), (1, {"per_device_train_batch_size": 3}, 15)],
+)
+def test_the_step_that_is_told_is_the_step_that_comes_of_it(
+    processes: int, given: dict[str, float], step: int
+) -> None:
+    facts = Facts("lora", 576, 5_000, 9, processes)
+    chosen = {choice.flag: choice for choice in choices("auto", facts, given)}
+    last = chosen["gradient_accumulation_steps"]
+    assert last.reason == f"a step of {step} of 5,000 conversations"
+    row = given.get("per_device_train_batch_size") or chosen["per_device_train_batch_size"].value
+    assert row * last.value * processes == step
+    assert "0 tokens are learnt" in choices("auto", Facts("lora", 576, 2, 0), {})[0].reason

@@ -324,7 +324,7 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--bf16_full_eval"], "computed as training computes them"),
         (["--attn_implementation", "sdpa"], "knows nothing of prefixes that conversations share"),
         (["--auto_find_batch_size"], "--auto_find_batch_size: would change what an optimizer step is"),
-        (["--max_steps", "0"], "--max_steps 0: expected a number above 0, or -1"),
+        (["--max_steps", "0"], "--max_steps 0: expected a number from 1 to 1,000,000,000, or -1"),
         (["--num_train_epochs", "inf"], "--num_train_epochs inf: expected a number above 0"),
         (["--warmup_steps", "-5"], "--warmup_steps -5.0: expected 0 or more"),
         (["--warmup_ratio", "-0.5"], "--warmup_ratio -0.5: expected a share between 0 and 1"),
@@ -333,7 +333,23 @@ def test_what_a_cpu_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--adam_beta2", "1.5"], "--adam_beta2 1.5: expected a share from 0 up to 1"),
         (["--max_grad_norm", "nan"], "--max_grad_norm nan: expected 0 or more"),
         (["--seed", "-1"], "--seed -1: expected a whole number from 0 to 4294967295"),
-        (["--data_weights", "inf"], "--data_weights: inf; expected 0 (not used) or a number above it"),
+        (["--data_weights", "inf"], "--data_weights: inf; expected a number from 0 (not used) to 1,000"),
+        (["--data_weights", "1e9"], "--data_weights: 1e+09; expected a number from 0 (not used) to 1,000"),
+        (
+            ["--num_train_epochs", "1e300"],
+            "--num_train_epochs 1e+300: expected a number above 0, and at most",
+        ),
+        (
+            ["--max_steps", "1000000000000"],
+            "--max_steps 1000000000000: expected a number from 1 to 1,000,000,000",
+        ),
+        (["--use_lora", "--loraplus_lr_ratio", "nan"], "nan: expected 1 or more; 16 is usual"),
+        (["--use_lora", "--use_rslora", "--lora_r", "-5"], "--lora_r -5: expected a number above 0"),
+        (
+            ["--use_lora", "--lora_weight_path", ""],
+            "--lora_weight_path: an empty value; give one, or leave the flag out",
+        ),
+        (["--gradient_accumulation_steps", "9" * 400], "expected a whole number"),
         (["--optim", "typo"], "--optim typo: no such optimizer; expected one of adamw_torch, "),
         (["--optim", "schedule_free_adamw"], "its averaged weights would be neither evaluated nor saved"),
         (["--optim", "lomo"], "--optim lomo: changes the weights during backward"),
@@ -465,19 +481,27 @@ def test_what_is_held_out_is_a_share_or_files() -> None:
 def test_a_system_text_is_a_text_or_a_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "system.txt").write_text("  You are 小明.\nBe brief. \n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "marked.txt").write_text("你是小明。\n", encoding="utf-8-sig")
+    (tmp_path / "prompts").mkdir()
     (tmp_path / "blank.txt").write_bytes(b"\n")
     monkeypatch.chdir(tmp_path)
     for word, text in (
         ("system.txt", "You are 小明.\nBe brief."),
         ("Answer in JSON.", "Answer in JSON."),
         ("你是小明。", "你是小明。"),
+        ("marked.txt", "你是小明。"),
+        ("You say yes/no.", "You say yes/no."),
         ("x" * 5_000, "x" * 5_000),
     ):
         run = read_run([*DATA, "--system", word])
         assert run.data.system == run.as_dict()["system"] == text
     for word, wrong in (
         ("sytem.txt", "sytem.txt: no such file; a text of one word must not look like a file's name"),
-        ("latin.txt", "latin.txt: cannot be read as UTF-8 text ("),
+        ("./sytem", "./sytem: no such file; a text of one word must not look like a file's name"),
+        ("prompts/system", "prompts/system: no such file; "),
+        ("prompts", "prompts: no file; expected a text, or a file that holds one"),
+        ("\udcff", "'\\udcff': cannot be read as UTF-8 text ("),
+        ("latin.txt", "'latin.txt': cannot be read as UTF-8 text ("),
         ("blank.txt", "'blank.txt': no text"),
         (" ", "' ': no text"),
     ):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 import pytest
 
-from qwen_chat.errors import OptionError
+from qwen_chat.errors import OptionError, OutputError
 from qwen_chat.report.chart import MOST_POINTS, Series, curves
 from qwen_chat.report.page import page, write_page
 from qwen_chat.report.past_run import PastRun
@@ -138,7 +139,11 @@ def test_the_largest_page_is_small(folder: Path) -> None:
     run = changed(folder, data={**DATA, "calls": calls}, decisions=["x" * 200] * 100)
     shown = page([run])
     assert len(shown) < 1_000_000 and f"and {5000 - MOST_FUNCTIONS:,} more" in shown
-    assert len(page([run] * 12)) < 1_000_000
+    twelve = page([run] * 12)
+    assert len(twelve) < 1_000_000
+    looks = re.findall(r'<line class="line ([^"]*)" x2="32"', twelve)
+    assert len(set(looks)) == 12 and looks[7] == "c1 d1"  # no two curves look the same
+    assert set(looks) == set(re.findall(r'<polyline class="line ([^"]*)"', twelve))
 
 
 def test_two_runs_beside_each_other(
@@ -204,10 +209,102 @@ def test_samples_ask_what_is_held_out_from_all_over_it(folder: Path) -> None:
     assert set(sample_prompts(run, 1)) <= set("abcd") and len(sample_prompts(run, 4)) == 4
 
 
-def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("[]", encoding="utf-8")
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"options": {}, "versions": null}', '{"options": {}, "given": "x"}']
+)
+def test_what_is_no_run_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
     with pytest.raises(OptionError, match="not the record of a run"):
         PastRun.read(tmp_path)
+
+
+def test_lines_of_the_log_that_are_no_steps_are_left_out(folder: Path) -> None:
+    """A number that is none, one that a picture cannot hold, lines that an editor broke, and rates near to nothing."""
+    step = {"step": 1, "loss": 1.0, "learning_rate": 1e-13, "grad_norm": 1.0}
+    lines = [step, {**step, "step": 2, "loss": float("nan"), "grad_norm": 5e-324}]
+    lines += [{**step, "step": 3, "loss": 1e308}, {**step, "step": 4, "learning_rate": 3e-13}]
+    lines += [{**step, "loss": None}, {**step, "step": "5"}, {"loss": 1.0, "learning_rate": 1.0}, [1]]
+    (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    shown = write_page(folder).read_text(encoding="utf-8")
+    assert "1 → 1 (4)" in shown
+    for label, points in (("loss", 2), ("learning rate", 4), ("gradient norm", 4)):
+        (chart,) = re.findall(rf'aria-label="{label}">(.*?)</svg>', shown)
+        (line,) = re.findall(r'points="([^"]+)"', chart)
+        assert len(line.split()) == points and "nan" not in line and "inf" not in line
+    (rates,) = re.findall(r'aria-label="learning rate">(.*?)</svg>', shown)
+    assert {"0", "1e-13", "3e-13"} <= set(re.findall(r'<text class="tick end"[^>]*>([^<]+)<', rates))
+    assert len(set(re.findall(r'points="([^"]+)"', rates)[0].split())) == 4
+    (folder / "samples.json").write_text('{"question": "Why\u2028?"}\n', "utf-8")
+    assert "Why\u2028?" in page([PastRun.read(folder)])
+
+
+def test_runs_of_one_name_are_told_apart_and_so_is_what_a_preset_chose(folder: Path) -> None:
+    other = folder.parent / "again" / "run"
+    other.mkdir(parents=True)
+    changed(folder, options={**RUN["options"], "save_steps": 500})
+    options = {**RUN["options"], "lora_r": 32, "save_steps": 500.0}
+    data = {**DATA, "fingerprint": "abcdef0123456789"}
+    (other / "run.json").write_text(json.dumps({**RUN, "options": options, "data": data}), encoding="utf-8")
+    shutil.copy(folder / "train_log.jsonl", other)
+    shown = page([PastRun.read(folder), PastRun.read(other)])
+    assert f"<th>{folder}</th><th>{other}</th>" in shown and f"<title>{other}</title>" in shown
+    assert "--save_steps" not in shown  # 500 is 500.0
+    assert "<td><code>--lora_r</code></td><td>None</td><td>32</td>" in shown  # nobody gave it
+    assert "<td>–</td><td>abcdef01</td>" in shown  # the data behind the same name
+
+
+def test_a_page_goes_nowhere_but_over_a_page(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = runner("finetune/report.py", monkeypatch, capsys)
+    file = folder.parent / "page.html"
+    for _ in range(2):
+        assert report(str(folder), "-o", str(file))[0] == 0
+    record = folder / "run.json"
+    before = record.read_bytes()
+    for words, wanted in (
+        (
+            ("-o", str(record)),
+            f"{record}: holds something else than a page of runs; give another file with -o",
+        ),
+        (("-o", str(folder)), f"{folder}: cannot be written (Is a directory); give another file with -o"),
+        (("-o", str(folder / "no" / "x")), "cannot be written (No such file or directory)"),
+        (("-o", ""), "-o: an empty value; give the page's file, or leave the flag out"),
+        (("--samples", "-1"), "--samples -1: expected 0 or more"),
+        (("--samples", "1", "--max_new_tokens", "0"), "--max_new_tokens 0: expected a number above 0"),
+    ):
+        status, said, _ = report(str(folder), *words)
+        assert status == 2 and wanted in said and "Traceback" not in said
+    assert record.read_bytes() == before
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qwen_chat.report.page.write_whole", full)
+    with pytest.raises(
+        OutputError, match=r"the page cannot be written \(No space left on device\); give its file"
+    ):
+        write_page(folder)
+
+
+def test_nothing_that_a_run_says_becomes_part_of_the_page(folder: Path) -> None:
+    evil = "</script></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e"
+    (folder / "samples.json").write_text(
+        json.dumps(dict.fromkeys(("question", "before", "after"), evil)), "utf-8"
+    )
+    tools = {"model": {"tools": {"tools": {evil: {"n": 1, "exact": 1}}}}}
+    (folder / "evaluation.json").write_text(json.dumps(tools), "utf-8")
+    facts: dict[str, Any] = {"model": evil, "method": evil}
+    facts |= {"given": [evil], "decisions": [evil], "warnings": [evil]}
+    options = {**RUN["options"], "system": evil, evil: evil}
+    data = {**DATA, "calls": {evil: 1}, "histogram": {evil: 1}, "fingerprint": evil}
+    run = changed(folder, **facts, options=options, data=data, versions={evil: evil}, state="running")
+    twin = folder.parent / '<b>"run'
+    shutil.copytree(folder, twin)
+    (twin / "run.json").write_text(json.dumps(RUN), "utf-8")
+    for shown in (page([run]), page([run, PastRun.read(twin)])):
+        assert shown.count("<script") == 1 and "<img" not in shown
+        assert shown.count("</title>") == shown.count("<title>")
 
 
 def test_a_long_curve_keeps_its_extremes() -> None:

@@ -143,6 +143,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
         (("-d", str(DATA), "--adapter", str(tmp_path)), "no adapter_config.json"),
         (("-d", str(DATA), "-m", str(tmp_path)), "no config.json"),
         (("-d", str(DATA), "-o", str(tmp_path / "no" / "r.json")), "is no folder"),
+        (("-d", str(DATA), "-o", str(whole)), "holds something else than an evaluation; give another file"),
+        (
+            ("-d", str(DATA), "-o", str(tmp_path)),
+            "holds something else than an evaluation; give another file",
+        ),
         (("-d", str(DATA), "--call", "strict"), "did you mean --calls?"),
     ):
         done = run(tmp_path, *words)

@@ -248,6 +248,23 @@ def test_what_cannot_be_launched(words: list[str], environment: dict[str, str], 
     assert done.stderr.splitlines()[-1] == f"error: {line}"
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        # A word that a flag does not take was passed over, and the example's data were trained on.
+        (["mine.jsonl"], "mine.jsonl: no flag stands before it; data are given with -d"),
+        (["--use_lora=True", "mine.jsonl"], "mine.jsonl: no flag stands before it; data are given with -d"),
+        (["--use_lora", "True", "a"], "--use_lora: 2 values; expected one (quote a path with spaces)"),
+        (["--dry_run", "mine.jsonl"], "--dry_run mine.jsonl: expected True or False"),
+        (["-d", ""], "-d: an empty value; give one, or leave the flag out"),
+        (["--config="], "--config: an empty value; give one, or leave the flag out"),
+    ],
+)
+def test_no_word_is_passed_over(words: list[str], line: str) -> None:
+    done = shell(*words)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {line}")
+
+
 def test_started_with_sh_it_says_so(tmp_path: Path) -> None:
     if "bash" in Path("/bin/sh").resolve().name:
         pytest.skip("sh is bash here")

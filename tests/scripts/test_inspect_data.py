@@ -133,7 +133,15 @@ def test_colour_on_request(
     [
         ([], "-d: no data; name at least one file or folder"),
         (["-d", "none.jsonl"], "none.jsonl: no such data file"),
-        (["-d", "data.jsonl", "--limit", "0"], "--limit: 0; expected a number above 0"),
+        (["-d", "data.jsonl", "--limit", "0"], "--limit 0: expected a number above 0"),
+        (
+            ["-d", "data.jsonl", "--eval_share", "1"],
+            "--eval_share 1.0: expected a share between 0 and 1, such as 0.05",
+        ),
+        (
+            ["-d", "data.jsonl", "--eval_share", "0.1", "--eval_data_path", "x"],
+            "--eval_share and --eval_data_path: give one of them",
+        ),
         (
             ["-d", "data.jsonl", "--write", "data.jsonl"],
             "--write: data.jsonl exists already; nothing is overwritten, name a new file",

@@ -154,6 +154,11 @@ def test_weights_and_positions_count(
         tokens.append(json.loads(out)["tokens"])
     assert tokens[0] > 3000
     assert 3 * 10 < tokens[1] < 3 * 100 and tokens[1] % 3 == 0
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words, "--ranks", "2"])  # what such a run would choose
+    script.main()
+    chosen = {one["flag"]: one for one in json.loads(capsys.readouterr().out)["preset"]}
+    assert chosen["per_device_train_batch_size"]["value"] == 1
+    assert chosen["gradient_accumulation_steps"]["reason"] == "a step of 2 of 2 conversations"
 
 
 Simulate = Callable[..., Ran]
@@ -235,6 +240,10 @@ def test_what_has_no_stand_in_is_one_line(
     [
         (["-m", "no/where/at all"], "no such folder"),
         (["--rank", "2"], "did you mean --ranks?"),
+        (
+            ["--ranks", "0", "--gpu_gib", "nan"],
+            "error: --ranks 0: expected a number above 0\n--gpu_gib nan: expected",
+        ),
         (
             ["--q_lora", "True", "--deepspeed", str(ROOT / "finetune" / "ds_config_zero3.json")],
             "4-bit weights cannot",

@@ -70,6 +70,12 @@ def test_an_adapter_alone_takes_the_base_that_it_names(tiny_model_path: Path, tm
         ),
         (["--promt", "x"], "error: --promt: unknown flag; did you mean --prompt?"),
         (["--max_new_tokens", "0"], "error: --max_new_tokens 0: expected 1 or more"),
+        (["--temperature", "nan"], "error: --temperature nan: expected 0 or more"),
+        (["--adapter", ""], "error: --adapter: an empty value; give its folder, or leave the flag out"),
+        (
+            ["--system", "none.txt"],
+            "error: --system: none.txt: no such file; a text of one word must not look like a file's name",
+        ),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], line: str) -> None:
