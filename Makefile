@@ -36,7 +36,7 @@ ifdef ARGS
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 else
 	$(BIN)/python -m pytest -m "not slow and not alone" -n 2 --dist worksteal
-	$(BIN)/python -m pytest -m "not slow and alone"
+	$(BIN)/python -m pytest -m "not slow and alone" $$(grep -rl --include='test_*.py' 'mark\.alone' tests)
 endif
 
 test-slow: .venv/dev

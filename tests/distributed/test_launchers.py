@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.runs import ROOT, curve, finish, last_step, weights
 
+pytestmark = pytest.mark.alone
+
 SHELL = str(ROOT / "finetune" / "finetune.sh")
 ZERO2, ZERO3 = (str(ROOT / "finetune" / f"ds_config_zero{stage}.json") for stage in (2, 3))
 
