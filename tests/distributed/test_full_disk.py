@@ -8,8 +8,6 @@ import pytest
 
 from tests.support.runs import finish, last_step, start, weights
 
-pytestmark = pytest.mark.alone
-
 MIB = 2**20
 
 
