@@ -21,24 +21,6 @@ from benchmarks import llama_cpp, peers
 from qwen_chat import demo_model  # after the environment is set: it imports nothing heavy itself
 from tests.support import published_templates
 
-# What measures time, or breaks off processes that must have got somewhere by then.
-ALONE = (
-    *(
-        "service",
-        "scripts/test_service_script.py",
-        "scripts/test_web_demo.py",
-        "distributed/test_launchers.py",
-    ),
-    *("distributed/test_full_disk.py", "data/test_token_cache.py", "dialects/test_reader.py"),
-    *("training/test_packing.py", "test_threads.py"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if str(item.path.relative_to(ROOT / "tests")).startswith(ALONE):
-            item.add_marker(pytest.mark.alone)
-
 
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
@@ -55,19 +37,19 @@ def demo_tokenizer(demo_model_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def qwen2_tokenizer() -> Any:
-    """Qwen's real vocabulary with Qwen2's template, which has no tools. Copy it before you change it."""
+    """Qwen's real vocabulary with Qwen2's template, which has no tools. Before its template is changed: copy.copy."""
     return demo_model.qwen_tokenizer("qwen2")
 
 
 @pytest.fixture(scope="session")
 def qwen2_5_tokenizer() -> Any:
-    """Qwen's real vocabulary with a template of Qwen2.5's format. Copy it before you change it."""
+    """Qwen's real vocabulary with a template of Qwen2.5's format. Before its template is changed: copy.copy."""
     return _with_template("qwen2_5")
 
 
 @pytest.fixture(scope="session")
 def qwen3_tokenizer() -> Any:
-    """Qwen's real vocabulary with a template of Qwen3's format. Copy it before you change it."""
+    """Qwen's real vocabulary with a template of Qwen3's format. Before its template is changed: copy.copy."""
     return _with_template("qwen3")
 
 

@@ -18,7 +18,7 @@ BASE = {"name": "tiny", "hash": "0" * 32}
 @pytest.fixture(scope="session")
 def qwen3_format(qwen3_tokenizer: Any) -> ChatFormat:
     """Qwen3's template with a default system prompt, so that another one can be seen."""
-    tokenizer = copy.deepcopy(qwen3_tokenizer)
+    tokenizer = copy.copy(qwen3_tokenizer)
     begun = "[{'role': 'system', 'content': 'You are Qwen.'}] + messages"
     system = f"{{%- if messages[0].role != 'system' %}}{{% set messages = {begun} %}}{{% endif %}}\n"
     tokenizer.chat_template = system + tokenizer.chat_template

@@ -521,9 +521,24 @@ def test_what_a_template_cannot_carry_is_refused(
 
 
 def changed(tokenizer: Any, before: str = "", template: str | None = None) -> Any:
-    other = copy.deepcopy(tokenizer)
+    other = copy.copy(tokenizer)
     other.chat_template = before + (tokenizer.chat_template if template is None else template)
     return other
+
+
+def test_formats_of_one_tokenizer_share_the_copy_of_its_vocabulary(qwen2_tokenizer: Any) -> None:
+    from tests.support.scripted import make_tokenizer
+
+    one, other = ChatFormat(qwen2_tokenizer), ChatFormat(changed(qwen2_tokenizer, "{# another #}"))
+    assert one._tokens._plain is other._tokens._plain
+    small = make_tokenizer()
+    before = ChatFormat(small)
+    small.add_tokens(["<new>"])  # now it has another vocabulary
+    after = ChatFormat(small)
+    assert before._tokens._plain is not after._tokens._plain
+    assert small.convert_tokens_to_ids("<new>") not in after.prompt_ids(
+        [{"role": "user", "content": "<new>"}]
+    )
 
 
 def test_tokenizers_that_are_no_chat_models_are_refused(qwen2_tokenizer: Any) -> None:
@@ -600,7 +615,7 @@ def test_a_vocabulary_that_marks_where_words_begin(scheme: str) -> None:
 def test_the_saved_template_carries_tools_anywhere(qwen2_tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = copy.deepcopy(qwen2_tokenizer)
+    tokenizer = copy.copy(qwen2_tokenizer)
     fmt = ChatFormat(tokenizer)
     fmt.complete_tokenizer()
     tokenizer.save_pretrained(tmp_path)
@@ -615,7 +630,7 @@ def test_the_saved_template_carries_tools_anywhere(qwen2_tokenizer: Any, tmp_pat
 
 
 def test_the_saved_template_remembers_qwen_agent(qwen2_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(qwen2_tokenizer)
+    tokenizer = copy.copy(qwen2_tokenizer)
     fmt = ChatFormat(tokenizer, "qwen_agent", language="zh", parallel=False)
     assert fmt.stop_strings == ("✿RESULT✿", "✿RETURN✿")
     fmt.complete_tokenizer()

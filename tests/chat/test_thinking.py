@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import demo_model
 from qwen_chat.chat.empty_think import EmptyThinkIgnored, chosen, notes, taught
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Conversation, Json
@@ -47,8 +46,8 @@ CASES = [pytest.param(name, given, id=f"{name}-{given}") for name in NAMES for g
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return demo_model.qwen_tokenizer("qwen3")
+def tokenizer(qwen3_tokenizer: Any) -> Any:
+    return qwen3_tokenizer
 
 
 @pytest.fixture(scope="module")

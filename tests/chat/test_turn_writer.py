@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from qwen_chat import demo_model
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.chat.turn_writer import TurnWriter
 from qwen_chat.conversation import Conversation
@@ -20,11 +19,6 @@ CASES = [
     ("qwen3_8", {}),
     ("qwen3_8", {"preserve_thinking": False, "reasoning_effort": "low"}),
 ]
-
-
-@pytest.fixture(scope="module")
-def vocabulary() -> Any:
-    return demo_model.qwen_tokenizer("qwen3")
 
 
 def format_of(vocabulary: Any, source: str) -> ChatFormat:
@@ -41,9 +35,9 @@ def writer_of(fmt: ChatFormat, given: dict[str, Any]) -> TurnWriter:
 
 @pytest.mark.parametrize(("name", "given"), CASES)
 def test_what_is_written_by_rules_is_what_the_template_writes(
-    vocabulary: Any, chat_templates: dict[str, str], name: str, given: dict[str, Any]
+    qwen3_tokenizer: Any, chat_templates: dict[str, str], name: str, given: dict[str, Any]
 ) -> None:
-    fmt = format_of(vocabulary, chat_templates[name])
+    fmt = format_of(qwen3_tokenizer, chat_templates[name])
     writer, rng, written = writer_of(fmt, given), random.Random(name), 0
     for _ in range(40):
         messages, tools = conversation(rng, texts=(*TEXTS, *ODD))
@@ -56,9 +50,9 @@ def test_what_is_written_by_rules_is_what_the_template_writes(
 
 
 def test_what_the_rules_do_not_cover_goes_through_the_template(
-    vocabulary: Any, chat_templates: dict[str, str]
+    qwen3_tokenizer: Any, chat_templates: dict[str, str]
 ) -> None:
-    fmt = format_of(vocabulary, chat_templates["qwen3"])
+    fmt = format_of(qwen3_tokenizer, chat_templates["qwen3"])
     writer = writer_of(fmt, {})
     system = {"role": "system", "content": "s"}
     inline = ANSWER | {"content": "<think>why</think>so"}
@@ -80,11 +74,11 @@ def test_what_the_rules_do_not_cover_goes_through_the_template(
 
 
 def test_a_template_with_a_quirk_is_found_out_by_the_data(
-    vocabulary: Any, chat_templates: dict[str, str]
+    qwen3_tokenizer: Any, chat_templates: dict[str, str]
 ) -> None:
     """No probe asks for 42; one conversation of the data does."""
     quirk = "{% if messages[-1].content == '42' %}{{ '<|im_start|>system\\nquirk<|im_end|>\\n' }}{% endif %}"
-    fmt = format_of(vocabulary, quirk + chat_templates["qwen3"])
+    fmt = format_of(qwen3_tokenizer, quirk + chat_templates["qwen3"])
     assert fmt._writer({}) is not None
     fmt.audit([Conversation.from_openai({"messages": [QUESTION | {"content": "42"}, ANSWER]})])
     assert fmt._writer({}) is None
@@ -94,21 +88,21 @@ def test_a_template_with_a_quirk_is_found_out_by_the_data(
 
 
 def test_a_template_that_writes_otherwise_has_no_writer(
-    vocabulary: Any, chat_templates: dict[str, str]
+    qwen3_tokenizer: Any, chat_templates: dict[str, str]
 ) -> None:
     loud = chat_templates["qwen3"].replace(
         'message.role == "assistant"', 'message.role == "assistant" and loop.index < 5'
     )
-    assert format_of(vocabulary, loud)._writer({}) is None
+    assert format_of(qwen3_tokenizer, loud)._writer({}) is None
     upper = chat_templates["qwen3"].replace("content.lstrip('\\n')", "content.upper()")
     assert upper != chat_templates["qwen3"]
-    assert format_of(vocabulary, upper)._writer({}) is None
+    assert format_of(qwen3_tokenizer, upper)._writer({}) is None
 
 
 def test_what_is_remembered_is_bounded(
-    vocabulary: Any, chat_templates: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    qwen3_tokenizer: Any, chat_templates: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fmt = format_of(vocabulary, chat_templates["qwen3"])
+    fmt = format_of(qwen3_tokenizer, chat_templates["qwen3"])
     writer = writer_of(fmt, {})
     monkeypatch.setattr("qwen_chat.chat.turn_writer._MOST_REMEMBERED", 5_000)
     for k in range(200):

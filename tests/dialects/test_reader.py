@@ -517,35 +517,35 @@ def test_text_without_marks_is_content(text: str, cuts: list[int]) -> None:
 # ----------------------------------------------------------------------------------------- limits
 
 LONG = {
-    "prose": "The answer is 42. 好的。\n" * 10_000,
-    "a long string": tag('{"name": "f", "arguments": {"a": "' + "x" * 250_000 + '"}}'),
-    "many calls": f"{ONE}\n" * 4_000,
-    "deep objects": '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 50_000,
-    "deep lists": '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 250_000 + "]" * 250_000,
-    "open tags": "<tool_call>{" * 20_000,
-    "open tags in a string": '<tool_call>{"name": "f", "arguments": {"a": "' + "<tool_call>{" * 20_000,
-    "half calls": '<tool_call>{"name": "f", "arguments": {"a": "' * 6_000,
-    "alternating quotes": "<tool_call>{'arguments':{\":1,'\"':1,\"" * 6_000,
-    "bare openings": '\n{"name": "f", "arguments": {"a": "' * 7_000,
-    "brackets on lines": "{\n[\n" * 60_000,
-    "angles": "<" * 250_000,
-    "flowers": "✿FUNCTION✿: " * 20_000,
-    "newlines": "\n" * 250_000,
-    "thoughts of newlines": "<think>a" + "\n" * 250_000,
-    "spaces after a call": ONE + " " * 250_000,
-    "braces after a call": '<tool_call>{"name": "g"}' + "}" * 250_000,
+    "prose": "The answer is 42. 好的。\n" * 5_000,
+    "a long string": tag('{"name": "f", "arguments": {"a": "' + "x" * 120_000 + '"}}'),
+    "many calls": f"{ONE}\n" * 2_000,
+    "deep objects": '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 24_000,
+    "deep lists": '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 120_000 + "]" * 120_000,
+    "open tags": "<tool_call>{" * 10_000,
+    "open tags in a string": '<tool_call>{"name": "f", "arguments": {"a": "' + "<tool_call>{" * 10_000,
+    "half calls": '<tool_call>{"name": "f", "arguments": {"a": "' * 3_000,
+    "alternating quotes": "<tool_call>{'arguments':{\":1,'\"':1,\"" * 3_000,
+    "bare openings": '\n{"name": "f", "arguments": {"a": "' * 3_500,
+    "brackets on lines": "{\n[\n" * 30_000,
+    "angles": "<" * 120_000,
+    "flowers": "✿FUNCTION✿: " * 10_000,
+    "newlines": "\n" * 120_000,
+    "thoughts of newlines": "<think>a" + "\n" * 120_000,
+    "spaces after a call": ONE + " " * 120_000,
+    "braces after a call": '<tool_call>{"name": "g"}' + "}" * 120_000,
 }
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_replies_take_linear_time(name: str) -> None:
-    """A quarter of a megabyte: about 0.3 s a character at a time; quadratic work would take minutes."""
+    """120,000 characters, a character at a time: under a second; quadratic work would take minutes."""
     text = LONG[name]
     start = time.process_time()
     reply = parse(text, TOOLS)
     whole = time.process_time() - start
     assert cut(text, list(range(1, len(text))), tools=TOOLS) == reply
-    assert whole < 3 and time.process_time() - start < 12
+    assert whole < 2 and time.process_time() - start < 6
     if not reply.tool_calls and not reply.reasoning:
         assert reply.content == text
 

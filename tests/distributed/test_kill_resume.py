@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,15 +58,34 @@ def words(tiny: Path, data: Path, case: Case, *more: str) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of a case's run that nobody broke off; made once."""
+
+    @cache
+    def of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+        finish(words(tiny, conversations, CASES[name]), folder, ranks=CASES[name].ranks)
+        return folder
+
+    return of
+
+
 @pytest.mark.parametrize(("name", "kills"), PARAMETERS)
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_is_never_killed(
-    name: str, kills: int, tiny: Path, conversations: Path, tmp_path: Path
+    name: str,
+    kills: int,
+    tiny: Path,
+    conversations: Path,
+    uninterrupted: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     case = CASES[name]
     flags = words(tiny, conversations, case)
-    whole = tmp_path / "whole"
-    finish(flags, whole, ranks=case.ranks)
+    whole = uninterrupted(name)
     lasted = json.loads((whole / "run.json").read_text())["seconds"]
     chance = random.Random(f"{name} {os.environ.get('KILL_SEED', '1')}")
     folders = [tmp_path / "killed"]
@@ -102,7 +123,11 @@ def stopped(tiny: Path, conversations: Path, tmp_path: Path) -> Started:
 
 
 def test_resume_says_so_passes_over_damage_and_names_changes(
-    stopped: Started, tiny: Path, conversations: Path, tmp_path: Path
+    stopped: Started,
+    tiny: Path,
+    conversations: Path,
+    uninterrupted: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     folder, flags = stopped.folder, words(tiny, conversations, CASES["lora"])
     kept = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2]))
@@ -139,12 +164,12 @@ def test_resume_says_so_passes_over_damage_and_names_changes(
     )
     before = kept[-2].name if len(kept) > 1 else None
     assert (f"resumed from {before}" if before else "begins at step 0") in run.said()
-    whole = tmp_path / "whole"
-    finish(flags, whole)
-    assert weights(folder) == weights(whole)
+    assert weights(folder) == weights(uninterrupted("lora"))
 
 
-def test_sigterm_saves_and_ends_with_143(tiny: Path, conversations: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_ends_with_143(
+    tiny: Path, conversations: Path, uninterrupted: Callable[[str], Path], tmp_path: Path
+) -> None:
     case = CASES["full ZeRO-2"]
     flags = words(tiny, conversations, case, "--save_steps", "1000")
     folder = tmp_path / "run"
@@ -157,8 +182,7 @@ def test_sigterm_saves_and_ends_with_143(tiny: Path, conversations: Path, tmp_pa
     assert (folder / f"checkpoint-{step}" / "manifest.json").exists()
     resumed = finish(flags, folder, ranks=2)
     assert f"resumed from checkpoint-{step}" in resumed.said()
-    finish(flags, tmp_path / "whole", ranks=2)
-    assert weights(folder) == weights(tmp_path / "whole")
+    assert weights(folder) == weights(uninterrupted("full ZeRO-2"))  # how often it saves changes nothing
 
 
 def test_a_folder_has_one_run_at_a_time(tiny: Path, conversations: Path, tmp_path: Path) -> None:

@@ -115,10 +115,7 @@ def test_a_killed_rank_ends_the_run(tiny: Path, conversations: Path, tmp_path: P
     ranks = ranks_of(folder)
     assert len(ranks) == 2
     os.kill(max(ranks), signal.SIGKILL)
-    begun = time.monotonic()
-    status = run.wait(60)
-    assert status not in (0, 2)
-    assert time.monotonic() - begun < 60
+    assert run.wait(60) not in (0, 2)
     assert ranks_of(folder) == []
     assert "SIGKILL" in said(folder) or "exitcode" in said(folder)
 

@@ -160,7 +160,7 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokenizer_of(name: str, qwen: Any, demo: Any) -> Any:
-    found = copy.deepcopy(demo if name == "demo" else qwen)
+    found = copy.copy(demo if name == "demo" else qwen)
     if name not in ("demo", "qwen2"):
         found.chat_template = published_templates.fetch()[name]
     return found
@@ -198,7 +198,7 @@ def test_go_writes_our_prompt(name: str, go: Path, qwen2_tokenizer: Any, demo_to
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_the_wording_is_our_prompt(name: str, qwen2_tokenizer: Any, qwen3_tokenizer: Any) -> None:
-    fmt = ChatFormat(copy.deepcopy(qwen3_tokenizer if name == "qwen3" else qwen2_tokenizer))
+    fmt = ChatFormat(copy.copy(qwen3_tokenizer if name == "qwen3" else qwen2_tokenizer))
     wording, lost = find_wording(fmt)
     assert [what.split(" (")[0] for what in lost] == ["a thought that stands in a reply's text"] * (
         name == "qwen3"
@@ -209,7 +209,7 @@ def test_the_wording_is_our_prompt(name: str, qwen2_tokenizer: Any, qwen3_tokeni
 
 
 def test_a_construct_that_no_go_template_writes_is_named(qwen3_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(qwen3_tokenizer)
+    tokenizer = copy.copy(qwen3_tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "+ message.role + '\\n' + text", "+ message.role + '\\n' + (text | upper)"
     )
@@ -220,12 +220,12 @@ def test_a_construct_that_no_go_template_writes_is_named(qwen3_tokenizer: Any) -
 
 
 def test_tools_under_qwen_agents_marks_are_left_out_and_said(qwen2_tokenizer: Any) -> None:
-    wording, lost = find_wording(ChatFormat(copy.deepcopy(qwen2_tokenizer), tool_style="qwen_agent"))
+    wording, lost = find_wording(ChatFormat(copy.copy(qwen2_tokenizer), tool_style="qwen_agent"))
     assert lost[0].startswith("tools: Qwen-Agent's prompt") and ".Tools" not in go_template(wording)
 
 
 def test_a_modelfile(qwen3_tokenizer: Any) -> None:
-    wording, _ = find_wording(ChatFormat(copy.deepcopy(qwen3_tokenizer)))
+    wording, _ = find_wording(ChatFormat(copy.copy(qwen3_tokenizer)))
     text = modelfile(wording, "m.gguf", SamplingDefaults(temperature=0.6, top_k=20), ["<|im_end|>"], 40_960)
     begin, template, end = text.split('"""')
     assert begin == "FROM ./m.gguf\nTEMPLATE "

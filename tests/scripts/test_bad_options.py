@@ -1,25 +1,15 @@
 """Twenty-five ways to ask for what cannot be: each refused in under five seconds, flag and cure named, no torch."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import Started, starts
+
 ROOT = Path(__file__).resolve().parents[2]
 ZERO3 = str(ROOT / "finetune" / "ds_config_zero3.json")
 LORA = ["--use_lora", "True"]
-PROGRAM = """
-import runpy, sys
-sys.argv = ["finetune/finetune.py", *sys.argv[1:]]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("torch" in sys.modules)
-"""
 
 # words, what is named, the cure
 CASES: dict[str, tuple[list[str], str, str]] = {
@@ -83,28 +73,31 @@ CASES: dict[str, tuple[list[str], str, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
+    """What became of each case."""
+    folder = tmp_path_factory.mktemp("refused")
+    files = {"SCHEDULER": {"scheduler": {}, "zero_optimization": {"stage": 2}}}
+    files["CONTRADICTS"] = {"gradient_clipping": 9}
+    for name, config in files.items():
+        (folder / name).write_text(json.dumps(config))
+    data = ["-d", "finetune/io_file/input_data/example_data.jsonl"]
+    given = [
+        [*data, *(str(folder / word) if word in files else word for word in words)]
+        for words, *_ in CASES.values()
+    ]
+    return dict(zip(CASES, starts("finetune/finetune.py", given, folder), strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_refused(name: str, tmp_path: Path) -> None:
-    words, named, cure = CASES[name]
-    config = tmp_path / "scheduler.json"
-    config.write_text(json.dumps({"scheduler": {}, "zero_optimization": {"stage": 2}}))
-    contradicts = tmp_path / "contradicts.json"
-    contradicts.write_text(json.dumps({"gradient_clipping": 9}))
-    words = [{"SCHEDULER": str(config), "CONTRADICTS": str(contradicts)}.get(word, word) for word in words]
-    data = "finetune/io_file/input_data/example_data.jsonl"
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "-d", data, *words],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert time.monotonic() - begun < 5
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == "False\n", "torch was imported"
-    lines = done.stderr.splitlines()  # a combination may break two rules
+def test_refused(name: str, started: dict[str, Started]) -> None:
+    _, named, cure = CASES[name]
+    done = started[name]
+    assert done.seconds < 5
+    assert done.status == 2, done.said
+    assert done.printed == "False\n", "torch was imported"
+    lines = done.said.splitlines()  # a combination may break two rules
     assert lines[0].startswith("error: ")
     assert len(lines) <= 2
     assert any(named in line and cure in line for line in lines)
-    assert "SECRET" not in done.stderr
+    assert "SECRET" not in done.said

@@ -1,62 +1,25 @@
 """finetune.py as a person uses it: each method trains, saves, loads, answers; bad input is one line and status 2."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from qwen_chat import errors, files, models, place
+from qwen_chat import files, models, place
 from qwen_chat.cli import serve
 from qwen_chat.training import checkpoints, run_folder
-from tests.support.scripts import runner
+from tests.support.scripts import Finetune, runner
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
 # A warm-up begins at a rate of 0; a step has all eight conversations of `short`.
 STEP = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
 RATE = ["--learning_rate", "1e-2", "--warmup_steps", "0", "--num_train_epochs", "3.0", *STEP]
-
-
-def _load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("finetune_script", ROOT / "finetune" / "finetune.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = _load_script()
-Finetune = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Finetune:
-    """Run finetune.py's main in this process (torch is imported once); its status and what it said."""
-
-    import torch
-
-    from qwen_chat.training import matmul
-
-    torch.set_num_threads(1)  # the model is tiny: a second thread only waits
-    monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("torch", "not measured in a test"))
-
-    def run(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
-        capsys.readouterr()
-        status = errors.run(SCRIPT.main)
-        out, err = capsys.readouterr()
-        assert out == ""
-        return status, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from qwen_chat import models
 from qwen_chat.chat.format import ChatFormat
 from tests.scripts.test_finetune_sh import shell
 from tests.support import runs
+from tests.support.scripts import Finetune
 from tests.support.tiny_models import hybrid_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,15 +53,18 @@ def loss_alone(loaded: models.Loaded, file: Path) -> float:
     return total / count
 
 
-def tuned(name: str, short: Path, folder: Path, *words: str) -> tuple[Path, Path, dict[str, Any], str]:
+def tuned(
+    finetune: Finetune, name: str, short: Path, folder: Path, *words: str
+) -> tuple[Path, Path, dict[str, Any], str]:
     """(base, what was made of it, its run.json, what was said)"""
     base, out = hybrid_folder(name, folder / name), folder / "out"
     given = ["-m", str(base), "-d", str(short), "--eval_data_path", str(short), *RATE, *words]
     given += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
-    run = runs.finish([*given, "--num_train_epochs", "3"], out)
+    status, said = finetune(*given, "--num_train_epochs", "3", "-o", str(out))
+    assert status == 0, said
     log = runs.curve(out)
     assert len(log) == 3 and log[2] < log[1] < log[0]
-    return base, out, json.loads((out / "run.json").read_text()), run.said()
+    return base, out, json.loads((out / "run.json").read_text()), said
 
 
 @pytest.mark.parametrize(
@@ -73,8 +77,10 @@ def tuned(name: str, short: Path, folder: Path, *words: str) -> tuple[Path, Path
         pytest.param("qwen3_5_moe_text", marks=pytest.mark.slow),
     ],
 )
-def test_an_adapter_is_trained_and_loads_to_the_same_loss(name: str, short: Path, tmp_path: Path) -> None:
-    base, out, run, said = tuned(name, short, tmp_path, *LORA)
+def test_an_adapter_is_trained_and_loads_to_the_same_loss(
+    name: str, finetune: Finetune, short: Path, tmp_path: Path
+) -> None:
+    base, out, run, said = tuned(finetune, name, short, tmp_path, *LORA)
     assert "3 gated delta-net layers: our own chunks keep a row's conversations apart" in said
     assert "probe: in a row as alone" in said and "falling back" not in said
     loaded = models.load_model(base, adapter=out)
@@ -98,8 +104,8 @@ def test_an_adapter_is_trained_and_loads_to_the_same_loss(name: str, short: Path
 
 
 @pytest.mark.slow
-def test_a_full_fine_tune_leaves_the_sight_as_it_was(short: Path, tmp_path: Path) -> None:
-    base, out, run, _ = tuned("qwen3_5", short, tmp_path)
+def test_a_full_fine_tune_leaves_the_sight_as_it_was(finetune: Finetune, short: Path, tmp_path: Path) -> None:
+    base, out, run, _ = tuned(finetune, "qwen3_5", short, tmp_path)
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -11,6 +11,7 @@ import pytest
 
 from qwen_chat.data import records
 from qwen_chat.tools.validate import check_call
+from tests.support.scripts import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = ROOT / "finetune" / "io_file" / "input_data"
@@ -23,14 +24,16 @@ EXAMPLE = [
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "finetune" / "make_tool_data.py"), *words], capture_output=True, text=True
-    )
+    return run_here("finetune/make_tool_data.py", *words)
 
 
 def make(path: Path, *words: str) -> list[dict[str, Any]]:
     done = run(*words, "-o", str(path))
     assert done.returncode == 0, done.stderr
+    return made(path)
+
+
+def made(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").strip().split("\n")]
 
 
@@ -44,7 +47,11 @@ def called(line: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return make(tmp_path_factory.mktemp("made") / "made.jsonl", *EXAMPLE)
+    """Made by a process of its own."""
+    path = tmp_path_factory.mktemp("made") / "made.jsonl"
+    script = str(ROOT / "finetune" / "make_tool_data.py")
+    subprocess.run([sys.executable, script, *EXAMPLE, "-o", str(path)], check=True)
+    return made(path)
 
 
 def test_the_shipped_example_gives_every_kind(lines: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_chat import errors, families
-from qwen_chat.training import matmul
+from qwen_chat import families
+from tests.support.scripts import Finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "finetune" / "io_file" / "input_data" / "example_data.jsonl"
@@ -100,7 +99,7 @@ def _children() -> tuple[float, float]:
 
 
 def test_a_leak_that_no_config_tells_is_refused_before_the_first_step(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finetune: Finetune, folder: Path, tmp_path: Path
 ) -> None:
     """StableLM's decoder layer does not hand the row's layout on to its attention."""
     import torch
@@ -115,12 +114,10 @@ def test_a_leak_that_no_config_tells_is_refused_before_the_first_step(
     lines = DATA.read_text(encoding="utf-8").splitlines()
     (tmp_path / "short.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
 
-    torch.set_num_threads(1)  # in this process: torch is imported once
-    monkeypatch.setattr(matmul, "fastest", lambda *_: matmul.Route("torch", "not measured in a test"))
-    words = ["-m", str(folder), "-d", str(tmp_path / "short.jsonl"), "-o", str(out), "--use_lora"]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
-    status = errors.run(runpy.run_path(str(ROOT / "finetune" / "finetune.py"))["main"])
-    last = capsys.readouterr().err.splitlines()[-1]
+    status, said = finetune(
+        "-m", str(folder), "-d", str(tmp_path / "short.jsonl"), "-o", str(out), "--use_lora"
+    )
+    last = said.splitlines()[-1]
     assert status == 2
     assert last.startswith(
         "error: model type 'stablelm' cannot be trained in rows of several conversations ("

@@ -27,6 +27,7 @@ import requests
 from openai import AuthenticationError, OpenAI
 
 from qwen_chat.errors import ChatError, OptionError
+from tests.support.scripts import Started, starts
 
 ROOT = Path(__file__).resolve().parents[2]
 CREATE = ROOT / "fast_start" / "simple_try_create_service.py"
@@ -105,6 +106,7 @@ def openai(service: Process) -> OpenAI:
     )
 
 
+@pytest.mark.alone
 def test_it_says_what_it_decided(service: Process) -> None:
     said = service.output.read_text()
     assert "model SmolLM2-135M-Instruct (" in said
@@ -117,6 +119,7 @@ def test_it_says_what_it_decided(service: Process) -> None:
     assert json.loads(answer.stdout)["object"] == "chat.completion"
 
 
+@pytest.mark.alone
 def test_openai_client(openai: OpenAI) -> None:
     request: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
@@ -139,6 +142,7 @@ def test_openai_client(openai: OpenAI) -> None:
     assert pieces[-1].usage.completion_tokens == plain.usage.completion_tokens
 
 
+@pytest.mark.alone
 def test_required_call_of_a_model_that_knows_no_tools(openai: OpenAI) -> None:
     for choice, reason in (
         ("required", "tool_calls"),
@@ -160,6 +164,7 @@ def test_required_call_of_a_model_that_knows_no_tools(openai: OpenAI) -> None:
         assert arguments["unit"] in ("c", "f")
 
 
+@pytest.mark.alone
 def test_call_script(service: Process) -> None:
     words = ("--url", service.url, "--prompt", "What is the capital of France?")
     for more in ((), ("--stream",)):
@@ -178,6 +183,7 @@ def test_call_script_when_nobody_is_there() -> None:
     assert run(CALL, "--urll", "x").returncode == 2
 
 
+@pytest.mark.alone
 def test_health_while_prefilling(service: Process) -> None:
     prompt = " ".join(f"Fact {k}: the number {k} comes before {k + 1}." for k in range(90))
     body = {"model": "default", "messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
@@ -197,6 +203,7 @@ def test_health_while_prefilling(service: Process) -> None:
     assert max(times) < 0.5
 
 
+@pytest.mark.alone
 def test_many_at_once_answer_as_alone(service: Process) -> None:
     countries = ("France", "Italy", "Japan", "Spain", "Norway", "Egypt")
 
@@ -217,6 +224,7 @@ def test_many_at_once_answer_as_alone(service: Process) -> None:
     assert len(set(alone)) == len(countries)
 
 
+@pytest.mark.alone
 def test_log_lines(service: Process) -> None:
     lines = [json.loads(line) for line in service.log.read_text().splitlines()]
     chats = [line for line in lines if line["path"] == "/v1/chat/completions"]
@@ -225,6 +233,7 @@ def test_log_lines(service: Process) -> None:
     assert "capital" not in service.log.read_text()
 
 
+@pytest.mark.alone
 def test_port_in_use(service: Process) -> None:
     port = service.url.rpartition(":")[2]
     began = time.monotonic()
@@ -236,32 +245,40 @@ def test_port_in_use(service: Process) -> None:
     assert time.monotonic() - began < 20  # before a model is loaded
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--prot", "1"], r"--prot: unknown flag; did you mean --port\?"),
-        (["--port", "99999"], r"--port 99999: expected 0 to 65535"),
-        (["--host", "0.0.0.0"], r"--host 0\.0\.0\.0: everybody who reaches it .* --api_key .* --allow_without_key"),
-        (["--host", "no.such.host.invalid", "--allow_without_key"], r"--host no\.such\.host\.invalid: no such address"),
-        (["-m", "/no/such/folder"], r"/no/such/folder: no such folder"),
-        (["--adapter", "x"], r"--adapter x: expected NAME=DIR"),
-        (["--adapter", "x=/none"], r"/none: no adapter_config\.json in it"),
-        (["--api_key_file", "/none"], r"--api_key_file /none: cannot be read"),
-        (["--api_key", "a b"], r"--api_key: a key may hold printable ASCII without spaces"),
-        (["--log_file", "/proc/none/log"], r"/proc/none/log: cannot write the service log .* --log_file"),
-        (["--quantize", "int3"], r"--quantize: 'int3'; expected int8"),
-        (["--dry_run"], r"--dry_run: has no effect with --engine transformers"),
-        (["--tensor_parallel_size", "2"], r"--tensor_parallel_size: has no effect with --engine transformers"),
-        (["--engine", "vllm", "--max_body_mb", "1"], r"--max_body_mb: has no effect with --engine vllm"),
-        (["--engine", "vllm", "--quantize", "int8"], r"--quantize int8 is for --engine transformers"),
-    ],
-)  # fmt: skip
-def test_bad_input(words: list[str], said: str, demo_model_path: Path) -> None:
-    done = run(CREATE, "--port", "0", *words)
-    assert done.returncode == 2, done.stderr
-    *_, last = done.stderr.splitlines()
-    assert re.match(f"error: {said}", last), done.stderr
-    assert "Traceback" not in done.stderr
+BAD = [
+    (["--prot", "1"], r"--prot: unknown flag; did you mean --port\?"),
+    (["--port", "99999"], r"--port 99999: expected 0 to 65535"),
+    (["--host", "0.0.0.0"], r"--host 0\.0\.0\.0: everybody who reaches it .* --api_key .* --allow_without_key"),
+    (["--host", "no.such.host.invalid", "--allow_without_key"], r"--host no\.such\.host\.invalid: no such address"),
+    (["-m", "/no/such/folder"], r"/no/such/folder: no such folder"),
+    (["--adapter", "x"], r"--adapter x: expected NAME=DIR"),
+    (["--adapter", "x=/none"], r"/none: no adapter_config\.json in it"),
+    (["--api_key_file", "/none"], r"--api_key_file /none: cannot be read"),
+    (["--api_key", "a b"], r"--api_key: a key may hold printable ASCII without spaces"),
+    (["--log_file", "/proc/none/log"], r"/proc/none/log: cannot write the service log .* --log_file"),
+    (["--quantize", "int3"], r"--quantize: 'int3'; expected int8"),
+    (["--dry_run"], r"--dry_run: has no effect with --engine transformers"),
+    (["--tensor_parallel_size", "2"], r"--tensor_parallel_size: has no effect with --engine transformers"),
+    (["--engine", "vllm", "--max_body_mb", "1"], r"--max_body_mb: has no effect with --engine vllm"),
+    (["--engine", "vllm", "--quantize", "int8"], r"--quantize int8 is for --engine transformers"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> list[Started]:
+    """What became of each of BAD."""
+    folder = tmp_path_factory.mktemp("refused")
+    words = [["--port", "0", *words] for words, _ in BAD]
+    return starts("fast_start/simple_try_create_service.py", words, folder)
+
+
+@pytest.mark.parametrize("number", range(len(BAD)), ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input(number: int, started: list[Started]) -> None:
+    done = started[number]
+    assert done.status == 2, done.said
+    *_, last = done.said.splitlines()
+    assert re.match(f"error: {BAD[number][1]}", last), done.said
+    assert "Traceback" not in done.said
 
 
 @pytest.mark.parametrize("script", [CREATE, CALL])

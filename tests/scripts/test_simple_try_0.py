@@ -1,7 +1,6 @@
 """simple_try_0.py: only the answer on standard output; an adapter alone finds its base; without a prompt a chat."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,19 @@ from typing import Any
 
 import pytest
 
+from tests.support.scripts import run_here
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def talk(*words: str, cwd: Path = ROOT, typed: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "fast_start" / "simple_try_0.py"), *words]
-    return subprocess.run(
-        command, cwd=cwd, input=typed, capture_output=True, text=True, env=dict(os.environ), timeout=200
-    )
+def talk(*words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+    return run_here("fast_start/simple_try_0.py", *words, typed=typed)
 
 
 def test_the_demo_model_answers_and_stops_by_itself(tmp_path: Path) -> None:
-    done = talk("--prompt", "What is the capital of France?", cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "fast_start" / "simple_try_0.py")]
+    command += ["--prompt", "What is the capital of France?"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and done.stdout.endswith("\n") and "<|im" not in done.stdout
     assert len(done.stdout.splitlines()) < 10  # the answer alone, and not 512 tokens of it

@@ -132,6 +132,7 @@ class Visitor:
         self.context.close()
 
 
+@pytest.mark.alone
 @browser_only
 def test_chat_in_english(chromium: Any, served: Served, pictures: Path) -> None:
     visitor = Visitor(chromium, served, "en-US")
@@ -156,6 +157,7 @@ def test_chat_in_english(chromium: Any, served: Served, pictures: Path) -> None:
     visitor.close()
 
 
+@pytest.mark.alone
 @browser_only
 def test_chat_in_chinese(chromium: Any, served: Served, pictures: Path) -> None:
     visitor = Visitor(chromium, served, "zh-CN")
@@ -172,6 +174,7 @@ def test_chat_in_chinese(chromium: Any, served: Served, pictures: Path) -> None:
     visitor.close()
 
 
+@pytest.mark.alone
 @browser_only
 def test_calls_and_results_are_shown(chromium: Any, served: Served, pictures: Path) -> None:
     visitor = Visitor(chromium, served, "en-US")
@@ -186,6 +189,7 @@ def test_calls_and_results_are_shown(chromium: Any, served: Served, pictures: Pa
     visitor.close()
 
 
+@pytest.mark.alone
 @browser_only
 def test_stop_ends_the_work(chromium: Any, served: Served, pictures: Path) -> None:
     visitor = Visitor(chromium, served, "en-US")
@@ -203,6 +207,7 @@ def test_stop_ends_the_work(chromium: Any, served: Served, pictures: Path) -> No
     visitor.close()
 
 
+@pytest.mark.alone
 @browser_only
 def test_refusals_are_shown(chromium: Any, served: Served, capfd: pytest.CaptureFixture[str]) -> None:
     visitor = Visitor(chromium, served, "en-US")
@@ -213,6 +218,7 @@ def test_refusals_are_shown(chromium: Any, served: Served, capfd: pytest.Capture
     visitor.close()
 
 
+@pytest.mark.alone
 @browser_only
 def test_an_answer_reaches_nobody_outside(chromium: Any, served: Served) -> None:
     """Pictures, films and forms in an answer: shown or not, nothing is asked of another host."""
@@ -247,6 +253,7 @@ def test_an_answer_reaches_nobody_outside(chromium: Any, served: Served) -> None
     assert reached == b""
 
 
+@pytest.mark.alone
 @browser_only
 @pytest.mark.slow
 def test_soak(chromium: Any, served: Served) -> None:
@@ -296,6 +303,7 @@ def test_bad_input(words: list[str], status: int, said: str) -> None:
     assert re.fullmatch(f"error: {said}.*\n", done.stderr)
 
 
+@pytest.mark.alone
 def test_port_in_use(served: Served) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -18,6 +18,8 @@ from qwen_chat.service.settings import ServiceSettings
 from tests.support.chats import CHAT, ask, keep_busy
 from tests.support.scripted import LiveService, make_engine
 
+pytestmark = pytest.mark.alone
+
 
 def test_queue_is_bounded() -> None:
     engine = make_engine(max_batch=1)

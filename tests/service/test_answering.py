@@ -18,6 +18,8 @@ from qwen_chat.service.settings import ServiceSettings
 from tests.support.chats import CHAT, ask, keep_busy, wait_until
 from tests.support.scripted import LiveService, make_engine
 
+pytestmark = pytest.mark.alone
+
 
 def test_what_is_submitted_too_late_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     submit = Engine.submit

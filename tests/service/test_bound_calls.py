@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import BadRequestError, OpenAI
 
@@ -45,6 +45,7 @@ calls = st.lists(
 cuts = st.lists(st.integers(0, 1000), max_size=20)
 
 
+@settings(deadline=None)
 @given(calls, cuts)
 def test_whole_calls_are_what_they_are_without_a_grammar(written: list[ToolCall], cuts: list[int]) -> None:
     text = Hermes().write(written)
@@ -55,12 +56,14 @@ def test_whole_calls_are_what_they_are_without_a_grammar(written: list[ToolCall]
     assert not cut
 
 
+@settings(deadline=None)
 @given(calls, cuts, st.integers(1, 400))
 def test_a_cut_call_does_not_depend_on_the_pieces(written: list[ToolCall], cuts: list[int], end: int) -> None:
     text = Hermes().write(written)[:end]
     assert (fold(read(text, cuts)[0]), read(text, cuts)[1]) == (fold(read(text)[0]), read(text)[1])
 
 
+@settings(deadline=None)
 @given(st.text(alphabet='<tool_call>{}[]",:\\u12e.-"nametrgs\n ', max_size=60), cuts)
 def test_what_no_grammar_wrote_does_not_depend_on_the_pieces_either(text: str, cuts: list[int]) -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {' + text

@@ -76,6 +76,7 @@ def live() -> Iterator[LiveService]:
         yield service
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_schema_that_explodes_is_refused_while_others_are_served(
     live: LiveService, bomb: dict[str, Any]
@@ -108,7 +109,7 @@ def test_a_schema_that_explodes_is_refused_while_others_are_served(
     assert psutil.Process().memory_info().rss - before < 50 * 2**20
 
 
-def test_refused_grammars_are_remembered(live: LiveService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_grammars_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
     grammar = Grammar.json_schema(schema(b=multiple(STEP)))
     for expected in (1, 1):
@@ -198,6 +199,7 @@ def test_workers() -> None:
     assert all(t.daemon for t in threading.enumerate() if t.name.startswith("test-"))
 
 
+@pytest.mark.alone
 def test_a_stuck_intake_turns_ready_red_and_nothing_else_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr("qwen_chat.service.app.chat_job", lambda *_: gate.wait())

@@ -13,6 +13,8 @@ from qwen_chat.service.connections import PatientProtocol
 from qwen_chat.service.settings import ServiceSettings
 from tests.support.scripted import LiveService, make_engine
 
+pytestmark = pytest.mark.alone
+
 
 def exchange(port: int, raw: bytes, *, wait: float = 5.0) -> bytes:
     """Send bytes, and give back all that comes until the server closes."""

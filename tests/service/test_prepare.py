@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from qwen_chat import demo_model
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.inference.engine import Engine
 from qwen_chat.service.errors import APIError
@@ -149,12 +148,11 @@ def test_extreme_sampling_harms_nobody(client: TestClient, extreme: dict[str, fl
 
 
 @pytest.fixture(scope="module")
-def thinking(chat_templates: dict[str, str]) -> dict[str, ChatFormat]:
+def thinking(chat_templates: dict[str, str], qwen3_tokenizer: Any) -> dict[str, ChatFormat]:
     """The formats of some published templates."""
-    vocabulary = demo_model.qwen_tokenizer("qwen3")
     found = {}
     for name in ("qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_8"):
-        tokenizer = copy.copy(vocabulary)
+        tokenizer = copy.copy(qwen3_tokenizer)
         tokenizer.chat_template = chat_templates[name]
         found[name] = ChatFormat(tokenizer)
     return found

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -28,6 +28,7 @@ def test_one_line_each(tmp_path: Path) -> None:
     assert log.path.read_text(encoding="utf-8") == '{"id": "a", "prompt": "你好\\n<b>"}\n{"id": "b"}\n'
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(alphabet="\x00\x07\x1b\x7f\x85\x9b\u2028\u2029\u202e\u200b\ufeff\ud800a你"))
 def test_no_character_acts_on_a_terminal(text: str) -> None:
     line = json_line({"value": text, "\x1b[2J": 1})

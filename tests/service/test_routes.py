@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -27,6 +28,7 @@ def test_tokens_round_trip(client: TestClient) -> None:
     assert chat["tokens"].count(END) == 1  # in a message they are text
 
 
+@pytest.mark.alone
 def test_health_while_many_generate(live: LiveService) -> None:
     threads = [
         threading.Thread(

@@ -22,6 +22,8 @@ from qwen_chat.tools.loop import run_tools
 from tests.support.chats import CHAT, ask, wait_until
 from tests.support.scripted import LiveService, make_engine
 
+pytestmark = pytest.mark.alone
+
 # --- pace ----------------------------------------------------------------------------------------
 
 
