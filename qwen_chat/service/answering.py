@@ -48,7 +48,9 @@ class Answering:
         release = self._admission.take(choices)
         try:
             job, generations = await self._prompts.run(
-                lambda: self._begin(prepare(deadline)), seconds=seconds, undo=lambda begun: _cancel(begun[1] or ())
+                lambda: self._begin(prepare(deadline)),
+                seconds=seconds,
+                undo=lambda begun: _cancel(begun[1] or ()),
             )
             if generations is None:
                 generations = await self._grammars.run(
