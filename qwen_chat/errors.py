@@ -97,6 +97,15 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def printable(text: str, longest: int = 500) -> str:
+    """A text of somebody else's for a terminal: one line, no control characters or lone surrogates, not endless."""
+    if len(text) > longest:
+        text = f"{text[: longest - 100]} ... {text[-90:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a script's `main`; return its exit status. Errors of ours are one line, not a traceback."""
     try:

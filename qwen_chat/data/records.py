@@ -31,7 +31,7 @@ from qwen_chat.data.formats import read_record
 from qwen_chat.data.privacy import Secret, screened
 from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
 from qwen_chat.dialects.shapes import END_THINK
-from qwen_chat.errors import DataError, FormatError, Problem
+from qwen_chat.errors import DataError, FormatError, Problem, printable
 
 OnError = Literal["stop", "skip"]
 # How the names of data files end. A folder's are read in the order of their names.
@@ -286,7 +286,7 @@ class _Scan:
             self._problem_total += len(found)
             room = max(self._limit - len(self._problems), 0)
             where = f"{source.name}:{line}"
-            self._problems.extend(Problem(where, _printable(message)) for message in found[:room])
+            self._problems.extend(Problem(where, printable(message)) for message in found[:room])
             return
         self._kinds[kind] += 1
         self.index.offsets.append(offset)
@@ -393,13 +393,4 @@ def _repeats(
 def _names(paths: Sequence[Path]) -> list[str]:
     """What the messages call each file: its name, or its path where two have the same name."""
     often = Counter(path.name for path in paths)
-    return [_printable(str(path) if often[path.name] > 1 else path.name) for path in paths]
-
-
-def _printable(message: str, longest: int = 500) -> str:
-    """A message for a terminal: one line, no control characters or lone surrogates, not endless."""
-    if len(message) > longest:
-        message = f"{message[: longest - 100]} ... {message[-90:]}"
-    if message.isprintable():
-        return message
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return [printable(str(path) if often[path.name] > 1 else path.name) for path in paths]
