@@ -105,7 +105,12 @@ def check_folder(folder: Path, *, for_training: bool = False) -> None:
     if for_training:
         check_trainable(config, folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    wanted = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    places = _read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ModelError(
+            f"{index}: its weight_map does not name a file for each tensor; fetch the model again"
+        )
+    wanted = set(places.values())
     missing = sorted(file for file in wanted if not (folder / file).is_file())
     if missing:
         raise ModelError(
@@ -134,14 +139,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder if folder.is_file() else folder / "config.json")
 
 
+def check_unquantised(folder: Path) -> None:
+    """ModelError where a folder's weights are stored in few bits, so that they cannot be computed with as they are."""
+    config = read_config(folder)
+    parts = [config, config.get("text_config")]
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in parts):
+        raise ModelError(f"{folder}: its weights are quantised; give the model as it was before")
+
+
 def adapter_base(adapter: Path) -> str:
-    """The base that an adapter names; raises ModelError where there is no adapter."""
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
-        raise ModelError(f"{adapter}: no adapter_config.json in it; expected an adapter's folder")
-    base = _read_json(file).get("base_model_name_or_path")
+    """The base that an adapter names; raises ModelError where there is no adapter, or where it names none."""
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{file}: names no base model; give it with -m")
+        raise ModelError(f"{adapter / 'adapter_config.json'}: names no base model; give it with -m")
     return base
 
 
@@ -289,8 +299,10 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """An adapter's adapter_config.json; raises ModelError where there is none that can be read."""
-    adapter_base(adapter)
-    return _read_json(adapter / "adapter_config.json")
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise ModelError(f"{adapter}: no adapter_config.json in it; expected an adapter's folder")
+    return _read_json(file)
 
 
 def load_adapter(
@@ -301,8 +313,8 @@ def load_adapter(
     of them is still in them."""
     from peft import PeftConfig, PeftModel
 
-    base = adapter_base(adapter)
-    start = str(_read_json(adapter / "adapter_config.json").get("init_lora_weights"))
+    named = read_adapter_config(adapter)
+    start = str(named.get("init_lora_weights"))
     if start.startswith("pissa_niter"):
         raise ModelError(
             f"{adapter}: a checkpoint of a run with --lora_init {start}, whose base a random decomposition changed:"
@@ -320,10 +332,30 @@ def load_adapter(
             load_adapter_weights(loaded, adapter)
     except Exception as error:  # peft, safetensors and what an initialisation needs: a dozen kinds
         raise ModelError(
-            f"{adapter}: does not fit this model ({first_line(error)}); its base is {base}: give that with -m"
+            f"{adapter}: does not fit this model ({first_line(error)}); its base is"
+            f" {named.get('base_model_name_or_path')}: give that with -m"
         ) from None
     _check_tensors(loaded, adapter)
     return loaded
+
+
+def add_adapter(model: PeftModel, adapter: Path, name: str) -> None:
+    """A further adapter beside those of a model without weights, all of it; ModelError as of `load_adapter`."""
+    from peft import PeftConfig
+
+    _check_keys(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = True
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True
+        model.add_adapter(name, config, low_cpu_mem_usage=True)
+        load_adapter_weights(model, adapter, name)
+    except Exception as error:  # as for the first one
+        raise ModelError(
+            f"{adapter}: does not fit beside the other adapters ({first_line(error)}); expected adapters of one base"
+        ) from None
+    _check_tensors(model, adapter, name)
 
 
 def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default") -> None:
@@ -366,7 +398,7 @@ def _check_keys(adapter: Path) -> None:
         )
 
 
-def _check_tensors(loaded: PeftModel, adapter: Path) -> None:
+def _check_tensors(loaded: PeftModel, adapter: Path, name: str = "default") -> None:
     """peft passes over tensors that have no place, and leaves places without one as they began: ModelError."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -376,7 +408,7 @@ def _check_tensors(loaded: PeftModel, adapter: Path) -> None:
         return
     with safe_open(file, "pt") as tensors:
         saved = set(tensors.keys())
-    own = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    own = set(get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False))
     odd = sorted(own - saved) or sorted(saved - own - set(loaded.state_dict()))
     if odd:
         what = "is missing" if odd[0] in own else "has no place in this model"
@@ -466,8 +498,8 @@ def _keep_exact(model: PreTrainedModel) -> None:
 
 
 def _base_note(path: Path, adapter: Path) -> list[str]:
-    base = adapter_base(adapter)
-    if Path(base).name == path.name:
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if Path(str(base)).name == path.name:
         return []
     return [f"base {path} (the adapter names {base}; its shapes fit)"]
 
@@ -505,7 +537,7 @@ def _from_modelscope(name: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read ({first_line(error)}); fetch the model again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: no JSON object; fetch the model again")

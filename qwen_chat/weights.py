@@ -119,7 +119,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({folder / str(file) for file in places.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / INDEX}: cannot be read ({error}); fetch the model again") from None
     found = _of_files(files)
     if absent := sorted(set(places) - set(found)):
@@ -152,13 +152,25 @@ def _of_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
             end = 8 + length + max([0, *(int(entry["data_offsets"][1]) for entry in header.values())])
             for name, entry in header.items():
                 begin = 8 + length + int(entry["data_offsets"][0])
+                if int(entry["data_offsets"][0]) < 0 or not all(
+                    type(n) is int and n >= 0 for n in entry["shape"]
+                ):
+                    raise ValueError(f"{name} lies nowhere in it")
                 tensor = StoredTensor(file, name, str(entry["dtype"]), tuple(entry["shape"]), begin)
                 if tensor.size != entry["data_offsets"][1] - entry["data_offsets"][0]:
                     raise ValueError(f"{name} has another size than its shape")
                 found[name] = tensor
         except FileNotFoundError:
             raise ModelError(f"{file}: missing; fetch the model again") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
             why = f"a kind of number that is not known, {error}" if isinstance(error, KeyError) else error
             raise ModelError(f"{file}: not a whole safetensors file ({why}); fetch it again") from None
         if size != end:

@@ -16,7 +16,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,9 @@ class FormatLock:
             for case, prompt, ids, as_control in content["prompts"]
         )
         answers = tuple(
-            LockedReply(_text(text), _text(inner), tuple((_text(name), _text(given)) for name, given in calls))
+            LockedReply(
+                _text(text), _text(inner), tuple((_text(name), _text(given)) for name, given in calls)
+            )
             for text, inner, calls in content["answers"]
         )
         greedy = tuple(
@@ -261,6 +263,16 @@ class FormatLock:
             answers=answers,
             greedy=Replies(greedy, _text(head["greedy_replies"])),
         )
+
+
+def forget_replies(folder: Path, note: str) -> None:
+    """The format.lock of a folder, if it has one, without the replies, which another model would write; `note` says
+    why."""
+    try:
+        lock = FormatLock.read(folder)
+    except LockError:
+        return
+    replace(lock, greedy=Replies((), note)).write(folder)
 
 
 def template_hash(fmt: ChatFormat) -> str:

@@ -106,7 +106,10 @@ class Replay:
         self._call()
         self._weights(prompts_differ=changed)
         return Outcome(
-            tuple(self._findings), tuple(self._agrees), tuple(self._unseen), len(states) - states.count("unseen")
+            tuple(self._findings),
+            tuple(self._agrees),
+            tuple(self._unseen),
+            len(states) - states.count("unseen"),
         )
 
     def _fed(self, states: Sequence[str]) -> None:

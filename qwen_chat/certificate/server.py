@@ -90,7 +90,9 @@ class Server:
             known = []  # transformers serve cannot list what it loads from a folder
         if not isinstance(known, list):
             if 300 <= status < 400:
-                raise ServerLost(f"{self.url}/v1/models {listed['error']}; give the server's own address with --url")
+                raise ServerLost(
+                    f"{self.url}/v1/models {listed['error']}; give the server's own address with --url"
+                )
             raise ServerLost(
                 f"{self.url}/v1/models answered {status} and no list of models; is it a chat service?"
             )
@@ -196,7 +198,9 @@ class Server:
         thread.start()
         thread.join(self._timeout)
         found = done[0] if done else requests.Timeout()
-        if isinstance(found, requests.RequestException | ValueError):  # requests lets some bad addresses through
+        if isinstance(
+            found, requests.RequestException | ValueError
+        ):  # requests lets some bad addresses through
             why, cure = _why(found)
             raise ServerLost(f"{url} cannot be asked ({why}); {cure}") from None
         if isinstance(found, Exception):

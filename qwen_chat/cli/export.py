@@ -8,8 +8,8 @@ In: a model's folder, or an adapter's (merged first, and compared). Out: a new f
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     if chosen.model is None and options.adapter is None:
         raise OptionError("-m: no model; give a model's folder, or an adapter's with --adapter")
 
-    from qwen_chat.export.source import check_new, find_exported
+    from qwen_chat.export.source import check_new, find_exported, name_of, room_beside
 
     folder = Path(options.output).expanduser()
     check_new(folder)
@@ -71,13 +71,12 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     source = find_exported(chosen.model, adapters, any_base=options.any_base)
     kind = _checked_type(options)
     paths = source.data(options.data_path) if adapters or options.to in _ELSEWHERE else ()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent) as room:
+    with contextlib.ExitStack() as at_end:
         model = source.base
         if adapters and not options.adapter_only:
             from qwen_chat.export.merged_model import merged_folder
 
-            model = Path(room) / Path(adapters[0]).resolve().name
+            model = at_end.enter_context(room_beside(folder)) / name_of(source.adapters[0])
             comparison = merged_folder(
                 source, (1.0,), paths, model, trust_remote_code=chosen.trust_remote_code
             )

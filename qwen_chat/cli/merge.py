@@ -9,6 +9,7 @@ loads as it loads the base. The base stays unquantised, for Q-LoRA too.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
         raise OptionError(
             f"--weights: {len(weights)} numbers for {len(options.adapter)} adapters; give one each, in their order"
         )
+    if odd := [weight for weight in weights if not math.isfinite(weight)]:
+        raise OptionError(f"--weights: {odd[0]}; expected finite numbers")
     if options.compare_tokens < 16:
         raise OptionError(f"--compare_tokens: {options.compare_tokens}; expected at least 16")
 

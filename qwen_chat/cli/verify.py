@@ -58,9 +58,8 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     server.open(lock.entries[0].case)
     fmt = lock.format_beside(folder)
     rank_zero(f"{server.url}: {server.software}, model {errors.printable(server.model)}")
-    rank_zero(
-        f"lock {folder}: {len(lock.entries)} prompts; base {lock.base.get('name')}; greedy replies: {lock.greedy.note}"
-    )
+    told = f"base {lock.base.get('name')}; greedy replies: {lock.greedy.note}"
+    rank_zero(f"lock {folder}: {len(lock.entries)} prompts; {errors.printable(told)}")
     verdict = Replay(lock, server, fmt, rank_zero if sys.stderr.isatty() else lambda _: None).run(wanted.most)
     if wanted.json:
         facts = {name: str(getattr(server, name)) for name in ("url", "model", "software", "channel")}

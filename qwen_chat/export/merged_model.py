@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from qwen_chat import models
+from qwen_chat.certificate.lock import forget_replies
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
 from qwen_chat.export.layerwise import LayerwiseModel
@@ -107,6 +108,12 @@ class _SideBySide:
         self.ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         for row, sequence in enumerate(sequences):
             self.ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
+        rows = len(model.core.get_submodule(model.rows).weight)
+        if int(self.ids.max()) >= rows:
+            raise ModelError(
+                f"{model.base}: its tokenizer writes token {int(self.ids.max())}, its model has {rows} rows; give the"
+                " base that the adapter was trained over with -m"
+            )
         self.four: torch.Tensor | None = torch.empty(0) if four_bits else None
         self.merged = torch.empty(0)
 
@@ -240,6 +247,10 @@ def merged_folder(
                     part["tie_word_embeddings"] = False
             write_json(aside / "config.json", config)
         source.copy_speech(aside)
+        if tuple(weights) != (1.0,):
+            forget_replies(
+                aside, "none: merged with other adapters or at another strength than it was trained"
+            )
         write_json(
             aside / "merge.json",
             {
