@@ -4,6 +4,7 @@ In: an exception. Out: one line on standard error (what, where, cure) and an exi
 something went wrong after it began.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -119,3 +120,11 @@ def run(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader (head, less) has left: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {printable(str(error.filename), 200)}: too long for a name; give another",
+            file=sys.stderr,
+        )
+        return 2

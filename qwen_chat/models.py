@@ -22,7 +22,7 @@ from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.families import check_trainable
 from qwen_chat.hardware import Device
 from qwen_chat.packed_weights import unpacked
-from qwen_chat.weights import StoredTensor, stored_tensors
+from qwen_chat.weights import StoredTensor, file_tensors, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -320,7 +320,7 @@ def load_adapter(
             f"{adapter}: a checkpoint of a run with --lora_init {start}, whose base a random decomposition changed:"
             " over another one it is another model; give the finished run's folder, or go on with finetune.py"
         )
-    _check_keys(adapter)
+    _check_files(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
         if on_meta and hasattr(config, "init_lora_weights"):
@@ -343,7 +343,7 @@ def add_adapter(model: PeftModel, adapter: Path, name: str) -> None:
     """A further adapter beside those of a model without weights, all of it; ModelError as of `load_adapter`."""
     from peft import PeftConfig
 
-    _check_keys(adapter)
+    _check_files(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode = True
@@ -376,8 +376,9 @@ def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default")
             object.__delattr__(layer, "_move_adapter_to_device_of_base_layer")
 
 
-def _check_keys(adapter: Path) -> None:
-    """peft passes over keys of a config that it does not know; ModelError where one of them is in use."""
+def _check_files(adapter: Path) -> None:
+    """peft passes over keys of a config that it does not know; ModelError where one of them is in use, and where the
+    weights are not whole."""
     from dataclasses import fields
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -396,18 +397,18 @@ def _check_keys(adapter: Path) -> None:
             f"{file}: peft here does not know {', '.join(used)}; expected an adapter that it can load; "
             "a newer peft saved it: install that one"
         )
+    if (adapter / "adapter_model.safetensors").is_file():
+        file_tensors([adapter / "adapter_model.safetensors"])
 
 
 def _check_tensors(loaded: PeftModel, adapter: Path, name: str = "default") -> None:
     """peft passes over tensors that have no place, and leaves places without one as they began: ModelError."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         return
-    with safe_open(file, "pt") as tensors:
-        saved = set(tensors.keys())
+    saved = set(file_tensors([file]))
     own = set(get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False))
     odd = sorted(own - saved) or sorted(saved - own - set(loaded.state_dict()))
     if odd:

@@ -113,7 +113,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises ModelError, with the file's name, where one is missing or damaged or has not come down whole.
     """
     if (folder / SINGLE).is_file():  # the order in which transformers looks
-        return _of_files([folder / SINGLE])
+        return file_tensors([folder / SINGLE])
     if not (folder / INDEX).is_file():
         return {}
     try:
@@ -121,7 +121,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         files = sorted({folder / str(file) for file in places.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / INDEX}: cannot be read ({error}); fetch the model again") from None
-    found = _of_files(files)
+    found = file_tensors(files)
     if absent := sorted(set(places) - set(found)):
         raise ModelError(
             f"{folder / INDEX}: {absent[0]} is in none of its {len(files)} files ({len(absent)} such); "
@@ -138,7 +138,8 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _of_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+def file_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of some safetensors files by its name. Raises ModelError as `stored_tensors` does."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:

@@ -94,6 +94,15 @@ def _checked_type(options: ExportArguments) -> str:
     """The numbers' type, once everything that the flags rule out has been refused."""
     from qwen_chat.export import elsewhere, targets
 
+    in_gguf = options.to in ("gguf", "ollama")
+    for name, has_effect in (
+        ("type", in_gguf or options.to in _ELSEWHERE),
+        ("llama_quantize", in_gguf and not options.adapter_only),
+        ("python", options.to in _ELSEWHERE),
+    ):
+        if getattr(options, name) is not None and not has_effect:
+            beside = "--adapter_only" if options.adapter_only else f"--to {options.to}"
+            raise OptionError(f"--{name}: has no effect with {beside}; leave it out")
     if options.adapter_only:
         if options.to != "gguf" or options.adapter is None:
             raise OptionError("--adapter_only: expected beside --to gguf and --adapter")
@@ -106,7 +115,7 @@ def _checked_type(options: ExportArguments) -> str:
     if options.to in _ELSEWHERE:
         elsewhere.settings(options.to, options.type)
         elsewhere.check_environment(options.to, options.python)
-    elif options.to in ("gguf", "ollama"):
+    elif in_gguf:
         return targets.check_type(options.type or "q8_0", options.llama_quantize)
     return options.type or ""
 

@@ -33,6 +33,9 @@ def write_adapter(adapter: Path, base: Path, file: Path, kind: str) -> dict[str,
         raise MissingDependency("gguf", "--to gguf") from None
     config, (shape, arch) = models.read_adapter_config(adapter), read_shape(base)
     _check(adapter, config)
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ModelError(f"{adapter}: lora_alpha is {alpha!r} in its config; expected a number above 0")
     models.load_adapter(models.on_meta(base), adapter, on_meta=True)  # it is whole, and the base's
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]])
     writer.add_type(gguf.GGUFType.ADAPTER)

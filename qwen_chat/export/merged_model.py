@@ -20,7 +20,7 @@ from qwen_chat.certificate.lock import forget_replies
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
 from qwen_chat.export.layerwise import LayerwiseModel
-from qwen_chat.export.source import Exported, build_new, check_new, write_json
+from qwen_chat.export.source import MERGE_FILE, Exported, build_new, check_new, write_json
 from qwen_chat.export.tensor_writer import TensorWriter
 
 # The largest difference of a logit, divided by the largest logit, by the type in which the weights are stored.
@@ -230,7 +230,7 @@ def merged_folder(
             weights,
             sequences,
             aside,
-            four_bits=source.run.get("method") == "qlora",
+            four_bits=source.in_four_bits,
             trust_remote_code=trust_remote_code,
             tick=tick,
         )
@@ -252,7 +252,7 @@ def merged_folder(
                 aside, "none: merged with other adapters or at another strength than it was trained"
             )
         write_json(
-            aside / "merge.json",
+            aside / MERGE_FILE,
             {
                 "base": str(source.base),
                 "adapters": [str(adapter) for adapter in source.adapters],

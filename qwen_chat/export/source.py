@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ SPEECH = (
     "vocab.*",
     "merges.txt",
 )
+MERGE_FILE = "merge.json"  # what was merged, and what the comparison found
 CARRIED = ("generation_config.json", "format.lock")
 
 
@@ -52,6 +54,11 @@ class Exported:
     def options(self) -> Mapping[str, Any]:
         """The run's options."""
         return self.part("options")
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether an adapter was trained over a base in 4 bits."""
+        return any(run_folder.read_run_json(adapter).get("method") == "qlora" for adapter in self.adapters)
 
     @property
     def folder(self) -> Path:
@@ -162,6 +169,11 @@ def name_of(folder: Path) -> str:
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rpartition("--")[2]
     return path.name
+
+
+def shown_path(path: Path) -> str:
+    """A path as a word of a command that takes flags."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def check_new(folder: Path) -> None:

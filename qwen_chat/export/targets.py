@@ -20,9 +20,11 @@ from qwen_chat.errors import OptionError, first_line, printable
 from qwen_chat.export import elsewhere, ollama
 from qwen_chat.export.gguf_adapter import write_adapter
 from qwen_chat.export.gguf_file import FILE_TYPES, read_shape, write_gguf
-from qwen_chat.export.source import Exported, build_new, name_of
+from qwen_chat.export.source import MERGE_FILE, Exported, build_new, name_of, shown_path
 from qwen_chat.service import vllm
 from qwen_chat.service.prepare import recommended_sampling
+from qwen_chat.training.checkpoints import RUN_FILE
+from qwen_chat.training.run_folder import LOSSES_FILE
 from qwen_chat.weights import model_tensors
 
 # Flags of vLLM's command that depend on the model, and not on the machine.
@@ -35,7 +37,7 @@ _SPOKEN = (
 )
 
 _OF_A_MODEL = (".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".lock", ".py")
-
+_OF_THIS_MACHINE = (RUN_FILE, LOSSES_FILE, MERGE_FILE)  # they name its folders and data
 _MEASURED = 16_384  # tokens of a batch: what calibrates, and what measures, is cut out of it
 ADAPTER_TYPES = ("f32", "f16", "bf16")
 _TYPE = re.compile(r"[a-z0-9_]+")  # it becomes a part of the file's name
@@ -60,7 +62,7 @@ def to_gguf(model: Path, folder: Path, kind: str, quantizer: str | None) -> Writ
 
     build_new(folder, build)
     lines = [f"written: {file}", *_placeless(facts)]
-    return WrittenExport((*lines, "serve it:", f"  llama-server -m {_word(file)} --jinja"), facts)
+    return WrittenExport((*lines, "serve it:", f"  llama-server -m {shown_path(file)} --jinja"), facts)
 
 
 def to_gguf_adapter(source: Exported, folder: Path, kind: str) -> WrittenExport:
@@ -72,9 +74,9 @@ def to_gguf_adapter(source: Exported, folder: Path, kind: str) -> WrittenExport:
         source.copy_speech(aside, ("chat_template.jinja", "format.lock"))
 
     build_new(folder, build)
-    command = f"llama-server -m BASE.gguf --lora {_word(file)} --jinja"
+    command = f"llama-server -m BASE.gguf --lora {shown_path(file)} --jinja"
     if (folder / "chat_template.jinja").is_file():
-        command += f" --chat-template-file {_word(folder / 'chat_template.jinja')}"
+        command += f" --chat-template-file {shown_path(folder / 'chat_template.jinja')}"
     return WrittenExport((f"written: {file}", "serve it over its base's GGUF:", f"  {command}"), facts)
 
 
@@ -100,7 +102,7 @@ def to_ollama(model: Path, folder: Path, kind: str, quantizer: str | None) -> Wr
     build_new(folder, build)
     lines = [f"written: {folder / file}, {folder / 'Modelfile'}", *_placeless(facts)]
     lines += [f"not carried by Ollama's template: {what}" for what in lost]
-    made = f"ollama create {ollama.model_name(name_of(model))} -f {_word(folder / 'Modelfile')}"
+    made = f"ollama create {ollama.model_name(name_of(model))} -f {shown_path(folder / 'Modelfile')}"
     return WrittenExport((*lines, "serve it:", f"  {made}"), {**facts, "not_carried": lost})
 
 
@@ -207,7 +209,7 @@ def to_vllm(model: Path, folder: Path) -> WrittenExport:
 
     build_new(folder, build)
     return WrittenExport(
-        (f"written: {folder / 'serve.sh'}", "serve it:", f"  sh {_word(folder / 'serve.sh')}"),
+        (f"written: {folder / 'serve.sh'}", "serve it:", f"  sh {shown_path(folder / 'serve.sh')}"),
         {"command": words},
     )
 
@@ -218,12 +220,12 @@ def to_hub(model: Path, source: Exported, folder: Path) -> WrittenExport:
 
     def build(aside: Path) -> None:
         for path in model.iterdir():
-            if path.is_file() and path.suffix in _OF_A_MODEL:
+            if path.is_file() and path.suffix in _OF_A_MODEL and path.name not in _OF_THIS_MACHINE:
                 shutil.copyfile(path, aside / path.name)
         (aside / "README.md").write_text(_card(source), encoding="utf-8", errors="replace")
 
     build_new(folder, build)
-    upload = f"hf upload USER/NAME {_word(folder)}"
+    upload = f"hf upload USER/NAME {shown_path(folder)}"
     return WrittenExport(
         (f"written: {folder}", "read README.md, then send it:", f"  {upload}"), {"upload": upload}
     )
@@ -260,11 +262,6 @@ def _card(source: Exported) -> str:
 def _shown(value: object) -> str:
     """A name or a number as one line of Markdown that says just that."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(str(value).split()), 200))
-
-
-def _word(path: Path) -> str:
-    """A path as a word of a command that takes flags."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def _carry_lock(model: Path, folder: Path) -> None:
