@@ -166,8 +166,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    except Exception as error:  # tokenizers raises no more than that, transformers a dozen kinds
+        raise ModelError(
+            f"{path}: its tokenizer cannot be loaded ({first_line(error)}); fetch its files again"
+        ) from None
     if tokenizer.pad_token_id is None:
         known = tokenizer.get_vocab()
         tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in known else tokenizer.eos_token
@@ -231,8 +233,9 @@ def load_model(
 
 def sees(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a model for pictures and text (Qwen3.5's own checkpoints are)."""
-    classes = config.get("architectures") or [""]
-    return str(classes[0]).endswith("ForConditionalGeneration") and "vision_config" in config
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else ""
+    return str(first).endswith("ForConditionalGeneration") and "vision_config" in config
 
 
 def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
@@ -265,8 +268,8 @@ def on_meta(
                 attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    except Exception as error:  # a config may say anything, and its class has errors of its own
+        raise ModelError(f"{path}: cannot be loaded ({first_line(error)}); fetch the model again") from None
     for module in model.get_decoder().modules():
         empty = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for name in empty:
@@ -333,7 +336,7 @@ def load_adapter(
     except Exception as error:  # peft, safetensors and what an initialisation needs: a dozen kinds
         raise ModelError(
             f"{adapter}: does not fit this model ({first_line(error)}); its base is"
-            f" {named.get('base_model_name_or_path')}: give that with -m"
+            f" {named.get('base_model_name_or_path')}: give that with -m, or copy the adapter again"
         ) from None
     _check_tensors(loaded, adapter)
     return loaded

@@ -233,35 +233,37 @@ class FormatLock:
         """Raises TypeError, ValueError, KeyError or FormatError where a part is not as `text` writes it: hashes can be
         made by whoever edits the file."""
         entries = tuple(
-            LockedPrompt(_case(case), _text(prompt), _ids(ids), _ids(as_control))
+            LockedPrompt(_case(case), _string(prompt), _token_list(ids), _token_list(as_control))
             for case, prompt, ids, as_control in content["prompts"]
         )
         answers = tuple(
             LockedReply(
-                _text(text), _text(inner), tuple((_text(name), _text(given)) for name, given in calls)
+                _string(text),
+                _string(inner),
+                tuple((_string(name), _string(given)) for name, given in calls),
             )
             for text, inner, calls in content["answers"]
         )
         greedy = tuple(
-            GreedyReply(_ids(ids), _numbers(logprobs), _numbers(seconds), _texts(texts))
+            GreedyReply(_token_list(ids), _number_list(logprobs), _number_list(seconds), _text_list(texts))
             for ids, logprobs, seconds, texts in content["greedy"]
         )
         for one in greedy:
             if not one.ids or len({len(one.ids), len(one.logprobs), len(one.seconds), len(one.texts)}) > 1:
                 raise ValueError("a greedy reply whose parts are not of one length")
-        base = {_text(key): _text(value) for key, value in dict(head["base"]).items()}
-        stop_ids = _ids(head["stop_ids"])
+        base = {_string(key): _string(value) for key, value in dict(head["base"]).items()}
+        stop_ids = _token_list(head["stop_ids"])
         if not stop_ids:
             raise ValueError("a lock without the tokens that end a reply")
         return cls(
             base=base,
-            template=_text(head["template"]),
-            tool_style=_text(head["tool_style"]),
+            template=_string(head["template"]),
+            tool_style=_string(head["tool_style"]),
             stop_ids=stop_ids,
-            stop_strings=_texts(head["stop_strings"]),
+            stop_strings=_text_list(head["stop_strings"]),
             entries=entries,
             answers=answers,
-            greedy=Replies(greedy, _text(head["greedy_replies"])),
+            greedy=Replies(greedy, _string(head["greedy_replies"])),
         )
 
 
@@ -285,28 +287,28 @@ def _case(value: Json) -> Example:
     given = {"messages": messages, "tools": tools, "chat_template_kwargs": variables}
     if Conversation.from_openai(given).to_openai() != {key: part for key, part in given.items() if part}:
         raise ValueError("a conversation in another shape than it is written in")
-    return Example(_text(value["kind"]), tuple(messages), tuple(tools), variables)
+    return Example(_string(value["kind"]), tuple(messages), tuple(tools), variables)
 
 
-def _text(value: object) -> str:
+def _string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def _text_list(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise TypeError("no list of texts")
-    return tuple(map(_text, value))
+    return tuple(map(_string, value))
 
 
-def _ids(value: object) -> tuple[int, ...]:
+def _token_list(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(one) is int and 0 <= one < 2**31 for one in value):
         raise TypeError("no list of tokens")
     return tuple(value)
 
 
-def _numbers(value: object) -> tuple[float, ...]:
+def _number_list(value: object) -> tuple[float, ...]:
     if not isinstance(value, list) or not all(type(n) in (int, float) and math.isfinite(n) for n in value):
         raise TypeError("no list of finite numbers")
     return tuple(value)

@@ -159,7 +159,7 @@ class Server:
                 message=dict(choice["message"]),
                 finish=choice.get("finish_reason"),
                 tokens=None if told is None else tuple(str(one["token"]) for one in told),
-                logprobs=None if told is None else tuple(_finite(one["logprob"]) for one in told),
+                logprobs=None if told is None else tuple(_logprob(one["logprob"]) for one in told),
                 prompt_tokens=_count(usage.get("prompt_tokens")),
                 completion_tokens=_count(usage.get("completion_tokens")),
             )
@@ -206,7 +206,7 @@ class Server:
         if isinstance(found, Exception):
             raise found
         status, data = found
-        return status, _object(data)
+        return status, _json_object(data)
 
     def _answer(self, method: str, url: str, body: Json | None) -> tuple[int, bytes]:
         """The status and all bytes of an answer; a redirect is told in them, and not followed."""
@@ -250,7 +250,7 @@ def _why(error: Exception) -> tuple[str, str]:
     return type(error).__name__, "is the server running, and --url its address?"
 
 
-def _object(data: bytes) -> Json:
+def _json_object(data: bytes) -> Json:
     """The JSON object in an answer, of texts that can be printed; empty where it is none."""
     try:
         text = data.decode("utf-8-sig", "replace")
@@ -267,7 +267,7 @@ def _no_number(name: str) -> None:
     raise ValueError(name)
 
 
-def _finite(value: object) -> float:
+def _logprob(value: object) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no finite number")
     return float(value)

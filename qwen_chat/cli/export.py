@@ -63,20 +63,21 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     if chosen.model is None and options.adapter is None:
         raise OptionError("-m: no model; give a model's folder, or an adapter's with --adapter")
 
-    from qwen_chat.export.source import check_new, find_exported, name_of, room_beside
+    from qwen_chat.export.source import check_new, find_exported, room_beside, shown_name
 
     folder = Path(options.output).expanduser()
     check_new(folder)
     adapters = [] if options.adapter is None else [options.adapter]
     source = find_exported(chosen.model, adapters, any_base=options.any_base)
     kind = _checked_type(options)
-    paths = source.data(options.data_path) if adapters or options.to in _ELSEWHERE else ()
+    merges = bool(adapters) and not options.adapter_only
+    paths = source.data(options.data_path) if merges or options.to in _ELSEWHERE else ()
     with contextlib.ExitStack() as at_end:
         model = source.base
-        if adapters and not options.adapter_only:
+        if merges:
             from qwen_chat.export.merged_model import merged_folder
 
-            model = at_end.enter_context(room_beside(folder)) / name_of(source.adapters[0])
+            model = at_end.enter_context(room_beside(folder)) / shown_name(source.adapters[0])
             comparison = merged_folder(
                 source, (1.0,), paths, model, trust_remote_code=chosen.trust_remote_code
             )

@@ -21,7 +21,7 @@ from qwen_chat.console import rank_zero
 from qwen_chat.flags import parser
 from qwen_chat.flags.parser import option
 
-LONGEST = 86_400  # seconds that one answer may take at most
+MOST_SECONDS = 86_400  # seconds that one answer may take at most
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
 
     if wanted.most is not None and wanted.most < 1:
         raise errors.OptionError(f"--most {wanted.most}: expected 1 or more")
-    if not 0 < wanted.timeout <= LONGEST:
+    if not 0 < wanted.timeout <= MOST_SECONDS:
         raise errors.OptionError(
-            f"--timeout {wanted.timeout:g}: expected seconds above 0, at most {LONGEST:,}"
+            f"--timeout {wanted.timeout:g}: expected seconds above 0, at most {MOST_SECONDS:,}"
         )
     folder = find_lock(wanted.lock)
     lock = FormatLock.read(folder)

@@ -18,7 +18,7 @@ import torch
 from qwen_chat import models
 from qwen_chat.errors import MissingDependency, ModelError
 from qwen_chat.export.gguf_file import FILE_TYPES, announce, arranged, packed, read_shape
-from qwen_chat.export.source import name_of
+from qwen_chat.export.source import shown_name
 
 # What a GGUF adapter has no place for, by the key of adapter_config.json.
 _NO_PLACE = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
@@ -41,7 +41,7 @@ def write_adapter(adapter: Path, base: Path, file: Path, kind: str) -> dict[str,
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
-    writer.add_name(name_of(adapter))
+    writer.add_name(shown_name(adapter))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], shape["num_hidden_layers"])

@@ -21,7 +21,7 @@ import torch
 from qwen_chat import models
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.errors import MissingDependency, ModelError, first_line
-from qwen_chat.export.source import name_of
+from qwen_chat.export.source import shown_name
 from qwen_chat.gguf_model import pre_tokenizer
 from qwen_chat.weights import model_tensors
 
@@ -47,7 +47,7 @@ FILE_TYPES = {
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)\.weight$")
 _LAYER = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.")
 _SMALL = ("ffn_gate_inp", "ssm_conv1d")  # always in float32
-_LARGEST_F16 = 65504.0
+_LARGEST_F16, _LARGEST_INT = 65504.0, 2**32 - 1  # that a tensor and a field of a GGUF hold
 
 
 def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
@@ -62,10 +62,15 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     tensors = _Tensors(model, text, arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name_of(model))
+    writer.add_name(shown_name(model))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _write_shape(writer, text, arch)
+    try:
+        _write_shape(writer, text, arch)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{model}: config.json cannot be written as GGUF ({first_line(error)}); fetch the model again"
+        ) from None
     _vocabulary(writer, model, text, arch)
     names = gguf.get_tensor_name_map(architecture, text["num_hidden_layers"])
     wanted = gguf.GGMLQuantizationType[kind.upper()]
@@ -126,7 +131,8 @@ def read_shape(model: Path) -> tuple[_Shape, str]:
             f"{model}: model_type {config['model_type']!r} is not written as GGUF here; expected one of"
             f" {', '.join(ARCHITECTURES)}"
         )
-    text = {**config, **(config.get("text_config") or {})}
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, dict) else config
     adds_to_one = bool(text.get("norm_topk_prob"))
     if NORMS_EXPERTS.get(arch, adds_to_one) != adds_to_one:
         raise ModelError(
@@ -187,11 +193,12 @@ class _Tensors:
         known = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
         if models.text_config(plain).tie_word_embeddings:
             known.pop("lm_head.weight", None)
-        found = models.parameter_names(plain, self.stored)
+        found, places = models.parameter_names(plain, self.stored), plain.state_dict().keys()
         odd = sorted(known.keys() - set(found.values()))
         for raw, name in found.items():
             layer = _LAYER.match(raw)
-            beyond = layer is not None and int(layer[1]) >= self.config["num_hidden_layers"]
+            # Old checkpoints hold frequencies that every program computes.
+            beyond = layer is not None and name not in places and not raw.endswith(".inv_freq")
             if beyond or (raw == name and name in known and self.stored[raw].shape != known[name]):
                 odd.append(raw)
         if odd:
@@ -277,7 +284,7 @@ def _write_shape(writer: Any, config: Mapping[str, Any], arch: str) -> None:
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(min(config["max_position_embeddings"], _LARGEST_INT))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)

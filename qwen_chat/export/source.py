@@ -48,7 +48,7 @@ class Exported:
 
     def part(self, name: str) -> Mapping[str, Any]:
         """An object in run.json; {}: there is none."""
-        return _part(self.run, name)
+        return _object_in(self.run, name)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -140,7 +140,7 @@ def find_exported(model: str | None, adapters: Sequence[str], *, any_base: bool 
             f"{model or base}: a GGUF file, which is served as it is; give the folder that it was made of with -m"
         )
     for folder in folders if not any_base else ():
-        trained = _part(run_folder.read_run_json(folder), "shaped_by").get("model")
+        trained = _object_in(run_folder.read_run_json(folder), "shaped_by").get("model")
         if trained and trained != checkpoints.model_fingerprint(base):
             raise ModelError(
                 f"{base}: not the weights that {folder} was trained over (run.json has their fingerprint); give that"
@@ -158,12 +158,12 @@ def _named_base(adapter: Path) -> Path:
         raise ModelError(f"{adapter}: its base is not at hand; give it with -m ({error})") from None
 
 
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _object_in(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = record.get(name)
     return found if isinstance(found, dict) else {}
 
 
-def name_of(folder: Path) -> str:
+def shown_name(folder: Path) -> str:
     """What a model is called elsewhere: its folder's name; in the hub's cache the name that it has on the hub."""
     path = Path(os.path.abspath(folder))  # a name for "." too
     if path.parent.name == "snapshots":

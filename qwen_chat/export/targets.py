@@ -20,7 +20,7 @@ from qwen_chat.errors import OptionError, first_line, printable
 from qwen_chat.export import elsewhere, ollama
 from qwen_chat.export.gguf_adapter import write_adapter
 from qwen_chat.export.gguf_file import FILE_TYPES, read_shape, write_gguf
-from qwen_chat.export.source import MERGE_FILE, Exported, build_new, name_of, shown_path
+from qwen_chat.export.source import MERGE_FILE, Exported, build_new, shown_name, shown_path
 from qwen_chat.service import vllm
 from qwen_chat.service.prepare import recommended_sampling
 from qwen_chat.training.checkpoints import RUN_FILE
@@ -102,7 +102,7 @@ def to_ollama(model: Path, folder: Path, kind: str, quantizer: str | None) -> Wr
     build_new(folder, build)
     lines = [f"written: {folder / file}, {folder / 'Modelfile'}", *_placeless(facts)]
     lines += [f"not carried by Ollama's template: {what}" for what in lost]
-    made = f"ollama create {ollama.model_name(name_of(model))} -f {shown_path(folder / 'Modelfile')}"
+    made = f"ollama create {ollama.model_name(shown_name(model))} -f {shown_path(folder / 'Modelfile')}"
     return WrittenExport((*lines, "serve it:", f"  {made}"), {**facts, "not_carried": lost})
 
 
@@ -178,7 +178,7 @@ def to_elsewhere(
 
 def to_vllm(model: Path, folder: Path) -> WrittenExport:
     """`serve.sh` with the parsers that the model's dialect needs, and the template that it was trained under."""
-    name = name_of(model)
+    name = shown_name(model)
     found = vllm.command(
         model,
         name="model",
@@ -238,7 +238,7 @@ def _card(source: Exported) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if models.HUB_NAME.fullmatch(str(base)) and not str(base).startswith("."):
         lines.append(f"base_model: {base}")
-    lines += ["---", "", f"# {_shown(name_of(source.folder))}", ""]
+    lines += ["---", "", f"# {_shown(shown_name(source.folder))}", ""]
     lines += [f"Tuned from {_shown(Path(str(base)).name)}.", ""] if base else []
     data, evaluation = source.part("data"), source.part("evaluation")
     facts = {

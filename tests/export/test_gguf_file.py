@@ -10,11 +10,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from benchmarks import bench_export
 from qwen_chat.errors import ModelError
-from qwen_chat.export.gguf_file import packed, pre_tokenizer, write_gguf
+from qwen_chat.export.gguf_file import arranged, packed, pre_tokenizer, read_shape, write_gguf
 from qwen_chat.weights import stored_tensors
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -133,28 +132,24 @@ def saved(
     return folder
 
 
-def test_a_llamas_biases_lie_as_its_rows_do(tiny_model_path: Path, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "m", tiny_model_path, attention_bias=True)
-    file = folder / "model.safetensors"
-    bias = torch.arange(32.0)
-    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": bias}, file, {"format": "pt"})
-    write_gguf(folder, tmp_path / "m.gguf", "f32")
-    _, tensors = contents(tmp_path / "m.gguf")
-    assert tensors["blk.0.attn_q.bias"].data[:8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+def test_a_llamas_biases_lie_as_its_rows_do() -> None:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, heads in (("q_proj", 4), ("k_proj", 2)):
+        weight = torch.arange(8.0 * heads)
+        rows = arranged(f"model.layers.0.self_attn.{name}.weight", weight[:, None], shape, "LLAMA")[:, 0]
+        bias = arranged(f"model.layers.0.self_attn.{name}.bias", weight, shape, "LLAMA")
+        assert bias.tolist() == rows.tolist() and bias[:4].tolist() == [0, 4, 1, 5]
 
 
 def test_a_setting_that_config_json_leaves_out_is_transformers_own(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    folder = saved(
-        tmp_path / "m",
-        tiny_model_path,
-        lambda c: [c.pop(k) for k in ("rms_norm_eps", "max_position_embeddings")],
-    )
-    write_gguf(folder, tmp_path / "m.gguf", "q8_0")
-    fields, _ = contents(tmp_path / "m.gguf")
-    assert fields["llama.context_length"] == 2048
-    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    left_out = ("rms_norm_eps", "max_position_embeddings")
+    folder = saved(tmp_path / "m", tiny_model_path, lambda config: [config.pop(key) for key in left_out])
+    shape, _ = read_shape(folder)
+    assert [shape[key] for key in left_out] == [1e-6, 2048]
+    with pytest.raises(ModelError, match="says no such_a_thing; save the model anew"):
+        shape["such_a_thing"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +164,8 @@ def test_a_setting_that_config_json_leaves_out_is_transformers_own(
             "its weights are quantised; give the model as it was",
         ),
         ({"hidden_size": "wide"}, "cannot be loaded"),
+        ({"architectures": 7, "num_hidden_layers": 3}, "do not agree on model.layers.2."),
+        ({"text_config": 7}, "cannot be loaded"),
     ],
 )
 def test_files_and_config_that_are_not_of_one_model_are_refused(
@@ -178,6 +175,15 @@ def test_files_and_config_that_are_not_of_one_model_are_refused(
     with pytest.raises(ModelError, match=told):
         write_gguf(folder, tmp_path / "m.gguf", "q8_0")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_tensor_of_a_layer_that_the_model_has_not_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Left out, it would be another model."""
+    folder = saved(
+        tmp_path / "m", tiny_model_path, lambda c: c.update(model_type="llama"), model_type="qwen3"
+    )
+    with pytest.raises(ModelError, match=r"do not agree on model\.layers\.0\.self_attn\.k_norm"):
+        write_gguf(folder, tmp_path / "m.gguf", "q8_0")
 
 
 def test_a_window_and_dense_layers_among_experts_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_chat import files
+from qwen_chat import files, gguf_model
 from qwen_chat.errors import ModelError, OptionError, OutputError
-from qwen_chat.export.source import build_new, check_new, find_exported, name_of
+from qwen_chat.export.source import build_new, check_new, find_exported, shown_name
 from qwen_chat.training.checkpoints import model_fingerprint
 
 
@@ -60,8 +60,8 @@ def test_run_json_of_another_shape_tells_nothing(adapter: Callable[..., Path], t
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    assert name_of(Path(".")) == name_of(Path("../mine")) == name_of(tmp_path / "mine") == "mine"
-    assert name_of(Path("/c/models--Qwen--Qwen2-7B/snapshots/0a1b")) == "Qwen2-7B"
+    assert shown_name(Path(".")) == shown_name(Path("../mine")) == shown_name(tmp_path / "mine") == "mine"
+    assert shown_name(Path("/c/models--Qwen--Qwen2-7B/snapshots/0a1b")) == "Qwen2-7B"
 
 
 def test_a_place_that_cannot_be_is_told_before_anything_begins(tmp_path: Path) -> None:
@@ -109,12 +109,8 @@ def test_names_that_are_no_utf_8_are_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "merge.json").read_text()) == {"base": "/m/\udcff", "你": "好"}
 
 
-def test_a_gguf_file_is_not_exported(
-    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qwen_chat.export.gguf_file import write_gguf
-
-    monkeypatch.setenv("QWEN_CHAT_CACHE", str(tmp_path / "cache"))
-    write_gguf(tiny_model_path, tmp_path / "m.gguf", "q8_0")
-    with pytest.raises(ModelError, match=r"m.gguf: a GGUF file, which is served as it is"):
-        find_exported(str(tmp_path / "m.gguf"), [])
+def test_a_gguf_file_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / gguf_model.LINK).symlink_to("config.json")  # as a file is described in the cache
+    with pytest.raises(ModelError, match="a GGUF file, which is served as it is"):
+        find_exported(str(tmp_path), [])
