@@ -4,6 +4,7 @@ In: an exception. Out: one line on standard error (what, where, cure) and an exi
 something went wrong after it began.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +98,15 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def printable(text: str, longest: int = 500) -> str:
+    """A text of somebody else's for a terminal: one line, no control characters or lone surrogates, not endless."""
+    if len(text) > longest:
+        text = f"{text[: longest - 100]} ... {text[-90:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a script's `main`; return its exit status. Errors of ours are one line, not a traceback."""
     try:
@@ -110,3 +120,11 @@ def run(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader (head, less) has left: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {printable(str(error.filename), 200)}: too long for a name; give another",
+            file=sys.stderr,
+        )
+        return 2

@@ -5,6 +5,7 @@ for it at the same time.
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -137,7 +138,9 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def build_aside(folder: Path, build: Callable[[Path], None]) -> None:
     """Make `folder` by calling `build(aside)`, then rename. The caller sees to it that nobody else builds it."""
     prefix = f".{folder.name}.partial-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is writing these
+    for leftover in folder.parent.glob(
+        f"{glob.escape(prefix)}*"
+    ):  # we hold the lock, so nobody is writing these
         shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:

@@ -22,7 +22,7 @@ from qwen_chat.errors import MissingDependency, ModelError, first_line
 from qwen_chat.families import check_trainable
 from qwen_chat.hardware import Device
 from qwen_chat.packed_weights import unpacked
-from qwen_chat.weights import StoredTensor, stored_tensors
+from qwen_chat.weights import StoredTensor, file_tensors, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,12 @@ def check_folder(folder: Path, *, for_training: bool = False) -> None:
     if for_training:
         check_trainable(config, folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    wanted = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    places = _read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ModelError(
+            f"{index}: its weight_map does not name a file for each tensor; fetch the model again"
+        )
+    wanted = set(places.values())
     missing = sorted(file for file in wanted if not (folder / file).is_file())
     if missing:
         raise ModelError(
@@ -136,14 +141,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder if folder.is_file() else folder / "config.json")
 
 
+def check_unquantised(folder: Path) -> None:
+    """ModelError where a folder's weights are stored in few bits, so that they cannot be computed with as they are."""
+    config = read_config(folder)
+    parts = [config, config.get("text_config")]
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in parts):
+        raise ModelError(f"{folder}: its weights are quantised; give the model as it was before")
+
+
 def adapter_base(adapter: Path) -> str:
-    """The base that an adapter names; raises ModelError where there is no adapter."""
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
-        raise ModelError(f"{adapter}: no adapter_config.json in it; expected an adapter's folder")
-    base = _read_json(file).get("base_model_name_or_path")
+    """The base that an adapter names; raises ModelError where there is no adapter, or where it names none."""
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{file}: names no base model; give it with -m")
+        raise ModelError(f"{adapter / 'adapter_config.json'}: names no base model; give it with -m")
     return base
 
 
@@ -158,8 +168,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    except Exception as error:  # tokenizers raises no more than that, transformers a dozen kinds
+        raise ModelError(
+            f"{path}: its tokenizer cannot be loaded ({first_line(error)}); fetch its files again"
+        ) from None
     if tokenizer.pad_token_id is None:
         known = tokenizer.get_vocab()
         tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in known else tokenizer.eos_token
@@ -223,8 +235,9 @@ def load_model(
 
 def sees(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a model for pictures and text (Qwen3.5's own checkpoints are)."""
-    classes = config.get("architectures") or [""]
-    return str(classes[0]).endswith("ForConditionalGeneration") and "vision_config" in config
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else ""
+    return str(first).endswith("ForConditionalGeneration") and "vision_config" in config
 
 
 def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
@@ -257,8 +270,8 @@ def on_meta(
                 attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    except Exception as error:  # a config may say anything, and its class has errors of its own
+        raise ModelError(f"{path}: cannot be loaded ({first_line(error)}); fetch the model again") from None
     for module in model.get_decoder().modules():
         empty = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for name in empty:
@@ -291,8 +304,10 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """An adapter's adapter_config.json; raises ModelError where there is none that can be read."""
-    adapter_base(adapter)
-    return _read_json(adapter / "adapter_config.json")
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise ModelError(f"{adapter}: no adapter_config.json in it; expected an adapter's folder")
+    return _read_json(file)
 
 
 def load_adapter(
@@ -303,14 +318,14 @@ def load_adapter(
     of them is still in them."""
     from peft import PeftConfig, PeftModel
 
-    base = adapter_base(adapter)
-    start = str(_read_json(adapter / "adapter_config.json").get("init_lora_weights"))
+    named = read_adapter_config(adapter)
+    start = str(named.get("init_lora_weights"))
     if start.startswith("pissa_niter"):
         raise ModelError(
             f"{adapter}: a checkpoint of a run with --lora_init {start}, whose base a random decomposition changed:"
             " over another one it is another model; give the finished run's folder, or go on with finetune.py"
         )
-    _check_keys(adapter)
+    _check_files(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
         if on_meta and hasattr(config, "init_lora_weights"):
@@ -322,10 +337,30 @@ def load_adapter(
             load_adapter_weights(loaded, adapter)
     except Exception as error:  # peft, safetensors and what an initialisation needs: a dozen kinds
         raise ModelError(
-            f"{adapter}: does not fit this model ({first_line(error)}); its base is {base}: give that with -m"
+            f"{adapter}: does not fit this model ({first_line(error)}); its base is"
+            f" {named.get('base_model_name_or_path')}: give that with -m, or copy the adapter again"
         ) from None
     _check_tensors(loaded, adapter)
     return loaded
+
+
+def add_adapter(model: PeftModel, adapter: Path, name: str) -> None:
+    """A further adapter beside those of a model without weights, all of it; ModelError as of `load_adapter`."""
+    from peft import PeftConfig
+
+    _check_files(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = True
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True
+        model.add_adapter(name, config, low_cpu_mem_usage=True)
+        load_adapter_weights(model, adapter, name)
+    except Exception as error:  # as for the first one
+        raise ModelError(
+            f"{adapter}: does not fit beside the other adapters ({first_line(error)}); expected adapters of one base"
+        ) from None
+    _check_tensors(model, adapter, name)
 
 
 def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default") -> None:
@@ -346,8 +381,9 @@ def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default")
             object.__delattr__(layer, "_move_adapter_to_device_of_base_layer")
 
 
-def _check_keys(adapter: Path) -> None:
-    """peft passes over keys of a config that it does not know; ModelError where one of them is in use."""
+def _check_files(adapter: Path) -> None:
+    """peft passes over keys of a config that it does not know; ModelError where one of them is in use, and where the
+    weights are not whole."""
     from dataclasses import fields
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -366,19 +402,19 @@ def _check_keys(adapter: Path) -> None:
             f"{file}: peft here does not know {', '.join(used)}; expected an adapter that it can load; "
             "a newer peft saved it: install that one"
         )
+    if (adapter / "adapter_model.safetensors").is_file():
+        file_tensors([adapter / "adapter_model.safetensors"])
 
 
-def _check_tensors(loaded: PeftModel, adapter: Path) -> None:
+def _check_tensors(loaded: PeftModel, adapter: Path, name: str = "default") -> None:
     """peft passes over tensors that have no place, and leaves places without one as they began: ModelError."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         return
-    with safe_open(file, "pt") as tensors:
-        saved = set(tensors.keys())
-    own = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    saved = set(file_tensors([file]))
+    own = set(get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False))
     odd = sorted(own - saved) or sorted(saved - own - set(loaded.state_dict()))
     if odd:
         what = "is missing" if odd[0] in own else "has no place in this model"
@@ -468,8 +504,8 @@ def _keep_exact(model: PreTrainedModel) -> None:
 
 
 def _base_note(path: Path, adapter: Path) -> list[str]:
-    base = adapter_base(adapter)
-    if Path(base).name == path.name:
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if Path(str(base)).name == path.name:
         return []
     return [f"base {path} (the adapter names {base}; its shapes fit)"]
 
@@ -507,7 +543,7 @@ def _from_modelscope(name: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read ({first_line(error)}); fetch the model again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: no JSON object; fetch the model again")

@@ -113,15 +113,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises ModelError, with the file's name, where one is missing or damaged or has not come down whole.
     """
     if (folder / SINGLE).is_file():  # the order in which transformers looks
-        return _of_files([folder / SINGLE])
+        return file_tensors([folder / SINGLE])
     if not (folder / INDEX).is_file():
         return {}
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({folder / str(file) for file in places.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / INDEX}: cannot be read ({error}); fetch the model again") from None
-    found = _of_files(files)
+    found = file_tensors(files)
     if absent := sorted(set(places) - set(found)):
         raise ModelError(
             f"{folder / INDEX}: {absent[0]} is in none of its {len(files)} files ({len(absent)} such); "
@@ -138,7 +138,8 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _of_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+def file_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of some safetensors files by its name. Raises ModelError as `stored_tensors` does."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:
@@ -152,13 +153,25 @@ def _of_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
             end = 8 + length + max([0, *(int(entry["data_offsets"][1]) for entry in header.values())])
             for name, entry in header.items():
                 begin = 8 + length + int(entry["data_offsets"][0])
+                if int(entry["data_offsets"][0]) < 0 or not all(
+                    type(n) is int and n >= 0 for n in entry["shape"]
+                ):
+                    raise ValueError(f"{name} lies nowhere in it")
                 tensor = StoredTensor(file, name, str(entry["dtype"]), tuple(entry["shape"]), begin)
                 if tensor.size != entry["data_offsets"][1] - entry["data_offsets"][0]:
                     raise ValueError(f"{name} has another size than its shape")
                 found[name] = tensor
         except FileNotFoundError:
             raise ModelError(f"{file}: missing; fetch the model again") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
             why = f"a kind of number that is not known, {error}" if isinstance(error, KeyError) else error
             raise ModelError(f"{file}: not a whole safetensors file ({why}); fetch it again") from None
         if size != end:

@@ -61,6 +61,10 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").touch()
     assert "model-2.safetensors missing (2 weight files expected)" in refused(str(tmp_path))
+    for places in (["a"], {"a": 1}, {"a": ["b"]}, None):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        assert "its weight_map does not name a file for each tensor" in refused(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "a file; expected a model's folder" in refused(str(tmp_path / "config.json"))
 
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwen_chat.certificate.conversations import QUESTIONS, TOOLS, Example, cases, written_calls
 from qwen_chat.chat.format import ChatFormat
-from qwen_chat.conversation import Json
+from qwen_chat.conversation import Conversation, Json
 from qwen_chat.errors import FormatError, first_line
 from qwen_chat.files import write_whole
 
@@ -172,8 +173,9 @@ class FormatLock:
     @classmethod
     def read(cls, folder: Path) -> FormatLock:
         """From a folder, or the file itself. Raises LockError: there is none, it is damaged, or of another version."""
-        file = folder / LOCK_FILE if folder.is_dir() else folder
+        file = folder
         try:
+            file = folder / LOCK_FILE if folder.is_dir() else folder
             with file.open("rb") as handle:
                 raw = handle.read(MOST_BYTES + 1)
         except OSError as error:
@@ -182,16 +184,24 @@ class FormatLock:
         try:
             head: Json = json.loads(raw if len(raw) <= MOST_BYTES else b"")
             if head["version"] != VERSION:
-                raise LockError(f"{file}: version {head['version']}; this checkout reads version {VERSION}")
+                told = repr(head["version"])[:20]
+                raise LockError(f"{file}: version {told}; this checkout reads version {VERSION}")
             inflater = zlib.decompressobj()
             content = json.loads(inflater.decompress(base64.b64decode(head.pop("content")), MOST_BYTES))
             expected = head["hashes"].pop("all")
             whole = _hash(head) == expected
             if not whole or head["hashes"] != {name: _hash(part) for name, part in content.items()}:
                 raise LockError(f"{damaged} (its content does not have its hashes)")
-            return cls._of(head, content)
-        except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError):
+            lock = cls._of(head, content)
+        except LockError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError, FormatError):
             raise LockError(damaged) from None
+        if not lock.entries:
+            raise LockError(
+                f"{file}: holds no prompt, as none fits into its model's context; give the lock of another model"
+            )
+        return lock
 
     def format_beside(self, folder: Path) -> ChatFormat | None:
         """The chat format of the tokenizer that lies beside the lock; None where none does. Raises LockError where it
@@ -203,39 +213,68 @@ class FormatLock:
 
         try:
             fmt = ChatFormat(AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LockError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        except FormatError:
+            raise
+        except Exception as error:  # tokenizers raises no more than that
+            raise LockError(
+                f"{folder}: its tokenizer cannot be loaded ({first_line(error)}); copy it again from the run's folder"
+            ) from None
         if template_hash(fmt) != self.template:
             raise LockError(
                 f"{folder}: its format.lock is of another model: the chat template beside it is another one; "
                 "take the lock from the folder of the run"
             )
+        for k, entry in enumerate(self.entries):
+            fmt.check_variables(entry.case.variables, f"{folder}: conversation {k} of its format.lock")
         return fmt
 
     @classmethod
     def _of(cls, head: Json, content: Mapping[str, Any]) -> FormatLock:
+        """Raises TypeError, ValueError, KeyError or FormatError where a part is not as `text` writes it: hashes can be
+        made by whoever edits the file."""
         entries = tuple(
-            LockedPrompt(_case(case), prompt, tuple(ids), tuple(as_control))
+            LockedPrompt(_case(case), _string(prompt), _token_list(ids), _token_list(as_control))
             for case, prompt, ids, as_control in content["prompts"]
         )
         answers = tuple(
-            LockedReply(text, inner, tuple((name, arguments) for name, arguments in calls))
+            LockedReply(
+                _string(text),
+                _string(inner),
+                tuple((_string(name), _string(given)) for name, given in calls),
+            )
             for text, inner, calls in content["answers"]
         )
         greedy = tuple(
-            GreedyReply(tuple(ids), tuple(logprobs), tuple(seconds), tuple(texts))
+            GreedyReply(_token_list(ids), _number_list(logprobs), _number_list(seconds), _text_list(texts))
             for ids, logprobs, seconds, texts in content["greedy"]
         )
+        for one in greedy:
+            if not one.ids or len({len(one.ids), len(one.logprobs), len(one.seconds), len(one.texts)}) > 1:
+                raise ValueError("a greedy reply whose parts are not of one length")
+        base = {_string(key): _string(value) for key, value in dict(head["base"]).items()}
+        stop_ids = _token_list(head["stop_ids"])
+        if not stop_ids:
+            raise ValueError("a lock without the tokens that end a reply")
         return cls(
-            base=head["base"],
-            template=head["template"],
-            tool_style=head["tool_style"],
-            stop_ids=tuple(head["stop_ids"]),
-            stop_strings=tuple(head["stop_strings"]),
+            base=base,
+            template=_string(head["template"]),
+            tool_style=_string(head["tool_style"]),
+            stop_ids=stop_ids,
+            stop_strings=_text_list(head["stop_strings"]),
             entries=entries,
             answers=answers,
-            greedy=Replies(greedy, head["greedy_replies"]),
+            greedy=Replies(greedy, _string(head["greedy_replies"])),
         )
+
+
+def forget_replies(folder: Path, note: str) -> None:
+    """The format.lock of a folder, if it has one, without the replies, which another model would write; `note` says
+    why."""
+    try:
+        lock = FormatLock.read(folder)
+    except LockError:
+        return
+    replace(lock, greedy=Replies((), note)).write(folder)
 
 
 def template_hash(fmt: ChatFormat) -> str:
@@ -244,8 +283,35 @@ def template_hash(fmt: ChatFormat) -> str:
 
 
 def _case(value: Json) -> Example:
-    tools, variables = tuple(value.get("tools", ())), value.get("variables", {})
-    return Example(value["kind"], tuple(value["messages"]), tools, variables)
+    messages, tools, variables = value["messages"], value.get("tools", []), value.get("variables", {})
+    given = {"messages": messages, "tools": tools, "chat_template_kwargs": variables}
+    if Conversation.from_openai(given).to_openai() != {key: part for key, part in given.items() if part}:
+        raise ValueError("a conversation in another shape than it is written in")
+    return Example(_string(value["kind"]), tuple(messages), tuple(tools), variables)
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _text_list(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("no list of texts")
+    return tuple(map(_string, value))
+
+
+def _token_list(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one < 2**31 for one in value):
+        raise TypeError("no list of tokens")
+    return tuple(value)
+
+
+def _number_list(value: object) -> tuple[float, ...]:
+    if not isinstance(value, list) or not all(type(n) in (int, float) and math.isfinite(n) for n in value):
+        raise TypeError("no list of finite numbers")
+    return tuple(value)
 
 
 def canonical(value: object) -> bytes:

@@ -17,6 +17,7 @@ from qwen_chat.certificate.server import ChatReply, Seen, Server
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
 from qwen_chat.dialects.known import begins_call
+from qwen_chat.errors import printable
 
 # Nats. On the demo model float32 was 0.0000 apart in our service, llama.cpp's Q4_1 0.11 (docs/verify.md). Beyond it the
 # weights are others.
@@ -97,13 +98,18 @@ class Replay:
         refused = [one for one in seen if one.refused is not None]
         if refused:
             self._unseen.append(f"{len(refused)} prompts, which it refuses ({refused[0].refused})")
+        if untold := states.count("unseen") - len(refused):
+            self._unseen.append(f"{untold} prompts: it tells no usage.prompt_tokens")
         self._fed(states)
         changed = any(state in ("other", "tokens") for state in states[: len(self._lock.greedy.replies)])
         self._stop()
         self._call()
         self._weights(prompts_differ=changed)
         return Outcome(
-            tuple(self._findings), tuple(self._agrees), tuple(self._unseen), len(seen) - len(refused)
+            tuple(self._findings),
+            tuple(self._agrees),
+            tuple(self._unseen),
+            len(states) - states.count("unseen"),
         )
 
     def _fed(self, states: Sequence[str]) -> None:
@@ -174,7 +180,8 @@ class Replay:
             "call", (system("Call the tool."), user(f"How is the weather in {CITY}?")), (CALL_TOOL,)
         )
         found = self._server.chat(example, max_tokens=64, tool_choice="required")
-        calls = [] if isinstance(found, str) else found.message.get("tool_calls") or []
+        calls = None if isinstance(found, str) else found.message.get("tool_calls")
+        calls = calls if isinstance(calls, list) else []
         read = []
         for call in calls:
             try:
@@ -185,7 +192,7 @@ class Replay:
         if read and all(one == ("get_weather", {"city": CITY}) for one in read):
             self._agrees.append("a forced call comes back with its arguments")
         elif read:
-            got = json.dumps(read, ensure_ascii=False)[:120]
+            got = printable(json.dumps(read, ensure_ascii=False), 200)
             cure = "set the parser of the dialect that the template speaks (docs/function_calling.md)"
             self._findings.append(Finding("differs", f"a forced call comes back as {got}", cure))
         elif not isinstance(found, str) and found.finish != "length" and begins_call(spoken(found.message)):
@@ -222,7 +229,7 @@ class Replay:
         told = "" if mean is None else f", log-probabilities {mean:.4f} apart in the mean"
         if not compared:
             self._unseen.append("the weights: it gives no greedy reply")
-        elif len(parted) > 1 or (mean is not None and mean > DRIFT):
+        elif len(parted) > 1 or (mean is not None and not mean <= DRIFT):
             cure = (
                 "another quantisation or number type, or the weights of another model; serve the folder's own"
             )

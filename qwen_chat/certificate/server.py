@@ -8,16 +8,20 @@ Nothing is followed elsewhere, no answer is read beyond a bound, and every failu
 from __future__ import annotations
 
 import json
+import math
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import requests
 
 from qwen_chat.certificate.conversations import Example
 from qwen_chat.conversation import Json
-from qwen_chat.errors import ChatError
+from qwen_chat.errors import ChatError, printable
+from qwen_chat.tools.client import new_session
 
 MOST_ANSWER = 32 * 2**20  # bytes of an answer
 CONNECT = 10.0  # seconds
@@ -62,30 +66,33 @@ class ChatReply:
 class Server:
     """One server and one of its models.
 
-    url: with or without a trailing /v1. `channel`: how prompts are seen; known once `open` has been called.
+    url: with or without a trailing /v1. `channel`: how prompts are seen; known once `open` has been called. timeout:
+    seconds that one answer may take, from the first byte asked to the last one answered.
     """
 
     def __init__(self, url: str, *, model: str | None = None, key: str | None = None, timeout: float = 300.0):
         self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise ServerLost(f"--url {url}: expected an address such as http://127.0.0.1:8000")
+        if not _is_address(self.url):
+            raise ServerLost(f"--url {printable(url)}: expected an address such as http://127.0.0.1:8000")
         self.model, self.software = model or "", ""
         self.channel: Channel = "usage"
         self._timeout = timeout
-        self._session = requests.Session()
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self._session = new_session(self.url, key)
 
     def open(self, example: Example) -> None:
         """Find the model, what serves it, and how prompts are seen. Raises ServerLost."""
         status, listed = self._ask("GET", "/v1/models")
         known = listed.get("data") if status == 200 else None
         if status in (401, 403):
-            why = "it wants another key" if "Authorization" in self._session.headers else "it wants a key"
+            why = "it wants another key" if self._session.auth else "it wants a key"
             raise ServerLost(f"{self.url} answered {status}: {why}; give it with --api_key or API_KEY")
         if not isinstance(known, list) and self.model:
             known = []  # transformers serve cannot list what it loads from a folder
         if not isinstance(known, list):
+            if 300 <= status < 400:
+                raise ServerLost(
+                    f"{self.url}/v1/models {listed['error']}; give the server's own address with --url"
+                )
             raise ServerLost(
                 f"{self.url}/v1/models answered {status} and no list of models; is it a chat service?"
             )
@@ -108,7 +115,9 @@ class Server:
         self.channel = "usage"
         found = self.prompt(example)
         if found.count is None and found.refused is not None:
-            raise ServerLost(f"{self.url} answers no chat of the model {self.model!r}: {found.refused}")
+            raise ServerLost(
+                f"{self.url} answers no chat of the model {self.model!r}: {found.refused}; name another with --model"
+            )
 
     def prompt(self, example: Example) -> Seen:
         """What is seen of one conversation's prompt. Raises ServerLost."""
@@ -150,11 +159,11 @@ class Server:
                 message=dict(choice["message"]),
                 finish=choice.get("finish_reason"),
                 tokens=None if told is None else tuple(str(one["token"]) for one in told),
-                logprobs=None if told is None else tuple(float(one["logprob"]) for one in told),
-                prompt_tokens=usage.get("prompt_tokens"),
-                completion_tokens=usage.get("completion_tokens"),
+                logprobs=None if told is None else tuple(_logprob(one["logprob"]) for one in told),
+                prompt_tokens=_count(usage.get("prompt_tokens")),
+                completion_tokens=_count(usage.get("completion_tokens")),
             )
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return refusal_text(status, answer)
 
     def _body(self, example: Example) -> Json:
@@ -172,39 +181,105 @@ class Server:
             return asking(timeout=timeout)
 
     def _ask(self, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:
-        """(status, the answer's JSON object; empty where it is none). Raises ServerLost."""
-        url, began = self.url + path, time.monotonic()
-        try:
-            with self._send(method, url, body) as answer:
-                if answer.is_redirect:
-                    target = answer.headers.get("Location", "")[:200]
-                    raise ServerLost(f"{url} redirects to {target}; give the server's own address with --url")
-                parts, size = [], 0
-                for part in answer.iter_content(65536):
-                    parts.append(part)
-                    size += len(part)
-                    if size > MOST_ANSWER:
-                        raise ServerLost(
-                            f"{url} answers with more than {MOST_ANSWER >> 20} MiB; it was not read on"
-                        )
-                    if time.monotonic() - began > self._timeout:
-                        raise requests.Timeout
-                status = answer.status_code
-        except (requests.RequestException, ValueError) as error:  # requests lets some bad addresses through
-            why = "no answer in time" if isinstance(error, requests.Timeout) else type(error).__name__
-            raise ServerLost(
-                f"{url} cannot be asked ({why}); is the server running, and --url its address?"
-            ) from None
-        try:
-            value = json.loads(b"".join(parts))
-        except (ValueError, RecursionError):
-            value = None
-        return status, value if isinstance(value, dict) else {}
+        """(status, the answer's JSON object; empty where it is none). Raises ServerLost.
+
+        In a thread of its own: a socket's timeout begins anew with every byte, and so a server that sends one now and
+        then would never be given up.
+        """
+        url, done = self.url + path, list[tuple[int, bytes] | Exception]()
+
+        def ask() -> None:
+            try:
+                done.append(self._answer(method, url, body))
+            except Exception as error:
+                done.append(error)
+
+        thread = threading.Thread(target=ask, name="ask", daemon=True)
+        thread.start()
+        thread.join(self._timeout)
+        found = done[0] if done else requests.Timeout()
+        if isinstance(
+            found, requests.RequestException | ValueError
+        ):  # requests lets some bad addresses through
+            why, cure = _why(found)
+            raise ServerLost(f"{url} cannot be asked ({why}); {cure}") from None
+        if isinstance(found, Exception):
+            raise found
+        status, data = found
+        return status, _json_object(data)
+
+    def _answer(self, method: str, url: str, body: Json | None) -> tuple[int, bytes]:
+        """The status and all bytes of an answer; a redirect is told in them, and not followed."""
+        began = time.monotonic()
+        with self._send(method, url, body) as answer:
+            if answer.is_redirect:
+                target = printable(answer.headers.get("Location", ""), 200)
+                return answer.status_code, json.dumps({"error": f"redirects to {target}"}).encode()
+            parts, size = [], 0
+            for part in answer.iter_content(65536):
+                parts.append(part)
+                size += len(part)
+                if size > MOST_ANSWER:
+                    raise ServerLost(
+                        f"{url} answers with more than {MOST_ANSWER >> 20} MiB; it was not read on: is --url a chat"
+                        " service's address?"
+                    )
+                if time.monotonic() - began > self._timeout:
+                    raise requests.Timeout
+            return answer.status_code, b"".join(parts)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        return False
+    bare = not parts.query and not parts.fragment and url.isprintable() and " " not in url
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and bare
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """Why a server could not be asked, and what to do about it."""
+    if isinstance(error, requests.Timeout):
+        return "no answer in time", "is the server running, and --url its address?"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy does not let it through", "see HTTP_PROXY, or name the server's host in NO_PROXY"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "no trusted https", "give an http address, or the certificate's file in REQUESTS_CA_BUNDLE"
+    return type(error).__name__, "is the server running, and --url its address?"
+
+
+def _json_object(data: bytes) -> Json:
+    """The JSON object in an answer, of texts that can be printed; empty where it is none."""
+    try:
+        text = data.decode("utf-8-sig", "replace")
+        value = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():  # half of a pair of surrogates can be written in JSON, and nowhere else
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _no_number(name: str) -> None:
+    """Python reads NaN and Infinity, JSON has neither."""
+    raise ValueError(name)
+
+
+def _logprob(value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def _ids(value: object) -> tuple[int, ...]:
     given = value if isinstance(value, list) else []
-    return tuple(given) if all(isinstance(one, int) for one in given) else ()
+    return tuple(given) if all(type(one) is int and one >= 0 for one in given) else ()
 
 
 def refusal_text(status: int, answer: Json) -> str:
@@ -212,4 +287,4 @@ def refusal_text(status: int, answer: Json) -> str:
         answer.get("error") or answer.get("message") or answer.get("detail") or "no answer of that kind"
     )
     text = error.get("message") if isinstance(error, dict) else error
-    return f"status {status}: {' '.join(str(text).split())[:200]}"
+    return f"status {status}: {printable(' '.join(str(text).split()), 200)}"

@@ -8,8 +8,8 @@ In: a model's folder, or an adapter's (merged first, and compared). Out: a new f
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +63,21 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     if chosen.model is None and options.adapter is None:
         raise OptionError("-m: no model; give a model's folder, or an adapter's with --adapter")
 
-    from qwen_chat.export.source import check_new, find_exported
+    from qwen_chat.export.source import check_new, find_exported, room_beside, shown_name
 
     folder = Path(options.output).expanduser()
     check_new(folder)
     adapters = [] if options.adapter is None else [options.adapter]
     source = find_exported(chosen.model, adapters, any_base=options.any_base)
     kind = _checked_type(options)
-    paths = source.data(options.data_path) if adapters or options.to in _ELSEWHERE else ()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent) as room:
+    merges = bool(adapters) and not options.adapter_only
+    paths = source.data(options.data_path) if merges or options.to in _ELSEWHERE else ()
+    with contextlib.ExitStack() as at_end:
         model = source.base
-        if adapters and not options.adapter_only:
+        if merges:
             from qwen_chat.export.merged_model import merged_folder
 
-            model = Path(room) / Path(adapters[0]).resolve().name
+            model = at_end.enter_context(room_beside(folder)) / shown_name(source.adapters[0])
             comparison = merged_folder(
                 source, (1.0,), paths, model, trust_remote_code=chosen.trust_remote_code
             )
@@ -95,6 +95,15 @@ def _checked_type(options: ExportArguments) -> str:
     """The numbers' type, once everything that the flags rule out has been refused."""
     from qwen_chat.export import elsewhere, targets
 
+    in_gguf = options.to in ("gguf", "ollama")
+    for name, has_effect in (
+        ("type", in_gguf or options.to in _ELSEWHERE),
+        ("llama_quantize", in_gguf and not options.adapter_only),
+        ("python", options.to in _ELSEWHERE),
+    ):
+        if getattr(options, name) is not None and not has_effect:
+            beside = "--adapter_only" if options.adapter_only else f"--to {options.to}"
+            raise OptionError(f"--{name}: has no effect with {beside}; leave it out")
     if options.adapter_only:
         if options.to != "gguf" or options.adapter is None:
             raise OptionError("--adapter_only: expected beside --to gguf and --adapter")
@@ -107,7 +116,7 @@ def _checked_type(options: ExportArguments) -> str:
     if options.to in _ELSEWHERE:
         elsewhere.settings(options.to, options.type)
         elsewhere.check_environment(options.to, options.python)
-    elif options.to in ("gguf", "ollama"):
+    elif in_gguf:
         return targets.check_type(options.type or "q8_0", options.llama_quantize)
     return options.type or ""
 

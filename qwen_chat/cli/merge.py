@@ -9,6 +9,7 @@ loads as it loads the base. The base stays unquantised, for Q-LoRA too.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +49,18 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
         raise OptionError(
             f"--weights: {len(weights)} numbers for {len(options.adapter)} adapters; give one each, in their order"
         )
+    if odd := [weight for weight in weights if not math.isfinite(weight)]:
+        raise OptionError(f"--weights: {odd[0]}; expected finite numbers")
     if options.compare_tokens < 16:
         raise OptionError(f"--compare_tokens: {options.compare_tokens}; expected at least 16")
 
-    from qwen_chat.export.source import check_new, find_exported
+    from qwen_chat.export.source import check_new, find_exported, shown_path
 
     folder = Path(options.output).expanduser()
     check_new(folder)
     source = find_exported(chosen.model, options.adapter, any_base=options.any_base)
     paths = source.data(options.data_path)
-    if source.run.get("method") == "qlora":
+    if source.in_four_bits:
         rank_zero(
             "a Q-LoRA run: its adapter was trained over the base in 4 bits and is merged over the unquantised base,"
             " so the merged model is not quite the one that was trained; both losses follow"
@@ -76,7 +79,7 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
     for line in comparison.lines():
         rank_zero(line)
     rank_zero(f"merged into {folder}; now talk to it:")
-    rank_zero(f"  {place.invocation('chat')} -m {folder}")
+    rank_zero(f"  {place.invocation('chat')} -m {shown_path(folder)}")
     if options.json:
         print(json.dumps({"output": str(folder), **comparison.to_json()}))
     return 0

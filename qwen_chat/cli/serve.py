@@ -380,10 +380,11 @@ def read_keys(service: ServiceArguments) -> tuple[str, ...]:
             raise OptionError(f"--api_key_file {service.api_key_file}: no key in it; write one a line")
         keys += named
     keys = [key.strip() for key in keys if key.strip()]
-    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise OptionError(
-            "--api_key: a key may hold printable ASCII without spaces; a header carries nothing else"
-        )
+    if keys:
+        from qwen_chat.tools.client import check_key
+
+        for key in keys:
+            check_key(key)
     return tuple(dict.fromkeys(keys))
 
 

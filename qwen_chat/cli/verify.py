@@ -21,6 +21,8 @@ from qwen_chat.console import rank_zero
 from qwen_chat.flags import parser
 from qwen_chat.flags.parser import option
 
+MOST_SECONDS = 86_400  # seconds that one answer may take at most
+
 
 @dataclass(frozen=True)
 class VerifyArguments:
@@ -45,16 +47,19 @@ def main(argv: Sequence[str], about: str = str(__doc__)) -> int:
 
     if wanted.most is not None and wanted.most < 1:
         raise errors.OptionError(f"--most {wanted.most}: expected 1 or more")
+    if not 0 < wanted.timeout <= MOST_SECONDS:
+        raise errors.OptionError(
+            f"--timeout {wanted.timeout:g}: expected seconds above 0, at most {MOST_SECONDS:,}"
+        )
     folder = find_lock(wanted.lock)
     lock = FormatLock.read(folder)
     key = wanted.api_key or os.environ.get("API_KEY")
     server = Server(wanted.url, model=wanted.model, key=key, timeout=wanted.timeout)
     server.open(lock.entries[0].case)
     fmt = lock.format_beside(folder)
-    rank_zero(f"{server.url}: {server.software}, model {server.model}")
-    rank_zero(
-        f"lock {folder}: {len(lock.entries)} prompts; base {lock.base.get('name')}; greedy replies: {lock.greedy.note}"
-    )
+    rank_zero(f"{server.url}: {server.software}, model {errors.printable(server.model)}")
+    told = f"base {lock.base.get('name')}; greedy replies: {lock.greedy.note}"
+    rank_zero(f"lock {folder}: {len(lock.entries)} prompts; {errors.printable(told)}")
     verdict = Replay(lock, server, fmt, rank_zero if sys.stderr.isatty() else lambda _: None).run(wanted.most)
     if wanted.json:
         facts = {name: str(getattr(server, name)) for name in ("url", "model", "software", "channel")}

@@ -31,7 +31,7 @@ from qwen_chat.data.formats import read_record
 from qwen_chat.data.privacy import Secret, screened
 from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted, printable
 from qwen_chat.dialects.shapes import END_THINK
-from qwen_chat.errors import DataError, FormatError, Problem
+from qwen_chat.errors import DataError, FormatError, Problem, printable
 
 OnError = Literal["stop", "skip"]
 # How the names of data files end. A folder's are read in the order of their names.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_chat.chat.encoded import Encoded
-from qwen_chat.errors import OptionError, OutputError
+from qwen_chat.errors import OptionError, OutputError, first_line, printable
 from qwen_chat.export.source import Exported, build_new, write_json
 from qwen_chat.weights import model_tensors
 
@@ -99,7 +99,10 @@ def check_environment(to: str, python: str | None) -> None:
     if shutil.which(python) is None:
         raise OptionError(f"--python {python}: no program there; {cure}")
     program = "import importlib.util as u, sys\nprint(*(n for n in sys.argv[1:] if not u.find_spec(n)))"
-    done = subprocess.run([python, "-c", program, *modules], capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, "-c", program, *modules], capture_output=True, text=True)
+    except OSError as error:
+        raise OptionError(f"--python {python}: cannot be run ({first_line(error)}); {cure}") from None
     missing = done.stdout.split() if done.returncode == 0 else [modules[0]]
     if missing:
         raise OptionError(f"--python {python}: has no {missing[0]}; {cure}")
@@ -137,15 +140,28 @@ def write_elsewhere(
             raise OutputError(
                 f"--to {to}: {Path(python).name} ended with status {done.returncode} ({words[:300]})"
             )
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        facts.update(
-            settings=dict(job.settings),
-            held_out_tokens=found["tokens"],
-            perplexity_before=round(math.exp(found["before"]), 4),
-            perplexity_after=round(math.exp(found["after"]), 4),
-        )
+        last = (done.stdout.strip().splitlines() or ["no word"])[-1]
+        try:
+            found = json.loads(last)
+            facts.update(
+                settings=dict(job.settings),
+                held_out_tokens=int(found["tokens"]),
+                perplexity_before=_perplexity(float(found["before"])),
+                perplexity_after=_perplexity(float(found["after"])),
+            )
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(
+                f"--to {to}: {Path(python).name} ended without what it measured ({printable(last, 300)}); make its"
+                f" environment anew: pip install '{NEEDS[to][1]}'"
+            ) from None
         Exported(model, (), {}).copy_speech(aside)
         write_json(aside / "export.json", facts)
 
     build_new(folder, build)
     return facts
+
+
+def _perplexity(loss: float) -> float | None:
+    """None where there is no loss, or where no number holds it."""
+    found = math.exp(loss) if loss < 700 else math.inf
+    return round(found, 4) if math.isfinite(found) else None

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from qwen_chat import models
-from qwen_chat.errors import ModelError
-from qwen_chat.export.gguf_file import FILE_TYPES, announce, arranged, read_shape
+from qwen_chat.errors import MissingDependency, ModelError
+from qwen_chat.export.gguf_file import FILE_TYPES, announce, arranged, packed, read_shape
+from qwen_chat.export.source import shown_name
 
 # What a GGUF adapter has no place for, by the key of adapter_config.json.
 _NO_PLACE = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
@@ -26,15 +27,21 @@ _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 
 def write_adapter(adapter: Path, base: Path, file: Path, kind: str) -> dict[str, Any]:
     """Write `file`; returns its facts. Raises ModelError for an adapter that has more than pairs of factors."""
-    import gguf
-
+    try:
+        import gguf
+    except ImportError:
+        raise MissingDependency("gguf", "--to gguf") from None
     config, (shape, arch) = models.read_adapter_config(adapter), read_shape(base)
     _check(adapter, config)
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ModelError(f"{adapter}: lora_alpha is {alpha!r} in its config; expected a number above 0")
+    models.load_adapter(models.on_meta(base), adapter, on_meta=True)  # it is whole, and the base's
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
-    writer.add_name(adapter.name)
+    writer.add_name(shown_name(adapter))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], shape["num_hidden_layers"])
@@ -51,12 +58,13 @@ def write_adapter(adapter: Path, base: Path, file: Path, kind: str) -> dict[str,
             second = arranged(f"{name}.weight", second, shape, arch)
         for suffix, factor in (("lora_a", first), ("lora_b", second)):
             wanted = gguf.GGMLQuantizationType[kind.upper()]
-            found.append((factor, announce(writer, f"{place}.{suffix}", tuple(factor.shape), wanted)))
+            stored = announce(writer, f"{place}.{suffix}", tuple(factor.shape), wanted)
+            found.append((f"{name}.{suffix}", factor, stored))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for factor, stored in found:
-        writer.write_tensor_data(gguf.quants.quantize(factor.contiguous().numpy(), stored))
+    for name, factor, stored in found:
+        writer.write_tensor_data(packed(f"{adapter}: {name}", factor, stored))
     writer.close()
     return {"type": kind, "tensors": len(found), "left_out": []}
 

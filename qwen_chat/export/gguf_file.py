@@ -21,6 +21,7 @@ import torch
 from qwen_chat import models
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.errors import MissingDependency, ModelError, first_line
+from qwen_chat.export.source import shown_name
 from qwen_chat.gguf_model import pre_tokenizer
 from qwen_chat.weights import model_tensors
 
@@ -44,7 +45,9 @@ FILE_TYPES = {
     "q4_0": "MOSTLY_Q4_0",
 }
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)\.weight$")
+_LAYER = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.")
 _SMALL = ("ffn_gate_inp", "ssm_conv1d")  # always in float32
+_LARGEST_F16, _LARGEST_INT = 65504.0, 2**32 - 1  # that a tensor and a field of a GGUF hold
 
 
 def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
@@ -53,15 +56,21 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
         import gguf
     except ImportError:
         raise MissingDependency("gguf", "--to gguf") from None
+    models.check_unquantised(model)
     text, arch = read_shape(model)
     architecture = gguf.MODEL_ARCH[arch]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     tensors = _Tensors(model, text, arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(model.name)
+    writer.add_name(shown_name(model))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _write_shape(writer, text, arch)
+    try:
+        _write_shape(writer, text, arch)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{model}: config.json cannot be written as GGUF ({first_line(error)}); fetch the model again"
+        ) from None
     _vocabulary(writer, model, text, arch)
     names = gguf.get_tensor_name_map(architecture, text["num_hidden_layers"])
     wanted = gguf.GGMLQuantizationType[kind.upper()]
@@ -78,13 +87,42 @@ def write_gguf(model: Path, file: Path, kind: str) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, stored in places.items():
-        data = tensors.read(name).contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(data, stored))
+        writer.write_tensor_data(packed(f"{model}: {name}", tensors.read(name), stored))
     writer.close()
     return {"type": kind, "tensors": len(places), "left_out": lost}
 
 
-def read_shape(model: Path) -> tuple[dict[str, Any], str]:
+def packed(name: str, tensor: torch.Tensor, kind: Any) -> Any:
+    """A tensor's numbers as they are written. ModelError where one is not finite, or is too large for the type."""
+    import gguf
+
+    numbers = tensor.contiguous().numpy()
+    largest = max(float(numbers.max()), -float(numbers.min())) if numbers.size else 0.0
+    if not math.isfinite(largest):
+        raise ModelError(f"{name} holds a number that is not finite; it is damaged: copy it again")
+    if kind == gguf.GGMLQuantizationType.F16 and largest > _LARGEST_F16:
+        raise ModelError(f"{name} holds a number that is too large for f16; give --type bf16 or f32")
+    return gguf.quants.quantize(numbers, kind)
+
+
+class _Shape(dict[str, Any]):
+    """What a config.json says, and where it says nothing what transformers takes. plain: the model on torch's meta
+    device."""
+
+    def __init__(self, said: Mapping[str, Any], folder: Path, plain: Any) -> None:
+        super().__init__(said)
+        self.folder, self.plain = folder, plain
+
+    def __missing__(self, key: str) -> Any:
+        value = getattr(models.text_config(self.plain), key, None)
+        if value is None:
+            raise ModelError(
+                f"{self.folder}: config.json says no {key}; save the model anew with save_pretrained"
+            )
+        return value
+
+
+def read_shape(model: Path) -> tuple[_Shape, str]:
     """The text model's settings, and llama.cpp's architecture. ModelError where it has none."""
     config = models.read_config(model)
     arch = ARCHITECTURES.get(str(config["model_type"]))
@@ -93,14 +131,28 @@ def read_shape(model: Path) -> tuple[dict[str, Any], str]:
             f"{model}: model_type {config['model_type']!r} is not written as GGUF here; expected one of"
             f" {', '.join(ARCHITECTURES)}"
         )
-    text = {**config, **(config.get("text_config") or {})}
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, dict) else config
     adds_to_one = bool(text.get("norm_topk_prob"))
     if NORMS_EXPERTS.get(arch, adds_to_one) != adds_to_one:
         raise ModelError(
             f"{model}: config.json: norm_topk_prob is {adds_to_one}, and llama.cpp computes {config['model_type']}"
             f" as if it were {not adds_to_one}; serve it with this service or vLLM"
         )
-    return text, arch
+    plain = models.on_meta(model)
+    taken = models.text_config(plain)
+    kinds, window = getattr(taken, "layer_types", None) or (), getattr(taken, "sliding_window", None)
+    odd = None
+    if "sliding_attention" in kinds and window and window < taken.max_position_embeddings:
+        odd = f"attends through a window of {window} tokens"
+    if arch in NORMS_EXPERTS and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
+        odd = "has layers without experts between those with experts"
+    if odd:
+        raise ModelError(
+            f"{model}: {odd}, which llama.cpp does not compute for {config['model_type']}; serve it with this service"
+            " or vLLM"
+        )
+    return _Shape(text, model, plain), arch
 
 
 def announce(writer: Any, place: str, shape: tuple[int, ...], kind: Any) -> Any:
@@ -123,8 +175,9 @@ def announce(writer: Any, place: str, shape: tuple[int, ...], kind: Any) -> Any:
 class _Tensors:
     """The tensors of a folder as llama.cpp wants them, in float32, by their names in the folder."""
 
-    def __init__(self, model: Path, config: Mapping[str, Any], arch: str) -> None:
+    def __init__(self, model: Path, config: _Shape, arch: str) -> None:
         self.stored, self.config, self.arch = model_tensors(model), config, arch
+        self._check_whole(model, config.plain)
         self.sources: dict[str, list[str]] = defaultdict(list)
         for name in self.stored:
             plain = name.replace("model.language_model.", "model.")
@@ -134,6 +187,24 @@ class _Tensors:
             names.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
         if config.get("tie_word_embeddings"):
             self.sources.pop("lm_head.weight", None)
+
+    def _check_whole(self, model: Path, plain: Any) -> None:
+        """ModelError where files and config.json are not of one model."""
+        known = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
+        if models.text_config(plain).tie_word_embeddings:
+            known.pop("lm_head.weight", None)
+        found, places = models.parameter_names(plain, self.stored), plain.state_dict().keys()
+        odd = sorted(known.keys() - set(found.values()))
+        for raw, name in found.items():
+            layer = _LAYER.match(raw)
+            # Old checkpoints hold frequencies that every program computes.
+            beyond = layer is not None and name not in places and not raw.endswith(".inv_freq")
+            if beyond or (raw == name and name in known and self.stored[raw].shape != known[name]):
+                odd.append(raw)
+        if odd:
+            raise ModelError(
+                f"{model}: its files and config.json do not agree on {odd[0]} ({len(odd)} such); fetch the model again"
+            )
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, sources in list(self.sources.items()):
@@ -170,9 +241,9 @@ class _Tensors:
 def arranged(name: str, tensor: torch.Tensor, config: Mapping[str, Any], arch: str) -> torch.Tensor:
     """A weight with its rows (of a delta net's last projection: its columns) in llama.cpp's order."""
     heads = config.get("num_attention_heads", 1)
-    if arch == "LLAMA" and name.endswith("q_proj.weight"):
+    if arch == "LLAMA" and name.endswith(("q_proj.weight", "q_proj.bias")):
         return _interleaved(tensor, heads)
-    if arch == "LLAMA" and name.endswith("k_proj.weight"):
+    if arch == "LLAMA" and name.endswith(("k_proj.weight", "k_proj.bias")):
         return _interleaved(tensor, config.get("num_key_value_heads", heads))
     return _delta_net(name, tensor, config) if arch == "QWEN35" else tensor
 
@@ -213,7 +284,7 @@ def _write_shape(writer: Any, config: Mapping[str, Any], arch: str) -> None:
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(min(config["max_position_embeddings"], _LARGEST_INT))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)

@@ -42,17 +42,18 @@ class LayerwiseModel:
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        if "quantization_config" in models.read_config(base):
-            raise ModelError(f"{base}: its weights are quantised; give the base as it was before")
+        models.check_unquantised(base)
         self.base, self.stored = base, model_tensors(base)
         self._plain = models.on_meta(base, trust_remote_code=trust_remote_code)
         inner = models.on_meta(base, trust_remote_code=trust_remote_code)
-        self.start = str(models.read_adapter_config(adapters[0]).get("init_lora_weights")).lower()
-        if self.start.startswith(_LOST):
-            raise ModelError(
-                f"{adapters[0]}: trained from init_lora_weights {self.start}, which changed its base; over the base as"
-                " it was the adapter is another one: merge it where it was trained"
-            )
+        starts = [_start(adapter) for adapter in adapters]
+        for adapter, start in zip(adapters, starts, strict=True):
+            if start.startswith(_LOST):
+                raise ModelError(
+                    f"{adapter}: trained from init_lora_weights {start}, which changed its base; over the base as"
+                    " it was the adapter is another one: merge it where it was trained"
+                )
+        self.start = starts[0]
         self.peft = models.load_adapter(inner, adapters[0], on_meta=True).eval()
         self.core = self.peft.get_base_model()
         if len(adapters) > 1 or tuple(weights) != (1.0,):
@@ -87,7 +88,7 @@ class LayerwiseModel:
                 key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)
             ]
             odd += ["bias"] if config.get("bias", "none") != "none" else []
-            odd += ["init_lora_weights"] if self.start.startswith(_TAKEN_OUT) else []
+            odd += ["init_lora_weights"] if _start(adapter).startswith(_TAKEN_OUT) else []
             if odd:
                 raise ModelError(
                     f"{adapter}: {', '.join(odd)} in its config; only plain LoRA adapters add up by weights"
@@ -95,13 +96,7 @@ class LayerwiseModel:
         names = ["default"]
         for number, adapter in enumerate(adapters[1:], 2):
             names.append(f"adapter_{number}")
-            try:
-                self.peft.load_adapter(str(adapter), names[-1], low_cpu_mem_usage=True)
-                models.load_adapter_weights(self.peft, adapter, names[-1])
-            except Exception as error:  # as for the first one
-                raise ModelError(
-                    f"{adapter}: does not fit beside {adapters[0]} ({first_line(error)})"
-                ) from None
+            models.add_adapter(self.peft, adapter, names[-1])
         self.peft.base_model.set_adapter(names)
         for module in self.core.modules():
             scaling = getattr(module, "scaling", None)
@@ -218,7 +213,9 @@ class LayerwiseModel:
             self.core.set_submodule(name, new)
         for name, parameter in self.core.get_submodule(part).named_parameters():
             if not all(bool(rows.isfinite().all()) for rows in parameter.data.split(_ROWS_AT_ONCE)):
-                raise ModelError(f"{part}.{name}: not finite after merging; the adapter is damaged")
+                raise ModelError(
+                    f"{part}.{name}: not finite after merging; the adapter or its base is damaged: copy it again"
+                )
             stored = self._dtypes.get(f"{part}.{name}", torch.float32)
             for rows in parameter.data.split(_ROWS_AT_ONCE):  # in place: a large embedding is in memory once
                 rows.copy_(rows.to(stored))
@@ -301,6 +298,11 @@ class LayerwiseModel:
         finally:
             for layer in layers:
                 del layer.forward
+
+
+def _start(adapter: Path) -> str:
+    """What its first values were, as its config says it."""
+    return str(models.read_adapter_config(adapter).get("init_lora_weights")).lower()
 
 
 def _set(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

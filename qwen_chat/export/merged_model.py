@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from qwen_chat import models
+from qwen_chat.certificate.lock import forget_replies
 from qwen_chat.chat.encoded import Encoded
 from qwen_chat.errors import ModelError
 from qwen_chat.export.layerwise import LayerwiseModel
-from qwen_chat.export.source import Exported, build_new, check_new, write_json
+from qwen_chat.export.source import MERGE_FILE, Exported, build_new, check_new, write_json
 from qwen_chat.export.tensor_writer import TensorWriter
 
 # The largest difference of a logit, divided by the largest logit, by the type in which the weights are stored.
@@ -107,6 +108,12 @@ class _SideBySide:
         self.ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         for row, sequence in enumerate(sequences):
             self.ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
+        rows = len(model.core.get_submodule(model.rows).weight)
+        if int(self.ids.max()) >= rows:
+            raise ModelError(
+                f"{model.base}: its tokenizer writes token {int(self.ids.max())}, its model has {rows} rows; give the"
+                " base that the adapter was trained over with -m"
+            )
         self.four: torch.Tensor | None = torch.empty(0) if four_bits else None
         self.merged = torch.empty(0)
 
@@ -223,7 +230,7 @@ def merged_folder(
             weights,
             sequences,
             aside,
-            four_bits=source.run.get("method") == "qlora",
+            four_bits=source.in_four_bits,
             trust_remote_code=trust_remote_code,
             tick=tick,
         )
@@ -240,8 +247,12 @@ def merged_folder(
                     part["tie_word_embeddings"] = False
             write_json(aside / "config.json", config)
         source.copy_speech(aside)
+        if tuple(weights) != (1.0,):
+            forget_replies(
+                aside, "none: merged with other adapters or at another strength than it was trained"
+            )
         write_json(
-            aside / "merge.json",
+            aside / MERGE_FILE,
             {
                 "base": str(source.base),
                 "adapters": [str(adapter) for adapter in source.adapters],

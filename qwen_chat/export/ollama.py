@@ -7,6 +7,7 @@ ones; the Modelfile. What a template is given: https://github.com/ollama/ollama/
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -361,11 +362,11 @@ def modelfile(
 ) -> str:
     """FROM, TEMPLATE, PARAMETERs; `longest`: positions that the model has."""
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{go_template(wording)}"""']
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     values = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        "top_k": int(sampling.top_k),
         "min_p": sampling.min_p,
         "repeat_penalty": sampling.repetition_penalty,
         "num_ctx": min(longest, _CONTEXT),
@@ -374,3 +375,12 @@ def modelfile(
     if isinstance(wording.dialect, Xml):
         lines.append(f"PARSER {'qwen3.5' if THINK in ''.join(wording.begins.values()) else 'qwen3-coder'}")
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
+
+
+def model_name(text: str) -> str:
+    """A name that Ollama takes for a model, near to `text`."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:80] or "model"

@@ -6,9 +6,13 @@ is whole. Every reason not to begin is told before anything is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ SPEECH = (
     "vocab.*",
     "merges.txt",
 )
+MERGE_FILE = "merge.json"  # what was merged, and what the comparison found
 CARRIED = ("generation_config.json", "format.lock")
 
 
@@ -41,11 +46,19 @@ class Exported:
     adapters: tuple[Path, ...]
     run: Mapping[str, Any]
 
+    def part(self, name: str) -> Mapping[str, Any]:
+        """An object in run.json; {}: there is none."""
+        return _object_in(self.run, name)
+
     @property
     def options(self) -> Mapping[str, Any]:
         """The run's options."""
-        found = self.run.get("options")
-        return found if isinstance(found, dict) else {}
+        return self.part("options")
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether an adapter was trained over a base in 4 bits."""
+        return any(run_folder.read_run_json(adapter).get("method") == "qlora" for adapter in self.adapters)
 
     @property
     def folder(self) -> Path:
@@ -67,7 +80,8 @@ class Exported:
         if given:
             return tuple(given)
         options = self.options
-        named = options.get("eval_data_path") or options.get("data_path") or ()
+        told = options.get("eval_data_path") or options.get("data_path")
+        named = [str(name) for name in told] if isinstance(told, list) else []
         gone = [name for name in named if not Path(name).exists()]
         if not named or gone:
             what = (
@@ -76,7 +90,7 @@ class Exported:
                 else "no run.json tells which data it was trained on"
             )
             raise OptionError(f"-d: {what}; give conversations to compare on")
-        return tuple(str(name) for name in named)
+        return tuple(named)
 
     def chat_format(self, tokenizer: Any) -> ChatFormat:
         """The format that the run trained in."""
@@ -107,13 +121,10 @@ class Exported:
 
 
 def find_exported(model: str | None, adapters: Sequence[str], *, any_base: bool = False) -> Exported:
-    """ModelError where a folder is missing, half-written, or the base is not the one that the run trained over."""
+    """ModelError where a folder is missing, half-written, or the base is not the one that a run trained over."""
     folders = tuple(Path(name).expanduser() for name in adapters)
-    if not folders:
-        base = models.resolve(model)
-        return Exported(base, (), run_folder.read_run_json(base))
     for folder in folders:
-        models.adapter_base(folder)
+        models.read_adapter_config(folder)
         if not (folder / "adapter_model.safetensors").is_file():
             raise ModelError(
                 f"{folder}: adapter_config.json without adapter_model.safetensors; the adapter is half-written: save or"
@@ -123,37 +134,100 @@ def find_exported(model: str | None, adapters: Sequence[str], *, any_base: bool 
             raise ModelError(
                 f"{folder}: its run has not finished (run.json); let it finish, or give a finished one"
             )
-    base = models.resolve(model or models.adapter_base(folders[0]))
-    run = run_folder.read_run_json(folders[0])
-    trained = (run.get("shaped_by") or {}).get("model")
-    if trained and not any_base and trained != checkpoints.model_fingerprint(base):
+    base = models.resolve(model) if model is not None or not folders else _named_base(folders[0])
+    if models.is_gguf(base):
         raise ModelError(
-            f"{base}: not the weights that {folders[0]} was trained over (run.json has their fingerprint); give that"
-            " base with -m, or --any_base True"
+            f"{model or base}: a GGUF file, which is served as it is; give the folder that it was made of with -m"
         )
-    return Exported(base, folders, run)
+    for folder in folders if not any_base else ():
+        trained = _object_in(run_folder.read_run_json(folder), "shaped_by").get("model")
+        if trained and trained != checkpoints.model_fingerprint(base):
+            raise ModelError(
+                f"{base}: not the weights that {folder} was trained over (run.json has their fingerprint); give that"
+                " base with -m, or --any_base True"
+            )
+    return Exported(base, folders, run_folder.read_run_json(folders[0] if folders else base))
+
+
+def _named_base(adapter: Path) -> Path:
+    """The base that an adapter names, which the person has not typed."""
+    name = models.adapter_base(adapter)
+    try:
+        return models.resolve(name)
+    except ModelError as error:
+        raise ModelError(f"{adapter}: its base is not at hand; give it with -m ({error})") from None
+
+
+def _object_in(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def shown_name(folder: Path) -> str:
+    """What a model is called elsewhere: its folder's name; in the hub's cache the name that it has on the hub."""
+    path = Path(os.path.abspath(folder))  # a name for "." too
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
+
+
+def shown_path(path: Path) -> str:
+    """A path as a word of a command that takes flags."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def check_new(folder: Path) -> None:
-    """OutputError where something lies at `folder` already."""
-    if folder.exists() or folder.is_symlink():
+    """OutputError where something lies at `folder` already, or nothing can."""
+    try:
+        taken = folder.name in ("", "..") or folder.exists() or folder.is_symlink()
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    if taken:
         raise OutputError(
             f"{folder}: there is something already; nothing is overwritten: give a new name with -o"
         )
 
 
 def build_new(folder: Path, build: Callable[[Path], None]) -> None:
-    """Make a folder that appears when it is whole; OutputError where the disk is full or something is in its place."""
+    """Make a folder that appears when it is whole; OutputError where the disk is full, something is in its place, or
+    another process makes it."""
     check_new(folder)
+    lock = files.Lock(folder.with_name(f".{folder.name}.lock"), signed=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        files.build_aside(folder, build)
+        if not lock.take():
+            raise OutputError(
+                f"{folder}: another process is making it ({lock.holder()}); wait, or give a new name with -o"
+            )
+        try:
+            check_new(folder)  # the other process may have just made it
+            files.build_aside(folder, build)
+        finally:
+            lock.release()
     except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be written ({first_line(error)}); nothing was left there: free some disk space, or give"
-            " another disk's folder with -o"
-        ) from None
+        raise _not_written(folder, error) from None
+
+
+@contextlib.contextmanager
+def room_beside(folder: Path) -> Iterator[Path]:
+    """A folder on the disk of `folder` for what leads to it; gone at the end. OutputError where there is no place."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    with room as name:
+        yield Path(name)
+
+
+def _not_written(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{folder}: cannot be written ({first_line(error)}); nothing was left there: free some disk space, or give"
+        " another folder with -o"
+    )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    """Names of files whose bytes are no UTF-8 are written as JSON's escapes of what Python makes of them."""
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

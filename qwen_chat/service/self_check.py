@@ -16,6 +16,7 @@ from qwen_chat.certificate.lock import LOCK_FILE, FormatLock, LockError
 from qwen_chat.certificate.report import difference_lines
 from qwen_chat.certificate.server import Seen
 from qwen_chat.chat.format import ChatFormat
+from qwen_chat.errors import first_line, printable
 from qwen_chat.inference.engine import Engine
 from qwen_chat.service.errors import APIError
 from qwen_chat.service.prepare import chat_prompt_ids
@@ -44,8 +45,10 @@ def check_formats(engine: Engine, model: Path, adapters: Mapping[str, Path]) -> 
                 wrong = f"the adapter was trained over {lock.base.get('name')}, whose weights are others than {model}'s"
         except LockError as error:
             wrong, count = str(error), 0
+        except Exception as error:  # a file that somebody made; whatever it brings about, the service starts
+            wrong, count = f"cannot be replayed ({type(error).__name__}: {first_line(error)})", 0
         if wrong is not None:
-            yield f"warning: {what}: {wrong}"
+            yield f"warning: {what}: {printable(wrong, 2000)}"
             continue
         took = time.monotonic() - began
         part = "" if count == len(lock.entries) else f" of {len(lock.entries)} (there was no time for more)"

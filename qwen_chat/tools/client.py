@@ -5,16 +5,59 @@ In: a service's address and request bodies. Out: plain dicts, streamed chunks, o
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import types
 from collections.abc import Iterator
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import requests
+from requests.auth import AuthBase
 
 from qwen_chat import place
 from qwen_chat.conversation import Json
-from qwen_chat.errors import ServiceError
+from qwen_chat.errors import OptionError, ServiceError
+
+
+def check_key(key: str) -> None:
+    """OptionError where no header can carry it."""
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise OptionError(
+            "--api_key: a key may hold printable ASCII without spaces; a header carries nothing else"
+        )
+
+
+class _Bearer(AuthBase):
+    """A key. As a mere header it would give way to a password that .netrc has for the same host."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+def new_session(url: str, key: str | None) -> requests.Session:
+    """What asks the server at `url`, with its key. Raises OptionError for a key that cannot be sent."""
+    session = requests.Session()
+    if key:
+        check_key(key)
+        session.auth = _Bearer(key)
+    if _is_here(url):  # the environment's proxy would look for it on its own machine
+        session.trust_env = False
+        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+    return session
+
+
+def _is_here(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class HttpClient:
@@ -27,9 +70,7 @@ class HttpClient:
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._timeout = timeout
-        self._session = requests.Session()
-        if api_key:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        self._session = new_session(url, api_key)
         self.chat = types.SimpleNamespace(completions=self)
 
     def models(self) -> list[str]:
@@ -55,7 +96,7 @@ class HttpClient:
             answer = self._session.request(method, url, json=body, stream=streams, timeout=self._timeout)
             if answer.status_code != 200:
                 raise ServiceError(f"{url} answered {answer.status_code}: {_told(answer.text)}")
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # requests lets some bad addresses through
             raise ServiceError(
                 f"{url} cannot be reached ({type(error).__name__}); start the service with "
                 f"{place.invocation('serve')}"

@@ -216,7 +216,7 @@ def read_run_json(folder: Path) -> dict[str, Any]:
     """run.json, or {} where there is none that can be read."""
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from qwen_chat.certificate import lock as module
 from qwen_chat.certificate.conversations import kinds
-from qwen_chat.certificate.lock import LOCK_FILE, FormatLock, LockError
+from qwen_chat.certificate.lock import LOCK_FILE, FormatLock, LockError, Replies, forget_replies
 from qwen_chat.chat.format import ChatFormat
+from qwen_chat.conversation import Json
+from qwen_chat.errors import FormatError
 
 
 def test_a_lock_is_read_as_it_was_written(whole_lock: FormatLock, tmp_path: Path) -> None:
@@ -56,3 +65,94 @@ def test_a_lock_of_another_model_is_told(
     whole_lock.write(tmp_path)
     with pytest.raises(LockError, match="of another model"):
         whole_lock.format_beside(tmp_path)
+
+
+def forged(lock: FormatLock, change: Callable[[Json, Any], object]) -> str:
+    """The file as somebody makes it who knows how its hashes are made. change: of the head and the content."""
+    head, content = json.loads(lock.text), json.loads(json.dumps(lock.content))
+    del head["content"]
+    change(head, content)
+    head["hashes"] = {name: module._hash(part) for name, part in content.items()}
+    head["hashes"]["all"] = module._hash(head)
+    packed = base64.b64encode(zlib.compress(module.canonical(content))).decode()
+    return json.dumps(head | {"content": packed})
+
+
+def put(value: object, *where: Any) -> Callable[[Json, Any], object]:
+    """Put a value into the content."""
+
+    def change(_: Json, content: Any) -> None:
+        for key in where[:-1]:
+            content = content[key]
+        content[where[-1]] = value
+
+    return change
+
+
+FORGED: dict[str, Callable[[Json, Any], object]] = {
+    **{f"no {key}": lambda head, _, key=key: head.pop(key) for key in ("base", "template", "stop_ids")},
+    **{
+        f"{key} 7": lambda head, _, key=key: head.update({key: 7}) for key in ("base", "template", "stop_ids")
+    },
+    "no end of a reply": lambda head, _: head.update(stop_ids=[]),
+    "an end that is no token": lambda head, _: head.update(stop_ids=[[1]]),
+    "a note that is no text": lambda head, _: head.update(greedy_replies=[1]),
+    "no list of prompts": put(7, "prompts"),
+    "a prompt that is no text": put(7, "prompts", 0, 1),
+    "tokens as text": put("12", "prompts", 0, 2),
+    "a negative token": put([-1], "prompts", 0, 2),
+    "a message of no role": put([{"content": "x"}], "prompts", 0, 0, "messages"),
+    "no message": put([], "prompts", 0, 0, "messages"),
+    "a content of parts": put([{"type": "text", "text": "x"}], "prompts", 0, 0, "messages", 0, "content"),
+    "a tool that is none": put([1], "prompts", 0, 0, "tools"),
+    "an answer that is no text": put(None, "answers", 0, 1),
+    "a reply without tokens": put([[], [], [], []], "greedy", 0),
+    "replies of two lengths": put([[1, 2], [-1.0], [-2.0], ["a"]], "greedy", 0),
+    "no number": put([[1], [float("nan")], [-2.0], ["a"]], "greedy", 0),
+}
+
+
+def test_a_lock_with_right_hashes_and_another_shape_is_damaged(lock: FormatLock, tmp_path: Path) -> None:
+    small = replace(lock, entries=lock.entries[:3])
+    (tmp_path / LOCK_FILE).write_text(forged(small, lambda *_: None), encoding="utf-8")
+    assert FormatLock.read(tmp_path) == small
+    for name, change in FORGED.items():
+        (tmp_path / LOCK_FILE).write_text(forged(small, change), encoding="utf-8")
+        with pytest.raises(LockError) as raised:
+            FormatLock.read(tmp_path)
+        assert str(raised.value).endswith("damaged; copy it again from the run's folder"), name
+
+
+def test_a_lock_without_prompts_is_told(lock: FormatLock, tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text(forged(lock, put([], "prompts")), encoding="utf-8")
+    with pytest.raises(LockError, match="holds no prompt"):
+        FormatLock.read(tmp_path)
+
+
+def test_a_tokenizer_beside_it_that_is_damaged_is_one_line(
+    lock: FormatLock, qwen3_format: ChatFormat, tmp_path: Path
+) -> None:
+    qwen3_format.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(LockError, match="its tokenizer cannot be loaded"):
+        lock.format_beside(tmp_path)
+
+
+def test_variables_that_the_template_has_not_are_refused(
+    lock: FormatLock, qwen3_format: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer_config.json").touch()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: qwen3_format.tokenizer)
+    given = forged(lock, put({"messages": []}, "prompts", 0, 0, "variables"))
+    (tmp_path / LOCK_FILE).write_text(given, encoding="utf-8")
+    with pytest.raises(FormatError, match=r"conversation 0 of its format\.lock"):
+        FormatLock.read(tmp_path).format_beside(tmp_path)
+
+
+def test_replies_can_be_forgotten(lock: FormatLock, tmp_path: Path) -> None:
+    forget_replies(tmp_path, "no file, no word")
+    lock.write(tmp_path)
+    forget_replies(tmp_path, "none: mixed")
+    found = FormatLock.read(tmp_path)
+    assert found.greedy == Replies((), "none: mixed") and found.entries == lock.entries

@@ -202,3 +202,25 @@ def test_parts_of_characters_end_a_comparison() -> None:
     locked = GreedyReply((1, 2, 3), (-0.5, -0.5, -4.0), (-9.0, -9.0, -9.0), ("a", "\ufffd", "b"))
     told = ChatReply({"content": "a"}, "length", ("a", "c"), (-0.5, -1.0), None, None)
     assert compare_reply(locked, told) == ([0.0], None)
+
+
+def test_a_server_that_tells_nothing_of_prompts_does_not_agree(
+    lock: FormatLock, qwen3_format: ChatFormat
+) -> None:
+    with FaultyServer(qwen3_format, lock, Fault(tells_usage=False), "") as server:
+        verdict = replay(server, lock, qwen3_format)
+    assert (verdict.status, verdict.seen) == (2, 0)
+    assert f"{len(lock.entries)} prompts: it tells no usage.prompt_tokens" in verdict.unseen
+
+
+def test_calls_of_another_shape_are_no_calls(lock: FormatLock, qwen3_format: ChatFormat) -> None:
+    class Odd(FaultyServer):
+        def _chat(self, body: Json) -> Json:
+            answer = super()._chat(body)
+            if body.get("tool_choice") == "required":
+                answer["choices"][0]["message"]["tool_calls"] = 7
+            return answer
+
+    with Odd(qwen3_format, lock, Fault(typed_is_control=False)) as server:
+        verdict = replay(server, lock, qwen3_format)
+    assert verdict.status == 0 and any("calls read from replies" in line for line in verdict.unseen)

@@ -76,3 +76,32 @@ def test_what_the_worker_says_is_told(
     with pytest.raises(OutputError, match=r"--to gptq: .* ended with status 1 \(this CPU has no kernels\)"):
         write_elsewhere("gptq", tiny_model_path, tmp_path / "other", None, sys.executable, DATA)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "said", ["", "words", "[1]", '{"before": 1.0}', '{"before": 1, "after": 1, "tokens": "x"}']
+)
+def test_a_worker_that_ends_without_its_measure_leaves_nothing(
+    said: str, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "WORKER", tmp_path / "worker.py")
+    (tmp_path / "worker.py").write_text(f"print({said!r})")
+    with pytest.raises(OutputError, match="ended without what it measured"):
+        write_elsewhere("openvino", tiny_model_path, tmp_path / "out", None, sys.executable, DATA)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_or_beyond_all_is_no_perplexity(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "WORKER", tmp_path / "worker.py")
+    (tmp_path / "worker.py").write_text("""print('{"before": NaN, "after": 1e4, "tokens": 0}')""")
+    facts = write_elsewhere("openvino", tiny_model_path, tmp_path / "out", None, sys.executable, DATA)
+    assert facts["perplexity_before"] is facts["perplexity_after"] is None
+
+
+def test_an_interpreter_that_cannot_be_run_is_told(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("no program")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(OptionError, match=r"--python .*: cannot be run \(.*\); make one"):
+        check_environment("gptq", str(tmp_path / "python"))

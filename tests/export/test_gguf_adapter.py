@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwen_chat.errors import ModelError
@@ -79,3 +80,29 @@ def test_it_is_read_as_an_adapter(tiny_model_path: Path, tmp_path: Path) -> None
     _, tensors = contents(tmp_path / "a.gguf")
     assert {tensor.tensor_type for tensor in tensors.values()} == {gguf.GGMLQuantizationType.F16}
     assert len(tensors) == 4 and config["r"] == 4
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    folder, _ = adapter_over(tiny_model_path, tmp_path / "a", target_modules=["q_proj"])
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, told = load_file(file), config.read_text()
+
+    def refused() -> str:
+        with pytest.raises(ModelError) as raised:
+            write_adapter(folder, tiny_model_path, tmp_path / "a.gguf", "f32")
+        assert not (tmp_path / "a.gguf").exists() or (tmp_path / "a.gguf").unlink() is None
+        return str(raised.value)
+
+    save_file(dict(list(whole.items())[1:]), file)
+    assert "is missing (1 such)" in refused()
+    save_file({name: tensor[:, :-1].contiguous() for name, tensor in whole.items()}, file)
+    assert "does not fit this model" in refused()
+    save_file({name: tensor * float("nan") for name, tensor in whole.items()}, file)
+    assert "holds a number that is not finite" in refused()
+    save_file(whole, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "it has not come down whole" in refused()
+    save_file(whole, file)
+    for alpha in (float("nan"), 0, "2"):
+        config.write_text(json.dumps(json.loads(told) | {"lora_alpha": alpha}))
+        assert "lora_alpha is" in refused()

@@ -9,10 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import bench_export
 from qwen_chat.errors import ModelError
-from qwen_chat.export.gguf_file import pre_tokenizer, write_gguf
+from qwen_chat.export.gguf_file import arranged, packed, pre_tokenizer, read_shape, write_gguf
 from qwen_chat.weights import stored_tensors
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -111,3 +112,107 @@ def test_as_llama_cpps_own_converter_writes_it(
         assert tensor.tensor_type == other.tensor_type and np.array_equal(tensor.data, other.data), (
             tensor.name
         )
+
+
+def saved(
+    folder: Path, tiny_model_path: Path, change: Callable[[dict[str, Any]], object] = bool, **shape: Any
+) -> Path:
+    """A tiny Llama (or another, by `model_type`) with the demo model's tokenizer; change: of its config.json."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    usual = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    usual |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = AutoConfig.for_model(shape.pop("model_type", "llama"), **{**usual, **shape})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_model_path / name, folder / name)
+    written = json.loads((folder / "config.json").read_text())
+    change(written)
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def test_a_llamas_biases_lie_as_its_rows_do() -> None:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, heads in (("q_proj", 4), ("k_proj", 2)):
+        weight = torch.arange(8.0 * heads)
+        rows = arranged(f"model.layers.0.self_attn.{name}.weight", weight[:, None], shape, "LLAMA")[:, 0]
+        bias = arranged(f"model.layers.0.self_attn.{name}.bias", weight, shape, "LLAMA")
+        assert bias.tolist() == rows.tolist() and bias[:4].tolist() == [0, 4, 1, 5]
+
+
+def test_a_setting_that_config_json_leaves_out_is_transformers_own(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    left_out = ("rms_norm_eps", "max_position_embeddings")
+    folder = saved(tmp_path / "m", tiny_model_path, lambda config: [config.pop(key) for key in left_out])
+    shape, _ = read_shape(folder)
+    assert [shape[key] for key in left_out] == [1e-6, 2048]
+    with pytest.raises(ModelError, match="says no such_a_thing; save the model anew"):
+        shape["such_a_thing"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_hidden_layers": 3}, "do not agree on model.layers.2."),
+        ({"num_hidden_layers": 1}, "do not agree on model.layers.1."),
+        ({"intermediate_size": 32}, "do not agree on model.layers.0.mlp."),
+        ({"tie_word_embeddings": False}, "do not agree on lm_head.weight"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "its weights are quantised; give the model as it was",
+        ),
+        ({"hidden_size": "wide"}, "cannot be loaded"),
+        ({"architectures": 7, "num_hidden_layers": 3}, "do not agree on model.layers.2."),
+        ({"text_config": 7}, "cannot be loaded"),
+    ],
+)
+def test_files_and_config_that_are_not_of_one_model_are_refused(
+    change: dict[str, Any], told: str, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "m", tiny_model_path, lambda config: config.update(change))
+    with pytest.raises(ModelError, match=told):
+        write_gguf(folder, tmp_path / "m.gguf", "q8_0")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_tensor_of_a_layer_that_the_model_has_not_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Left out, it would be another model."""
+    folder = saved(
+        tmp_path / "m", tiny_model_path, lambda c: c.update(model_type="llama"), model_type="qwen3"
+    )
+    with pytest.raises(ModelError, match=r"do not agree on model\.layers\.0\.self_attn\.k_norm"):
+        write_gguf(folder, tmp_path / "m.gguf", "q8_0")
+
+
+def test_a_window_and_dense_layers_among_experts_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    folder = saved(tmp_path / "a", tiny_model_path, model_type="qwen2", **window)
+    with pytest.raises(ModelError, match=r"a window of 64 tokens, which llama\.cpp does not"):
+        write_gguf(folder, tmp_path / "m.gguf", "f32")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    folder = saved(
+        tmp_path / "b",
+        tiny_model_path,
+        model_type="qwen3_moe",
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        **experts,
+    )
+    with pytest.raises(ModelError, match="has layers without experts between those with experts"):
+        write_gguf(folder, tmp_path / "m.gguf", "f32")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "told"),
+    [
+        (float("nan"), "q8_0", "not finite"),
+        (float("-inf"), "f32", "not finite"),
+        (-1e5, "f16", "too large for f16"),
+    ],
+)
+def test_a_number_that_the_type_has_not_is_refused(value: float, kind: str, told: str) -> None:
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    with pytest.raises(ModelError, match=f"^m: w holds a number that is {told}"):
+        packed("m: w", torch.tensor([[1.0] * 31 + [value]]), wanted)

@@ -1,6 +1,7 @@
 """A merged model is the adapter: the same logits, the same greedy tokens, for every kind of adapter."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qwen_chat.certificate.conversations import cases
@@ -226,3 +228,39 @@ def test_the_demo_model_merged_is_the_adapter(
     assert len({tuple(answer) for answer in answers}) > 25, (
         "the answers would be the same whatever was merged"
     )
+
+
+def test_each_of_several_adapters_is_held_to_the_same(tmp_path: Path) -> None:
+    made = adapted(tmp_path, "qwen3_slide")
+    broken = Path(shutil.copytree(made.adapter, tmp_path / "broken"))
+    file = broken / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(dict(list(tensors.items())[2:]), file)
+    with pytest.raises(ModelError, match=r"broken/adapter_model.safetensors: .* is missing \(2 such\)"):
+        LayerwiseModel(made.base, [made.adapter, broken], [1.0, 1.0])
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="it has not come down whole"):
+        LayerwiseModel(made.base, [made.adapter, broken], [1.0, 1.0])
+    config = json.loads((broken / "adapter_config.json").read_text())
+    for start, told in (("pissa", "only plain LoRA adapters add up"), ("loftq", "which changed its base")):
+        (broken / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+        with pytest.raises(ModelError, match=told):
+            LayerwiseModel(made.base, [made.adapter, broken], [1.0, 1.0])
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    made = adapted(tmp_path, "qwen3_slide")
+    file = made.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ModelError, match="not finite after merging; the adapter or its base is damaged"):
+        merge_model(made.base, [made.adapter], [1.0], SEQUENCES, tmp_path / "merged")
+
+
+def test_tokens_beyond_the_rows_are_told(tmp_path: Path) -> None:
+    made = adapted(tmp_path, "qwen3_slide")
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ModelError, match="writes token 600, its model has 512 rows"):
+        merge_model(made.base, [made.adapter], [1.0], [Encoded([1, 600], [(1, 2)])], tmp_path / "merged")

@@ -13,7 +13,7 @@ import pytest
 from qwen_chat.chat.format import ChatFormat
 from qwen_chat.conversation import Json
 from qwen_chat.errors import ModelError
-from qwen_chat.export.ollama import find_wording, go_template, modelfile
+from qwen_chat.export.ollama import find_wording, go_template, model_name, modelfile
 from qwen_chat.service.prepare import SamplingDefaults
 from tests.support import published_templates
 
@@ -242,3 +242,19 @@ def test_a_modelfile(qwen3_tokenizer: Any) -> None:
         "PARAMETER repeat_penalty 1.0",
         "PARAMETER num_ctx 8192",
     ]
+
+
+def test_names_and_stop_words_cannot_write_lines_of_their_own(qwen3_tokenizer: Any) -> None:
+    wording, _ = find_wording(ChatFormat(copy.deepcopy(qwen3_tokenizer)))
+    text = modelfile(wording, "m.gguf", SamplingDefaults(top_k=20.0), ['"', 'a"b'], 4096)  # type: ignore[arg-type]
+    stops = text.split('"""', 2)[2].split("\n")[1:4]
+    assert stops == ['PARAMETER stop """""""', 'PARAMETER stop """a"b"""', "PARAMETER temperature 1.0"]
+    assert "PARAMETER top_k 20\n" in text
+    for name, wanted in (
+        ("My Model", "my-model"),
+        ("-x; rm -rf /\n", "x-rm--rf"),
+        ("模型", "model"),
+        ("..", "model"),
+        ("Qwen2.5-0.5B_it", "qwen2.5-0.5b_it"),
+    ):
+        assert model_name(name) == wanted

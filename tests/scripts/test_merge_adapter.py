@@ -90,6 +90,8 @@ def test_what_stands_in_the_way_is_one_line(
         return str(line)
 
     assert "does not fit this model" in refused("-m", str(demo_model_path), "--any_base", "True")
+    for weight in ("nan", "inf", "-inf"):
+        assert f"--weights: {weight}; expected finite numbers" in refused("--weights", weight)
     run = json.loads((adapter / "run.json").read_text())
     (adapter / "run.json").write_text(json.dumps(run | {"shaped_by": {"model": "0" * 32}}))
     assert "not the weights that" in refused()
@@ -109,3 +111,22 @@ def test_what_stands_in_the_way_is_one_line(
     assert "there is something already" in refused("-o", str(adapter.parent / "there"))
     (adapter / "adapter_model.safetensors").rename(adapter / "elsewhere")
     assert "the adapter is half-written" in refused()
+
+
+def test_the_lock_of_a_mixture_has_no_replies(
+    merge: Any, adapter: Path, tiny_model_path: Path, demo_tokenizer: Any
+) -> None:
+    from qwen_chat.certificate.lock import FormatLock, GreedyReply, Replies
+    from qwen_chat.chat.format import ChatFormat
+
+    reply = GreedyReply((1,), (-1.0,), (-2.0,))
+    FormatLock.make(
+        ChatFormat(demo_tokenizer), base={}, longest=100, greedy=lambda *_: Replies((reply,), "1")
+    ).write(adapter)
+    folder = adapter.parent / "merged"
+    words = ("--adapter", str(adapter), str(adapter), "--weights", "0.5", "-0.5", "--compare_tokens", "200")
+    status, said, _ = merge(*words, "-o", str(folder))
+    assert status == 0, said
+    before, after = FormatLock.read(adapter), FormatLock.read(folder)
+    assert before.greedy.replies and not after.greedy.replies and "merged with other" in after.greedy.note
+    assert after.entries == before.entries

@@ -57,6 +57,10 @@ def test_bad_questions_are_one_line(trained: tuple[Path, ChatFormat], verify: Ru
         (("--lock", str(folder), "--most", "0"), "--most 0"),
         (("--lock", str(folder), "--url", "http://127.0.0.1:9"), "http://127.0.0.1:9"),
         (("--lock", str(folder), "--url", "no address"), "no address"),
+        (("--lock", str(folder), "--timeout", "nan"), "--timeout nan: expected seconds above 0"),
+        (("--lock", str(folder), "--timeout", "inf"), "--timeout inf"),
+        (("--lock", str(folder), "--api_key", "钥匙"), "--api_key: a key may hold printable ASCII"),
+        (("--lock", "x" * 5000), "xxx: File name too long"),
     ):
         status, said, shown = verify(*words)
         assert (status, shown) == (2, "") and wanted in said and "Traceback" not in said

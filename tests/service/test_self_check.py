@@ -54,3 +54,15 @@ def test_time_that_is_up_is_said(certified: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(self_check, "SECONDS_OF_A_START", 0.0)
     (line,) = self_check.check_formats(load_engine(certified), certified, {})
     assert "1 prompts of " in line and "(there was no time for more)" in line
+
+
+def test_whatever_a_certificate_brings_about_the_service_starts(
+    certified: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> None:
+        raise TypeError("of a\x1b[2J kind that nobody thought of")
+
+    monkeypatch.setattr(self_check, "_wrong", wrong)
+    (line,) = self_check.check_formats(load_engine(certified), certified, {})
+    assert line.startswith("warning: format.lock of the model: cannot be replayed (TypeError: of a")
+    assert line.isprintable()

@@ -33,6 +33,7 @@ class Fault:
     stops: bool = True
     reads_calls: bool = True
     shift: float = 0.0  # of each log-probability
+    tells_usage: bool = True
     template: Callable[[str], str] = lambda source: source
 
 
@@ -167,4 +168,5 @@ class FaultyServer:
         choice = {"index": 0, "message": message, "finish_reason": finish}
         if body.get("logprobs"):
             choice["logprobs"] = logprobs
-        return {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": count}}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": count}
+        return {"choices": [choice]} | ({"usage": usage} if self.fault.tells_usage else {})

@@ -5,14 +5,16 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import jsonschema
 import pytest
+import requests
 
-from qwen_chat.errors import ServiceError, ToolError
-from qwen_chat.tools.client import HttpClient
+from qwen_chat.errors import OptionError, ServiceError, ToolError
+from qwen_chat.tools.client import HttpClient, new_session
 from qwen_chat.tools.functions import tool_schema
 from qwen_chat.tools.loop import Event, Limits, LoopResult, run_tools
 from qwen_chat.tools.validate import check_tools, unsatisfiable
@@ -499,3 +501,23 @@ def test_http_errors_are_one_line(url: str, model: str, stream: bool, told: str)
 def test_no_service() -> None:
     with pytest.raises(ServiceError, match=r"cannot be reached .* start the service with"):
         ask("http://127.0.0.1:9", "plain")
+
+
+def test_a_key_goes_along_whatever_netrc_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("default login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    asked = requests.Request("GET", "http://server.example/v1/models")
+    sent = new_session(asked.url, "k1").prepare_request(asked)
+    assert sent.headers["Authorization"] == "Bearer k1"
+    with pytest.raises(OptionError, match="a key may hold printable ASCII"):
+        new_session(asked.url, "钥匙")
+
+
+def test_a_service_on_this_machine_is_asked_without_a_proxy(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    assert ask(url, "plain") == "none"
+    assert ask(url.replace("127.0.0.1", "localhost"), "plain") == "none"

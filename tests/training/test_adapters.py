@@ -390,7 +390,7 @@ def test_an_adapter_over_the_wrong_base(tiny_model_path: Path, demo_model_path: 
     with pytest.raises(ModelError) as caught:
         models.load_model(demo_model_path, adapter=tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: does not fit this model (")
-    assert str(caught.value).endswith("its base is Some/Base: give that with -m")
+    assert str(caught.value).endswith("its base is Some/Base: give that with -m, or copy the adapter again")
     assert models.adapter_base(tmp_path) == "Some/Base"
     loaded = models.load_model(tiny_model_path, adapter=tmp_path)
     assert loaded.decisions[-1] == f"base {tiny_model_path} (the adapter names Some/Base; its shapes fit)"
