@@ -29,7 +29,7 @@ from qwen_chat.conversation import Conversation, Json
 from qwen_chat.data.checks import check, is_encodable, plain_turns
 from qwen_chat.data.formats import read_record
 from qwen_chat.data.privacy import Secret, screened
-from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted, printable
+from qwen_chat.data.source import TOO_DEEP, Defect, Source, counted
 from qwen_chat.dialects.shapes import END_THINK
 from qwen_chat.errors import DataError, FormatError, Problem, printable
 

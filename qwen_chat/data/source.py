@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 from qwen_chat.conversation import Json
 from qwen_chat.data.tables import TABLES, Defects
-from qwen_chat.errors import DataError, FormatError
+from qwen_chat.errors import DataError, FormatError, printable
 
 LONGEST_LINE = 256 * 2**20  # bytes; a longer one is a damaged file, and would not fit in memory as objects
 DEEPEST = 64  # levels of nesting in tools and arguments: beyond it, templates and schemas run out of stack
@@ -287,15 +287,6 @@ def _no_json(text: str, error: json.JSONDecodeError) -> str:
     found = repr(text[error.pos : error.pos + 20]) if error.pos < len(text.rstrip()) else "the end"
     hint = "; JSON over several lines belongs in a .json file" if text.strip() in ("[", "{") else ""
     return f"no JSON: {error.msg} at column {error.colno}, found {found}; expected one JSON object{hint}"
-
-
-def printable(message: str, longest: int = 500) -> str:
-    """A message for a terminal: one line, no control characters or lone surrogates, not endless."""
-    if len(message) > longest:
-        message = f"{message[: longest - 100]} ... {message[-90:]}"
-    if message.isprintable():
-        return message
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def counted(number: int, noun: str) -> str:
