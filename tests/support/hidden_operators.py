@@ -22,10 +22,7 @@ NAMES = {
         "_is_mkldnn_fp16_supported",
     ],
 }
-MEMBERS = [
-    (torch.cpu, "_is_vnni_supported"),
-    (torch._C, "_has_mkldnn"),
-]
+MEMBERS = [(torch.cpu, "_is_vnni_supported")]
 
 
 class _Without:
