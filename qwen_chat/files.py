@@ -138,9 +138,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def build_aside(folder: Path, build: Callable[[Path], None]) -> None:
     """Make `folder` by calling `build(aside)`, then rename. The caller sees to it that nobody else builds it."""
     prefix = f".{folder.name}.partial-"
-    for leftover in folder.parent.glob(
-        f"{glob.escape(prefix)}*"
-    ):  # we hold the lock, so nobody is writing these
+    # We hold the lock, so nobody is writing these.
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:

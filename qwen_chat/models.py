@@ -325,7 +325,7 @@ def load_adapter(
             f"{adapter}: a checkpoint of a run with --lora_init {start}, whose base a random decomposition changed:"
             " over another one it is another model; give the finished run's folder, or go on with finetune.py"
         )
-    _check_files(adapter)
+    saved = _saved_names(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
         if on_meta and hasattr(config, "init_lora_weights"):
@@ -340,7 +340,7 @@ def load_adapter(
             f"{adapter}: does not fit this model ({first_line(error)}); its base is"
             f" {named.get('base_model_name_or_path')}: give that with -m, or copy the adapter again"
         ) from None
-    _check_tensors(loaded, adapter)
+    _check_tensors(loaded, adapter, saved)
     return loaded
 
 
@@ -348,7 +348,7 @@ def add_adapter(model: PeftModel, adapter: Path, name: str) -> None:
     """A further adapter beside those of a model without weights, all of it; ModelError as of `load_adapter`."""
     from peft import PeftConfig
 
-    _check_files(adapter)
+    saved = _saved_names(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode = True
@@ -360,7 +360,7 @@ def add_adapter(model: PeftModel, adapter: Path, name: str) -> None:
         raise ModelError(
             f"{adapter}: does not fit beside the other adapters ({first_line(error)}); expected adapters of one base"
         ) from None
-    _check_tensors(model, adapter, name)
+    _check_tensors(model, adapter, saved, name)
 
 
 def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default") -> None:
@@ -381,9 +381,9 @@ def load_adapter_weights(model: PeftModel, adapter: Path, name: str = "default")
             object.__delattr__(layer, "_move_adapter_to_device_of_base_layer")
 
 
-def _check_files(adapter: Path) -> None:
-    """peft passes over keys of a config that it does not know; ModelError where one of them is in use, and where the
-    weights are not whole."""
+def _saved_names(adapter: Path) -> set[str]:
+    """The names of an adapter's tensors; none where they lie in no safetensors file. peft passes over keys of a config
+    that it does not know: ModelError where one of them is in use, and where the weights are not whole."""
     from dataclasses import fields
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -402,18 +402,18 @@ def _check_files(adapter: Path) -> None:
             f"{file}: peft here does not know {', '.join(used)}; expected an adapter that it can load; "
             "a newer peft saved it: install that one"
         )
-    if (adapter / "adapter_model.safetensors").is_file():
-        file_tensors([adapter / "adapter_model.safetensors"])
+    weights = adapter / "adapter_model.safetensors"
+    return set(file_tensors([weights])) if weights.is_file() else set()
 
 
-def _check_tensors(loaded: PeftModel, adapter: Path, name: str = "default") -> None:
-    """peft passes over tensors that have no place, and leaves places without one as they began: ModelError."""
+def _check_tensors(loaded: PeftModel, adapter: Path, saved: set[str], name: str = "default") -> None:
+    """peft passes over tensors that have no place, and leaves places without one as they began: ModelError. saved: what
+    the adapter's safetensors file holds; nothing is checked where there is no such file."""
     from peft import get_peft_model_state_dict
 
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         return
-    saved = set(file_tensors([file]))
     own = set(get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False))
     odd = sorted(own - saved) or sorted(saved - own - set(loaded.state_dict()))
     if odd:

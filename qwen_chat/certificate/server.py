@@ -198,9 +198,8 @@ class Server:
         thread.start()
         thread.join(self._timeout)
         found = done[0] if done else requests.Timeout()
-        if isinstance(
-            found, requests.RequestException | ValueError
-        ):  # requests lets some bad addresses through
+        # Some bad addresses requests lets through, and fails at with a ValueError.
+        if isinstance(found, requests.RequestException | ValueError):
             why, cure = _why(found)
             raise ServerLost(f"{url} cannot be asked ({why}); {cure}") from None
         if isinstance(found, Exception):
