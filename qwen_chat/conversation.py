@@ -201,7 +201,7 @@ def _read_arguments(arguments: object, where: str) -> str:
             raise FormatError(f"{where}: arguments cannot be written as JSON ({error})") from None
     if isinstance(arguments, str):
         try:
-            value = json.loads(arguments, parse_constant=_refuse_constant)
+            value = json.loads(arguments, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise FormatError(
                 f"{where}: arguments are no JSON ({error}); expected the text of an object"
@@ -212,8 +212,8 @@ def _read_arguments(arguments: object, where: str) -> str:
     raise FormatError(f"{where}: arguments are {_kind(arguments)}; expected an object or its JSON text")
 
 
-def _refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity, JSON has neither."""
+def refuse_constant(name: str) -> None:
+    """For `json.loads(parse_constant=)`: Python reads NaN and Infinity, JSON has neither. Raises ValueError."""
     raise ValueError(f"{name} is no JSON value")
 
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import requests
 
 from qwen_chat.certificate.conversations import Example
-from qwen_chat.conversation import Json
+from qwen_chat.conversation import Json, refuse_constant
 from qwen_chat.errors import ChatError, printable
 from qwen_chat.tools.client import new_session
 
@@ -253,17 +253,12 @@ def _json_object(data: bytes) -> Json:
     """The JSON object in an answer, of texts that can be printed; empty where it is none."""
     try:
         text = data.decode("utf-8-sig", "replace")
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=refuse_constant)
         if "\\ud" in text.lower():  # half of a pair of surrogates can be written in JSON, and nowhere else
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _no_number(name: str) -> None:
-    """Python reads NaN and Infinity, JSON has neither."""
-    raise ValueError(name)
 
 
 def _logprob(value: object) -> float:

@@ -21,6 +21,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from qwen_chat.conversation import refuse_constant
 from qwen_chat.errors import OptionError
 
 Group = TypeVar("Group")
@@ -285,17 +286,12 @@ def _text_of(word: str) -> str:
 
 def _json_of(kind: type) -> Callable[[str], object]:
     def read(word: str) -> object:
-        value = json.loads(word, parse_constant=_no_constant)
+        value = json.loads(word, parse_constant=refuse_constant)
         if not isinstance(value, kind):
             raise ValueError
         return value
 
     return read
-
-
-def _no_constant(name: str) -> None:
-    """Python reads NaN and Infinity, JSON has neither."""
-    raise ValueError(f"{name} is no JSON value")
 
 
 def _integer(word: str) -> int:
